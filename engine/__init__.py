@@ -1,0 +1,1 @@
+"""The RLHF engine: data, rollouts, objectives, stages."""

@@ -1,0 +1,8 @@
+"""The command line as a module: `python -m glm_rlhf.engine`, `torchrun -m glm_rlhf.engine`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The command line: `glm-rlhf <command> [config.yaml] [section.key=value …]`.
+
+Exit codes: 0 done, 1 a check that failed or a bug (with its traceback), 2 something that a user has to mend
+(told in one sentence), 130 interrupted. Nothing heavy is imported before a command runs.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from .config import DoctorConfig
+from .config_file import ConfigError, dump_config, is_override, load_config, save_config
+from .config_keys import help_text
+
+PROGRAM = "glm-rlhf"
+TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
+_HELP = ("-h", "--help")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command of the program."""
+
+    name: str
+    """What a user types."""
+    summary: str
+    """One line of help: what it does."""
+    config: type
+    """Root of its settings, in `glm_rlhf.engine.config`."""
+    function: str
+    """`module:function` that takes the config and returns an exit code or None; imported when it runs."""
+
+    def load(self) -> Callable[[object], int | None]:
+        """Return the function, its module imported."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+COMMANDS = (
+    Command(
+        name="doctor",
+        summary="what is installed, which fast paths are active and why the others are not",
+        config=DoctorConfig,
+        function="glm_rlhf.engine.cluster.doctor:run",
+    ),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of one command line.
+
+    A fault of the user's ends with one sentence on stderr; under torchrun every rank returns the code. A
+    fault in arguments or config, the same on every rank of a host, is told by the first of them; one that
+    a command meets later is told by each rank that meets it, with its number. `GLM_RLHF_TRACEBACK=1`
+    shows the traceback too.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's.
+
+    Raises:
+        Exception: a bug, as it is.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in _HELP or arguments[0] == "--version":
+        return _about_program(arguments)
+    command = next((command for command in COMMANDS if command.name == arguments[0]), None)
+    if command is None:
+        return _tell(PROGRAM, _unknown_command(arguments[0]), is_shared=True)
+    title = f"{PROGRAM} {command.name}"
+    if any(argument in _HELP for argument in arguments[1:]):
+        return _say(_command_help(command))
+    try:
+        config = load_config(command.config, *_config_arguments(arguments[1:]))
+    except ConfigError as error:
+        return _tell(title, str(error), is_shared=True)
+    try:
+        _record(config)
+        return command.load()(config) or 0
+    except KeyboardInterrupt:
+        _tell(title, "interrupted", is_shared=True)
+        return 130
+    except ValueError as error:
+        return _tell(title, str(error))
+    except OSError as error:
+        if error.filename is None:  # no file of the user's: a bug, or the machine
+            raise
+        return _tell(title, f"{error.filename}: {error.strerror}")
+
+
+def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the config file's path, if one is named, and the overrides."""
+    overrides = [argument for argument in arguments if is_override(argument)]
+    files = [argument for argument in arguments if not is_override(argument)]
+    for option in files:
+        if option.startswith("-"):
+            raise ConfigError(f"there is no option {option}: settings are written section.key=value")
+    if len(files) > 1:
+        raise ConfigError(f"{' and '.join(files)} are given: one config file, then section.key=value")
+    return (files[0] if files else None), overrides
+
+
+def _record(config: object) -> None:
+    """Show the resolved config and write it to the run folder, where the command has one; rank 0 does."""
+    if _rank("RANK") == 0 and hasattr(config, "run"):
+        path = save_config(config, config.run.output)
+        sys.stderr.write(f"{dump_config(config)}# written to {path}\n")
+
+
+def _about_program(arguments: list[str]) -> int:
+    if not arguments:
+        names = ", ".join(command.name for command in COMMANDS)
+        return _tell(PROGRAM, f"no command given, there are: {names} (--help says more)", is_shared=True)
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        return _say(f"{PROGRAM} {version(PROGRAM)}")
+    return _say(_program_help())
+
+
+def _program_help() -> str:
+    width = max(len(command.name) for command in COMMANDS)
+    commands = "\n".join(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS)
+    return (
+        f"{PROGRAM}: align ChatGLM / GLM models with human feedback\n\n"
+        f"usage: {PROGRAM} <command> [config.yaml] [section.key=value …]\n"
+        f"       torchrun --nproc-per-node=N -m glm_rlhf.engine <command> [config.yaml] …\n\n"
+        f"commands:\n{commands}\n\n"
+        f"`{PROGRAM} <command> --help` lists the command's settings with defaults and units.\n"
+        f"{TRACEBACK_VARIABLE}=1 shows the traceback of every error."
+    )
+
+
+def _command_help(command: Command) -> str:
+    return (
+        f"{PROGRAM} {command.name}: {command.summary}\n\n"
+        f"usage: {PROGRAM} {command.name} [config.yaml] [section.key=value …]\n\n"
+        f"The file holds sections of keys; an override wins over the file, the file over a default.\n\n"
+        f"{help_text(command.config)}"
+    )
+
+
+def _unknown_command(name: str) -> str:
+    names = [command.name for command in COMMANDS]
+    near = get_close_matches(name, names, n=1)
+    return f"unknown command {name!r}, " + (
+        f"the nearest is {near[0]}" if near else f"there are: {', '.join(names)}"
+    )
+
+
+def _say(text: str) -> int:
+    if _rank("RANK") == 0:
+        sys.stdout.write(text + "\n")
+    return 0
+
+
+def _tell(title: str, message: str, *, is_shared: bool = False) -> int:
+    """Return exit code 2 after one line on stderr.
+
+    Args:
+        title: who speaks.
+        message: what to mend; its line breaks become spaces.
+        is_shared: whether every rank of this host says the same, so that one is enough.
+    """
+    if os.environ.get(TRACEBACK_VARIABLE) == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    if not is_shared or _rank("LOCAL_RANK") == 0:
+        has_others = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not is_shared
+        rank = f"[rank {_rank('RANK')}] " if has_others else ""
+        sys.stderr.write(f"{rank}{title}: {' '.join(message.split())}\n")
+    return 2
+
+
+def _rank(variable: str) -> int:
+    return int(os.environ.get(variable) or 0)

@@ -1,0 +1,194 @@
+"""The keys of a configuration: what each accepts, defaults to, means."""
+
+import dataclasses
+import difflib
+import functools
+import textwrap
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+HELP_WIDTH = 100
+_BOUNDS = ((annotated_types.Ge, "ge", "at least"), (annotated_types.Gt, "gt", "above"))
+_BOUNDS += ((annotated_types.Le, "le", "at most"), (annotated_types.Lt, "lt", "below"))
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Required:
+    """Stands for the default of a key that has none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InWords:
+    """What a value type accepts, for types whose Python type does not say it; goes into `Annotated`."""
+
+    words: str
+    """Completes "it must be …"."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One setting, as a user sees it."""
+
+    section: str
+    """Name of the root's field, e.g. `train`."""
+    name: str
+    """Name within the section, e.g. `dtype`."""
+    accepts: str
+    """Completes "it must be …": type, range, choices."""
+    default: Any
+    """Value when the user gives none, or `Required()`."""
+    meaning: str
+    """The string under the field: meaning and unit."""
+    value_type: type
+    """Python type of its values other than null: bool, int, float, str, tuple."""
+    may_be_null: bool
+    """Whether `null` is a value."""
+
+    @property
+    def path(self) -> str:
+        """The key as it is written on the command line."""
+        return f"{self.section}.{self.name}"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether values are text, so that the command line takes them as they stand."""
+        return self.value_type is str
+
+    @property
+    def is_required(self) -> bool:
+        """Whether the user has to give it."""
+        return isinstance(self.default, Required)
+
+
+def section_factories(config_class: type) -> dict[str, functools.partial]:
+    """Return, for each section of a root config in its order, what builds it from keyword arguments.
+
+    A root's field is declared with its section's class, and may carry a `default_factory` which is the
+    class or a `functools.partial` of it: the partial's keywords are this command's own defaults.
+
+    Raises:
+        AssertionError: a field of the root is not a section.
+    """
+    factories = {}
+    for name, field in config_class.__pydantic_fields__.items():
+        factory = field.annotation if field.default_factory is None else field.default_factory
+        factory = factory if isinstance(factory, functools.partial) else functools.partial(factory)
+        assert dataclasses.is_dataclass(factory.func), f"{config_class.__name__}.{name} is not a section"
+        factories[name] = factory
+    return factories
+
+
+def keys_of(config_class: type) -> dict[str, Key]:
+    """Return every key of a root config by its path (`section.name`), in the order of declaration."""
+    keys = {}
+    for section, factory in section_factories(config_class).items():
+        for name, field in factory.func.__pydantic_fields__.items():
+            annotation, may_be_null, metadata = _unwrapped(field.annotation, field.metadata)
+            key = Key(
+                section=section,
+                name=name,
+                accepts=_in_words(annotation, metadata) + (" or null" if may_be_null else ""),
+                default=factory.keywords.get(name, _default(field)),
+                meaning=" ".join((field.description or "").split()),
+                value_type=_value_type(annotation),
+                may_be_null=may_be_null,
+            )
+            keys[key.path] = key
+    return keys
+
+
+def nearest_key(path: str, keys: Mapping[str, Key]) -> str:
+    """Return the valid key path that a user most likely meant by `path`.
+
+    A key of the same name in another section goes first, then the most similar spelling.
+    """
+    name = path.rpartition(".")[2]
+    namesakes = [key.path for key in keys.values() if key.name == name]
+    candidates = namesakes or list(keys)
+    return max(candidates, key=lambda candidate: difflib.SequenceMatcher(None, path, candidate).ratio())
+
+
+def in_yaml(value: object) -> str:
+    """Return a value as a user would write it in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return "[" + ", ".join(in_yaml(item) for item in value) + "]"
+    return str(value)
+
+
+def help_text(config_class: type) -> str:
+    """Return the help on every key of a root config: type, default, meaning with its unit."""
+    lines: list[str] = []
+    section = None
+    keys = keys_of(config_class)
+    width = max(len(path) for path in keys)
+    for key in keys.values():
+        if key.section != section:
+            section = key.section
+            purpose = section_factories(config_class)[section].func.__doc__ or ""
+            lines += ["", f"{section}: {purpose.strip().splitlines()[0]}"]
+        default = "required" if key.is_required else f"default {in_yaml(key.default)}"
+        lines.append(f"  {key.path:<{width}}  {key.accepts} ({default})")
+        lines += textwrap.wrap(key.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:])
+
+
+def _default(field: FieldInfo) -> object:
+    return Required() if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _unwrapped(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[Any]]:
+    """Return the annotation without `Annotated` and `| None`, whether null was allowed, all metadata."""
+    may_be_null = False
+    metadata = list(metadata)
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *more = get_args(annotation)
+            metadata += more
+        elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
+            rest = [member for member in get_args(annotation) if member is not type(None)]
+            assert len(rest) == 1, f"a key has one type, perhaps or null, not {annotation}"
+            annotation, may_be_null = rest[0], True
+        else:
+            return annotation, may_be_null, metadata
+
+
+def _value_type(annotation: Any) -> type:
+    if get_origin(annotation) is Literal:
+        (value_type,) = {type(choice) for choice in get_args(annotation)}
+        return value_type
+    return get_origin(annotation) or annotation
+
+
+def _in_words(annotation: Any, metadata: list[Any]) -> str:
+    for entry in metadata:
+        if isinstance(entry, InWords):
+            return entry.words
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(in_yaml(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        members = [member for member in get_args(annotation) if member is not Ellipsis]
+        inner = [_in_words(*_unwrapped(member, [])[::2]) for member in members]
+        is_open = Ellipsis in get_args(annotation)
+        return f"a list: {inner[0]} each" if is_open else f"a list of {len(inner)}: {', '.join(inner)}"
+    bounds = [
+        f"{words} {getattr(entry, attribute)}"
+        for entry in _flat(metadata)
+        for bound, attribute, words in _BOUNDS
+        if isinstance(entry, bound)
+    ]
+    return ", ".join([_WORDS[annotation], *bounds])
+
+
+def _flat(metadata: list[Any]) -> list[Any]:
+    """Return metadata with the entries of every nested `Field(...)` put in its place."""
+    flat = []
+    for entry in metadata:
+        flat += entry.metadata if isinstance(entry, FieldInfo) else [entry]
+    return flat

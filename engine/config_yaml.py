@@ -1,0 +1,158 @@
+"""Configuration text: YAML sections into values that know where they stand, values into YAML."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that a user has to change: says what was given, what is required, how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """One value as the user gave it."""
+
+    section: str
+    """The part of its key before the dot."""
+    name: str
+    """The part after it; empty where a whole section was given a value."""
+    value: Any
+    """What was read: null, bool, int, float, str, or a tuple or dict of them."""
+    place: str
+    """Where it stands, to be named in errors: `ppo.yaml line 3`, or `command line`."""
+
+    @property
+    def path(self) -> str:
+        """The key as it is written on the command line."""
+        return f"{self.section}.{self.name}" if self.name else self.section
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `1e-6` is a number; `no`, `010`, `12:30` and dates are text."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (yaml's own form: one table a class)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either YAML 1.1 or YAML 1.2 would read as something other than text."""
+
+
+_NUMBER = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
+_SCALARS = (
+    ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")),
+    ("float", _NUMBER, list("-+0123456789.")),
+)
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+
+
+def read_file(path: str | Path) -> list[Given]:
+    """Return the values of a YAML file of sections, in its order.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not UTF-8, not YAML, not sections of keys, or names
+            a key twice; the message names the file and, where there is one, the line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: name a YAML file in it") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    loader = _Loader(text)
+    try:
+        return list(_entries(loader, loader.get_single_node(), str(path)))
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(error, str(path))) from None
+    except RecursionError:
+        raise ConfigError(f"{path} nests too deeply: a config has sections of keys") from None
+    except ValueError as error:  # a value that does not fit the tag before it
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def read_value(text: str) -> object:
+    """Return what a piece of command line stands for; text that is no YAML is that text."""
+    try:
+        return _frozen(yaml.load(text, _Loader))  # a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return text
+
+
+def to_yaml(sections: dict[str, Any]) -> str:
+    """Return YAML text that `read_file` reads back as the same values.
+
+    Args:
+        sections: section → key → value.
+    """
+    return yaml.dump(sections, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _entries(loader: _Loader, root: yaml.Node | None, file: str) -> Iterator[Given]:
+    if root is None or _is_null(root):
+        return
+    for section, place, section_node in _pairs(root, file, "the file", "sections such as run: and model:"):
+        if "." in section:
+            head, _, tail = section.partition(".")
+            raise ConfigError(
+                f"{place}: {section} is the command line's form, in YAML write {tail}: below {head}:"
+            )
+        if _is_null(section_node):
+            continue
+        for name, key_place, node in _pairs(section_node, file, section, "keys, each on a line below it"):
+            value = _frozen(loader.construct_object(node, deep=True))
+            yield Given(section=section, name=name, value=value, place=key_place)
+
+
+def _pairs(node: yaml.Node, file: str, what: str, required: str) -> Iterator[tuple[str, str, yaml.Node]]:
+    """Yield key, its place, value of a mapping whose keys are text and differ."""
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the value {node.value!r}"
+        raise ConfigError(
+            f"{file} line {node.start_mark.line + 1}: {what} is {kind}, it must hold {required}"
+        )
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if key_node.tag != "tag:yaml.org,2002:str" or not key:
+            raise ConfigError(f"{file} line {line}: a key is not text: {key!r}")
+        if key in lines:
+            raise ConfigError(f"{file} line {line}: {key} stands in line {lines[key]} already, keep one")
+        lines[key] = line
+        yield key, f"{file} line {line}", value_node
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+def _frozen(value: Any) -> Any:
+    """Return a value with tuples in the place of lists: nothing in a config changes later."""
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return value
+
+
+def _yaml_problem(error: yaml.YAMLError, file: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"{file} line {mark.line + 1} column {mark.column + 1}" if mark else file
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
+    return f"{place} is not YAML: {problem}"

@@ -1,0 +1,1 @@
+"""Data: records from JSON lines, conversations, tokenizers."""

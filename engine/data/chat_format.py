@@ -1,0 +1,154 @@
+"""How a conversation becomes a sequence of markers and plain text, one form per model family."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from glm_rlhf.engine.data.messages import Message, RoleError
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """A special token that only a chat format may place; text never becomes one."""
+
+    name: str
+    """The token's name in the vocabulary, such as `<|user|>`."""
+
+
+Segment = Marker | str
+"""A piece of a rendered conversation. Each `str` is encoded alone, so its edges are token edges."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """One family's way to write conversations."""
+
+    name: str
+    """`chatglm2`, `chatglm3` or `glm4`."""
+    prefix: tuple[str, ...]
+    """Names of the markers that open every sequence."""
+    turns: Callable[[Sequence[Message]], list[Segment]]
+    """Checked turns → segments, without the prefix."""
+    opening: tuple[Segment, ...]
+    """What `add_generation_prompt` appends: the segments that open the answer, when there are any."""
+    header: str
+    """Text between the opening and the answer that belongs to the answer's ids (the model writes it)."""
+    joins_header: bool
+    """Whether header and content are one text for the tokenizer, as in a rendered template string."""
+    end: str
+    """Name of the token a training answer ends with."""
+    stops: tuple[str, ...]
+    """Names of the tokens that end a generated answer."""
+    pad: str
+    """Name of the token that fills places no loss and no attention looks at."""
+    emitted: tuple[str, ...]
+    """Names of the special tokens a model may generate: the stops and a further assistant turn."""
+
+    def answer(self, text: str) -> list[Segment]:
+        """Return the segments of a training answer: header, text, end marker."""
+        end = Marker(self.end)
+        if not self.header:
+            return [text, end]
+        return [self.header + text, end] if self.joins_header else [self.header, text, end]
+
+
+def with_opening_text(chat_format: ChatFormat, text: str) -> ChatFormat:
+    """Return the format with `text` moved behind the opening marker, into the prompt.
+
+    Some GLM-4 folders end their generation prompt with `<|assistant|>` alone and let the model write the line
+    end; others write it, and GLM-Z1 adds `<think>`. With text in the prompt, the answer has no header.
+    """
+    if not text:
+        return chat_format
+    return replace(chat_format, opening=(*chat_format.opening, text), header="")
+
+
+_OPENING_IN_TEMPLATE = re.compile(
+    r"if\s+add_generation_prompt\s*(-?)%\}(\s*)<\|assistant\|>([^{]*?)(\s*)\{%(-?)\s*endif", re.DOTALL
+)
+
+
+def opening_text_of_template(template: str) -> str:
+    """Return the literal text a Hugging Face chat template writes behind its last `<|assistant|>`.
+
+    Only that text is read from a template; it is empty when the template has no such place or computes it.
+    A `{%-` behind the text strips the white space before it, as the template language says.
+    """
+    found = _OPENING_IN_TEMPLATE.search(template)
+    if found is None:
+        return ""
+    text, space, dash = found.group(3), found.group(4), found.group(5)
+    return text if dash else text + space
+
+
+def _chatglm2_turns(messages: Sequence[Message]) -> list[Segment]:
+    # One text for the whole conversation. The form has no closing of a user's turn but the opening of its
+    # answer, so the answer's opening is always written.
+    text, num_rounds = "", 0
+    for position, message in enumerate(messages):
+        if message.role == "user":
+            num_rounds += 1
+            text += f"[Round {num_rounds}]\n\n问：{message.content}\n\n答："
+        elif message.role == "assistant" and not message.metadata:
+            is_last = position == len(messages) - 1
+            text += message.content if is_last else f"{message.content}\n\n"
+        else:
+            kind = "tool call" if message.metadata else message.role
+            raise RoleError(
+                position, f"ChatGLM2's format has no {kind} turn; put its text into the user's turn"
+            )
+    return [text]
+
+
+def _chatglm3_turns(messages: Sequence[Message]) -> list[Segment]:
+    segments: list[Segment] = []
+    for message in messages:
+        segments += [Marker(f"<|{message.role}|>"), f"{message.metadata}\n", message.content]
+    return segments
+
+
+def _glm4_turns(messages: Sequence[Message]) -> list[Segment]:
+    segments: list[Segment] = []
+    for message in messages:
+        segments += [Marker(f"<|{message.role}|>"), f"{message.metadata}\n{message.content}"]
+    return segments
+
+
+CHATGLM2 = ChatFormat(
+    name="chatglm2",
+    prefix=("[gMASK]", "sop"),
+    turns=_chatglm2_turns,
+    opening=(),
+    header="",
+    joins_header=False,
+    end="</s>",
+    stops=("</s>",),
+    pad="<unk>",
+    emitted=("</s>",),
+)
+
+CHATGLM3 = ChatFormat(
+    name="chatglm3",
+    prefix=("[gMASK]", "sop"),
+    turns=_chatglm3_turns,
+    opening=(Marker("<|assistant|>"),),
+    header="\n",
+    joins_header=False,
+    end="</s>",
+    stops=("</s>", "<|user|>", "<|observation|>"),
+    pad="<unk>",
+    emitted=("</s>", "<|user|>", "<|observation|>", "<|assistant|>"),
+)
+
+GLM4 = ChatFormat(
+    name="glm4",
+    prefix=("[gMASK]", "<sop>"),
+    turns=_glm4_turns,
+    opening=(Marker("<|assistant|>"),),
+    header="\n",
+    joins_header=True,
+    end="<|user|>",
+    stops=("<|endoftext|>", "<|user|>", "<|observation|>"),
+    pad="<|endoftext|>",
+    emitted=("<|endoftext|>", "<|user|>", "<|observation|>", "<|assistant|>"),
+)

@@ -1,0 +1,54 @@
+"""Checks of an op's vector arguments, with messages that say what to mend."""
+
+import torch
+
+
+def check_vectors(**required: tuple[torch.Tensor | None, int]) -> None:
+    """Raise ValueError unless each named tensor is one-dimensional, of the given length, on one device.
+
+    Args:
+        required: name → (tensor or None, length). None is an argument left out and is skipped.
+    """
+    device = None
+    for name, (tensor, length) in required.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.numel() != length:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, required is [{length}]")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the other arguments on {device}: move it there")
+        device = tensor.device
+
+
+def check_floating(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless each named tensor, if given, has a floating dtype."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, required is a floating dtype")
+
+
+def check_mask(name: str, mask: torch.Tensor) -> None:
+    """Raise ValueError unless `mask` is bool."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} is {mask.dtype}, required is torch.bool (True = trained on)")
+
+
+def check_range(name: str, number: float, low: float, high: float) -> None:
+    """Raise ValueError unless low ≤ number ≤ high (NaN fails)."""
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}, required is a number in [{low}, {high}]")
+
+
+def check_denominator(denominator: float | torch.Tensor) -> None:
+    """Raise ValueError unless a loss's denominator is one positive number.
+
+    A tensor's value is not read, since that would make the host wait for the device.
+    """
+    if isinstance(denominator, torch.Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}, required is one number")
+    elif not denominator > 0:
+        raise ValueError(
+            f"denominator is {denominator}, required is a positive number, "
+            "such as the tokens trained on over all micro-batches and data-parallel ranks"
+        )

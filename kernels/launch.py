@@ -1,0 +1,94 @@
+"""Which implementation of an op runs: the Triton kernel or the fp32 torch reference.
+
+CUDA tensors take the Triton kernel, CPU tensors the reference. The environment variable
+`GLM_RLHF_KERNELS` (`auto`, `triton`, `reference`) or the context manager `forced` overrides this;
+`triton` on CPU tensors needs Triton's interpreter (`TRITON_INTERPRET=1` before the first import).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+ENVIRONMENT_VARIABLE = "GLM_RLHF_KERNELS"
+CHOICES = ("auto", "triton", "reference")
+
+_forced: list[str] = []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileCase:
+    """One kernel at one shape, as the ahead-of-time compiler and the benchmark table take it."""
+
+    name: str
+    """`<kernel>/<shape>/<dtype>`, unique over the package, e.g. `linear_logprob_fwd/6B/bf16`."""
+    kernel: Any
+    """The `triton.jit` function (its undecorated form when the interpreter is on)."""
+    signature: dict[str, str]
+    """Argument name → Triton type (`*bf16`, `i64`, `fp32`), `constexpr` for compile-time arguments."""
+    constexprs: dict[str, Any]
+    """Values of the compile-time arguments."""
+    divisible_by_16: tuple[str, ...] = ()
+    """Arguments whose address or value is a multiple of 16 (without it loads are not vectorised)."""
+    num_warps: int = 4
+    num_stages: int = 3
+    is_hot: bool = True
+    """Hot kernels must not spill registers; a test enforces it."""
+    notes: str = field(default="")
+
+
+@contextlib.contextmanager
+def forced(choice: str) -> Iterator[None]:
+    """Run every op inside the block with one implementation: `triton` or `reference`.
+
+    Raises:
+        ValueError: `choice` is none of `auto`, `triton`, `reference`.
+    """
+    _check(choice)
+    _forced.append(choice)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def requested() -> str:
+    """Return the choice in force: the innermost `forced` block, else the environment, else `auto`.
+
+    Raises:
+        ValueError: the environment variable holds an unknown choice.
+    """
+    choice = _forced[-1] if _forced else os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    _check(choice)
+    return choice
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Return whether an op on `tensor` runs its Triton kernel (True) or the torch reference (False).
+
+    Raises:
+        ValueError: `triton` is asked for on a CPU tensor and the interpreter is off.
+    """
+    choice = requested()
+    if choice == "auto":
+        return tensor.is_cuda
+    if choice == "triton" and not tensor.is_cuda and not is_interpreting():
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}=triton on a {tensor.device} tensor needs Triton's interpreter: "
+            "set TRITON_INTERPRET=1 before glm_rlhf.kernels is imported"
+        )
+    return choice == "triton"
+
+
+def is_interpreting() -> bool:
+    """Return whether the kernels of this process run in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _check(choice: str) -> None:
+    if choice not in CHOICES:
+        raise ValueError(f"kernels: unknown choice {choice!r}, use one of {', '.join(CHOICES)}")

@@ -1,0 +1,31 @@
+"""Interleaved rotary position embedding in plain torch."""
+
+import torch
+
+
+def rotate_in_place(heads_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> None:
+    """Rotate the pairs (2i, 2i + 1), i < R, of every head by the angle (t, i), in heads' own memory.
+
+    new[2i] = old[2i] · cos[t, i] − old[2i + 1] · sin[t, i]
+    new[2i + 1] = old[2i + 1] · cos[t, i] + old[2i] · sin[t, i]
+
+    Computed in fp32 (float64 for float64 input); elements from 2R on stay. T is heads' first dimension and H
+    its last; there may be several between.
+    """
+    rotary_size = 2 * cos_TR.shape[-1]
+    pairs_TNR2 = heads_TNH[..., :rotary_size].unflatten(-1, (-1, 2))
+    dtype = torch.float64 if heads_TNH.dtype == torch.float64 else torch.float32
+    angle_TR = torch.complex(cos_TR.to(dtype), sin_TR.to(dtype))
+    angle_T1R = angle_TR.view(angle_TR.shape[0], *[1] * (heads_TNH.ndim - 2), angle_TR.shape[1])
+    if heads_TNH.dtype == dtype and _is_pair_aligned(heads_TNH):
+        # A complex product is the rotation, in one pass over memory.
+        torch.view_as_complex(pairs_TNR2).mul_(angle_T1R)
+        return
+    wide_TNR2 = pairs_TNR2.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    pairs_TNR2.copy_(torch.view_as_real(torch.view_as_complex(wide_TNR2).mul_(angle_T1R)))
+
+
+def _is_pair_aligned(heads_TNH: torch.Tensor) -> bool:
+    """Whether every pair starts at an even element, which a complex view of the memory needs."""
+    strides = heads_TNH.stride()
+    return strides[-1] == 1 and not any(s % 2 for s in (*strides[:-1], heads_TNH.storage_offset()))

@@ -1,0 +1,62 @@
+"""Mergeable sums of a softmax row: from slices of a vocabulary to logprob, entropy, log-sum-exp."""
+
+from typing import NamedTuple
+
+import torch
+
+LOWEST_EXPONENT = -1.0e4
+"""exp of it is 0 in float32 and float64, and 0 times it is 0 where 0 times -inf would be NaN."""
+
+
+class SoftmaxStatistics(NamedTuple):
+    """What one slice of the vocabulary adds to the softmax of each row, `z` being logits / temperature.
+
+    A slice without columns, or with -inf only, holds (-inf, 0, 0, 0) and changes nothing when merged.
+    """
+
+    max_T: torch.Tensor
+    """`[T]`, max over the slice of z."""
+    sum_exp_T: torch.Tensor
+    """`[T]`, sum over the slice of exp(z - max)."""
+    weighted_sum_T: torch.Tensor
+    """`[T]`, sum over the slice of exp(z - max) * (z - max): the entropy's share."""
+    target_logit_T: torch.Tensor
+    """`[T]`, z of the row's target, 0 where the slice does not hold it."""
+
+    @classmethod
+    def empty(cls, num_rows: int, like: torch.Tensor) -> "SoftmaxStatistics":
+        """Return the statistics of no columns, with the dtype and device of `like`."""
+        zeros = [like.new_zeros(num_rows) for _ in range(3)]
+        return cls(like.new_full((num_rows,), -torch.inf), *zeros)
+
+    def rescaled(self, max_T: torch.Tensor) -> "SoftmaxStatistics":
+        """Return the same sums relative to another maximum `>= self.max_T`, ready to be added up."""
+        anchor_T = finite_anchor(max_T)
+        shift_T = (self.max_T - anchor_T).clamp_(min=LOWEST_EXPONENT)
+        scale_T = shift_T.exp()
+        weighted_T = (self.weighted_sum_T + shift_T * self.sum_exp_T).mul_(scale_T)
+        return SoftmaxStatistics(max_T, self.sum_exp_T * scale_T, weighted_T, self.target_logit_T)
+
+    def merged(self, other: "SoftmaxStatistics") -> "SoftmaxStatistics":
+        """Return the statistics of both slices together."""
+        max_T = torch.maximum(self.max_T, other.max_T)
+        left, right = self.rescaled(max_T), other.rescaled(max_T)
+        sums = [a + b for a, b in zip(left[1:], right[1:], strict=True)]
+        return SoftmaxStatistics(max_T, *sums)
+
+    def logprob_entropy_lse(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return `(logprob_T, entropy_T, log_sum_exp_T)` of statistics that cover the whole vocabulary.
+
+        logprob = z_target - max - log(sum_exp), entropy = log(sum_exp) - weighted_sum / sum_exp.
+        A row without one finite logit has no distribution: all its results are NaN, as in `log_softmax`.
+        """
+        log_sum_T = self.sum_exp_T.log()
+        logprob_T = (self.target_logit_T - self.max_T) - log_sum_T
+        # The entropy is a small difference of large terms when one token has all the mass: keep it >= 0.
+        entropy_T = (log_sum_T - self.weighted_sum_T / self.sum_exp_T).clamp_(min=0)
+        return logprob_T, entropy_T, self.max_T + log_sum_T
+
+
+def finite_anchor(max_T: torch.Tensor) -> torch.Tensor:
+    """Return `max_T` with -inf replaced by 0, so that (-inf) - (-inf) never appears."""
+    return torch.where(max_T == -torch.inf, 0, max_T)

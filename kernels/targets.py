@@ -1,0 +1,37 @@
+"""Rows of a packed batch that have a target: the others leave before any product."""
+
+import torch
+
+IGNORE_INDEX = -100
+"""Target of a row that is to cost nothing: logprob and entropy 0, gradient exactly zero."""
+
+
+def rows_with_target(targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+    """Return the indices of the rows whose target is not `IGNORE_INDEX`; None stands for every row.
+
+    On CUDA this is one transfer of three numbers to the host: the size of everything that follows
+    depends on the count, and the range check travels along.
+
+    Args:
+        targets_T: int64 or int32 `[T]`, token ids or `IGNORE_INDEX`.
+        vocab_size: number of ids in the whole vocabulary (not of one shard).
+
+    Returns:
+        int64 `[number of rows with a target]`, ascending, or None.
+
+    Raises:
+        ValueError: a target is neither `IGNORE_INDEX` nor in `[0, vocab_size)`.
+    """
+    if targets_T.numel() == 0:
+        return None
+    has_target_T = targets_T != IGNORE_INDEX
+    in_range_T = torch.where(has_target_T, targets_T, 0)
+    count, low, high = torch.stack([has_target_T.sum(), in_range_T.min(), in_range_T.max()]).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"targets: found {low if low < 0 else high}, required 0 <= target < {vocab_size} "
+            f"(the vocabulary) or {IGNORE_INDEX} (skip the row); check that tokenizer and model agree"
+        )
+    if count == targets_T.numel():
+        return None
+    return torch.nonzero_static(has_target_T, size=count).squeeze(1)

@@ -1,0 +1,124 @@
+"""Megatron-core on a machine without CUDA; inert where CUDA is.
+
+Some modules of Megatron-core 0.16 name the device "cuda" outright. Here each of them gets a stand-in
+for its global name `torch` that sends such requests to the CPU. Only Megatron's own modules see the
+stand-in: the torch that the rest of the process uses is untouched, and no operation is slowed down.
+"""
+
+import contextlib
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_MODULES = (
+    "distributed.distributed_data_parallel",
+    "distributed.finalize_model_grads",
+    "distributed.param_and_grad_buffer",
+    "optimizer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.p2p_communication",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.data",
+    "tensor_parallel.layers",
+    "tensor_parallel.mappings",
+    "tensor_parallel.random",
+    "tensor_parallel.utils",
+)
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
+
+
+def is_needed() -> bool:
+    """Return whether this process has no CUDA device, so that Megatron-core needs the stand-in."""
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Let Megatron-core run on the CPU of this process; does nothing on CUDA or when done before."""
+    if not is_needed():
+        return
+    stand_in = _TorchOnCPU()
+    for name in _MODULES:
+        module = importlib.import_module(f"megatron.core.{name}")
+        if isinstance(getattr(module, "torch", None), types.ModuleType):
+            module.torch = stand_in
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Inside, `Tensor.type()` of CPU tensors reports the CUDA name; does nothing on CUDA.
+
+    Megatron-core's optimizers sort parameters by that string, and only while they are built.
+    """
+    if not is_needed():
+        yield
+        return
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_name
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original
+
+
+class _TorchOnCPU:
+    """Everything of `torch`, with requests for a CUDA device answered by the CPU."""
+
+    def __init__(self) -> None:
+        self.cuda = _CudaOnCPU()
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        setattr(self, name, value)
+        return value
+
+
+class _CudaOnCPU:
+    """The part of `torch.cuda` that Megatron-core calls, meaningful or inert on a CPU."""
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def synchronize(*_: Any) -> None:
+        """There is nothing to wait for."""
+
+    @staticmethod
+    def empty_cache() -> None:
+        """There is no cache."""
+
+    manual_seed = staticmethod(torch.manual_seed)
+    get_rng_state = staticmethod(lambda *_: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, *_: torch.set_rng_state(state))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        names_cuda = device is not None and torch.device(device).type == "cuda"
+        if names_cuda:
+            device = "cpu"
+        return factory(*args, device=device, **kwargs)
+
+    return make

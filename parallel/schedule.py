@@ -1,0 +1,141 @@
+"""Micro-batches through a sharded model: one pipeline schedule for every layout and every objective."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from .glm import GLMModel
+from .packing import PackedTokens, TokenShare, pack, share
+from .topology import Topology
+
+Output = TypeVar("Output")
+Step = Callable[[GLMModel, torch.Tensor, int], tuple[torch.Tensor | None, Output]]
+
+
+def run_micro_batches(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[PackedTokens],
+    step: Step,
+    *,
+    topology: Topology,
+    forward_only: bool,
+) -> list[Output]:
+    """Return what `step` gives for each micro-batch, in order, on the last stage; elsewhere nothing.
+
+    Each micro-batch goes forward through all stages and, unless `forward_only`, backward; gradients are
+    summed over micro-batches, over dp and cp, and lie where `optimizer` expects them. A loss is a sum
+    over the rows that this rank holds, already divided by its *global* denominator: nothing is averaged.
+
+    Every rank of the topology calls this with the same kind of work; ranks that share a pipeline or a
+    context-parallel group with the same micro-batches. Data-parallel ranks may have different numbers.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for training or bare.
+        micro_batches: at least one; on the rank's device.
+        step: `(model, hidden_TD, index) -> (loss, output)`, called on the last stage with the last
+            hidden states of micro-batch `index`; the loss is None when `forward_only`.
+        topology: layout and groups.
+        forward_only: no gradients, nothing kept for backward.
+
+    Raises:
+        ValueError: no micro-batch is given.
+    """
+    if not micro_batches:
+        raise ValueError("a schedule needs at least one micro-batch")
+    layout = topology.layout
+    shares = [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp) for packed in micro_batches]
+    shares += _fillers(shares, topology)
+    run = partial(
+        get_forward_backward_func(),
+        forward_step_func=partial(_forward_step, step, len(micro_batches)),
+        data_iterator=[iter(enumerate(shares)) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(shares),
+        seq_length=0,  # stages tell each other the shape of every micro-batch
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    if forward_only:
+        with torch.no_grad():
+            outputs = run(collect_non_loss_data=True)
+    else:
+        outputs = run()
+    return outputs[: len(micro_batches)]
+
+
+def collect_rows(
+    outputs: Sequence[torch.Tensor], micro_batches: Sequence[PackedTokens], *, topology: Topology
+) -> list[torch.Tensor]:
+    """Return per-row results of the last stage as whole streams `[T, …]`, on every rank of the pipeline.
+
+    Args:
+        outputs: fp32 `[T / cp, C]` a micro-batch on the last stage, C the same everywhere; unused elsewhere.
+        micro_batches: the streams.
+        topology: the context-parallel group gathers, the pipeline group broadcasts: one collective each.
+
+    Returns:
+        fp32 `[T, C]` a micro-batch.
+    """
+    cp = topology.layout.cp
+    lengths = [packed.num_tokens for packed in micro_batches]
+    if topology.is_last_stage:
+        local = torch.cat(list(outputs))
+        if cp > 1:
+            gathered = local.new_empty((cp, *local.shape))
+            dist.all_gather_into_tensor(gathered, local.contiguous(), group=topology.cp_group)
+            parts = gathered.split([length // cp for length in lengths], dim=1)
+            local = torch.cat(
+                [
+                    part.flatten(0, 1)[share(packed, cp_rank=0, cp_size=cp).stream_order]
+                    for part, packed in zip(parts, micro_batches, strict=True)
+                ]
+            )
+        num_columns = torch.tensor([local.shape[1]], device=topology.device)
+    else:
+        num_columns = torch.zeros(1, dtype=torch.int64, device=topology.device)
+    if topology.layout.pp > 1:
+        source = topology.last_stage_rank
+        dist.broadcast(num_columns, source, group=topology.pp_group)
+        if not topology.is_last_stage:
+            local = torch.empty(sum(lengths), int(num_columns), device=topology.device)
+        dist.broadcast(local, source, group=topology.pp_group)
+    return list(local.split(lengths))
+
+
+def _forward_step(
+    step: Step, num_real: int, data: Iterator[tuple[int, TokenShare]], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[..., Any]]:
+    index, token_share = next(data)
+    hidden = model(token_share)
+    return hidden, partial(_apply, step, _unwrap(model), index, index < num_real)
+
+
+def _apply(
+    step: Step, model: GLMModel, index: int, is_real: bool, hidden_TD: torch.Tensor, non_loss_data: bool = False
+) -> Any:
+    """Answer Megatron-core's schedule: an output, or (loss, number of tokens it must not divide by, output)."""
+    if not is_real:
+        return None if non_loss_data else (hidden_TD.sum() * 0.0, _no_tokens(hidden_TD), None)
+    loss, output = step(model, hidden_TD, index)
+    return output if non_loss_data else (loss, _no_tokens(hidden_TD), output)
+
+
+def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int, device=tensor.device)
+
+
+def _fillers(shares: list[TokenShare], topology: Topology) -> list[TokenShare]:
+    """Return the empty work that the interleaved schedule needs to reach a multiple of pp."""
+    layout = topology.layout
+    missing = -len(shares) % layout.pp if layout.vpp > 1 else 0
+    token = torch.zeros(1, dtype=torch.int64, device=topology.device)
+    packed = pack([token], multiple=layout.token_multiple)
+    return [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp)] * missing
+
+
+def _unwrap(model: torch.nn.Module) -> GLMModel:
+    return model if isinstance(model, GLMModel) else _unwrap(model.module)

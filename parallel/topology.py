@@ -1,0 +1,156 @@
+"""From a launch (torchrun, a larger stack, or one process) to Megatron-core's process groups."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from . import cpu
+from .layout import Layout
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """This rank's place in the layout, and the groups it talks in."""
+
+    layout: Layout
+    """Sizes of the model axes."""
+    world_size: int
+    """All ranks of the run."""
+    rank: int
+    """This process among them."""
+    dp: int
+    """Data-parallel size: copies of the model."""
+    device: torch.device
+    """Where this rank computes."""
+    tp_group: dist.ProcessGroup
+    """Ranks that share this rank's layers."""
+    pp_group: dist.ProcessGroup
+    """Ranks of this rank's pipeline, first stage first."""
+    cp_group: dist.ProcessGroup
+    """Ranks that share this rank's micro-batches."""
+    dp_group: dist.ProcessGroup
+    """Ranks with the same shard and other micro-batches."""
+    dp_cp_group: dist.ProcessGroup
+    """Ranks whose gradients of this shard are summed."""
+
+    @property
+    def tp_rank(self) -> int:
+        """Position on the tensor-parallel axis."""
+        return self.tp_group.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.pp_group.rank()
+
+    @property
+    def cp_rank(self) -> int:
+        """Position on the context-parallel axis."""
+        return self.cp_group.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """Which copy of the model this rank belongs to."""
+        return self.dp_group.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last layers and the head."""
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.layout.pp - 1)
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this rank speaks to the user: the first of the world."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int = 1234) -> Iterator[Topology]:
+    """Return, as a context manager, this rank's place in `layout`; every rank of the world must enter.
+
+    A world that exists already (a larger stack made it) is used and left alone. Otherwise it is made
+    from torchrun's environment, or of this single process, and torn down at exit. NCCL carries CUDA
+    tensors, gloo CPU tensors.
+
+    Args:
+        layout: sizes of the model axes.
+        timeout_s: seconds after which a collective that some rank never entered fails.
+        seed: seed of Megatron-core's random state, the same on every rank.
+
+    Raises:
+        ValueError: the layout does not divide the world, or another topology is active.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise ValueError("a topology is active already in this process: leave it before entering another")
+    cpu.install()
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
+        _start_world(timeout_s)
+    try:
+        yield _enter(layout, timeout_s, seed)
+        dist.barrier()  # nobody closes a connection that another rank still reads from
+    finally:
+        _leave()
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def _start_world(timeout_s: float) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:
+    dp = layout.dp(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        layout=layout,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        dp=dp,
+        device=torch.device("cuda", torch.cuda.current_device()) if not cpu.is_needed() else torch.device("cpu"),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def _leave() -> None:
+    """Forget Megatron-core's groups, and destroy those that this process is in."""
+    listed = parallel_state._global_process_group_list or []
+    groups = {id(group): group for group in listed if group is not None}
+    parallel_state.destroy_model_parallel()
+    for group in groups.values():
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

@@ -1,0 +1,205 @@
+"""The tensors of a Hugging Face folder, found by their headers and read by the slice.
+
+Nothing is mapped or kept open: a slice is read straight into the tensor that will hold it, so the memory in use
+is that tensor alone. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
+"""
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from .model_folder import ModelFolderError, plain_file, read_json
+from .safetensors_header import FLOAT_DTYPES, read_header
+
+_FORMS = ("model.safetensors", "pytorch_model.bin")
+"""Single-file names in order of preference, each of which may be split with an `.index.json`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file, not yet read."""
+
+    path: Path
+    """The file."""
+    name: str
+    """Its name in the file."""
+    dtype: torch.dtype | None
+    """Its type, `None` where it is none of the floating-point types of weights."""
+    dtype_name: str
+    """The type as the file calls it."""
+    shape: tuple[int, ...]
+    """Row-major dimensions."""
+    offset: int | None
+    """First byte in the file; `None` in a pickled file, which torch must open."""
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a folder by name, from headers alone.
+
+    `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index.
+
+    Raises:
+        ModelFolderError: there are no weights, a file is missing, damaged or unsafe, or the index and the files
+            disagree.
+    """
+    for single in _FORMS:
+        if os.path.lexists(folder / single):
+            return _list_file(plain_file(folder, single))
+        if os.path.lexists(folder / f"{single}.index.json"):
+            return _list_indexed(folder, f"{single}.index.json")
+    expected = ", ".join(f"{single} or {single}.index.json" for single in _FORMS)
+    raise ModelFolderError(f"{folder} has no weights; {expected} is required")
+
+
+def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
+    index = plain_file(folder, index_name)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFolderError(f"{index} has no weight_map; an object of tensor name to file is required")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ModelFolderError(f"{index}: the file of {name!r} is {file!r}; a file name is required")
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, stored in _list_file(plain_file(folder, file)).items():
+            if weight_map.get(name) != file:
+                listed = weight_map.get(name, "no file")
+                raise ModelFolderError(f"{folder / file} holds the tensor {name!r}, {index} gives {listed} for it")
+            tensors[name] = stored
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ModelFolderError(f"{index} gives {file} for the tensor {name!r}, which is not in it")
+    return tensors
+
+
+def _list_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        return {
+            name: StoredTensor(
+                path=path,
+                name=name,
+                dtype=FLOAT_DTYPES.get(entry.dtype),
+                dtype_name=entry.dtype,
+                shape=entry.shape,
+                offset=entry.offset,
+            )
+            for name, entry in read_header(path).items()
+        }
+    if path.suffix != ".bin":
+        raise ModelFolderError(f"{path} is neither a .safetensors nor a .bin file")
+    return {
+        name: StoredTensor(
+            path=path,
+            name=name,
+            dtype=tensor.dtype if tensor.dtype in FLOAT_DTYPES.values() else None,
+            dtype_name=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            offset=None,
+        )
+        for name, tensor in _map_pickled(path).items()
+    }
+
+
+def _map_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file of `torch.save`, mapped and not read; no code in it is run."""
+    if not zipfile.is_zipfile(path):
+        raise ModelFolderError(
+            f"{path} is truncated or in torch's format of before 1.6; load it with torch and save it again"
+        )
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ModelFolderError(f"{path} is compressed ({record.filename}); save it again with torch.save")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ModelFolderError(
+            f"{path} holds something other than tensors, which is not loaded because it could run code; "
+            "save the bare state_dict, best as safetensors"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelFolderError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path} holds a {type(content).__name__}; a state_dict is required")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ModelFolderError(f"{path} holds {type(tensor).__name__} under {name!r}; tensors are required")
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise ModelFolderError(f"{path} holds {name!r} with gaps; save it again after .contiguous()")
+    return content
+
+
+def read_slice(stored: StoredTensor, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+    """Fill `out` with rows (dim 0) or columns (dim 1) of a stored tensor, cast to its type.
+
+    Args:
+        stored: a tensor of one or two dimensions.
+        dim: which dimension is cut.
+        start: first index.
+        stop: index behind the last.
+        out: CPU tensor of the slice's shape; may be a view.
+
+    Raises:
+        ModelFolderError: the file has become shorter since its header was read, or a value does not fit the type.
+    """
+    if stored.offset is None:
+        piece = _map_pickled(stored.path)[stored.name].narrow(dim, start, stop - start)
+        copy_checked(out, piece, stored.name)
+    elif out.dtype == stored.dtype and out.is_contiguous():
+        _read_into(stored, dim, start, stop, out)
+    else:
+        piece = torch.empty(out.shape, dtype=stored.dtype)
+        _read_into(stored, dim, start, stop, piece)
+        copy_checked(out, piece, stored.name)
+
+
+def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:
+    """Copy `values` to `out`, cast; a finite value must not become infinite.
+
+    Raises:
+        ValueError: a value is beyond the range of `out.dtype`.
+    """
+    out.copy_(values.detach())
+    if torch.finfo(out.dtype).max < torch.finfo(values.dtype).max:
+        num_lost = int(torch.isfinite(values).sum()) - int(torch.isfinite(out).sum())
+        if num_lost:
+            raise ValueError(
+                f"{num_lost} values of {name} do not fit {out.dtype}; choose bfloat16 or float32 instead"
+            )
+
+
+def _read_into(stored: StoredTensor, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+    row_bytes = prod(stored.shape[1:]) * out.element_size()
+    with stored.path.open("rb", buffering=0) as file:
+        if dim == 0:
+            _read_all(file.fileno(), stored, stored.offset + start * row_bytes, _bytes_of(out))
+            return
+        _prefetch(file.fileno(), stored.offset, stored.shape[0] * row_bytes)
+        column_bytes = row_bytes // stored.shape[1]
+        for row in range(stored.shape[0]):
+            position = stored.offset + row * row_bytes + start * column_bytes
+            _read_all(file.fileno(), stored, position, _bytes_of(out[row]))
+
+
+def _prefetch(file: int, position: int, num_bytes: int) -> None:
+    """Ask for the whole tensor at once: short strided reads alone would wait for the disk at every row."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, position, num_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+
+
+def _read_all(file: int, stored: StoredTensor, position: int, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):  # one call reads 2 GB at most
+        count = os.preadv(file, [buffer[done:]], position + done)
+        if count == 0:
+            raise ModelFolderError(f"{stored.path} was cut short while {stored.name} was read")
+        done += count

@@ -1,0 +1,115 @@
+"""Values for a sharded model's weights: from a Hugging Face folder, or at random."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .agreement import agreed
+from .glm import GLMModel
+from .hf_import import iterate_shard
+from .names import names_within, weights_of
+from .sharding import Piece, read_shard, shards_of
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 1234) -> tuple[str, ...]:
+    """Fill this rank's chunks from a Hugging Face folder, reading only their slices.
+
+    Every rank of the topology calls this; a fault on one is raised on all.
+
+    Args:
+        chunks: as `build_model` gives them.
+        folder: Hugging Face folder of the model's family.
+        seed: of a scalar head that the folder does not hold; every rank draws the same.
+
+    Returns:
+        Our names of the weights that were created because the folder has none: only of a scalar head.
+
+    Raises:
+        ModelFolderError: the folder is damaged or of another model; a ValueError.
+    """
+    created: list[str] = []
+    with agreed(f"loading {folder}"):
+        for chunk in chunks:
+            parameters = dict(chunk.named_weights())
+            topology = chunk.topology
+            stream = iterate_shard(
+                folder,
+                chunk.glm,
+                tp_rank=topology.tp_rank,
+                tp_size=topology.layout.tp,
+                dtype=chunk.config.params_dtype,
+                **_part(chunk),
+            )
+            for name, tensor in stream:
+                parameters.pop(name).copy_(tensor)
+            for name in stream.missing:
+                _create_head(name, parameters.pop(name), seed)
+                created.append(name)
+            assert not parameters, f"not filled: {sorted(parameters)}"
+    return tuple(created)
+
+
+@torch.no_grad()
+def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
+    """Fill this rank's chunks at random, with values that depend on the seed but not on the layout.
+
+    Matrices are normal with the config's standard deviation, norms one, biases zero. Nothing is
+    communicated: each rank draws whole tensors, one at a time, and keeps its part.
+    """
+    for chunk in chunks:
+        glm, topology = chunk.glm, chunk.topology
+        parameters = dict(chunk.named_weights())
+        for weight in weights_of(glm, **_part(chunk)):
+            for shard in shards_of(weight, glm, tp_rank=topology.tp_rank, tp_size=topology.layout.tp):
+                parameter = parameters.pop(shard.ours)
+                if weight.place == "value_head":
+                    _create_head(shard.ours, parameter, seed)
+                else:
+                    draw = _drawing(names_within(weight, glm), glm.init_std, seed)
+                    parameter.copy_(read_shard(shard, draw, dtype=torch.float32))
+        assert not parameters, f"not filled: {sorted(parameters)}"
+
+
+def _part(chunk: GLMModel) -> dict[str, Any]:
+    """Return which part of the whole model a chunk is, as the tables of names want it."""
+    return {
+        "layers": range(chunk.first_layer, chunk.first_layer + len(chunk.decoder.layers)),
+        "has_embedding": chunk.pre_process,
+        "has_head": chunk.post_process,
+        "role": "policy" if chunk.role == "reference" else chunk.role,
+    }
+
+
+def _drawing(
+    shapes: dict[str, tuple[int, ...]], std: float, seed: int
+) -> Callable[[Piece, torch.Tensor], None]:
+    """Return what fills a shard's pieces: each of their tensors has random numbers of its own."""
+
+    def draw(piece: Piece, out: torch.Tensor) -> None:
+        shape = shapes[piece.name]
+        if len(shape) == 1:
+            out.fill_(0.0 if piece.name.endswith("bias") else 1.0)
+            return
+        whole = torch.empty(shape).normal_(0.0, std, generator=_generator(piece.name, seed))
+        out.copy_(whole.narrow(piece.dim, piece.start, piece.length))
+
+    return draw
+
+
+def _create_head(name: str, parameter: torch.Tensor, seed: int) -> None:
+    """Draw a scalar head so small that first scores are near zero: normal, standard deviation 1/(D + 1)."""
+    if name.endswith("bias"):
+        parameter.zero_()
+        return
+    values = torch.empty(parameter.shape).normal_(
+        0.0, 1.0 / (parameter.shape[-1] + 1), generator=_generator(name, seed)
+    )
+    parameter.copy_(values)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
