@@ -55,7 +55,7 @@ def load_config(
         try:
             sections[section] = factory(**values)
         except ValidationError as error:
-            problems += _problems(error, section, keys, given)
+            problems += dict.fromkeys(_problems(error, section, keys, given))  # a list's items: once
     if problems:
         raise ConfigError("; ".join(problems))
     try:
@@ -128,7 +128,7 @@ def _problems(
             yield _reason(detail)
             continue
         path = f"{section}.{location[0]}"
-        if kind == "missing":
+        if kind == "missing" and len(location) == 1:
             in_file = f"{location[0]}: below {section}: in the file"
             yield f"{path} is required: add {path}=… to the command line, or {in_file}"
             continue

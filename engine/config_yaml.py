@@ -43,7 +43,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 _NUMBER = re.compile(
-    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
 _SCALARS = (
     ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -74,8 +75,8 @@ def read_file(path: str | Path) -> list[Given]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         return list(_entries(loader, loader.get_single_node(), str(path)))
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(error, str(path))) from None
@@ -83,8 +84,6 @@ def read_file(path: str | Path) -> list[Given]:
         raise ConfigError(f"{path} nests too deeply: a config has sections of keys") from None
     except ValueError as error:  # a value that does not fit the tag before it
         raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def read_value(text: str) -> object:

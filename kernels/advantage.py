@@ -4,12 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import check_mask, check_range, check_vectors
-from .kl import token_kl
-from .launch import CompileCase, uses_triton
-from .reference import advantage as reference
-from .reference.advantage import Advantages
-from .reference.kl import check_kl_estimator
+from glm_rlhf.kernels.arguments import check_cu_seqlens, check_mask, check_range, check_vectors
+from glm_rlhf.kernels.kl import token_kl
+from glm_rlhf.kernels.launch import CompileCase, uses_triton
+from glm_rlhf.kernels.reference import advantage as reference
+from glm_rlhf.kernels.reference.advantage import Advantages
+from glm_rlhf.kernels.reference.kl import check_kl_estimator
 
 
 def ppo_advantages(
@@ -47,7 +47,8 @@ def ppo_advantages(
             i.e. before it is produced (the critic's output at position t - 1), aligned with logprobs_T.
         rewards_B: [B] float, reward of the whole sequence; it lands on the last action token. A sequence
             without action tokens has nowhere to put it: its count in the whitening sums is zero.
-        cu_seqlens: [B + 1] int32, first token of each sequence, then T. Sequences may be empty.
+        cu_seqlens: [B + 1] int32, first token of each sequence, then T. Sequences may be empty. Outputs
+            exist for tokens of sequences alone: on a GPU it is the caller who sees to it that the last is T.
         action_mask_T: [T] bool, True where the policy chose the token. What the other inputs hold at
             masked tokens is never used; rewards there are not counted.
         kl_coef: weight of the KL penalty, ≥ 0.
@@ -78,6 +79,7 @@ def ppo_advantages(
         token_rewards_T=(token_rewards_T, num_tokens),
         bootstrap_B=(bootstrap_B, num_sequences),
     )
+    check_cu_seqlens(cu_seqlens, num_tokens)
     check_mask("action_mask_T", action_mask_T)
     check_range("kl_coef", kl_coef, 0.0, float("inf"))
     check_range("gamma", gamma, 0.0, 1.0)
@@ -150,9 +152,7 @@ def _launch(
     bootstrap_B: torch.Tensor | None,
 ) -> Advantages:
     num_tokens, num_sequences = logprobs_T.numel(), rewards_B.numel()
-    outputs_4T = [
-        torch.empty(num_tokens, dtype=torch.float32, device=logprobs_T.device) for _ in range(4)
-    ]
+    outputs_4T = [torch.empty(num_tokens, dtype=torch.float32, device=logprobs_T.device) for _ in range(4)]
     sums_B3 = torch.empty(num_sequences, 3, dtype=torch.float64, device=logprobs_T.device)
     if num_sequences > 0:
         block, num_warps = _tile(num_tokens, num_sequences)
@@ -167,7 +167,7 @@ def _launch(
             action_mask_T.contiguous().view(torch.uint8),
             *outputs_4T,
             sums_B3,
-            kl_coef,
+            float(kl_coef),
             *_two_floats(gamma),
             *_two_floats(gamma * lam),
             HAS_TOKEN_REWARDS=token_rewards_T is not None,
@@ -187,13 +187,14 @@ def _launch(
 
 
 def _tile(num_tokens: int, num_sequences: int) -> tuple[int, int]:
-    """Return (tokens per block, warps): one block spans a sequence of mean length, up to 4096 tokens.
+    """Return (tokens per block, warps): one block spans a sequence of mean length, up to 2048 tokens.
 
-    The mean is known without asking the device; a longer sequence is walked in several blocks. 4096 tokens
-    at 512 threads are 8 a thread, which keeps the fp64 scan's state in registers.
+    The mean is known without asking the device; a longer sequence is walked in several blocks. Four tokens
+    a thread are one 16-byte vector; at 2048 tokens the fp64 scan's state still fits the registers.
     """
-    block = min(max(triton.next_power_of_2(triton.cdiv(num_tokens, num_sequences)), 128), 4096)
-    return block, min(max(block // 256, 1), 16)
+    mean_length = triton.cdiv(num_tokens, num_sequences)
+    block = min(max(triton.next_power_of_2(mean_length + 16), 128), 2048)
+    return block, block // 128
 
 
 def _two_floats(number: float) -> tuple[float, float]:
@@ -227,19 +228,14 @@ def _ppo_advantages_fwd_kernel(
     KL_ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per sequence walks its blocks from the last to the first, carrying A and the next action."""
+    """One program per sequence walks its blocks from last to first, carrying A and the next action."""
     sequence = tl.program_id(0).to(tl.int64)
     begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + sequence + 1) - begin).to(tl.int32)
-    logprobs_ptr += begin
-    ref_logprobs_ptr += begin
-    values_ptr += begin
-    token_rewards_ptr += begin
-    action_mask_ptr += begin
-    advantages_ptr += begin
-    returns_ptr += begin
-    shaped_ptr += begin
-    kl_ptr += begin
+    # Positions count from a multiple of 16 tokens at or before the sequence, so that the blocks within it
+    # are read and written in vectors and a thread's tokens are neighbours, which the scans want.
+    base = tl.multiple_of(begin // 16 * 16, 16)
+    first = (begin - base).to(tl.int32)
+    end = (tl.load(cu_seqlens_ptr + sequence + 1) - base).to(tl.int32)
     zero = tl.zeros((), dtype=tl.float64)
     gamma = zero + gamma_high + gamma_low
     decay = zero + decay_high + decay_low
@@ -247,56 +243,56 @@ def _ppo_advantages_fwd_kernel(
     if HAS_BOOTSTRAP:
         bootstrap = tl.load(bootstrap_ptr + sequence).to(tl.float32)
 
-    # State of the blocks already done: A of their first action token and where it stands (length: nowhere).
+    # State of the blocks already done: A of their first action token and where it stands (end: nowhere).
     later_advantage = zero
-    later_action = length
+    later_action = end
     count = zero
     total = zero
     total_of_squares = zero
-    num_blocks = tl.cdiv(length, BLOCK)
+    num_blocks = tl.where(end > first, tl.cdiv(end, BLOCK), 0)
     for done in range(0, num_blocks):
         start = (num_blocks - 1 - done) * BLOCK
         position = start + tl.arange(0, BLOCK)
-        is_inside = position < length
-        is_action = tl.load(action_mask_ptr + position, mask=is_inside, other=0) != 0
+        is_inside = (position >= first) & (position < end)
+        is_full = (start >= first) & (start + BLOCK <= end)
+        is_action = is_inside & (_load(action_mask_ptr + base, position, is_inside, is_full) != 0)
 
         # The action token after each position: the nearest one found by a scan over the mask, read one
         # token ahead, or else the first of the blocks done.
-        is_next = tl.load(action_mask_ptr + position + 1, mask=position + 1 < length, other=0) != 0
-        next_action = tl.associative_scan(
-            tl.where(is_next, position + 1, length), 0, _nearest, reverse=True
-        )
+        is_next = is_inside & (position + 1 < end)
+        is_next &= tl.load(action_mask_ptr + base + position + 1, mask=is_next, other=0) != 0
+        next_action = tl.associative_scan(tl.where(is_next, position + 1, end), 0, _nearest, reverse=True)
         next_action = tl.minimum(next_action, later_action)
-        is_last = is_action & (next_action == length)
+        is_last = is_action & (next_action == end)
 
         # Each output is stored as soon as it is known: what stays alive over the second scan costs registers.
-        logprob = tl.load(logprobs_ptr + position, mask=is_inside, other=0.0).to(tl.float32)
-        ref_logprob = tl.load(ref_logprobs_ptr + position, mask=is_inside, other=0.0).to(tl.float32)
+        logprob = _load(logprobs_ptr + base, position, is_inside, is_full).to(tl.float32)
+        ref_logprob = _load(ref_logprobs_ptr + base, position, is_inside, is_full).to(tl.float32)
         kl = token_kl(logprob - ref_logprob, KL_ESTIMATOR)
-        tl.store(kl_ptr + position, tl.where(is_action, kl, 0.0), mask=is_inside)
+        _store(kl_ptr + base, position, tl.where(is_action, kl, 0.0), is_inside, is_full)
         reward = -kl_coef * kl
         if HAS_TOKEN_REWARDS:
-            reward += tl.load(token_rewards_ptr + position, mask=is_inside, other=0.0).to(tl.float32)
+            reward += _load(token_rewards_ptr + base, position, is_inside, is_full).to(tl.float32)
         reward = tl.where(is_last, reward + terminal_reward, reward)
-        tl.store(shaped_ptr + position, tl.where(is_action, reward, 0.0), mask=is_inside)
+        _store(shaped_ptr + base, position, tl.where(is_action, reward, 0.0), is_inside, is_full)
 
-        value = tl.load(values_ptr + position, mask=is_inside, other=0.0).to(tl.float32)
-        has_next = is_action & (next_action < length)
-        next_value = tl.load(values_ptr + next_action, mask=has_next, other=0.0).to(tl.float32)
+        value = _load(values_ptr + base, position, is_inside, is_full).to(tl.float32)
+        has_next = is_action & (next_action < end)
+        next_value = tl.load(values_ptr + base + next_action, mask=has_next, other=0.0).to(tl.float32)
         if HAS_BOOTSTRAP:
             next_value = tl.where(is_last, bootstrap, next_value)
-        delta = reward.to(tl.float64) + gamma * next_value - value
         # A masked token is the identity of the recurrence: the carry passes through it.
-        delta = tl.where(is_action, delta, 0.0)
+        delta = tl.where(is_action, reward.to(tl.float64) + gamma * next_value - value, 0.0)
         factor = tl.where(is_action, decay, 1.0)
         factor, advantage = tl.associative_scan((factor, delta), 0, _linear, reverse=True)
         advantage += factor * later_advantage
         later_advantage = tl.sum(tl.where(position == start, advantage, 0.0))
-        later_action = tl.minimum(later_action, tl.min(tl.where(is_action, position, length)))
+        later_action = tl.minimum(later_action, tl.min(tl.where(is_action, position, end)))
 
         advantage = tl.where(is_action, advantage, 0.0)
-        tl.store(advantages_ptr + position, advantage.to(tl.float32), mask=is_inside)
-        tl.store(returns_ptr + position, (advantage + value).to(tl.float32), mask=is_inside)
+        returned = tl.where(is_action, advantage + value, 0.0)
+        _store(advantages_ptr + base, position, advantage.to(tl.float32), is_inside, is_full)
+        _store(returns_ptr + base, position, returned.to(tl.float32), is_inside, is_full)
         count += tl.sum(is_action.to(tl.float64))
         total += tl.sum(advantage)
         total_of_squares += tl.sum(advantage * advantage)
@@ -304,6 +300,24 @@ def _ppo_advantages_fwd_kernel(
     tl.store(sums_ptr + sequence * 3, count)
     tl.store(sums_ptr + sequence * 3 + 1, total)
     tl.store(sums_ptr + sequence * 3 + 2, total_of_squares)
+
+
+@triton.jit
+def _load(pointer, position, is_inside, is_full):
+    # A mask that may end anywhere forbids vectors, so a block within the sequence is read without one.
+    if is_full:
+        loaded = tl.load(pointer + position)
+    else:
+        loaded = tl.load(pointer + position, mask=is_inside, other=0)
+    return loaded
+
+
+@triton.jit
+def _store(pointer, position, stored, is_inside, is_full):
+    if is_full:
+        tl.store(pointer + position, stored)
+    else:
+        tl.store(pointer + position, stored, mask=is_inside)
 
 
 @triton.jit
@@ -319,7 +333,7 @@ def _linear(later_factor, later_advantage, factor, delta):
 def compile_cases() -> list[CompileCase]:
     """Return the kernel at 64 sequences of 8192 tokens and at many short ones; model shapes do not enter."""
     cases = []
-    for shape, block, num_warps in (("64x8192", 4096, 16), ("4096x128", 128, 1)):
+    for shape, block, num_warps in (("64x8192", 2048, 16), ("4096x128", 256, 2)):
         pointers = dict.fromkeys(("logprobs_ptr", "ref_logprobs_ptr", "values_ptr", "rewards_ptr"), "*fp32")
         pointers |= {"token_rewards_ptr": "*fp32", "bootstrap_ptr": "*fp32"}
         pointers |= {"cu_seqlens_ptr": "*i32", "action_mask_ptr": "*u8"}

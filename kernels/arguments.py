@@ -20,17 +20,27 @@ def check_vectors(**required: tuple[torch.Tensor | None, int]) -> None:
         device = tensor.device
 
 
-def check_floating(**tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless each named tensor, if given, has a floating dtype."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, required is a floating dtype")
-
-
 def check_mask(name: str, mask: torch.Tensor) -> None:
     """Raise ValueError unless `mask` is bool."""
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} is {mask.dtype}, required is torch.bool (True = trained on)")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
+    """Raise ValueError unless `cu_seqlens` is int32 and, on the host, ascends from 0 to `num_tokens`.
+
+    On a GPU the offsets are not read, since that would make the host wait for the device.
+    """
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, required is torch.int32")
+    if cu_seqlens.device.type != "cpu":
+        return
+    ascends = cu_seqlens[0] == 0 and cu_seqlens[-1] == num_tokens and bool((cu_seqlens.diff() >= 0).all())
+    if not ascends:
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens[:8].tolist()}{' and so on' if cu_seqlens.numel() > 8 else ''}, "
+            f"required are offsets that never descend, from 0 to the {num_tokens} tokens given"
+        )
 
 
 def check_range(name: str, number: float, low: float, high: float) -> None:

@@ -1,6 +1,6 @@
-"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU, with its registers, spills and shared memory.
+"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU and tabulates what each needs.
 
-    python -m glm_rlhf.kernels.compile_ahead --out kernels_aot.md --json kernels_aot.json
+python -m glm_rlhf.kernels.compile_ahead --out kernels_aot.md --json kernels_aot.json
 """
 
 import argparse
@@ -23,9 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import CompileCase, is_interpreting
+from glm_rlhf.kernels.launch import CompileCase, is_interpreting
 
-CAPABILITIES = (80, 90, 100)
+# Compute capability → shared memory that one block may have, in bytes (CUDA's table of capabilities).
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+CAPABILITIES = tuple(SHARED_LIMIT_BYTES)
 
 # Contraction of a · b + c into one instruction: Triton's default, pinned here because Triton 3.10 changes it.
 FP_FUSION = True
@@ -52,12 +54,14 @@ class CompiledCase:
     shared_bytes: int = 0
     """Shared memory of a block."""
     compile_s: float = 0.0
+    notes: str = ""
+    """Where the case is launched, if not everywhere."""
     error: str = ""
     """Empty when the case compiled."""
 
 
 def collect_cases() -> list[CompileCase]:
-    """Return the cases of every module of `glm_rlhf.kernels` that has `compile_cases`, sorted by name.
+    """Return the cases of every module of `glm_rlhf.kernels` that defines `compile_cases`, sorted by name.
 
     Raises:
         ValueError: two cases have the same name.
@@ -68,8 +72,9 @@ def collect_cases() -> list[CompileCase]:
         if module_info.name == Path(__file__).stem:
             continue
         module = importlib.import_module(f"{__package__}.{module_info.name}")
-        if hasattr(module, "compile_cases"):
-            cases.extend(module.compile_cases())
+        compile_cases = getattr(module, "compile_cases", None)
+        if compile_cases is not None and compile_cases.__module__ == module.__name__:
+            cases.extend(compile_cases())
     names = [case.name for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -91,6 +96,7 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
         "is_hot": case.is_hot,
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
+        "notes": case.notes,
     }
     started = time.perf_counter()
     log = io.StringIO()
@@ -129,20 +135,23 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
     )
 
 
+def is_launchable(result: CompiledCase) -> bool:
+    """Return whether the case compiled and, if it is hot, neither spills nor wants too much shared memory."""
+    fits = result.shared_bytes <= SHARED_LIMIT_BYTES[result.capability]
+    return not result.error and (not result.is_hot or (fits and result.spill_bytes == 0))
+
+
 def _ordered_signature(case: CompileCase) -> dict[str, str]:
-    given, required = set(case.signature), set(case.kernel.arg_names)
+    types = dict.fromkeys(case.constexprs, "constexpr") | case.signature
+    given, required = set(types), set(case.kernel.arg_names)
     if given != required:
-        raise ValueError(
-            f"{case.name}: signature lacks {sorted(required - given)} or has unknown {sorted(given - required)}"
-        )
-    return {name: case.signature[name] for name in case.kernel.arg_names}
+        raise ValueError(f"arguments missing {sorted(required - given)}, unknown {sorted(given - required)}")
+    return {name: types[name] for name in case.kernel.arg_names}
 
 
 def _assembler_resources(log: str) -> dict[str, int]:
     registers = re.findall(r"Used (\d+) registers", log)
-    frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
-    )
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not registers or not frames:
         raise ValueError(f"the assembler's log names no registers: {log[:200]!r}")
     return {
@@ -161,23 +170,24 @@ def as_markdown(compiled: Iterable[CompiledCase], *, date: str) -> str:
     lines = [
         "# Kernels compiled ahead of time",
         "",
-        f"{date}. Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"fp fusion {'on' if FP_FUSION else 'off'}. Compiled without a GPU: nothing here was timed.",
+        f"{date}. Triton {triton.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, fp fusion {'on' if FP_FUSION else 'off'}. "
+        "Compiled without a GPU: nothing here was timed.",
         "",
-        "Each cell: registers a thread / spilled bytes a thread / shared memory of a block in bytes. "
-        "Hot kernels must not spill.",
+        "Each cell: registers a thread / spilled bytes a thread (stored and loaded) / shared memory of a "
+        "block in bytes. Hot kernels must not spill on any target; a note says where a case is launched.",
         "",
         "| Kernel / shape / dtype | hot | warps | stages | "
         + " | ".join(f"sm_{capability}" for capability in capabilities)
-        + " |",
-        "|---|---|---|---|" + "---|" * len(capabilities),
+        + " | Note |",
+        "|---|---|---|---|" + "---|" * len(capabilities) + "---|",
     ]
     for name, row in sorted(results.items()):
         any_case = next(iter(row.values()))
         cells = [_cell(row.get(capability)) for capability in capabilities]
         lines.append(
             f"| {name} | {'yes' if any_case.is_hot else 'no'} | {any_case.num_warps} | "
-            f"{any_case.num_stages} | {' | '.join(cells)} |"
+            f"{any_case.num_stages} | {' | '.join(cells)} | {any_case.notes} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -191,13 +201,20 @@ def _cell(result: CompiledCase | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, write the reports and return the exit status: 1 if a case failed or a hot one spilled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Compile, write the reports and return the exit status: 1 if a case is not launchable, or none ran."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="write the Markdown table here")
     parser.add_argument("--json", type=Path, help="write the figures as JSON here")
     parser.add_argument("--only", default="", help="compile only the cases whose name contains this")
     parser.add_argument(
-        "--capability", type=int, nargs="+", default=CAPABILITIES, help="targets, by default 80 90 100"
+        "--capability",
+        type=int,
+        nargs="+",
+        choices=CAPABILITIES,
+        default=CAPABILITIES,
+        help="targets, by default all",
     )
     options = parser.parse_args(arguments)
     if is_interpreting():
@@ -214,9 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         options.out.write_text(as_markdown(compiled, date=date), encoding="utf-8")
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(result) for result in compiled], indent=1), encoding="utf-8")
-    is_bad = any(result.error or (result.is_hot and result.spill_bytes) for result in compiled)
-    return 1 if is_bad or not compiled else 0
+        options.json.write_text(
+            json.dumps([asdict(result) for result in compiled], indent=1), encoding="utf-8"
+        )
+    return 0 if compiled and all(is_launchable(result) for result in compiled) else 1
 
 
 if __name__ == "__main__":

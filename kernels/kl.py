@@ -3,18 +3,16 @@
 import triton
 import triton.language as tl
 
-from .reference.kl import KL_ESTIMATORS
-
 # Below this |log-ratio|, exp(-d) - 1 + d loses its digits in fp32 (at 1e-6 all of them): the series of ten
 # terms is exact to fp32 there, and the first steps of PPO live there.
 SERIES_BELOW = tl.constexpr(0.5)
 
 
 @triton.jit
-def token_kl(log_ratio, ESTIMATOR: tl.constexpr):
+def token_kl(log_ratio: tl.tensor, ESTIMATOR: tl.constexpr) -> tl.tensor:
     """Return the estimate of KL(policy ‖ reference) from log_ratio = log policy - log reference, in fp32.
 
-    k1: d; k2: d² / 2; k3: exp(-d) - 1 + d.
+    k1: d; k2: d² / 2; k3: exp(-d) - 1 + d, see `reference.kl.token_kl`.
     """
     if ESTIMATOR == "k1":
         return log_ratio
@@ -25,7 +23,7 @@ def token_kl(log_ratio, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def token_kl_slope(log_ratio, ESTIMATOR: tl.constexpr):
+def token_kl_slope(log_ratio: tl.tensor, ESTIMATOR: tl.constexpr) -> tl.tensor:
     """Return d(token_kl) / d(log_ratio) in fp32. k1: 1; k2: d; k3: 1 - exp(-d)."""
     if ESTIMATOR == "k1":
         return log_ratio * 0.0 + 1.0  # NaN stays NaN
@@ -48,6 +46,3 @@ def _k3(d):
     series = 1.0 / 6.0 - d * series
     series = 0.5 - d * series
     return tl.where(tl.abs(d) < SERIES_BELOW, d * d * series, tl.exp(-d) - 1.0 + d)
-
-
-__all__ = ["KL_ESTIMATORS", "token_kl", "token_kl_slope"]

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from glm_rlhf.kernels import vocab_head
 from glm_rlhf.kernels.reference import linear_logprob as reference
-from glm_rlhf.kernels.softmax_statistics import SoftmaxStatistics
+from glm_rlhf.kernels.softmax_statistics import RowDistribution, SoftmaxStatistics
 from glm_rlhf.kernels.targets import IGNORE_INDEX, rows_with_target
 
 __all__ = ["IGNORE_INDEX", "linear_logprob", "shard_gradients", "shard_statistics", "sharded_linear_logprob"]
@@ -95,7 +96,8 @@ def shard_statistics(
 
     Every row takes part: the caller has removed those with `IGNORE_INDEX`. Not differentiable.
     """
-    return reference.shard_statistics(
+    head = vocab_head if vocab_head.is_supported(hidden_TD) else reference
+    return head.shard_statistics(
         hidden_TD, weight_VD, targets_T, vocab_offset=vocab_offset, temperature=temperature
     )
 
@@ -104,8 +106,7 @@ def shard_gradients(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
     targets_T: torch.Tensor,
-    lse_T: torch.Tensor,
-    entropy_T: torch.Tensor,
+    distribution: RowDistribution,
     dlogprob_T: torch.Tensor | None,
     dentropy_T: torch.Tensor | None,
     *,
@@ -117,8 +118,7 @@ def shard_gradients(
     """Return `(dhidden_TD, dweight_VD)`: this shard's contributions, logits computed again.
 
     Args:
-        lse_T: float32 `[T]`, log-sum-exp of the tempered logits over the whole vocabulary.
-        entropy_T: float32 `[T]`, entropy over the whole vocabulary.
+        distribution: of the tempered logits over the whole vocabulary, float32 `[T]` each.
         dlogprob_T, dentropy_T: float32 `[T]`, upstream gradients; None stands for zero.
         wants_hidden, wants_weight: which of the two products to take.
 
@@ -126,12 +126,12 @@ def shard_gradients(
         `dhidden_TD` float32, summed over this shard's columns only, and `dweight_VD` in the weight's dtype,
         accumulated in float32.
     """
-    return reference.shard_gradients(
+    head = vocab_head if vocab_head.is_supported(hidden_TD) else reference
+    return head.shard_gradients(
         hidden_TD,
         weight_VD,
         targets_T,
-        lse_T,
-        entropy_T,
+        distribution,
         dlogprob_T,
         dentropy_T,
         vocab_offset=vocab_offset,
@@ -186,14 +186,14 @@ class _LinearLogprob(torch.autograd.Function):
         )
         if reduce_statistics is not None:
             statistics = reduce_statistics(statistics)
-        logprobs_T, entropy_T, lse_T = statistics.logprob_entropy_lse()
+        logprobs_T, distribution = statistics.logprob()
         # The entropy is kept apart from the returned tensor: a caller may change that one in place.
-        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, rows, lse_T, entropy_T)
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, rows, *distribution)
         ctx.temperature, ctx.vocab_offset = temperature, vocab_offset
         ctx.reduce_hidden_gradient = reduce_hidden_gradient
         ctx.set_materialize_grads(False)
         num_rows = targets_T.shape[0]
-        return _spread(logprobs_T, rows, num_rows), _spread(entropy_T.clone(), rows, num_rows)
+        return _spread(logprobs_T, rows, num_rows), _spread(distribution.entropy_T.clone(), rows, num_rows)
 
     @staticmethod
     def backward(
@@ -201,19 +201,22 @@ class _LinearLogprob(torch.autograd.Function):
         dlogprobs_T: torch.Tensor | None,
         dentropy_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, weight_VD, targets_T, rows, lse_T, entropy_T = ctx.saved_tensors
+        hidden_TD, weight_VD, targets_T, rows, *saved = ctx.saved_tensors
+        distribution = RowDistribution(*saved)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         if dlogprobs_T is None and dentropy_T is None:
             return (None,) * 8
-        upstream = [None if g is None else _take(g, rows).to(lse_T.dtype) for g in (dlogprobs_T, dentropy_T)]
+        upstream = [
+            None if g is None else _take(g, rows).to(distribution.max_T.dtype)
+            for g in (dlogprobs_T, dentropy_T)
+        ]
         live = _rows_with_gradient(*upstream)
         kept = live if rows is None else _take(rows, live)
         dhidden_TD, dweight_VD = shard_gradients(
             _take(hidden_TD, kept),
             weight_VD,
             _take(targets_T, kept),
-            _take(lse_T, live),
-            _take(entropy_T, live),
+            distribution.taken(live),
             *(None if g is None else _take(g, live) for g in upstream),
             vocab_offset=ctx.vocab_offset,
             temperature=ctx.temperature,
@@ -224,7 +227,9 @@ class _LinearLogprob(torch.autograd.Function):
             if ctx.reduce_hidden_gradient is not None:
                 # The size that is reduced depends on the targets alone, so that ranks whose gradients
                 # differ in the last bit (one rounds to zero) still meet in the same collective.
-                dhidden_TD = ctx.reduce_hidden_gradient(_spread(dhidden_TD, live, lse_T.shape[0]))
+                dhidden_TD = ctx.reduce_hidden_gradient(
+                    _spread(dhidden_TD, live, distribution.max_T.shape[0])
+                )
                 kept = rows
             dhidden_TD = _spread(dhidden_TD.to(hidden_TD.dtype), kept, hidden_TD.shape[0])
         return dhidden_TD, dweight_VD, *(None,) * 6

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from glm_rlhf.kernels.reference import logprob as reference
-from glm_rlhf.kernels.softmax_statistics import SoftmaxStatistics
+from glm_rlhf.kernels.softmax_statistics import RowDistribution, SoftmaxStatistics
 from glm_rlhf.kernels.targets import IGNORE_INDEX, rows_with_target
 
 __all__ = ["IGNORE_INDEX", "logprobs_from_logits", "sharded_logprobs_from_logits"]
@@ -102,14 +102,15 @@ class _LogprobsFromLogits(torch.autograd.Function):
         )
         if reduce_statistics is not None:
             statistics = reduce_statistics(statistics)
-        logprobs_T, entropy_T, lse_T = statistics.logprob_entropy_lse()
+        logprobs_T, distribution = statistics.logprob()
+        entropy_T = distribution.entropy_T.clone()
         ignored_T = targets_T == IGNORE_INDEX
         logprobs_T.masked_fill_(ignored_T, 0)
         entropy_T.masked_fill_(ignored_T, 0)
-        ctx.save_for_backward(logits_TV, targets_T, lse_T, entropy_T)
+        ctx.save_for_backward(logits_TV, targets_T, *distribution)
         ctx.temperature, ctx.vocab_offset, ctx.inplace_gradient = temperature, vocab_offset, inplace_gradient
         ctx.set_materialize_grads(False)
-        return logprobs_T, entropy_T.clone()
+        return logprobs_T, entropy_T
 
     @staticmethod
     def backward(
@@ -117,15 +118,14 @@ class _LogprobsFromLogits(torch.autograd.Function):
         dlogprobs_T: torch.Tensor | None,
         dentropy_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
-        logits_TV, targets_T, lse_T, entropy_T = ctx.saved_tensors
+        logits_TV, targets_T, *distribution = ctx.saved_tensors
         if dlogprobs_T is None and dentropy_T is None:
             return (None,) * 7
         out_TV = logits_TV.detach() if ctx.inplace_gradient else torch.empty_like(logits_TV)
         reference.logits_gradient(
             logits_TV,
             targets_T,
-            lse_T,
-            entropy_T,
+            RowDistribution(*distribution),
             dlogprobs_T,
             dentropy_T,
             vocab_offset=ctx.vocab_offset,

@@ -97,8 +97,8 @@ def rope_qkv_in_place(
     with another branch: hand it to views and attention only, not to an addition.
 
     Args:
-        mixed_TM: contiguous [T, groups · (queries per group + 2) · H], laid out as in `rope_qkv`; overwritten.
-            Pass the linear layer's output itself: for a view of it autograd would copy the gradient.
+        mixed_TM: contiguous [T, groups · (queries per group + 2) · H], laid out as for `rope_qkv`. It is
+            overwritten. Pass the linear layer's output itself: of a view, autograd would copy the gradient.
         cos_TR, sin_TR: as in `rope`.
         num_groups: key/value heads on this rank.
         head_size: H.

@@ -44,17 +44,36 @@ class SoftmaxStatistics(NamedTuple):
         sums = [a + b for a, b in zip(left[1:], right[1:], strict=True)]
         return SoftmaxStatistics(max_T, *sums)
 
-    def logprob_entropy_lse(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return `(logprob_T, entropy_T, log_sum_exp_T)` of statistics that cover the whole vocabulary.
+    def logprob(self) -> tuple[torch.Tensor, "RowDistribution"]:
+        """Return `(logprob_T, distribution)` of statistics that cover the whole vocabulary.
 
         logprob = z_target - max - log(sum_exp), entropy = log(sum_exp) - weighted_sum / sum_exp.
         A row without one finite logit has no distribution: all its results are NaN, as in `log_softmax`.
         """
         log_sum_T = self.sum_exp_T.log()
-        logprob_T = (self.target_logit_T - self.max_T) - log_sum_T
-        # The entropy is a small difference of large terms when one token has all the mass: keep it >= 0.
+        # A small difference of larger terms when one token has all the mass: rounding must not make it < 0.
         entropy_T = (log_sum_T - self.weighted_sum_T / self.sum_exp_T).clamp_(min=0)
-        return logprob_T, entropy_T, self.max_T + log_sum_T
+        return (self.target_logit_T - self.max_T) - log_sum_T, RowDistribution(
+            self.max_T, log_sum_T, entropy_T
+        )
+
+
+class RowDistribution(NamedTuple):
+    """What backward needs of each row's softmax: log p_j = (z_j - max) - log_sum.
+
+    Maximum and logarithm stay apart because their sum rounds to 1e-3 where logits are about 1e4.
+    """
+
+    max_T: torch.Tensor
+    """`[T]`, max over the vocabulary of z = logits / temperature."""
+    log_sum_T: torch.Tensor
+    """`[T]`, log of the sum of exp(z - max)."""
+    entropy_T: torch.Tensor
+    """`[T]`, -sum p log p in nats."""
+
+    def taken(self, rows: torch.Tensor | slice | None) -> "RowDistribution":
+        """Return the distributions of some rows; None stands for every row."""
+        return self if rows is None else RowDistribution(*(part_T[rows] for part_T in self))
 
 
 def finite_anchor(max_T: torch.Tensor) -> torch.Tensor:

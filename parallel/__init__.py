@@ -2,6 +2,18 @@
 
 import warnings
 
-# Each of Megatron-core's modules warns of its own when it is imported; `glm-rlhf doctor` says it once.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+# What Megatron-core warns of from within itself, in every process, whoever uses it. That Transformer
+# Engine and apex are absent is said once, by name, by `glm-rlhf doctor`.
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed._all_gather_base` is a private function",
+    "`torch.distributed._reduce_scatter_base` is a private function",
+):
+    warnings.filterwarnings("ignore", message=_message.replace(".", r"\."))
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core\.inference")
+del _message

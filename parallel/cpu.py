@@ -30,6 +30,7 @@ _MODULES = (
     "tensor_parallel.mappings",
     "tensor_parallel.random",
     "tensor_parallel.utils",
+    "utils",
 )
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
 

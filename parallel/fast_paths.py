@@ -16,7 +16,7 @@ _ATTENTION = {
     "torch_varlen": "torch variable-length attention",
     "scaled_dot_product": "torch scaled-dot-product attention, sequence by sequence",
 }
-_BUILD_APEX = "NVIDIA's is built from source, the package index's apex is another project"
+_BUILD_APEX = " (NVIDIA's is built from source: the package index's apex is another project)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +150,7 @@ def _path(
 ) -> FastPath:
     is_active = symbol is not None and is_chosen and torch.cuda.is_available()
     if symbol is not None and not is_active:
-        reason = f"installed, but {instead} goes before it" if torch.cuda.is_available() else _NO_CUDA
+        reason = "installed, not chosen" if torch.cuda.is_available() else _NO_CUDA
     return FastPath(
         purpose=purpose,
         name=name,
@@ -173,7 +173,7 @@ def _find(module: str, name: str, *, needs: tuple[str, str] | None = None) -> tu
         if needed is None:
             return None, reason
     package = module.partition(".")[0]
-    hint = f" ({_BUILD_APEX})" if package in ("apex", "amp_C") else ""
+    hint = _BUILD_APEX if module == "apex.optimizers" else ""
     try:
         symbol = getattr(_import(module), name, None)
     except ModuleNotFoundError as error:

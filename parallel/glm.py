@@ -245,7 +245,8 @@ def transformer_config(
         calculate_per_token_loss=True,  # our losses carry their denominators: nothing is to be averaged
         use_cpu_initialization=is_cpu(),
         perform_initialization=False,
-        batch_p2p_comm=not is_cpu(),  # batched, the interleaved pipeline is silently wrong on gloo
+        # Batched, two stages that exchange in both directions at once mix the directions up.
+        batch_p2p_comm=layout.vpp == 1 and not is_cpu(),
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -2,12 +2,13 @@
 
 Rotary positions, where the forms differ:
   - `glm` and `glm4` give the base outright, at the top (transformers 4) or under `rope_parameters`
-    (transformers 5). Both are read, and both are written: a reader that knows one of them would otherwise fall
-    back to its default without a word.
+    (transformers 5). Both are read, and both are written: a reader that knows one of them would otherwise
+    fall back to its default without a word.
   - `chatglm` gives `rope_ratio`, and the base is 10000 · rope_ratio (ChatGLM3, GLM-4).
-  - ChatGLM2-6B-32K uses the same key for something else: it divides positions by it. Such a folder is refused,
-    known by its name in `_name_or_path` or by that division in the modelling code beside it, which is searched
-    as text and never run. Without either sign the ratio scales the base. At ratio 1 both are the same.
+  - ChatGLM2-6B-32K uses the same key for something else: it divides positions by it. Such a folder is
+    refused, known by its name in `_name_or_path` or by that division in the modelling code beside it, which
+    is searched as text and never run. Without either sign the ratio scales the base. At ratio 1 both are the
+    same.
 """
 
 import json
@@ -93,8 +94,8 @@ def read_config(folder: str | Path) -> GLMConfig:
         folder: Hugging Face model folder.
 
     Raises:
-        ModelFolderError: no such folder or file, not JSON, a model that is not supported, a key that is missing
-            or a number that makes no sense; one sentence that names it.
+        ModelFolderError: no such folder or file, not JSON, a model that is not supported, a key that is
+            missing or a number that makes no sense; one sentence that names it.
     """
     path = plain_file(open_folder(folder), "config.json")
     source = read_json(path)
@@ -135,15 +136,13 @@ def _family_of(source: Mapping, path: Path) -> Family:
     model_type = source.get("model_type")
     if model_type is None:
         raise ModelFolderError(f"{path} has no model_type; {', '.join(_KEYS)} are supported")
-    if isinstance(model_type, str) and ("moe" in model_type or "num_experts" in source):
+    if "moe" in str(model_type) or "num_experts" in source:
         raise ModelFolderError(
             f"{path}: model_type {model_type!r} is a mixture of experts, which is not supported yet; "
             f"{', '.join(_KEYS)} are"
         )
-    if model_type not in _KEYS:
-        raise ModelFolderError(
-            f"{path}: model_type {model_type!r} is not supported; {', '.join(_KEYS)} are"
-        )
+    if model_type not in list(_KEYS):
+        raise ModelFolderError(f"{path}: model_type {model_type!r} is not supported; {', '.join(_KEYS)} are")
     if "position_encoding_2d" in source or "inner_hidden_size" in source:
         raise ModelFolderError(
             f"{path} describes the first ChatGLM-6B, another architecture; ChatGLM2 and later are supported"
@@ -151,7 +150,8 @@ def _family_of(source: Mapping, path: Path) -> Family:
     for key in _ABSENT:
         if source.get(key):
             raise ModelFolderError(
-                f"{path}: {key} is {source[key]!r}; quantised, prefix-tuned and vision models are not supported"
+                f"{path}: {key} is {source[key]!r}; quantised, prefix-tuned and vision models are not "
+                "supported"
             )
     return model_type
 
@@ -162,8 +162,8 @@ def _rotary_of(source: Mapping, family: Family, path: Path) -> tuple[float, floa
         ratio = _number(source, "rope_ratio", path, upper=1e9, default=1.0)
         if ratio != 1 and _divides_positions(source, path.parent):
             raise ModelFolderError(
-                f"{path}: rope_ratio {ratio:g} divides positions in this model (ChatGLM2-6B-32K), which is not "
-                "supported; ChatGLM3-6B-32K is"
+                f"{path}: rope_ratio {ratio:g} divides positions in this model (ChatGLM2-6B-32K), which is "
+                "not supported; ChatGLM3-6B-32K is"
             )
         return _ROPE_BASE * ratio, 0.5
     nested = source.get("rope_parameters") or {}
@@ -203,7 +203,9 @@ def _count(source: Mapping, key: str, path: Path, largest: int) -> int:
 def _number(source: Mapping, key: str, path: Path, *, upper: float, default: float | None = None) -> float:
     value = default if default is not None and source.get(key) is None else _required(source, key, path)
     if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= upper:
-        raise ModelFolderError(f"{path}: {key} is {value!r}; a number above 0, at most {upper:g}, is required")
+        raise ModelFolderError(
+            f"{path}: {key} is {value!r}; a number above 0, at most {upper:g}, is required"
+        )
     return float(value)
 
 
@@ -233,8 +235,8 @@ def write_config(
     Args:
         config: the model.
         folder: an existing folder; a `config.json` in it is replaced.
-        source: folder of the model that this one comes from. Of the same family all its other keys are kept; of
-            another family only special token ids, dropout and cache use.
+        source: folder of the model that this one comes from. Of the same family all its other keys are kept;
+            of another family only special token ids, dropout and cache use.
         dtype: of the weights; `None` leaves the source's entry.
         has_value_head: whether the model ends in a scalar head, which names the class and `num_labels` 1.
 
@@ -251,6 +253,7 @@ def write_config(
     else:
         rotary = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_fraction}
         values |= {**_FIXED[family], **rotary, "rope_parameters": {"rope_type": "default", **rotary}}
+        values.setdefault("pad_token_id", None)  # the class's own default may lie beyond the vocabulary
     values |= {"tie_word_embeddings": config.has_tied_head, "initializer_range": config.init_std}
     for key in ("id2label", "label2id", "num_labels"):
         values.pop(key, None)
@@ -284,7 +287,9 @@ def _chatglm_values(config: GLMConfig) -> dict[str, object]:
     if config.has_tied_head:
         raise ValueError("has_tied_head is True; the chatglm form always has a head of its own")
     if config.rotary_fraction != 0.5:
-        raise ValueError(f"rotary_fraction is {config.rotary_fraction}; the chatglm form rotates half of each head")
+        raise ValueError(
+            f"rotary_fraction is {config.rotary_fraction}; the chatglm form rotates half of each head"
+        )
     ratio = config.rope_theta / _ROPE_BASE
     return {
         **_FIXED["chatglm"],

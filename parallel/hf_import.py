@@ -19,6 +19,7 @@ import torch
 from .glm_config import GLMConfig
 from .model_folder import ModelFolderError, open_folder
 from .names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
+from .safetensors_header import check_float
 from .sharding import Piece, Shard, read_shard, shards_of
 from .weight_files import StoredTensor, list_tensors, read_slice
 
@@ -77,6 +78,8 @@ def iterate_shard(
         ModelFolderError: the folder is damaged, or is not such a model; the message names the tensor.
         ValueError: the model cannot be split so.
     """
+    if dtype is not None:
+        check_float(dtype)
     path = open_folder(folder)
     tensors = check_weights(path, config, role=role)
     weights = weights_of(config, layers=layers, has_embedding=has_embedding, has_head=has_head, role=role)
@@ -92,10 +95,11 @@ def iterate_shard(
 
 
 def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, StoredTensor]:
-    """Return the folder's tensors, known to be those of the model: all there, of the right shapes, none besides.
+    """Return the folder's tensors, known to be those of the model: all there, of the right shapes, none
+    besides.
 
-    Tensors that the role does not use, such as the vocabulary head under a critic, are allowed and may be absent;
-    so are the family's tensors that are no weights.
+    Tensors that the role does not use, such as the vocabulary head under a critic, are allowed and may be
+    absent; so are the family's tensors that are no weights.
 
     Args:
         folder: Hugging Face model folder.
@@ -106,11 +110,11 @@ def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, S
         ModelFolderError: names the tensor, what is there and what is required.
     """
     tensors = list_tensors(folder)
-    required = _expected(config, weights_of(config, layers=range(config.num_layers), role=role))
+    weights = weights_of(config, layers=range(config.num_layers), role=role)
+    required = _expected(config, weights)
+    optional = _expected(config, [weight for weight in weights if weight.place == "value_head"])
     for name, shape in required.items():
-        if name not in tensors:
-            if name.startswith("score."):
-                continue
+        if name not in tensors and name not in optional:
             raise ModelFolderError(
                 f"{folder} has no tensor {name!r}; {list(shape)} is required{_why_missing(name, role)}"
             )
@@ -120,18 +124,18 @@ def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, S
             continue
         if name not in known:
             raise ModelFolderError(
-                f"{stored.path} holds the tensor {name!r} {list(stored.shape)}, which a {config.family} model of "
-                f"{config.num_layers} layers does not have; is config.json of another model?"
+                f"{stored.path} holds the tensor {name!r} {list(stored.shape)}, which a {config.family} "
+                f"model of {config.num_layers} layers does not have; is config.json of another model?"
             )
         if stored.dtype is None:
             raise ModelFolderError(
-                f"{stored.path} holds {name!r} as {stored.dtype_name}; a floating-point type of 16 bits or more is "
-                "required, so fetch the model that is not quantised"
+                f"{stored.path} holds {name!r} as {stored.dtype_name}; a floating-point type of 16 bits or "
+                "more is required, so fetch the model that is not quantised"
             )
         if stored.shape != known[name]:
             raise ModelFolderError(
-                f"{stored.path} holds {name!r} with the shape {list(stored.shape)} where config.json requires "
-                f"{list(known[name])}"
+                f"{stored.path} holds {name!r} with the shape {list(stored.shape)} where config.json "
+                f"requires {list(known[name])}"
             )
     return tensors
 
@@ -146,7 +150,9 @@ def _expected(config: GLMConfig, weights: list[Weight]) -> dict[str, tuple[int, 
 def _of_other_roles(config: GLMConfig) -> list[Weight]:
     """Heads of every role; a tied one too, which some folders store a second time."""
     heads = weights_of(config, layers=(), has_embedding=False, role="reward")
-    vocabulary = weights_of(replace(config, has_tied_head=False), layers=(), has_embedding=False, role="policy")
+    vocabulary = weights_of(
+        replace(config, has_tied_head=False), layers=(), has_embedding=False, role="policy"
+    )
     return heads + vocabulary
 
 
@@ -156,9 +162,7 @@ def _why_missing(name: str, role: Role) -> str:
     return ""
 
 
-def _dtype_of(
-    weight: Weight, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None
-) -> torch.dtype:
+def _dtype_of(weight: Weight, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> torch.dtype:
     if weight.place == "value_head":
         return torch.float32
     if dtype is not None:

@@ -8,9 +8,10 @@ Theirs, where it is not obvious:
   - `chatglm` keeps query, key and value in one tensor, all queries, then all keys, then all values;
     `glm` and `glm4` keep three.
   - The gated MLP's first matrix is [gate rows; up rows] in every family.
-  - A critic or reward model carries `score.weight` [1, D], as `…ForSequenceClassification` does, and beside it
-    `score.bias` [1], which that class has not: a folder without the bias is fine, one of ours loads there with
-    the bias left out, which shifts every score by the same amount.
+  - A critic or reward model ends in a scalar head, [1, D] and a bias [1]. In `glm` and `glm4` it is `score`,
+    as in transformers' `…ForSequenceClassification`, which has no bias: a folder without one is fine, and one
+    of ours loads there with the bias left out, which shifts every score by the same amount. In `chatglm` it
+    is `classifier_head`, as in the remote code's class, which has the bias.
 """
 
 import re
@@ -42,7 +43,13 @@ class Weight:
 
 
 def _table(
-    *, embedding: str, layer: str, final_norm: str, head: str, within_layer: tuple[tuple[object, ...], ...]
+    *,
+    embedding: str,
+    layer: str,
+    final_norm: str,
+    head: str,
+    value_head: str,
+    within_layer: tuple[tuple[object, ...], ...],
 ) -> tuple[Weight, ...]:
     rows = [Weight("embedding.word_embeddings.weight", (embedding,), ("V", "D"), "rows", "embedding")]
     for ours, theirs, shape, split in within_layer:
@@ -54,8 +61,10 @@ def _table(
         )
     rows.append(Weight("decoder.final_layernorm.weight", (final_norm,), ("D",), "replicated", "final_norm"))
     rows.append(Weight("output_layer.weight", (head,), ("V", "D"), "rows", "vocabulary_head"))
-    rows.append(Weight("value_head.weight", ("score.weight",), ("1", "D"), "replicated", "value_head"))
-    rows.append(Weight("value_head.bias", ("score.bias",), ("1",), "replicated", "value_head"))
+    rows.append(
+        Weight("value_head.weight", (f"{value_head}.weight",), ("1", "D"), "replicated", "value_head")
+    )
+    rows.append(Weight("value_head.bias", (f"{value_head}.bias",), ("1",), "replicated", "value_head"))
     return tuple(rows)
 
 
@@ -88,6 +97,7 @@ _HUGGING_FACE = {
     "layer": "model.layers.{i}.",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
+    "value_head": "score",
 }
 
 TABLES: dict[Family, tuple[Weight, ...]] = {
@@ -96,6 +106,7 @@ TABLES: dict[Family, tuple[Weight, ...]] = {
         layer="transformer.encoder.layers.{i}.",
         final_norm="transformer.encoder.final_layernorm.weight",
         head="transformer.output_layer.weight",
+        value_head="classifier_head",
         within_layer=_CHATGLM_LAYER,
     ),
     "glm": _table(**_HUGGING_FACE, within_layer=_GLM_LAYER),

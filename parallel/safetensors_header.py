@@ -1,7 +1,8 @@
 """The header of a safetensors file, which says where each tensor's bytes stand.
 
 Headers are checked to the byte before anything is read by them: a file is taken only when its tensors fill it
-without a hole, an overlap or a byte left over. Source: the format's description in the safetensors repository.
+without a hole, an overlap or a byte left over. Source: the format's description in the safetensors
+repository.
 """
 
 import json
@@ -21,10 +22,24 @@ MAX_HEADER_BYTES = 100_000_000
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a weight may have."""
 
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+"""The same, from torch's type to the format's name."""
+
 _ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _ELEMENT_BYTES |= {"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _ELEMENT_BYTES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8}
+
+
+def check_float(dtype: torch.dtype) -> torch.dtype:
+    """Return `dtype`, known to be one that weights are stored in.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if dtype not in DTYPE_NAMES:
+        known = ", ".join(str(known) for known in DTYPE_NAMES)
+        raise ValueError(f"weights cannot be stored as {dtype}; it must be one of {known}")
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +60,8 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
     """Return every tensor of a safetensors file by name; no tensor is read.
 
     Raises:
-        ModelFolderError: the file is truncated, its header is too large or not JSON, or tensors overlap, leave a
-            hole, have the wrong length for their shape, or do not fill the file.
+        ModelFolderError: the file is truncated, its header is too large or not JSON, or tensors overlap,
+            leave a hole, have the wrong length for their shape, or do not fill the file.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -56,7 +71,8 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
         (header_bytes,) = struct.unpack("<Q", prefix)
         if header_bytes > MAX_HEADER_BYTES:
             raise ModelFolderError(
-                f"{path} says that its header has {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed"
+                f"{path} says that its header has {header_bytes} bytes; at most {MAX_HEADER_BYTES} are "
+                "allowed"
             )
         if header_bytes > file_bytes - 8:
             raise ModelFolderError(
@@ -134,8 +150,8 @@ def plan_file(
     for name, (dtype, shape) in ordered:
         num_bytes = prod(shape) * dtype.itemsize
         offsets = [position, position + num_bytes]
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
-        spans[name] = (_DTYPE_NAMES[dtype], tuple(shape), position, num_bytes)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        spans[name] = (DTYPE_NAMES[dtype], tuple(shape), position, num_bytes)
         position += num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from .glm import GLMModel
 from .packing import PackedTokens, TokenShare, pack, share
+from .stage_link import StageLink
 from .topology import Topology
 
 Output = TypeVar("Output")
@@ -51,11 +53,12 @@ def run_micro_batches(
     shares += _fillers(shares, topology)
     run = partial(
         get_forward_backward_func(),
+        **_communication(chunks, shares, topology),
         forward_step_func=partial(_forward_step, step, len(micro_batches)),
         data_iterator=[iter(enumerate(shares)) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(shares),
-        seq_length=0,  # stages tell each other the shape of every micro-batch
+        seq_length=0,  # every micro-batch has its own length, see StageLink
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -68,42 +71,44 @@ def run_micro_batches(
 
 
 def collect_rows(
-    outputs: Sequence[torch.Tensor], micro_batches: Sequence[PackedTokens], *, topology: Topology
+    outputs: Sequence[torch.Tensor], micro_batches: Sequence[PackedTokens], num_columns: int, *, topology: Topology
 ) -> list[torch.Tensor]:
-    """Return per-row results of the last stage as whole streams `[T, …]`, on every rank of the pipeline.
+    """Return per-row results of the last stage as whole streams, on every rank of the pipeline.
 
     Args:
-        outputs: fp32 `[T / cp, C]` a micro-batch on the last stage, C the same everywhere; unused elsewhere.
+        outputs: fp32 `[T / cp, num_columns]` a micro-batch on the last stage; unused elsewhere.
         micro_batches: the streams.
+        num_columns: results a row.
         topology: the context-parallel group gathers, the pipeline group broadcasts: one collective each.
 
     Returns:
-        fp32 `[T, C]` a micro-batch.
+        fp32 `[T, num_columns]` a micro-batch.
     """
-    cp = topology.layout.cp
     lengths = [packed.num_tokens for packed in micro_batches]
     if topology.is_last_stage:
-        local = torch.cat(list(outputs))
-        if cp > 1:
-            gathered = local.new_empty((cp, *local.shape))
-            dist.all_gather_into_tensor(gathered, local.contiguous(), group=topology.cp_group)
-            parts = gathered.split([length // cp for length in lengths], dim=1)
-            local = torch.cat(
-                [
-                    part.flatten(0, 1)[share(packed, cp_rank=0, cp_size=cp).stream_order]
-                    for part, packed in zip(parts, micro_batches, strict=True)
-                ]
-            )
-        num_columns = torch.tensor([local.shape[1]], device=topology.device)
+        rows = _in_stream_order(torch.cat(list(outputs)), micro_batches, topology)
     else:
-        num_columns = torch.zeros(1, dtype=torch.int64, device=topology.device)
+        rows = torch.empty(sum(lengths), num_columns, device=topology.device)
     if topology.layout.pp > 1:
-        source = topology.last_stage_rank
-        dist.broadcast(num_columns, source, group=topology.pp_group)
-        if not topology.is_last_stage:
-            local = torch.empty(sum(lengths), int(num_columns), device=topology.device)
-        dist.broadcast(local, source, group=topology.pp_group)
-    return list(local.split(lengths))
+        dist.broadcast(rows, topology.last_stage_rank, group=topology.pp_group)
+    return list(rows.split(lengths))
+
+
+def _in_stream_order(
+    local: torch.Tensor, micro_batches: Sequence[PackedTokens], topology: Topology
+) -> torch.Tensor:
+    """Gather each context-parallel rank's rows of all micro-batches and put them in their streams' order."""
+    cp = topology.layout.cp
+    if cp == 1:
+        return local
+    gathered = local.new_empty(cp * local.shape[0], local.shape[1])
+    dist.all_gather_into_tensor(gathered, local.contiguous(), group=topology.cp_group)
+    parts = gathered.unflatten(0, (cp, -1)).split([p.num_tokens // cp for p in micro_batches], dim=1)
+    streams = [
+        part.flatten(0, 1)[share(packed, cp_size=cp).stream_order]
+        for part, packed in zip(parts, micro_batches, strict=True)
+    ]
+    return torch.cat(streams)
 
 
 def _forward_step(
@@ -122,6 +127,18 @@ def _apply(
         return None if non_loss_data else (hidden_TD.sum() * 0.0, _no_tokens(hidden_TD), None)
     loss, output = step(model, hidden_TD, index)
     return output if non_loss_data else (loss, _no_tokens(hidden_TD), output)
+
+
+def _communication(
+    chunks: Sequence[torch.nn.Module], shares: Sequence[TokenShare], topology: Topology
+) -> dict[str, Any]:
+    layout = topology.layout
+    if layout.pp == 1:
+        return {}
+    split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    num_rows = [token_share.packed.num_tokens // split for token_share in shares]
+    link = StageLink(_unwrap(chunks[0]).config, topology, num_rows, len(chunks))
+    return {"p2p_communicator": link, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
 
 def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:

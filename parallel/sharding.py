@@ -1,7 +1,7 @@
 """Which rows or columns of a Hugging Face tensor make up a tensor-parallel shard.
 
-One function, `shards_of`, says it as a list of pieces; `read_shard` follows the list one way, `place_shard` the
-other. So import and export cannot disagree.
+One function, `shards_of`, says it as a list of pieces; `read_shard` follows the list one way, `place_shard`
+the other. So import and export cannot disagree.
 """
 
 from collections.abc import Callable
@@ -146,7 +146,9 @@ def place_shard(shard: Shard, tensor: torch.Tensor) -> list[tuple[Piece, torch.T
         ValueError: the parameter has another shape than the layout says.
     """
     if tuple(tensor.shape) != shard.shape:
-        raise ValueError(f"{shard.ours} has the shape {list(tensor.shape)} where {list(shard.shape)} is required")
+        raise ValueError(
+            f"{shard.ours} has the shape {list(tensor.shape)} where {list(shard.shape)} is required"
+        )
     return list(zip(shard.pieces, _parts(shard, tensor), strict=True))
 
 

@@ -65,16 +65,16 @@ def linear_logprob(
     Raises:
         ValueError: as `kernels.linear_logprob`, or `vocab_size` exceeds the shards together.
     """
-    num_columns, vocab_offset, vocab_size = _place(weight_VD_shard.shape[0], vocab_size, group)
+    num_columns, vocab_offset, vocab_size = place_shard(weight_VD_shard.shape[0], vocab_size, group)
     return sharded_linear_logprob(
         hidden_TD,
-        _narrowed(weight_VD_shard, 0, num_columns),
+        without_padding(weight_VD_shard, 0, num_columns),
         targets_T,
         temperature=temperature,
         vocab_size=vocab_size,
         vocab_offset=vocab_offset,
         reduce_statistics=statistics_reduction(group),
-        reduce_hidden_gradient=sum_reduction(group) if reduces_hidden_gradient else None,
+        reduce_hidden_gradient=_sum_reduction(group) if reduces_hidden_gradient else None,
     )
 
 
@@ -102,9 +102,9 @@ def logprobs_from_logits(
     Raises:
         ValueError: as `kernels.logprobs_from_logits`, or `vocab_size` exceeds the shards together.
     """
-    num_columns, vocab_offset, vocab_size = _place(logits_TV_shard.shape[-1], vocab_size, group)
+    num_columns, vocab_offset, vocab_size = place_shard(logits_TV_shard.shape[-1], vocab_size, group)
     return sharded_logprobs_from_logits(
-        _narrowed(logits_TV_shard, -1, num_columns),
+        without_padding(logits_TV_shard, -1, num_columns),
         targets_T,
         temperature=temperature,
         vocab_size=vocab_size,
@@ -121,7 +121,7 @@ def statistics_reduction(
 
     Two collectives: MAX of `[R]`, then, relative to that maximum, SUM of `[3, R]`.
     """
-    if _size(group) == 1:
+    if _group_size(group) == 1:
         return None
 
     def reduce(local: SoftmaxStatistics) -> SoftmaxStatistics:
@@ -136,9 +136,9 @@ def statistics_reduction(
     return reduce
 
 
-def sum_reduction(group: dist.ProcessGroup | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _sum_reduction(group: dist.ProcessGroup | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return the function that sums a tensor over the group in place; None for one rank."""
-    if _size(group) == 1:
+    if _group_size(group) == 1:
         return None
 
     def reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,23 +149,26 @@ def sum_reduction(group: dist.ProcessGroup | None) -> Callable[[torch.Tensor], t
     return reduce
 
 
-def _size(group: dist.ProcessGroup | None) -> int:
+def _group_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else group.size()
 
 
-def _place(shard_size: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> tuple[int, int, int]:
+def place_shard(
+    shard_size: int, vocab_size: int | None, group: dist.ProcessGroup | None
+) -> tuple[int, int, int]:
     """Return `(columns of this shard that exist, id of its first column, ids in the whole vocabulary)`."""
-    padded_size = shard_size * _size(group)
+    padded_size = shard_size * _group_size(group)
     vocab_size = padded_size if vocab_size is None else vocab_size
     if not 0 < vocab_size <= padded_size:
         raise ValueError(
-            f"vocab_size: {vocab_size} given, but {_size(group)} shards of {shard_size} rows hold ids "
+            f"vocab_size: {vocab_size} given, but {_group_size(group)} shards of {shard_size} rows hold ids "
             f"0 ... {padded_size - 1}; pass the size before padding, at most {padded_size}"
         )
     vocab_offset = shard_size * (0 if group is None else group.rank())
     return min(shard_size, max(0, vocab_size - vocab_offset)), vocab_offset, vocab_size
 
 
-def _narrowed(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    # Only where padding exists: the backward of a slice copies the whole gradient.
+def without_padding(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Return the first `size` along `dim`: what a shard holds beside padding."""
+    # The backward of a slice copies the whole gradient: do not slice where there is no padding.
     return tensor if tensor.shape[dim] == size else tensor.narrow(dim, 0, size)

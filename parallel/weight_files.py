@@ -1,12 +1,10 @@
 """The tensors of a Hugging Face folder, found by their headers and read by the slice.
 
-Nothing is mapped or kept open: a slice is read straight into the tensor that will hold it, so the memory in use
-is that tensor alone. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
+Nothing is mapped or kept open: a slice is read straight into the tensor that will hold it, so the memory in
+use is that tensor alone. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
 """
 
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .model_folder import ModelFolderError, plain_file, read_json
+from .pickled_header import read_pickled_header
 from .safetensors_header import FLOAT_DTYPES, read_header
 
 _FORMS = ("model.safetensors", "pytorch_model.bin")
@@ -34,8 +33,8 @@ class StoredTensor:
     """The type as the file calls it."""
     shape: tuple[int, ...]
     """Row-major dimensions."""
-    offset: int | None
-    """First byte in the file; `None` in a pickled file, which torch must open."""
+    offset: int
+    """First byte in the file."""
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -44,8 +43,8 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index.
 
     Raises:
-        ModelFolderError: there are no weights, a file is missing, damaged or unsafe, or the index and the files
-            disagree.
+        ModelFolderError: there are no weights, a file is missing, damaged or unsafe, or the index and the
+            files disagree.
     """
     for single in _FORMS:
         if os.path.lexists(folder / single):
@@ -54,6 +53,11 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
             return _list_indexed(folder, f"{single}.index.json")
     expected = ", ".join(f"{single} or {single}.index.json" for single in _FORMS)
     raise ModelFolderError(f"{folder} has no weights; {expected} is required")
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights at all, sound or not: one with a tokenizer alone does not."""
+    return any(os.path.lexists(folder / f"{single}{end}") for single in _FORMS for end in ("", ".index.json"))
 
 
 def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
@@ -69,7 +73,9 @@ def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
         for name, stored in _list_file(plain_file(folder, file)).items():
             if weight_map.get(name) != file:
                 listed = weight_map.get(name, "no file")
-                raise ModelFolderError(f"{folder / file} holds the tensor {name!r}, {index} gives {listed} for it")
+                raise ModelFolderError(
+                    f"{folder / file} holds the tensor {name!r}, {index} gives {listed} for it"
+                )
             tensors[name] = stored
     for name, file in weight_map.items():
         if name not in tensors:
@@ -78,60 +84,20 @@ def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
 
 
 def _list_file(path: Path) -> dict[str, StoredTensor]:
-    if path.suffix == ".safetensors":
-        return {
-            name: StoredTensor(
-                path=path,
-                name=name,
-                dtype=FLOAT_DTYPES.get(entry.dtype),
-                dtype_name=entry.dtype,
-                shape=entry.shape,
-                offset=entry.offset,
-            )
-            for name, entry in read_header(path).items()
-        }
-    if path.suffix != ".bin":
+    readers = {".safetensors": read_header, ".bin": read_pickled_header}
+    if path.suffix not in readers:
         raise ModelFolderError(f"{path} is neither a .safetensors nor a .bin file")
     return {
         name: StoredTensor(
             path=path,
             name=name,
-            dtype=tensor.dtype if tensor.dtype in FLOAT_DTYPES.values() else None,
-            dtype_name=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            offset=None,
+            dtype=FLOAT_DTYPES.get(entry.dtype),
+            dtype_name=entry.dtype,
+            shape=entry.shape,
+            offset=entry.offset,
         )
-        for name, tensor in _map_pickled(path).items()
+        for name, entry in readers[path.suffix](path).items()
     }
-
-
-def _map_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file of `torch.save`, mapped and not read; no code in it is run."""
-    if not zipfile.is_zipfile(path):
-        raise ModelFolderError(
-            f"{path} is truncated or in torch's format of before 1.6; load it with torch and save it again"
-        )
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise ModelFolderError(f"{path} is compressed ({record.filename}); save it again with torch.save")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ModelFolderError(
-            f"{path} holds something other than tensors, which is not loaded because it could run code; "
-            "save the bare state_dict, best as safetensors"
-        ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelFolderError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{path} holds a {type(content).__name__}; a state_dict is required")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ModelFolderError(f"{path} holds {type(tensor).__name__} under {name!r}; tensors are required")
-        if tensor.layout != torch.strided or not tensor.is_contiguous():
-            raise ModelFolderError(f"{path} holds {name!r} with gaps; save it again after .contiguous()")
-    return content
 
 
 def read_slice(stored: StoredTensor, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
@@ -145,12 +111,10 @@ def read_slice(stored: StoredTensor, dim: int, start: int, stop: int, out: torch
         out: CPU tensor of the slice's shape; may be a view.
 
     Raises:
-        ModelFolderError: the file has become shorter since its header was read, or a value does not fit the type.
+        ModelFolderError: the file has become shorter since its header was read, or a value does not fit the
+            type.
     """
-    if stored.offset is None:
-        piece = _map_pickled(stored.path)[stored.name].narrow(dim, start, stop - start)
-        copy_checked(out, piece, stored.name)
-    elif out.dtype == stored.dtype and out.is_contiguous():
+    if out.dtype == stored.dtype and out.is_contiguous():
         _read_into(stored, dim, start, stop, out)
     else:
         piece = torch.empty(out.shape, dtype=stored.dtype)
@@ -164,8 +128,13 @@ def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:
     Raises:
         ValueError: a value is beyond the range of `out.dtype`.
     """
-    out.copy_(values.detach())
-    if torch.finfo(out.dtype).max < torch.finfo(values.dtype).max:
+    values = values.detach()
+    out.copy_(values)
+    limit = torch.finfo(out.dtype).max
+    if limit >= torch.finfo(values.dtype).max or not values.numel():
+        return
+    smallest, largest = (bound.item() for bound in values.aminmax())
+    if not -limit <= smallest <= largest <= limit:  # NaN fails it too: look at every value
         num_lost = int(torch.isfinite(values).sum()) - int(torch.isfinite(out).sum())
         if num_lost:
             raise ValueError(

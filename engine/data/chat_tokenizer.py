@@ -1,7 +1,7 @@
 """A tokenizer that alone places special tokens: text in, ids out, conversations by its family's form."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ class Tokenizer:
     """What every id stands for."""
     chat: ChatFormat
     """How conversations are written."""
-    encode_text: Callable[[str], list[int]]
+    encode_text: Callable[[str], list[int]] = field(repr=False)
     """The vocabulary's own encoder of plain text, which never yields a special id."""
     extra_stop_ids: tuple[int, ...] = ()
     """Ids the model's folder names as ends besides the chat form's."""

@@ -57,10 +57,13 @@ def load_tokenizer_json(path: Path, *, template: str) -> Tokenizer:
             "so check tokenizer.path"
         )
     words = [entry for entry in added.values() if not _is_marker(entry)]
-    # The post-processor only adds markers, some of which are gone; texts are never cut or padded here.
+    # The post-processor only adds markers, which are gone; texts are never cut or padded here.
     stripped = {"post_processor": None, "truncation": None, "padding": None, "added_tokens": words}
+    # The library numbers added tokens anew, and those left would move up, unless the model knows their ids.
+    known = {"vocab": vocabulary | {entry["content"]: entry["id"] for entry in words}}
+    model = description["model"] | known
     try:
-        encoder = ByteLevelBpe.from_str(json.dumps(description | stripped))
+        encoder = ByteLevelBpe.from_str(json.dumps(description | stripped | {"model": model}))
     except Exception as error:  # the library has no exception of its own
         raise ValueError(f"{path} cannot be loaded by the library tokenizers: {error}") from error
     table = _table(path, vocabulary, special, {entry["id"]: entry["content"].encode() for entry in words})

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import math
-import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -85,9 +84,9 @@ def read_json_lines(
     float's range, no key twice, no raw control character. A last line without a line end is read; where it is
     not JSON, the error says that the file seems cut off.
 
-    A file that cannot be read as a whole (missing, a folder, empty, UTF-16, gzip under a name without `.gz` or
-    the reverse, a damaged gzip stream) is always an error, whatever `on_error` says; so is one from which no
-    record is left. The first is noticed by the call itself, the rest while iterating.
+    A file that cannot be read as a whole (missing, a folder, empty, UTF-16, gzip under a name without `.gz`
+    or the reverse) is always an error, whatever `on_error` says, and noticed by the call itself. So are,
+    while iterating, a gzip stream that breaks off and a file from which no record is left.
 
     Args:
         path: the file.
@@ -95,7 +94,7 @@ def read_json_lines(
         on_error: `raise` at the first bad line, or `skip` it: counted in `report`, and logged as a warning
             with the count and the first error when the file is through.
         max_line_bytes: longest line accepted, in bytes, its end not counted.
-        report: filled while reading.
+        report: filled while reading; a new one for each file.
 
     Raises:
         RecordError: as above. ValueError: an unknown `on_error`, a `max_line_bytes` below 1.
@@ -117,16 +116,16 @@ def _records(
     report: ReadReport,
 ) -> Iterator[Record]:
     index = 0
-    for line, content, num_bytes in _lines(path, max_line_bytes):
-        if num_bytes <= max_line_bytes and not content.strip():
+    for line, content, is_too_long in _lines(path, max_line_bytes):
+        if not content.strip() and not is_too_long:
             report.num_blank += 1
             continue
         place = Place(path=path, line=line, index=index)
         index += 1
         try:
-            if num_bytes > max_line_bytes:
+            if is_too_long:
                 raise place.error(
-                    f"the line is longer than {max_line_bytes} bytes; split the record, or raise max_line_bytes"
+                    f"the line is longer than {max_line_bytes} bytes; split it, or raise max_line_bytes"
                 )
             record = parse(_parse_object(content, place), place)
         except RecordError as error:
@@ -138,43 +137,42 @@ def _records(
             continue
         report.num_records += 1
         yield record
+    _conclude(path, index, report)
+
+
+def _conclude(path: Path, num_lines: int, report: ReadReport) -> None:
     if report.num_skipped:
         first = report.errors[0]
-        _log.warning("%s: skipped %d of %d records; the first: %s", path, report.num_skipped, index, first)
-    if index == report.num_skipped:
-        why = f"all {index} records are bad, the first: {report.errors[0]}" if index else "every line is blank"
-        raise RecordError(path, 0, f"no record is left: {why}")
+        _log.warning(
+            "%s: skipped %d of %d records; the first: %s", path, report.num_skipped, num_lines, first
+        )
+    if not report.num_records:
+        first = (
+            f"all {num_lines} are bad; the first: {report.errors[0]}" if num_lines else "every line is blank"
+        )
+        raise RecordError(path, 0, f"no record is left: {first}")
 
 
-def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes, int]]:
-    """Yield `(line number, content, bytes)`; the content of a line over the limit is cut and of no use."""
-    # Room for the line end, so that a line of exactly the limit is seen to be whole.
-    limit = max_line_bytes + 2
+def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes, bool]]:
+    """Yield `(line number, content, is_too_long)`; of a line over the limit only the beginning is kept."""
+    limit = max_line_bytes + 2  # room for CR LF, so that a line of exactly the limit is read with its end
     with _open(path) as file:
         number = 0
         while True:
             try:
                 content = file.readline(limit)
-                num_bytes = len(content.rstrip(b"\r\n")) if len(content) < 4 else _length(content)
-                is_whole = content.endswith(b"\n") or len(content) < limit
-                while not is_whole:
+                is_ended = content.endswith(b"\n") or len(content) < limit
+                is_too_long = not is_ended or len(content.rstrip(b"\r\n")) > max_line_bytes
+                while not is_ended:
                     rest = file.readline(2**16)
-                    num_bytes += _length(rest)
-                    is_whole = rest.endswith(b"\n") or not rest
+                    is_ended = rest.endswith(b"\n") or not rest
             except (OSError, EOFError, zlib.error) as error:
-                raise RecordError(
-                    path, number + 1, f"the file cannot be read on from here: {error}; fetch it again"
-                ) from error
+                reason = f"the file cannot be read on from here: {error}; fetch it again"
+                raise RecordError(path, number + 1, reason) from error
             if not content:
                 return
             number += 1
-            if number == 1:
-                content = content.removeprefix(_UTF8_MARK)
-            yield number, content, num_bytes
-
-
-def _length(content: bytes) -> int:
-    return len(content) - (2 if content.endswith(b"\r\n") else content.endswith(b"\n"))
+            yield number, content.removeprefix(_UTF8_MARK) if number == 1 else content, is_too_long
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -201,8 +199,8 @@ def _check_file(path: Path) -> None:
         raise RecordError(path, 0, f"is gzip; name it {path.name}.gz, or unpack it with gunzip")
     if is_named_gzip and not is_gzip:
         raise RecordError(path, 0, "is not gzip; take the .gz from its name, or pack it with gzip")
-    has_utf16_gaps = len(head) == 4 and (head[0::2] == b"\0\0" or head[1::2] == b"\0\0")
-    if head.startswith(_UTF16_MARKS) or has_utf16_gaps:
+    zeros = [byte == 0 for byte in head]
+    if head.startswith(_UTF16_MARKS) or zeros in ([True, False] * 2, [False, True] * 2):
         raise RecordError(path, 0, "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
 
 
@@ -210,9 +208,13 @@ def _parse_object(content: bytes, place: Place) -> dict:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise place.error(f"invalid UTF-8 at byte {error.start} of the line; convert the file to UTF-8") from error
+        raise place.error(
+            f"invalid UTF-8 at byte {error.start} of the line; convert the file to UTF-8"
+        ) from error
     if "\0" in text:
-        raise place.error(f"a NUL character at column {text.index(chr(0)) + 1}; the file is damaged or binary")
+        raise place.error(
+            f"a NUL character at column {text.index(chr(0)) + 1}; the file is damaged or binary"
+        )
     try:
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float
@@ -220,7 +222,8 @@ def _parse_object(content: bytes, place: Place) -> dict:
     except json.JSONDecodeError as error:
         is_cut_off = not content.endswith(b"\n")
         tail = " (the last line, without a line end: the file seems cut off)" if is_cut_off else ""
-        raise place.error(f"not JSON: {error.msg} at column {error.colno}{tail}") from error
+        what = error.msg.removesuffix(" at")  # some of Python's messages end so, for the column to follow
+        raise place.error(f"not JSON: {what} at column {error.colno}{tail}") from error
     except RecursionError as error:
         raise place.error("not usable: the JSON is nested too deeply") from error
     except ValueError as error:

@@ -57,9 +57,9 @@ def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Token
 
     Tiktoken joins, again and again, the neighbours whose joined bytes have the lowest rank. The same in
     merge rules: every way to cut a token into two tokens is a rule, the rules stand in the order of the
-    joined rank, and a word that is itself a token is taken whole. Where two overlapping cuts of one token
-    compete inside a word (both join to the same bytes) tiktoken takes the left one, this the one with the
-    lower ranks; words where that changes the ids are rare, and the text that comes back is the same.
+    joined rank, and a word that is itself a token is taken whole. Only where two overlapping cuts of one
+    token compete inside a word (both join to the same bytes) is the order another: tiktoken takes the left
+    one, this the one with the lower ranks. The text that comes back is the same.
     """
     letters = byte_letters()
 

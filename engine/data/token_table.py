@@ -16,14 +16,14 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class TokenTable:
     """A vocabulary seen from its ids. Ids in neither table are rows without a token."""
 
-    bytes_by_id: Mapping[int, bytes]
+    bytes_by_id: Mapping[int, bytes] = field(repr=False)
     """Ordinary tokens: id → the UTF-8 bytes it writes, which need not be whole characters."""
     name_by_id: Mapping[int, str]
     """Special tokens: id → name, such as `<|user|>`. They write nothing but their name, on request."""
-    spaced_ids: frozenset[int] = frozenset()
+    spaced_ids: frozenset[int] = field(default=frozenset(), repr=False)
     """Ids whose leading space is dropped where they open a run of ordinary tokens: sentencepiece puts a
     space before every text it encodes, and takes it away again."""
-    id_by_name: Mapping[str, int] = field(init=False)
+    id_by_name: Mapping[str, int] = field(init=False, repr=False)
     """Special tokens: name → id."""
     size: int = field(init=False)
     """One more than the largest id."""

@@ -74,7 +74,7 @@ def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
 def _check_markers_stay_text(folder: Path, tokenizer: Tokenizer) -> None:
     special = tokenizer.table.name_by_id
     for name in special.values():
-        if not special.keys().isdisjoint(tokenizer.encode_text(f"{name} a{name}b")):
+        if not special.keys().isdisjoint(tokenizer.encode_text(name) + tokenizer.encode_text(f"a{name}b")):
             raise ValueError(
                 f"{folder}: a typed {name!r} would become a special token, and a user could forge a turn; "
                 "take it out of the vocabulary's own words and keep it as an added token"

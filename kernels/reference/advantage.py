@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kl import check_kl_estimator, token_kl
+from glm_rlhf.kernels.reference.kl import check_kl_estimator, token_kl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,10 @@ def ppo_advantages(
         0.0 if bootstrap_B is None else bootstrap_B[last_sequence].double()  # type: ignore[assignment]
     )
     advantage_A = _discounted_suffix_sums(
-        reward_A + gamma * next_value_A - value_A, sequence_A, gamma * lam, int(lengths_B.amax(0)) if num_sequences else 0
+        reward_A + gamma * next_value_A - value_A,
+        sequence_A,
+        gamma * lam,
+        int(lengths_B.amax(0)) if num_sequences else 0,
     )
 
     def unpacked(source_A: torch.Tensor) -> torch.Tensor:

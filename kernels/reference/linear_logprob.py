@@ -8,7 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from glm_rlhf.kernels.softmax_statistics import LOWEST_EXPONENT, SoftmaxStatistics, finite_anchor
+from glm_rlhf.kernels.softmax_statistics import (
+    LOWEST_EXPONENT,
+    RowDistribution,
+    SoftmaxStatistics,
+    finite_anchor,
+)
 
 TILE_ROWS = 256
 TILE_COLUMNS = 4096
@@ -52,8 +57,7 @@ def shard_gradients(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
     targets_T: torch.Tensor,
-    lse_T: torch.Tensor,
-    entropy_T: torch.Tensor,
+    distribution: RowDistribution,
     dlogprob_T: torch.Tensor | None,
     dentropy_T: torch.Tensor | None,
     *,
@@ -64,7 +68,7 @@ def shard_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return `(dhidden_TD, dweight_VD)`, the shard's contribution, with the logits computed again.
 
-    dz_j = dlogprob * (1[j = target] - p_j) - dentropy * p_j * (log p_j + entropy), p_j = exp(z_j - lse).
+    dz_j = dlogprob * (1[j = target] - p_j) - dentropy * p_j * (log p_j + entropy), p_j = exp(z_j - max - log_sum).
 
     `dhidden_TD` is the sum over this shard's columns in the dtype of the mathematics; the sum over shards
     is the caller's. `dweight_VD` is accumulated likewise and rounded once to the weight's dtype.
@@ -80,8 +84,7 @@ def shard_gradients(
             dlogits_TV = logits_gradient_(
                 hidden_tile_TD @ weight_tile_VD.t(),
                 targets_T[rows] - (vocab_offset + columns.start),
-                lse_T[rows],
-                entropy_T[rows],
+                distribution.taken(rows),
                 None if dlogprob_T is None else dlogprob_T[rows],
                 None if dentropy_T is None else dentropy_T[rows],
             )
@@ -111,18 +114,21 @@ def statistics_of_logits(logits_TV: torch.Tensor, local_targets_T: torch.Tensor)
 def logits_gradient_(
     logits_TV: torch.Tensor,
     local_targets_T: torch.Tensor,
-    lse_T: torch.Tensor,
-    entropy_T: torch.Tensor,
+    distribution: RowDistribution,
     dlogprob_T: torch.Tensor | None,
     dentropy_T: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the gradient with respect to one tile of tempered logits, which is overwritten."""
-    logp_TV = logits_TV.sub_(lse_T[:, None]).clamp_(min=LOWEST_EXPONENT)
+    logp_TV = (
+        logits_TV.sub_(distribution.max_T[:, None])
+        .sub_(distribution.log_sum_T[:, None])
+        .clamp_(min=LOWEST_EXPONENT)
+    )
     probability_TV = logp_TV.exp()
     if dentropy_T is None:
         gradient_TV = probability_TV.mul_(-dlogprob_T[:, None])
     else:
-        constant_T = dentropy_T * entropy_T
+        constant_T = dentropy_T * distribution.entropy_T
         constant_T = constant_T if dlogprob_T is None else constant_T + dlogprob_T
         gradient_TV = logp_TV.mul_(-dentropy_T[:, None]).sub_(constant_T[:, None]).mul_(probability_TV)
     if dlogprob_T is not None:

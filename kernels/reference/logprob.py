@@ -13,7 +13,7 @@ from glm_rlhf.kernels.reference.linear_logprob import (
     slices,
     statistics_of_logits,
 )
-from glm_rlhf.kernels.softmax_statistics import SoftmaxStatistics
+from glm_rlhf.kernels.softmax_statistics import RowDistribution, SoftmaxStatistics
 from glm_rlhf.kernels.targets import IGNORE_INDEX
 
 TILE_ELEMENTS = 1 << 20
@@ -42,8 +42,7 @@ def logits_statistics(
 def logits_gradient(
     logits_TV: torch.Tensor,
     targets_T: torch.Tensor,
-    lse_T: torch.Tensor,
-    entropy_T: torch.Tensor,
+    distribution: RowDistribution,
     dlogprob_T: torch.Tensor | None,
     dentropy_T: torch.Tensor | None,
     *,
@@ -59,8 +58,7 @@ def logits_gradient(
         gradient_TV = logits_gradient_(
             logits_TV.index_select(0, rows).to(dtype).div_(temperature),
             targets_T[rows] - vocab_offset,
-            lse_T[rows],
-            entropy_T[rows],
+            distribution.taken(rows),
             None if dlogprob_T is None else dlogprob_T[rows],
             None if dentropy_T is None else dentropy_T[rows],
         )

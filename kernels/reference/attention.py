@@ -1,0 +1,82 @@
+"""Attention over a paged key/value pool in plain torch, vectorised over the batch."""
+
+import torch
+import torch.nn.functional as F
+
+
+def paged_attention(
+    query_BQNH: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    page_table_BP: torch.Tensor,
+    lengths_B: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Return the attention of the newest Q tokens of every sequence over its pages, [B, Q, N, H].
+
+    The pages are gathered into [B, longest context] and masked. Computed in fp32 (float64 for float64).
+    """
+    num_new = query_BQNH.shape[1]
+    slots_BL, bias_BQL = visible_slots(page_table_BP, lengths_B, page_size=key_pool.shape[1], num_new=num_new)
+    out_BQNH = attend(query_BQNH, key_pool, value_pool, slots_BL, bias_BQL, scale=scale)
+    if int(lengths_B.min()) < num_new:
+        # A token before the sequence's start sees no key: its softmax is 0 / 0, its output is defined as 0.
+        new = torch.arange(num_new, device=lengths_B.device)
+        out_BQNH.masked_fill_((lengths_B[:, None] + new < num_new)[:, :, None, None], 0.0)
+    return out_BQNH
+
+
+def visible_slots(
+    page_table_BP: torch.Tensor, lengths_B: torch.Tensor, *, page_size: int, num_new: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (slots_BL, bias_BQL): where each context position lies in the pool, 0 or −∞ to add to its score.
+
+    L is the longest length. They depend on no tensor of a layer, so one call serves a whole decode step.
+    Positions past a sequence's end repeat its first slot: what the pool holds beyond the end is never read.
+    """
+    longest = int(lengths_B.max())
+    positions_L = torch.arange(longest, device=lengths_B.device)
+    is_within_BL = positions_L < lengths_B[:, None]
+    pages_BL = page_table_BP[:, positions_L // page_size].long()
+    slots_BL = pages_BL * page_size + positions_L % page_size
+    # An empty sequence may have no valid page at all; slot 0 exists, and its rows are zeroed at the end.
+    first_B1 = torch.where(is_within_BL[:, :1], slots_BL[:, :1], 0)
+    slots_BL = torch.where(is_within_BL, slots_BL, first_B1)
+    new_Q = torch.arange(num_new, device=lengths_B.device)
+    num_visible_BQ = lengths_B[:, None] - num_new + 1 + new_Q
+    is_hidden_BQL = positions_L >= num_visible_BQ[:, :, None]
+    bias_BQL = torch.zeros(is_hidden_BQL.shape, device=lengths_B.device).masked_fill_(
+        is_hidden_BQL, -torch.inf
+    )
+    return slots_BL, bias_BQL
+
+
+def attend(
+    query_BQNH: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    slots_BL: torch.Tensor,
+    bias_BQL: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Return softmax(scale · q k + bias) v over the gathered slots, [B, Q, N, H] in query's dtype."""
+    batch, num_new, num_heads, head_size = query_BQNH.shape
+    num_kv_heads, longest = key_pool.shape[2], slots_BL.shape[1]
+    group = num_heads // num_kv_heads
+    dtype = torch.float64 if query_BQNH.dtype == torch.float64 else torch.float32
+
+    def gather(pool: torch.Tensor) -> torch.Tensor:
+        rows = pool.view(-1, num_kv_heads * head_size).index_select(0, slots_BL.reshape(-1))
+        return rows.view(batch, longest, num_kv_heads, head_size).transpose(1, 2).to(dtype)
+
+    # Heads that share a key join the new tokens in the row dimension, so that no key is repeated.
+    query_BKMH = query_BQNH.view(batch, num_new, num_kv_heads, group, head_size).transpose(1, 2)
+    query_BKMH = query_BKMH.reshape(batch, num_kv_heads, num_new * group, head_size).to(dtype)
+    bias_BM = bias_BQL.to(dtype).repeat_interleave(group, dim=1) if num_new > 1 else bias_BQL.to(dtype)
+    out_BKMH = F.scaled_dot_product_attention(
+        query_BKMH, gather(key_pool), gather(value_pool), attn_mask=bias_BM[:, None], scale=scale
+    )
+    out_BKQGH = out_BKMH.reshape(batch, num_kv_heads, num_new, group, head_size)
+    return out_BKQGH.transpose(1, 2).reshape(query_BQNH.shape).to(query_BQNH.dtype)

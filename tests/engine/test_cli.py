@@ -1,0 +1,252 @@
+"""The command line: help without weight, one sentence for a user's fault, exit codes, ranks."""
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from glm_rlhf.engine import cli
+from glm_rlhf.engine.cli import COMMANDS, Command, main
+from glm_rlhf.engine.config import DoctorConfig, ScoreConfig
+from glm_rlhf.engine.config_file import load_config
+from glm_rlhf.engine.config_keys import keys_of
+
+SCORE = ["score", "model.path=m", "data.path=d"]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """One process, a folder of its own."""
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", cli.TRACEBACK_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def score(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    """Make `score` a command that runs the given function."""
+
+    def register(function: Callable) -> None:
+        monkeypatch.setitem(sys.modules, "fake_scoring", types.SimpleNamespace(run=function))
+        command = Command(name="score", summary="scores", config=ScoreConfig, function="fake_scoring:run")
+        monkeypatch.setattr(cli, "COMMANDS", (command,))
+
+    return register
+
+
+def _become_rank(monkeypatch: pytest.MonkeyPatch, rank: int, *, local_rank: int | None = None) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank if local_rank is None else local_rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+
+def _raise(error: BaseException) -> Callable:
+    def run(config: object) -> None:
+        raise error
+
+    return run
+
+
+def test_every_command_has_help_and_a_function_that_takes_its_config(capsys: pytest.CaptureFixture):
+    for command in COMMANDS:
+        assert callable(command.load())
+        assert main([command.name, "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"glm-rlhf {command.name}: {command.summary}")
+        for key in keys_of(command.config):
+            assert key in printed
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture):
+    for flag in ("--help", "-h"):
+        assert main([flag]) == 0
+        printed = capsys.readouterr().out
+        for command in COMMANDS:
+            assert f"  {command.name}" in printed
+            assert command.summary in printed
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    program = (
+        "import sys, time\n"
+        "from glm_rlhf.engine.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "heavy = {'torch', 'megatron', 'triton', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy), 'cpu_s:', time.process_time(), file=sys.stderr)\n"
+    )
+    for arguments in (["--help"], ["doctor", "--help"]):
+        command = [sys.executable, "-c", program, *arguments]
+        for _ in range(3):  # the best of three, for other programs share the machine
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            _, heavy, _, cpu_s = answer.stderr.split()
+            assert heavy == "[]"
+            if float(cpu_s) < 0.5:
+                break
+        assert float(cpu_s) < 0.5  # seconds of processor time, Python's own start included
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "glm_rlhf.engine", "--version"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0
+    assert answer.stdout.startswith("glm-rlhf 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "glm-rlhf: no command given, there are:"),
+        (["doctr"], "glm-rlhf: unknown command 'doctr', the nearest is doctor"),
+        (["xyz"], "glm-rlhf: unknown command 'xyz', there are:"),
+        (["doctor", "doctor.jsn=true"], "unknown key doctor.jsn, the nearest valid key is doctor.json"),
+        (["doctor", "nothing.yaml"], "glm-rlhf doctor: there is no config file nothing.yaml"),
+        (["doctor", "a.yaml", "b.yaml"], "a.yaml and b.yaml are given: one config file"),
+        (["doctor", "--json"], "there is no option --json: settings are written section.key=value"),
+        (["doctor", "--doctor.json=true"], "has dashes: write doctor.json=true"),
+        (
+            ["doctor", "doctor.timeout_s=0"],
+            "doctor.timeout_s is 0 (a whole number), it must be a number, above 0",
+        ),
+    ],
+)
+def test_a_fault_in_the_arguments_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture
+):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_the_command_gets_the_config_and_its_code_is_returned(score: Callable):
+    seen = []
+    score(lambda config: seen.append(config) or 3)
+    Path("c.yaml").write_text("model: {path: m}\ndata: {path: d}\nrun: {seed: 5}\n")
+    assert main(["score", "c.yaml", "run.seed=6"]) == 3
+    assert seen == [load_config(ScoreConfig, "c.yaml", ["run.seed=6"])]
+    score(lambda config: None)
+    assert main(SCORE) == 0
+
+
+def test_the_resolved_config_is_shown_and_written(score: Callable, capsys: pytest.CaptureFixture):
+    score(lambda config: None)
+    assert main([*SCORE, "run.name=mine", "parallel.tp=2"]) == 0
+    written = Path("outputs/mine/config.yaml")
+    assert load_config(ScoreConfig, written) == load_config(ScoreConfig, written, ["parallel.tp=2"])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert written.read_text() in captured.err
+
+
+def test_only_the_first_rank_writes_the_config(score: Callable, monkeypatch: pytest.MonkeyPatch):
+    score(lambda config: None)
+    _become_rank(monkeypatch, 1)
+    assert main(SCORE) == 0
+    assert not Path("outputs").exists()
+
+
+def test_a_command_without_a_run_folder_writes_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fake_doctor", types.SimpleNamespace(run=lambda config: 0))
+    command = Command(name="doctor", summary="s", config=DoctorConfig, function="fake_doctor:run")
+    monkeypatch.setattr(cli, "COMMANDS", (command,))
+    assert main(["doctor"]) == 0
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("heads 3 are not\n  a multiple of tp 2"), "heads 3 are not a multiple of tp 2"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "invalid start byte"),
+        (FileNotFoundError(2, "No such file or directory", "d.jsonl"), "d.jsonl: No such file or directory"),
+        (PermissionError(13, "Permission denied", "/d"), "/d: Permission denied"),
+        (OSError(28, "No space left on device", "out"), "out: No space left on device"),
+    ],
+)
+def test_a_users_fault_ends_in_one_sentence(
+    score: Callable, capsys: pytest.CaptureFixture, error: Exception, sentence: str
+):
+    score(_raise(error))
+    assert main(SCORE) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("glm-rlhf score: ")
+    assert last.endswith(sentence)
+
+
+def test_an_unwritable_run_folder_ends_in_one_sentence(score: Callable, capsys: pytest.CaptureFixture):
+    score(lambda config: pytest.fail("the command must not start"))
+    Path("file").write_text("")
+    assert main([*SCORE, "run.output=file/run"]) == 2
+    assert capsys.readouterr().err == "glm-rlhf score: file/run: Not a directory\n"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), KeyError("bug"), OSError("bug"), AssertionError("bug")]
+)
+def test_a_bug_keeps_its_traceback(score: Callable, error: Exception):
+    score(_raise(error))
+    with pytest.raises(type(error), match="bug"):
+        main(SCORE)
+
+
+def test_a_bug_ends_the_process_with_1():
+    program = (
+        "import sys, types; from glm_rlhf.engine import cli\n"
+        "sys.modules['fake'] = types.SimpleNamespace(run=lambda config: {}['bug'])\n"
+        "cli.COMMANDS = (cli.Command(name='x', summary='', config=cli.DoctorConfig, function='fake:run'),)\n"
+        "sys.exit(cli.main(['x']))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 1
+    assert "Traceback" in answer.stderr
+    assert "KeyError: 'bug'" in answer.stderr
+
+
+def test_the_traceback_of_a_users_fault_is_shown_on_request(
+    score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    score(_raise(ValueError("wrong")))
+    assert main(SCORE) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("GLM_RLHF_TRACEBACK", "1")
+    assert main(SCORE) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_returns_130(score: Callable, capsys: pytest.CaptureFixture):
+    score(_raise(KeyboardInterrupt()))
+    assert main(SCORE) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "glm-rlhf score: interrupted"
+
+
+def test_a_fault_of_one_rank_names_the_rank(
+    score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    score(_raise(ValueError("shard 3 is missing")))
+    _become_rank(monkeypatch, 3)
+    assert main(SCORE) == 2
+    assert capsys.readouterr().err == "[rank 3] glm-rlhf score: shard 3 is missing\n"
+
+
+def test_a_fault_in_the_arguments_is_told_once_a_host(
+    score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    score(lambda config: pytest.fail("the command must not start"))
+    told = []
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        _become_rank(monkeypatch, rank, local_rank=local_rank)
+        assert main([*SCORE, "run.seed=x"]) == 2
+        told.append(capsys.readouterr().err.count("run.seed is 'x'"))
+    assert told == [1, 0, 1, 0]
+
+
+def test_help_is_printed_by_the_first_rank_only(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    _become_rank(monkeypatch, 2)
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == ""
