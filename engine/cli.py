@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from .config import DoctorConfig
-from .config_file import ConfigError, dump_config, is_override, load_config, save_config
-from .config_keys import help_text
+from glm_rlhf.engine.config import ConvertConfig, DoctorConfig, ScoreConfig
+from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
+from glm_rlhf.engine.config_keys import help_text
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -41,6 +41,18 @@ class Command:
 
 
 COMMANDS = (
+    Command(
+        name="score",
+        summary="per-token logprobs of a policy for demonstrations, JSON lines out",
+        config=ScoreConfig,
+        function="glm_rlhf.engine.stages.score:run",
+    ),
+    Command(
+        name="convert",
+        summary="a Hugging Face folder into another family's form, type or file size",
+        config=ConvertConfig,
+        function="glm_rlhf.engine.stages.convert:run",
+    ),
     Command(
         name="doctor",
         summary="what is installed, which fast paths are active and why the others are not",

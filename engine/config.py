@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from .config_file import load_config
-from .config_keys import InWords
+from glm_rlhf.engine.config_file import load_config
+from glm_rlhf.engine.config_keys import InWords
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -134,8 +134,8 @@ class RecordsSection:
     """JSON lines to write, one a record in the input's order; null is <run.output>/<command>.jsonl."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a longer one is a bad record."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What a bad record does: stop the command, or be left out and counted."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a bad record does: end the command, or be left out and counted."""
 
 
 @frozen_section
@@ -213,8 +213,6 @@ class ConvertConfig:
     """Where the resolved config goes."""
     model: ModelSection
     """The source."""
-    parallel: ParallelSection = Field(default_factory=ParallelSection)
-    """Layout of the ranks that share the work."""
     convert: ConvertSection
     """The target."""
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .config_keys import Key, in_yaml, keys_of, nearest_key, section_factories
-from .config_yaml import ConfigError, Given, read_file, read_value, to_yaml
+from glm_rlhf.engine.config_keys import Key, in_yaml, keys_of, nearest_key, section_factories
+from glm_rlhf.engine.config_yaml import ConfigError, Given, read_file, read_value, to_yaml
 
 __all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
 

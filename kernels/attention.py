@@ -331,9 +331,9 @@ def compile_cases() -> list[CompileCase]:
     partials = dict.fromkeys(("partial_out_ptr", "partial_max_ptr", "partial_sum_ptr"), "*fp32")
     scalars = {"scale_log2": "fp32", "table_stride": "i32", "num_splits": "i32"}
     for num_new, page_size, is_single in ((1, 16, False), (1, 64, True), (4, 64, False)):
-        constexprs = _constexprs(num_new, 32, 2, 128, page_size, is_single=is_single) | {
-            "IS_INTERPRETED": False
-        }
+        pool = torch.empty(1, page_size, 2, 128, dtype=torch.bfloat16, device="meta")
+        constexprs = _constexprs((1, num_new, 32, 128), pool, is_single=is_single)
+        constexprs |= {"IS_INTERPRETED": False}
         cases.append(
             CompileCase(
                 name=f"paged_attention_fwd/6B-new{num_new}-page{page_size}/bf16",

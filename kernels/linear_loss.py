@@ -66,7 +66,8 @@ def linear_loss(
             what waits for it; the weight's product runs in between. None leaves the sum to the caller.
 
     Returns:
-        loss: 0-dim, differentiable in hidden and weight; its backward runs once.
+        loss: 0-dim, differentiable in hidden and weight; its backward runs once. Fold constant factors into
+            the row loss: an upstream gradient that is no power of two rounds bf16 gradients a second time.
         statistics: the sum of what `row_loss` gave.
 
     Raises:
@@ -111,9 +112,11 @@ def _sweep(
     chunks = _even_chunks(num_rows, head.rows_per_chunk(shard_columns, hidden_TD))
     wants_hidden, wants_weight = wants
     dtype = math_dtype(hidden_TD)
-    # A single product is rounded once by itself; several are added in float32.
+    # Gradients wait for backward as they will be handed over, but several products are added in float32.
     weight_dtype = weight_VD.dtype if head is vocab_head and len(chunks) <= 1 else dtype
-    dhidden_RD = hidden_TD.new_empty(num_rows, hidden_TD.shape[1]) if wants_hidden else None
+    hidden_dtype = hidden_TD.dtype if head is vocab_head else dtype
+    width = hidden_TD.shape[1]
+    dhidden_RD = hidden_TD.new_empty(num_rows, width, dtype=hidden_dtype) if wants_hidden else None
     dweight_VD = torch.empty_like(weight_VD, dtype=weight_dtype) if wants_weight else None
     placement = {"vocab_offset": vocab_offset, "temperature": temperature}
     is_first = True
@@ -141,11 +144,10 @@ def _sweep(
         )
         finish = None
         if wants_hidden:
-            dhidden_LD = hidden_CD.new_empty(dlogits_LV.shape[0], hidden_CD.shape[1], dtype=dtype)
-            head.add_product_(dhidden_LD, dlogits_LV, weight_VD, is_first=True)
-            dhidden_CD = dhidden_LD
+            dhidden_CD = hidden_CD.new_empty(dlogits_LV.shape[0], width, dtype=dtype)
+            head.add_product_(dhidden_CD, dlogits_LV, weight_VD, is_first=True)
             if order is not None:
-                dhidden_CD = dhidden_LD.new_zeros(hidden_CD.shape).index_copy_(0, order, dhidden_LD)
+                dhidden_CD = dhidden_CD.new_zeros(hidden_CD.shape).index_copy_(0, order, dhidden_CD)
             if start_hidden_reduction is not None:
                 finish = start_hidden_reduction(dhidden_CD)
         if wants_weight and dlogits_LV.shape[0] > 0:
@@ -231,19 +233,18 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return `gradient * upstream` in `dtype`; an upstream of 1 costs no memory traffic if the dtype stays."""
+    """Return `gradient * upstream` in `dtype`; nothing is read or written if both stay as they are."""
     if not vocab_head.is_supported(gradient):
         if upstream == 1:
             return gradient.to(dtype)
         return (gradient * upstream).to(dtype) if gradient.dtype != dtype else gradient.mul_(upstream)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     num_elements = gradient.numel()
-    # 16 elements a thread, the same for every size: bound by memory.
     _scale_kernel[(triton.cdiv(num_elements, SCALE_BLOCK),)](
         gradient,
         out,
         upstream.float(),
-        num_elements,
+        num_elements,  # 16 a thread: bound by memory
         IS_IN_PLACE=out is gradient,
         BLOCK=SCALE_BLOCK,
         num_warps=8,
@@ -259,8 +260,8 @@ def _scale_kernel(
     gradient_ptr, out_ptr, upstream_ptr, num_elements, IS_IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write gradient * upstream; nothing is read or written where that changes nothing."""
-    upstream = tl.load(upstream_ptr)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    upstream = tl.load(upstream_ptr + tl.zeros_like(index))
     changes = index < num_elements
     if IS_IN_PLACE:
         changes &= upstream != 1.0

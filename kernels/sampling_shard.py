@@ -8,14 +8,17 @@ import triton.language as tl
 
 from glm_rlhf.kernels import launch
 from glm_rlhf.kernels.launch import CompileCase
+from glm_rlhf.kernels.reference import philox
 from glm_rlhf.kernels.reference import sampling as reference
 
-# Ids one program handles, all in registers: 16 a thread with 8 warps. At batch 64 the 65024 ids of 6B make
-# 1024 programs, eight for each of an H100's multiprocessors.
+# Ids one program handles at most, all in registers, 16 a thread. At batch 64 the 65024 ids of 6B make 1024
+# programs of 8 warps, eight for each of an H100's multiprocessors.
 _BLOCK_V = 4096
+_IDS_PER_WARP = 512
 # Token ids travel in fp32 among a row's statistics.
 MAX_VOCAB_SIZE = 2**24
 
+_NUM_ROUNDS = tl.constexpr(philox.NUM_ROUNDS)
 _MAXIMUM = tl.constexpr(reference.MAXIMUM)
 _TOTAL = tl.constexpr(reference.TOTAL)
 _PLAIN_MAXIMUM = tl.constexpr(reference.PLAIN_MAXIMUM)
@@ -118,7 +121,8 @@ def tile_statistics(
     logits_BV = logits_BV.contiguous()
     # Tiles start at ids that are multiples of 4, for random words come in fours.
     shift = vocab_offset % 4
-    num_tiles = triton.cdiv(vocab_size + shift, _BLOCK_V)
+    block_V = min(_BLOCK_V, max(_IDS_PER_WARP, triton.next_power_of_2(vocab_size + shift)))
+    num_tiles = triton.cdiv(vocab_size + shift, block_V)
     statistics_SB8 = torch.empty(
         num_tiles, batch, reference.NUM_STATISTICS, dtype=torch.float32, device=device
     )
@@ -137,8 +141,8 @@ def tile_statistics(
             SHIFT=shift,
             HAS_MASK=masked_ids_V is not None,
             HAS_THRESHOLD=threshold_B is not None,
-            BLOCK_V=_BLOCK_V,
-            num_warps=8,
+            BLOCK_V=block_V,
+            num_warps=block_V // _IDS_PER_WARP,
         )
     return statistics_SB8
 
@@ -207,7 +211,9 @@ def _exponentials(seed, step, counters, BLOCK_V: tl.constexpr):
     """Return BLOCK_V exponentially distributed numbers, four per counter; see reference/philox.py."""
     step_low = (step & 0xFFFFFFFF).to(tl.uint32)
     step_high = ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    word0, word1, word2, word3 = tl.philox(seed, counters, step_low, step_high, counters * 0)
+    word0, word1, word2, word3 = tl.philox(
+        seed, counters, step_low, step_high, counters * 0, n_rounds=_NUM_ROUNDS
+    )
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK_V)
     uniform = words.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     uniform = tl.minimum(uniform, 0.999999940395355225)  # 1 - 2^-24
@@ -347,7 +353,7 @@ def compile_cases() -> list[CompileCase]:
                 | dict.fromkeys(constexprs, "constexpr"),
                 constexprs=constexprs,
                 divisible_by_16=("logits_ptr", *pointers, "vocab_size"),
-                num_warps=8,
+                num_warps=_BLOCK_V // _IDS_PER_WARP,
                 notes="9B differs in vocab_size only, an argument",
             )
         )

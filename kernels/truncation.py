@@ -11,7 +11,7 @@ from glm_rlhf.kernels.reference import truncation as reference
 # One program walks a whole row, again and again from the second-level cache: it is as wide as a block can be.
 # 4096 elements are 4 a thread; with 8 a thread on fewer warps the compiler spills on some targets.
 _BLOCK_V = 4096
-_NUM_WARPS = 32
+_ELEMENTS_PER_WARP = 128
 
 
 @torch.no_grad()
@@ -48,6 +48,7 @@ def truncation_threshold(
     batch, vocab_size = logits_BV.shape
     threshold_B = torch.full((batch,), -torch.inf, dtype=torch.float32, device=logits_BV.device)
     if logits_BV.numel() and (top_k_B is not None or top_p_B is not None):
+        block_V = min(_BLOCK_V, max(_ELEMENTS_PER_WARP, triton.next_power_of_2(vocab_size)))
         _truncation_fwd_kernel[(batch,)](
             logits_BV,
             masked_ids_V.view(torch.uint8) if masked_ids_V is not None else logits_BV,
@@ -59,8 +60,8 @@ def truncation_threshold(
             HAS_MASK=masked_ids_V is not None,
             HAS_TOP_K=top_k_B is not None,
             HAS_TOP_P=top_p_B is not None,
-            BLOCK_V=_BLOCK_V,
-            num_warps=_NUM_WARPS,
+            BLOCK_V=block_V,
+            num_warps=block_V // _ELEMENTS_PER_WARP,
         )
     return threshold_B
 
@@ -198,7 +199,7 @@ def compile_cases() -> list[CompileCase]:
                 signature=signature | dict.fromkeys(constexprs, "constexpr"),
                 constexprs=constexprs,
                 divisible_by_16=("logits_ptr", *pointers, "vocab_size"),
-                num_warps=_NUM_WARPS,
+                num_warps=_BLOCK_V // _ELEMENTS_PER_WARP,
                 notes="9B differs in vocab_size only, an argument",
             )
         )

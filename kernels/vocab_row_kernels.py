@@ -7,6 +7,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # exp2 of it is 0, and 0 times it is 0 where 0 times -inf would be NaN.
 LOWEST_EXPONENT = tl.constexpr(-1.0e4)
+# Its logarithm is finite where that of an underflown exponential is not; the factor beside it is 0.
+SMALLEST_EXP = tl.constexpr(1.0e-37)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "vocab_offset"])
@@ -47,7 +49,7 @@ def _dlogits_from_exp_kernel(
     probability = exp * tl.exp2(shift * LOG2_E)
     logp = shift
     if HAS_ENTROPY:
-        logp = _at_least_lowest(tl.log2(exp) * LN_2 + shift)
+        logp = tl.log2(tl.maximum(exp, SMALLEST_EXP)) * LN_2 + shift
     factor = constant
     if HAS_ENTROPY:
         factor = constant + dentropy * logp

@@ -15,9 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.kernels.rope import rope, rope_qkv_in_place
-
-from .core_attention import packed_attention
-from .packing import TokenShare
+from glm_rlhf.parallel.core_attention import packed_attention
+from glm_rlhf.parallel.packing import TokenShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

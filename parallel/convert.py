@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .folder_writer import Writers
-from .glm_config import Family, GLMConfig
-from .hf_config import read_config
-from .hf_export import export_tensors, writer_of
-from .hf_import import ShardStream, iterate_shard
-from .model_folder import ModelFolderError, open_folder
-from .names import TABLES, Role, weights_of
-from .weight_files import list_tensors
+from glm_rlhf.parallel.folder_writer import Writers
+from glm_rlhf.parallel.glm_config import Family, GLMConfig
+from glm_rlhf.parallel.hf_config import read_config
+from glm_rlhf.parallel.hf_export import export_tensors, writer_of
+from glm_rlhf.parallel.hf_import import ShardStream, iterate_shard
+from glm_rlhf.parallel.model_folder import ModelFolderError, open_folder
+from glm_rlhf.parallel.names import TABLES, Role, weights_of
+from glm_rlhf.parallel.weight_files import list_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Types that a conversion can ask for, besides `same`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .packing import Segment
+from glm_rlhf.parallel.packing import Segment
 
 CoreAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segment], torch.Tensor]
 

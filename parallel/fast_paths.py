@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .core_attention import implementation_name
+from glm_rlhf.parallel.core_attention import implementation_name
 
 _NO_CUDA = "needs a CUDA device, this process sees none"
 _ATTENTION = {

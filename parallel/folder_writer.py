@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .model_folder import ModelFolderError
-from .safetensors_header import HeaderEntry, plan_file
+from glm_rlhf.parallel.model_folder import ModelFolderError
+from glm_rlhf.parallel.safetensors_header import HeaderEntry, plan_file
 
 
 def _no_barrier() -> None:

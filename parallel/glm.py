@@ -19,14 +19,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.kernels.rope import rope_table
-
-from .attention import AttentionInputs
-from .cpu import is_needed as is_cpu
-from .glm_config import GLMConfig
-from .heads import ValueHead
-from .layers import block_submodules
-from .packing import TokenShare
-from .topology import Topology
+from glm_rlhf.parallel.attention import AttentionInputs
+from glm_rlhf.parallel.cpu import is_needed as is_cpu
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.heads import ValueHead
+from glm_rlhf.parallel.layers import block_submodules
+from glm_rlhf.parallel.packing import TokenShare
+from glm_rlhf.parallel.topology import Topology
 
 Role = Literal["policy", "critic", "reward", "reference"]
 SCALAR_ROLES = ("critic", "reward")
@@ -112,7 +111,11 @@ class GLMModel(MegatronModule):
     @property
     def output_weight_VD(self) -> torch.Tensor:
         """This rank's rows of the vocabulary head, [V / tp, D]; on the last chunk only."""
-        return self.output_layer.weight if hasattr(self, "output_layer") else self.embedding.word_embeddings.weight
+        return (
+            self.output_layer.weight
+            if hasattr(self, "output_layer")
+            else self.embedding.word_embeddings.weight
+        )
 
     @property
     def first_layer(self) -> int:

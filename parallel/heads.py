@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from glm_rlhf.kernels.targets import IGNORE_INDEX
-
-from . import vocab
-from .packing import PackedTokens
+from glm_rlhf.parallel import vocab
+from glm_rlhf.parallel.packing import PackedTokens
 
 if TYPE_CHECKING:
-    from .glm import GLMModel
+    from glm_rlhf.parallel.glm import GLMModel
 
 
 class ValueHead(torch.nn.Module):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .glm_config import Family, GLMConfig
-from .model_folder import ModelFolderError, open_folder, plain_file, read_json
+from glm_rlhf.parallel.glm_config import Family, GLMConfig
+from glm_rlhf.parallel.model_folder import ModelFolderError, open_folder, plain_file, read_json
 
 _ROPE_BASE = 10000.0
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from .folder_writer import PlannedTensor, TensorFiles, Writers, new_folder, plan_files
-from .glm_config import GLMConfig
-from .hf_config import read_config, write_config
-from .model_folder import open_folder, plain_file
-from .names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
-from .safetensors_header import FLOAT_DTYPES, check_float
-from .sharding import Piece, Shard, place_shard, shards_of
-from .weight_files import StoredTensor, copy_checked, has_weights, list_tensors, read_slice
+from glm_rlhf.parallel.folder_writer import PlannedTensor, TensorFiles, Writers, new_folder, plan_files
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.hf_config import read_config, write_config
+from glm_rlhf.parallel.model_folder import open_folder, plain_file
+from glm_rlhf.parallel.names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
+from glm_rlhf.parallel.safetensors_header import FLOAT_DTYPES, check_float
+from glm_rlhf.parallel.sharding import Piece, Shard, place_shard, shards_of
+from glm_rlhf.parallel.weight_files import StoredTensor, copy_checked, has_weights, list_tensors, read_slice
 
 _COMPANIONS = (
     "tokenizer*",

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from .glm_config import GLMConfig
-from .model_folder import ModelFolderError, open_folder
-from .names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
-from .safetensors_header import check_float
-from .sharding import Piece, Shard, read_shard, shards_of
-from .weight_files import StoredTensor, list_tensors, read_slice
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.model_folder import ModelFolderError, open_folder
+from glm_rlhf.parallel.names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
+from glm_rlhf.parallel.safetensors_header import check_float
+from glm_rlhf.parallel.sharding import Piece, Shard, read_shard, shards_of
+from glm_rlhf.parallel.weight_files import StoredTensor, list_tensors, read_slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

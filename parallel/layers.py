@@ -14,17 +14,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from glm_rlhf.kernels.rmsnorm import rms_norm
 from glm_rlhf.kernels.swiglu import swiglu
-
-from .attention import GLMSelfAttention
+from glm_rlhf.parallel.attention import GLMSelfAttention
 
 
 def block_submodules(
     config: TransformerConfig, num_layers: int, *, has_sandwich_norms: bool
 ) -> TransformerBlockSubmodules:
     """Return what Megatron-core's block is built of, for the `num_layers` layers of one model chunk."""
-    add = ModuleSpec(
-        module=ResidualAdd, params={"config": config, "has_norm": has_sandwich_norms}
-    )
+    add = ModuleSpec(module=ResidualAdd, params={"config": config, "has_norm": has_sandwich_norms})
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .glm_config import GLMConfig
+from glm_rlhf.parallel.glm_config import GLMConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

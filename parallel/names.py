@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from .glm_config import Family, GLMConfig
+from glm_rlhf.parallel.glm_config import Family, GLMConfig
 
 Role = Literal["policy", "critic", "reward"]
 Split = Literal["replicated", "rows", "columns", "qkv", "gate_up"]

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from .cpu import cuda_type_names
-from .glm import GLMModel
-from .topology import Topology
+from glm_rlhf.parallel.cpu import cuda_type_names
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ r and 2c-1-r of 2c equal chunks of the stream, so that early and late tokens are
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -40,7 +41,7 @@ class PackedTokens:
     def spans(self) -> list[tuple[int, int]]:
         """Start and end of every non-empty run of tokens that attend to each other, filler included."""
         starts = self.boundaries
-        spans = [(a, b) for a, b in zip(starts, starts[1:], strict=False) if b > a]
+        spans = [(a, b) for a, b in pairwise(starts) if b > a]
         if self.num_filler:
             spans.append((starts[-1], self.num_tokens))
         return spans
@@ -53,7 +54,7 @@ class PackedTokens:
     def split(self, values_T: torch.Tensor) -> list[torch.Tensor]:
         """Return the part of `values_T` (first dim T) that belongs to each real sequence, as views."""
         starts = self.boundaries
-        return [values_T[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [values_T[a:b] for a, b in pairwise(starts)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,8 @@ def pack(sequences: Sequence[torch.Tensor], *, multiple: int = 1, filler_token: 
     for index, sequence in enumerate(sequences):
         if sequence.dim() != 1 or sequence.is_floating_point():
             raise ValueError(
-                f"sequence {index} is a {sequence.dim()}-D tensor of {sequence.dtype}, give 1-D integer token ids"
+                f"sequence {index} is a {sequence.dim()}-D tensor of {sequence.dtype}, "
+                "give 1-D integer token ids"
             )
     lengths = tuple(sequence.shape[0] for sequence in sequences)
     if not sum(lengths):
@@ -135,10 +137,16 @@ def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> TokenS
     if cp_size == 1:
         segment = _segment(packed.spans, 0, total, 0, device)
         return TokenShare(
-            packed=packed, rows=None, segments=(segment,), stream_order=None, positions_T=position_T.to(device)
+            packed=packed,
+            rows=None,
+            segments=(segment,),
+            stream_order=None,
+            positions_T=position_T.to(device),
         )
     if total % (2 * cp_size):
-        raise ValueError(f"{total} packed tokens are not a multiple of 2 × cp {cp_size}: pack with that multiple")
+        raise ValueError(
+            f"{total} packed tokens are not a multiple of 2 × cp {cp_size}: pack with that multiple"
+        )
     chunk = total // (2 * cp_size)
     mine = (cp_rank, 2 * cp_size - 1 - cp_rank)
     order = [c for rank in range(cp_size) for c in (rank, 2 * cp_size - 1 - rank)]

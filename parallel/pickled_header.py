@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .model_folder import ModelFolderError
-from .safetensors_header import DTYPE_NAMES, HeaderEntry
+from glm_rlhf.parallel.model_folder import ModelFolderError
+from glm_rlhf.parallel.safetensors_header import DTYPE_NAMES, HeaderEntry
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """A zip record's own header: the lengths of name and extra field, which the bytes follow."""

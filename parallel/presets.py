@@ -8,7 +8,7 @@ heads and rope_ratio 10000.
 from dataclasses import replace
 from difflib import get_close_matches
 
-from .glm_config import GLMConfig
+from glm_rlhf.parallel.glm_config import GLMConfig
 
 _CHATGLM3_6B = GLMConfig(
     family="chatglm",

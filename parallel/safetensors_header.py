@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .model_folder import ModelFolderError, parse_json_object
+from glm_rlhf.parallel.model_folder import ModelFolderError, parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from .glm import GLMModel
-from .packing import PackedTokens, TokenShare, pack, share
-from .stage_link import StageLink
-from .topology import Topology
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.packing import PackedTokens, TokenShare, pack, share
+from glm_rlhf.parallel.stage_link import StageLink
+from glm_rlhf.parallel.topology import Topology
 
 Output = TypeVar("Output")
 Step = Callable[[GLMModel, torch.Tensor, int], tuple[torch.Tensor | None, Output]]
@@ -71,7 +71,11 @@ def run_micro_batches(
 
 
 def collect_rows(
-    outputs: Sequence[torch.Tensor], micro_batches: Sequence[PackedTokens], num_columns: int, *, topology: Topology
+    outputs: Sequence[torch.Tensor],
+    micro_batches: Sequence[PackedTokens],
+    num_columns: int,
+    *,
+    topology: Topology,
 ) -> list[torch.Tensor]:
     """Return per-row results of the last stage as whole streams, on every rank of the pipeline.
 
@@ -120,9 +124,14 @@ def _forward_step(
 
 
 def _apply(
-    step: Step, model: GLMModel, index: int, is_real: bool, hidden_TD: torch.Tensor, non_loss_data: bool = False
+    step: Step,
+    model: GLMModel,
+    index: int,
+    is_real: bool,
+    hidden_TD: torch.Tensor,
+    non_loss_data: bool = False,
 ) -> Any:
-    """Answer Megatron-core's schedule: an output, or (loss, number of tokens it must not divide by, output)."""
+    """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output)."""
     if not is_real:
         return None if non_loss_data else (hidden_TD.sum() * 0.0, _no_tokens(hidden_TD), None)
     loss, output = step(model, hidden_TD, index)

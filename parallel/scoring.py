@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .glm import GLMModel
-from .heads import next_tokens, shift_to_tokens, token_logprobs
-from .packing import PackedTokens, share
-from .schedule import collect_rows, run_micro_batches
-from .topology import Topology
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.heads import next_tokens, shift_to_tokens, token_logprobs
+from glm_rlhf.parallel.packing import PackedTokens, share
+from glm_rlhf.parallel.schedule import collect_rows, run_micro_batches
+from glm_rlhf.parallel.topology import Topology
 
 
 def score_tokens(

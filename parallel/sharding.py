@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .glm_config import GLMConfig
-from .layout import Layout
-from .names import Weight, names_within, sizes
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.names import Weight, names_within, sizes
 
 
 @dataclass(frozen=True, slots=True)

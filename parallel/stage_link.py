@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from .topology import Topology
+from glm_rlhf.parallel.topology import Topology
 
 
 class StageLink(P2PCommunicator):

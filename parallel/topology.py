@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from . import cpu
-from .layout import Layout
+from glm_rlhf.parallel import cpu
+from glm_rlhf.parallel.layout import Layout
 
 DEFAULT_TIMEOUT_S = 600.0
 
@@ -97,6 +97,8 @@ def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int 
     if parallel_state.model_parallel_is_initialized():
         raise ValueError("a topology is active already in this process: leave it before entering another")
     cpu.install()
+    # Megatron-core overlaps the reductions of tensor parallelism by the order in which kernels are queued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     is_ours = not dist.is_initialized()
     if is_ours:
         layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
@@ -137,7 +139,9 @@ def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
         dp=dp,
-        device=torch.device("cuda", torch.cuda.current_device()) if not cpu.is_needed() else torch.device("cpu"),
+        device=torch.device("cuda", torch.cuda.current_device())
+        if not cpu.is_needed()
+        else torch.device("cpu"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),

@@ -1,8 +1,8 @@
 """Vocabulary-parallel losses whose gradients are taken in forward.
 
 Reductions over the group, for R rows that have a target, in C chunks (one for shards of a usual size):
-forward C x (MAX of 4 R / C bytes, SUM of 12 R / C bytes), and with gradients C x SUM of 4 R D / C bytes, which
-runs beside the product that makes the weight's gradient. Backward communicates nothing.
+C x (MAX of 4 R / C bytes, SUM of 12 R / C bytes), and with gradients C x SUM of 4 R D / C bytes, which runs
+beside the product that makes the weight's gradient. All are in forward; backward communicates nothing.
 Every rank of the group must call, with the same arguments but for its shard.
 """
 

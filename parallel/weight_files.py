@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .model_folder import ModelFolderError, plain_file, read_json
-from .pickled_header import read_pickled_header
-from .safetensors_header import FLOAT_DTYPES, read_header
+from glm_rlhf.parallel.model_folder import ModelFolderError, plain_file, read_json
+from glm_rlhf.parallel.pickled_header import read_pickled_header
+from glm_rlhf.parallel.safetensors_header import FLOAT_DTYPES, read_header
 
 _FORMS = ("model.safetensors", "pytorch_model.bin")
 """Single-file names in order of preference, each of which may be split with an `.index.json`."""
@@ -143,26 +143,25 @@ def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:
 
 
 def _read_into(stored: StoredTensor, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+    """Read into a contiguous tensor of the stored type."""
     row_bytes = prod(stored.shape[1:]) * out.element_size()
+    content = memoryview(out.flatten().view(torch.uint8).numpy())
     with stored.path.open("rb", buffering=0) as file:
         if dim == 0:
-            _read_all(file.fileno(), stored, stored.offset + start * row_bytes, _bytes_of(out))
+            _read_all(file.fileno(), stored, stored.offset + start * row_bytes, content)
             return
         _prefetch(file.fileno(), stored.offset, stored.shape[0] * row_bytes)
-        column_bytes = row_bytes // stored.shape[1]
+        width = (stop - start) * out.element_size()
+        position = stored.offset + start * out.element_size()
         for row in range(stored.shape[0]):
-            position = stored.offset + row * row_bytes + start * column_bytes
-            _read_all(file.fileno(), stored, position, _bytes_of(out[row]))
+            _read_all(file.fileno(), stored, position, content[row * width : (row + 1) * width])
+            position += row_bytes
 
 
 def _prefetch(file: int, position: int, num_bytes: int) -> None:
     """Ask for the whole tensor at once: short strided reads alone would wait for the disk at every row."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, position, num_bytes, os.POSIX_FADV_WILLNEED)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
 
 
 def _read_all(file: int, stored: StoredTensor, position: int, buffer: memoryview) -> None:

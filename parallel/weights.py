@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .agreement import agreed
-from .glm import GLMModel
-from .hf_import import iterate_shard
-from .names import names_within, weights_of
-from .sharding import Piece, read_shard, shards_of
+from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.hf_import import iterate_shard
+from glm_rlhf.parallel.names import names_within, weights_of
+from glm_rlhf.parallel.sharding import Piece, read_shard, shards_of
 
 
 @torch.no_grad()

@@ -39,5 +39,7 @@ def ranks() -> Iterator[RankPool]:
 def shared_data() -> Path:
     """The folder of real inputs beside the checkout; tests that use it skip where there is none."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"no real inputs: {SHARED_DATA.parent.name}/{SHARED_DATA.name} is not beside the checkout")
+        pytest.skip(
+            f"no real inputs: {SHARED_DATA.parent.name}/{SHARED_DATA.name} is not beside the checkout"
+        )
     return SHARED_DATA

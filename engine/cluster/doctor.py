@@ -6,10 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from glm_rlhf.engine.cluster.reach import exchange, join, try_collectives
+from glm_rlhf.engine.cluster.survey import RankSurvey, survey_rank
 from glm_rlhf.engine.config import DoctorConfig
-
-from .reach import exchange, join, try_collectives
-from .survey import RankSurvey, survey_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .survey import Collective
+from glm_rlhf.engine.cluster.survey import Collective
 
 _WARM_UPS = 1
 

@@ -1,10 +1,10 @@
 """Prompts, demonstrations and preference pairs, read from JSON lines and checked."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from glm_rlhf.engine.data.hh_rlhf import split_dialogue_pair
 from glm_rlhf.engine.data.jsonl import (
@@ -18,9 +18,15 @@ from glm_rlhf.engine.data.jsonl import (
 from glm_rlhf.engine.data.messages import Message, RoleError, check_conversation, lone_surrogate
 
 PairForm = Literal["pairs", "hh-rlhf"]
+Result = TypeVar("Result")
 
 ANY_ID = 2**31
 """A vocabulary size for readers that do not know the model's: any id an int32 holds."""
+
+
+def _as_it_is(record: Result) -> Result:
+    return record
+
 
 _PROMPT_KEYS = ("prompt", "messages", "prompt_tokens")
 _MESSAGE_KEYS = {"role", "content", "metadata"}
@@ -120,16 +126,23 @@ def read_demonstrations(
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
-) -> Iterator[DemonstrationRecord]:
+    then: Callable[[DemonstrationRecord], Result] = _as_it_is,
+) -> Iterator[Result]:
     """Return an iterator over the demonstrations of a JSON-lines file.
 
-    A record is a prompt (see `read_prompts`, where the arguments are explained too) and exactly one of
-    `response`, a text which may be empty, and `response_tokens`, a list of ids which may not.
+    A record is a prompt (see `read_prompts`, where the other arguments are explained too) and exactly one
+    of `response`, a text which may be empty, and `response_tokens`, a list of ids which may not.
+
+    Args:
+        then: makes of a record what is handed out; a `RecordError` of it makes the record a bad one.
 
     Raises:
         RecordError: as `read_prompts`.
     """
-    parse = partial(_demonstration_record, vocab_size=vocab_size)
+
+    def parse(fields: dict, place: Place) -> Result:
+        return then(_demonstration_record(fields, place, vocab_size=vocab_size))
+
     return read_json_lines(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 

@@ -71,6 +71,11 @@ def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
     return replace(tokenizer, extra_stop_ids=stops)
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Return whether a folder holds a tokenizer's files, of whatever kind and state."""
+    return any((Path(path) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
 def _check_markers_stay_text(folder: Path, tokenizer: Tokenizer) -> None:
     special = tokenizer.table.name_by_id
     for name in special.values():

@@ -74,9 +74,7 @@ def ppo_advantages(
     reward_A[is_last_A] += rewards_B[last_sequence].double()
 
     next_value_A = value_A.roll(-1)
-    next_value_A[is_last_A] = (
-        0.0 if bootstrap_B is None else bootstrap_B[last_sequence].double()  # type: ignore[assignment]
-    )
+    next_value_A[is_last_A] = 0.0 if bootstrap_B is None else bootstrap_B[last_sequence].double()
     advantage_A = _discounted_suffix_sums(
         reward_A + gamma * next_value_A - value_A,
         sequence_A,

@@ -1,4 +1,4 @@
-"""Plain torch mathematics of gradient-in-forward: logits of a few rows are kept until their gradient is known.
+"""Plain torch mathematics of gradient-in-forward: logits of a few rows wait for their gradient.
 
 The kept logits of one chunk take `CHUNK_ELEMENTS` numbers, whatever the size of the vocabulary.
 """
@@ -63,7 +63,7 @@ def dlogits_of_kept(
     vocab_offset: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `(dlogits_LV, order)`: the gradient of the rows `live` (None: of all), row k being `order[k]`."""
+    """Return `(dlogits_LV, order)`: the gradient of the rows `live` (None: all); row k is `order[k]`."""
     if kept.logits_TV.shape[1] == 0:  # a shard that is padding only
         return kept.logits_TV if live is None else kept.logits_TV[live], live
     rows = slice(None) if live is None else live

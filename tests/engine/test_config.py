@@ -118,7 +118,7 @@ def test_a_size_is_bytes_or_text_with_a_unit(text: str, num_bytes: int):
         (ScoreConfig, "run.name=a/b", "names one folder"),
         (ScoreConfig, "run.name=..", "names one folder"),
         (ScoreConfig, "train.dtype=fp16", "train.dtype is 'fp16' (text), it must be one of bf16, fp32"),
-        (ScoreConfig, "data.on_error=ignore", "one of stop, skip"),
+        (ScoreConfig, "data.on_error=ignore", "one of raise, skip"),
         (ScoreConfig, "data.out=./data.jsonl", "data.out and data.path are both data.jsonl"),
         (ConvertConfig, "convert.to=./source/", "convert.to and model.path are both source"),
         (ConvertConfig, "convert.max_shard_bytes=0", "a size in bytes, above 0"),

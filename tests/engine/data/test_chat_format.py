@@ -1,3 +1,5 @@
+"""Chat formats: the exact ids of ChatGLM2, ChatGLM3 and GLM-4 conversations."""
+
 import pytest
 
 from glm_rlhf.engine.data.chat_format import (

@@ -1,3 +1,5 @@
+"""The sentencepiece tokenizer of ChatGLM: ids, special tokens, round trips."""
+
 import json
 import shutil
 

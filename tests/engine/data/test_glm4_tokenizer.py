@@ -1,3 +1,5 @@
+"""GLM-4's tokenizer: byte-level words, added tokens, templates."""
+
 import json
 
 import jinja2

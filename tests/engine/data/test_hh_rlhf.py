@@ -1,3 +1,5 @@
+"""The importer of hh-rlhf dialogues."""
+
 import gzip
 import json
 

@@ -1,3 +1,5 @@
+"""JSON-lines reading: every bad file of the list, with file and line."""
+
 import gzip
 import logging
 import pickle

@@ -1,3 +1,5 @@
+"""Conversations: roles, their order, and what is refused."""
+
 import pickle
 
 import pytest

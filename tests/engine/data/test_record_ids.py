@@ -1,3 +1,5 @@
+"""Ids of a record's prompt and answers."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Prompts, demonstrations and pairs: every bad record of the list."""
+
 import dataclasses
 import json
 

@@ -1,3 +1,5 @@
+"""Vocabularies of base64 ranks, as GLM-4 carries them."""
+
 import base64
 import itertools
 import json

@@ -1,3 +1,5 @@
+"""The small tokenizer of our own."""
+
 import sentencepiece
 
 from glm_rlhf.engine.data.tiny_tokenizer import NUM_IDS, training_text, write_tiny_tokenizer

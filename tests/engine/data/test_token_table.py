@@ -1,3 +1,5 @@
+"""The table of special tokens, and rows without a token."""
+
 import pytest
 import torch
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Loading a tokenizer by what lies in its folder."""
+
 import json
 import shutil
 

@@ -1,0 +1,33 @@
+"""JSON lines that appear under their name only when they are complete."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+WriteLine = Callable[[dict], None]
+
+
+@contextlib.contextmanager
+def json_lines(path: str | Path) -> Iterator[WriteLine]:
+    """Return, as a context manager, a function that writes one record a line.
+
+    Lines go to `<path>.partial`, which becomes `path` at the end of the block; an exception leaves what
+    stood under `path` before as it was, and the partial file for a look.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        yield lambda record: _write(file, record)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _write(file: object, record: dict) -> None:
+    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,1 @@
+"""Stages of alignment, one command each."""

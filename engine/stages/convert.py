@@ -1,0 +1,35 @@
+"""The command `convert`: a Hugging Face folder into another form, type or file size."""
+
+import sys
+import time
+
+import torch.distributed as dist
+
+from glm_rlhf.engine.config import ConvertConfig
+from glm_rlhf.parallel.convert import convert_folder
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.topology import topology
+
+
+def run(config: ConvertConfig) -> None:
+    """Write the converted folder; under torchrun the ranks share the layers. Every rank calls it.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    wanted, start = config.convert, time.monotonic()
+    with topology(Layout()) as place:
+        convert_folder(
+            config.model.path,
+            wanted.to,
+            family=None if wanted.format == "same" else wanted.format,
+            dtype=wanted.dtype,
+            max_shard_bytes=wanted.max_shard_bytes,
+            rank=place.rank,
+            world=place.world_size,
+            barrier=dist.barrier,
+        )
+        if place.is_reporter:
+            sys.stderr.write(
+                f"converted {config.model.path} to {wanted.to} in {time.monotonic() - start:.1f} s\n"
+            )

@@ -1,0 +1,196 @@
+"""The command `score`: per-token log-probabilities of given responses under a policy."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from glm_rlhf.engine.config import ScoreConfig
+from glm_rlhf.engine.data.batching import pack_by_tokens
+from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.jsonl import ReadReport
+from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
+from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
+from glm_rlhf.engine.data.records import DemonstrationRecord, read_demonstrations
+from glm_rlhf.engine.data.tokenizer import has_tokenizer, load_tokenizer
+from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.load import load_model
+from glm_rlhf.parallel.packing import pack
+from glm_rlhf.parallel.scoring import score_tokens
+from glm_rlhf.parallel.topology import Topology, topology
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_WINDOW_BATCHES = 8  # micro-batches a data-parallel rank packs at a time: enough to fill them evenly
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One record as ids."""
+
+    index: int
+    """Its place among the file's records."""
+    prompt: list[int]
+    """Ids before the response, at least one."""
+    response: list[int]
+    """Ids whose logprobs are asked for, at least one."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response."""
+        return len(self.prompt) + len(self.response)
+
+
+def run(config: ScoreConfig) -> None:
+    """Write one line a demonstration: `{"index", "tokens", "logprobs"}` of the response's tokens.
+
+    logprobs[i] = log p(tokens[i] | prompt, tokens[:i]), temperature 1. Every rank of the launch calls it;
+    rank 0 writes and says what was done.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    axes = config.parallel
+    layout = Layout(
+        tp=axes.tp, pp=axes.pp, vpp=axes.vpp, cp=axes.cp, sequence_parallel=axes.sequence_parallel
+    )
+    with topology(layout, timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+        chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+        with agreed("reading the tokenizer"):
+            tokenizer = _tokenizer(config, chunks[0].glm.vocab_size)
+        report = ReadReport()
+        samples = _samples(config, tokenizer, chunks[0].glm, report)
+        with contextlib.ExitStack() as stack:
+            write = None
+            with agreed(f"writing {config.out_path}"):
+                if place.is_reporter:
+                    write = stack.enter_context(json_lines(config.out_path))
+            _score_all(samples, chunks, place, write, report, config)
+
+
+def _score_all(
+    samples: Iterator[Sample],
+    chunks: list[GLMModel],
+    place: Topology,
+    write: WriteLine | None,
+    report: ReadReport,
+    config: ScoreConfig,
+) -> None:
+    start, num_tokens, total = time.monotonic(), 0, 0.0
+    budget = config.train.micro_batch_tokens
+    bar = tqdm(desc="score", unit=" records", disable=None if place.is_reporter else True)
+    while True:
+        with agreed("reading the data"):
+            window = _take_window(samples, budget * place.dp * _WINDOW_BATCHES)
+        if not window:
+            break
+        for index, logprobs in sorted(_score_window(window, chunks, place, budget).items()):
+            if write is not None:
+                write({"index": window[index].index, "tokens": window[index].response, "logprobs": logprobs})
+                num_tokens += len(logprobs)
+                total += sum(logprobs)
+                bar.update()
+    bar.close()
+    if write is not None:
+        elapsed = time.monotonic() - start
+        skipped = f", {report.num_skipped} bad ones skipped" if report.num_skipped else ""
+        sys.stderr.write(
+            f"scored {report.num_records} records{skipped}: {num_tokens} response tokens, mean logprob "
+            f"{total / num_tokens:.4f}, {num_tokens / elapsed:.0f} tokens/s; written to {config.out_path}\n"
+        )
+
+
+def _score_window(
+    window: list[Sample], chunks: list[GLMModel], place: Topology, budget: int
+) -> dict[int, list[float]]:
+    """Return logprobs by place in the window, all of them on rank 0; each dp rank scores its share."""
+    groups = pack_by_tokens([sample.num_tokens for sample in window], max_tokens=budget)
+    mine = groups[place.dp_rank :: place.dp]
+    micro_batches, wanted = [], []
+    for group in mine:
+        ids = [torch.tensor(window[index].prompt + window[index].response) for index in group]
+        packed = pack(ids, multiple=place.layout.token_multiple)
+        is_wanted_T = torch.zeros(packed.num_tokens, dtype=torch.bool)
+        for index, part in zip(group, packed.split(is_wanted_T), strict=True):
+            part[len(window[index].prompt) :] = True
+        micro_batches.append(packed.to(place.device))
+        wanted.append(is_wanted_T.to(place.device))
+    found: dict[int, list[float]] = {}
+    if mine:
+        scored = score_tokens(chunks, micro_batches, topology=place, wanted=wanted)
+        for group, packed, (logprobs_T, _) in zip(mine, micro_batches, scored, strict=True):
+            for index, part in zip(group, packed.split(logprobs_T), strict=True):
+                found[index] = part[len(window[index].prompt) :].tolist()
+    is_speaker = place.tp_rank == place.pp_rank == place.cp_rank == 0
+    if place.dp > 1 and is_speaker:
+        everyone: list[dict] = [{} for _ in range(place.dp)]
+        dist.all_gather_object(everyone, found, group=place.dp_group)
+        found = {index: logprobs for part in everyone for index, logprobs in part.items()}
+    return found
+
+
+def _take_window(samples: Iterator[Sample], max_tokens: int) -> list[Sample]:
+    window: list[Sample] = []
+    room = max_tokens
+    for sample in samples:
+        window.append(sample)
+        room -= sample.num_tokens
+        if room <= 0:
+            break
+    return window
+
+
+def _samples(
+    config: ScoreConfig, tokenizer: Tokenizer | None, glm: GLMConfig, report: ReadReport
+) -> Iterator[Sample]:
+    data = config.data
+    sample_of = partial(
+        _sample,
+        tokenizer=tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_positions=glm.max_positions,
+    )
+    # A generator, so that a file that cannot be read is found where all ranks can agree on it.
+    yield from read_demonstrations(
+        data.path, vocab_size=glm.vocab_size, on_error=data.on_error, report=report, then=sample_of
+    )
+
+
+def _sample(
+    record: DemonstrationRecord, *, tokenizer: Tokenizer | None, max_prompt_tokens: int, max_positions: int
+) -> Sample:
+    place = record.place
+    prompt = prompt_ids(record.prompt, place, tokenizer)
+    response = answer_ids(record.response, place, tokenizer)
+    if len(prompt) > max_prompt_tokens:
+        raise place.error(
+            f"the prompt has {len(prompt)} tokens, data.max_prompt_tokens allows {max_prompt_tokens}"
+        )
+    if len(prompt) + len(response) > max_positions:
+        raise place.error(
+            f"prompt and response have {len(prompt) + len(response)} tokens, "
+            f"the model's context is {max_positions}"
+        )
+    return Sample(index=place.index, prompt=prompt, response=response)
+
+
+def _tokenizer(config: ScoreConfig, num_rows: int) -> Tokenizer | None:
+    """Return the tokenizer, or None where none is named and none lies beside the model: ids need none."""
+    folder = config.tokenizer_path
+    if config.tokenizer.path is None and not has_tokenizer(folder):
+        return None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > num_rows:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{num_rows} rows: they do not belong together"
+        )
+    return tokenizer
