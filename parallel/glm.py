@@ -134,7 +134,7 @@ class GLMModel(MegatronModule):
             tensor-parallel rank, ready for a head.
         """
         hidden = self.embedding(share.take(share.packed.tokens_T)) if self.pre_process else None
-        cos_PR, sin_PR = self._rotary_table(max(b - a for a, b in share.packed.spans))
+        cos_PR, sin_PR = self.rotary_table(max(b - a for a, b in share.packed.spans))
         inputs = AttentionInputs(
             share=share, cos_TR=cos_PR[share.positions_T], sin_TR=sin_PR[share.positions_T]
         )
@@ -174,7 +174,7 @@ class GLMModel(MegatronModule):
             return self.embedding.word_embeddings.weight
         return self.output_weight_VD if self.post_process else None
 
-    def _rotary_table(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_table(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions; doubled when a longer one comes."""
         if self._rotary is None or self._rotary[0].shape[0] < longest:
             num_positions = 1 << max(longest - 1, 1023).bit_length()

@@ -35,6 +35,8 @@ class Topology:
     """Ranks that share this rank's layers."""
     pp_group: dist.ProcessGroup
     """Ranks of this rank's pipeline, first stage first."""
+    pp_host_group: dist.ProcessGroup
+    """The same ranks over gloo, for small tensors that the host reads anyway; `pp_group` itself on a CPU."""
     cp_group: dist.ProcessGroup
     """Ranks that share this rank's micro-batches."""
     dp_group: dist.ProcessGroup
@@ -103,11 +105,13 @@ def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int 
     if is_ours:
         layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
         _start_world(timeout_s)
+    place = None
     try:
-        yield _enter(layout, timeout_s, seed)
+        place = _enter(layout, timeout_s, seed)
+        yield place
         dist.barrier()  # nobody closes a connection that another rank still reads from
     finally:
-        _leave()
+        _leave(place)
         if is_ours:
             dist.destroy_process_group()
 
@@ -144,17 +148,34 @@ def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:
         else torch.device("cpu"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        pp_host_group=_host_group(parallel_state.get_pipeline_model_parallel_group(), timeout_s),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 
-def _leave() -> None:
+def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup:
+    """Return a gloo group of the same ranks; every rank of the world calls this."""
+    if cpu.is_needed():
+        return group
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
+    mine, _ = dist.new_subgroups_by_enumeration(
+        sorted(map(list, {tuple(ranks) for ranks in everyone})),
+        timeout=timedelta(seconds=timeout_s),
+        backend="gloo",
+    )
+    return mine
+
+
+def _leave(place: Topology | None) -> None:
     """Forget Megatron-core's groups, and destroy those that this process is in."""
     listed = parallel_state._global_process_group_list or []
     groups = {id(group): group for group in listed if group is not None}
     parallel_state.destroy_model_parallel()
+    if place is not None and place.pp_host_group is not place.pp_group:
+        dist.destroy_process_group(place.pp_host_group)
     for group in groups.values():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

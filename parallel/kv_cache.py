@@ -1,0 +1,72 @@
+"""Keys and values of running sequences, in pages of one pool that exists only while generating."""
+
+from collections.abc import Sequence
+
+import torch
+
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+
+
+class KVCache:
+    """Owns the pools of the layers that this rank holds; which page is whose is decided elsewhere."""
+
+    def __init__(self, chunks: Sequence[GLMModel], *, num_pages: int, page_size: int) -> None:
+        """Allocate the pools, uninitialised.
+
+        Args:
+            chunks: this rank's model chunks.
+            num_pages: pages in every layer's pool.
+            page_size: positions a page.
+
+        Raises:
+            ValueError: there would be no page.
+        """
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"a cache needs pages: num_pages is {num_pages}, page_size is {page_size}")
+        glm, layout = chunks[0].glm, chunks[0].topology.layout
+        self.num_pages, self.page_size = num_pages, page_size
+        num_layers = sum(len(chunk.decoder.layers) for chunk in chunks)
+        self._pools = torch.empty(
+            (num_layers, 2, num_pages, page_size, _heads_here(glm, layout), glm.head_size),
+            dtype=chunks[0].config.params_dtype,
+            device=chunks[0].topology.device,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the pools."""
+        return self._pools.numel() * self._pools.element_size()
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the key and value pools, [pages, page_size, K, H], of this rank's layer `index`."""
+        return self._pools[index].unbind(0)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages in every layer, source to target; no page is both."""
+        if copies:
+            sources, targets = torch.tensor(copies, device=self._pools.device).unbind(1)
+            self._pools[:, :, targets] = self._pools[:, :, sources]
+
+
+def num_pages_within(
+    budget_bytes: int, glm: GLMConfig, layout: Layout, *, page_size: int, dtype: torch.dtype
+) -> int:
+    """Return how many pages fit a rank's budget.
+
+    A page holds keys and values of `page_size` positions in every layer of the rank:
+    2 · layers/pp · page_size · K/tp · H elements.
+
+    Raises:
+        ValueError: not one page fits; the message says how much one takes.
+    """
+    elements = 2 * (glm.num_layers // layout.pp) * page_size * _heads_here(glm, layout) * glm.head_size
+    page_bytes = elements * torch.empty((), dtype=dtype).element_size()
+    if budget_bytes < page_bytes:
+        raise ValueError(f"a budget of {budget_bytes} bytes holds no page: one takes {page_bytes} bytes")
+    return budget_bytes // page_bytes
+
+
+def _heads_here(glm: GLMConfig, layout: Layout) -> int:
+    return max(1, glm.num_kv_heads // layout.tp)
