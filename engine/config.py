@@ -139,6 +139,14 @@ class RecordsSection:
 
 
 @frozen_section
+class PrecisionSection:
+    """How exactly a model is run."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations."""
+
+
+@frozen_section
 class ForwardSection:
     """How a model that does not learn is run."""
 
@@ -146,6 +154,36 @@ class ForwardSection:
     """Precision of weights and activations."""
     micro_batch_tokens: Count = 16384
     """Tokens that go through the model at once, packed from whole sequences."""
+
+
+@frozen_section
+class GenerationSection:
+    """How answers are drawn."""
+
+    max_new_tokens: Count = 512
+    """Longest answer, in tokens; less where the model's context leaves less room."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest ids that together have this probability; 1 for all."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw among the k most likely ids; 0 for all."""
+    num_samples: Count = 1
+    """Answers to each prompt; they share the prompt's pages."""
+    max_batch: Count = 256
+    """Sequences that run at once on a copy of the model."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
+    """Each answer's random numbers follow from it, the record's place and the sample's number alone."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the model's own end ids; needs a tokenizer."""
+    stop_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ids that end an answer, beside the model's own."""
+    page_size: Count = 16
+    """Positions a page of the key/value cache; 16 or more on CUDA."""
+    cache_bytes: NumBytes | None = None
+    """Memory of the key/value cache a rank; null takes what max_batch needs, on CUDA at most 80 % of the free."""
+    max_step_tokens: Count = 8192
+    """Tokens that go through the model in a step; longer prompts are read in parts."""
 
 
 @frozen_section
@@ -197,12 +235,47 @@ class ScoreConfig:
     @property
     def out_path(self) -> Path:
         """File of scores."""
-        return Path(self.data.out) if self.data.out is not None else Path(self.run.output) / "score.jsonl"
+        return _out_path(self, "score.jsonl")
 
     @property
     def tokenizer_path(self) -> Path:
         """Folder with the tokenizer's files."""
-        return Path(self.tokenizer.path if self.tokenizer.path is not None else self.model.path)
+        return _tokenizer_path(self)
+
+
+@frozen_section
+class GenerateConfig:
+    """Settings of `generate`."""
+
+    run: RunSection = Field(default_factory=partial(RunSection, name="generate"))
+    """Where results go, and the seed."""
+    model: ModelSection
+    """The model that answers."""
+    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    """Its tokenizer."""
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    """Its layout."""
+    data: RecordsSection
+    """Prompts in, answers out."""
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    """How answers are drawn."""
+    train: PrecisionSection = Field(default_factory=PrecisionSection)
+    """Its precision."""
+
+    from_yaml = classmethod(load_config)
+
+    def __post_init__(self) -> None:
+        _check_apart("data.out", self.out_path, "data.path", self.data.path)
+
+    @property
+    def out_path(self) -> Path:
+        """File of answers."""
+        return _out_path(self, "generate.jsonl")
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder with the tokenizer's files."""
+        return _tokenizer_path(self)
 
 
 @frozen_section
@@ -230,6 +303,14 @@ class DoctorConfig:
     """The report."""
 
     from_yaml = classmethod(load_config)
+
+
+def _out_path(config: "ScoreConfig | GenerateConfig", name: str) -> Path:
+    return Path(config.data.out) if config.data.out is not None else Path(config.run.output) / name
+
+
+def _tokenizer_path(config: "ScoreConfig | GenerateConfig") -> Path:
+    return Path(config.tokenizer.path if config.tokenizer.path is not None else config.model.path)
 
 
 def _resolve_output(run: RunSection | RunFolderSection) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+# Whether a product and a sum may become one rounding: Triton is about to change its default.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import torch
 import triton
 

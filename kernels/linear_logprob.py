@@ -7,7 +7,7 @@ import torch
 from glm_rlhf.kernels import vocab_head
 from glm_rlhf.kernels.reference import linear_logprob as reference
 from glm_rlhf.kernels.softmax_statistics import RowDistribution, SoftmaxStatistics
-from glm_rlhf.kernels.targets import IGNORE_INDEX, rows_with_target
+from glm_rlhf.kernels.targets import IGNORE_INDEX, rows_with_gradient, rows_with_target
 
 __all__ = ["IGNORE_INDEX", "linear_logprob", "shard_gradients", "shard_statistics", "sharded_linear_logprob"]
 
@@ -25,7 +25,7 @@ def linear_logprob(
     that receive a zero gradient are left out of it.
 
     Args:
-        hidden_TD: `[T, D]` float.
+        hidden_TD: `[T, D]` float. On CUDA bf16 and float32 have kernels, other dtypes take the definition.
         weight_VD: `[V, D]`, same dtype.
         targets_T: int64 or int32 `[T]`; rows with `IGNORE_INDEX` (-100) leave before any product and give
             logprob 0, entropy 0 and a gradient of exactly zero.
@@ -196,6 +196,7 @@ class _LinearLogprob(torch.autograd.Function):
         return _spread(logprobs_T, rows, num_rows), _spread(distribution.entropy_T.clone(), rows, num_rows)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx,
         dlogprobs_T: torch.Tensor | None,
@@ -210,7 +211,7 @@ class _LinearLogprob(torch.autograd.Function):
             None if g is None else _take(g, rows).to(distribution.max_T.dtype)
             for g in (dlogprobs_T, dentropy_T)
         ]
-        live = _rows_with_gradient(*upstream)
+        live = rows_with_gradient(*upstream)
         kept = live if rows is None else _take(rows, live)
         dhidden_TD, dweight_VD = shard_gradients(
             _take(hidden_TD, kept),
@@ -233,15 +234,6 @@ class _LinearLogprob(torch.autograd.Function):
                 kept = rows
             dhidden_TD = _spread(dhidden_TD.to(hidden_TD.dtype), kept, hidden_TD.shape[0])
         return dhidden_TD, dweight_VD, *(None,) * 6
-
-
-def _rows_with_gradient(
-    dlogprob_T: torch.Tensor | None, dentropy_T: torch.Tensor | None
-) -> torch.Tensor | None:
-    nonzero = [g != 0 for g in (dlogprob_T, dentropy_T) if g is not None]  # NaN != 0: it stays visible
-    is_live_T = nonzero[0] if len(nonzero) == 1 else nonzero[0] | nonzero[1]
-    rows = is_live_T.nonzero().squeeze(1)
-    return None if rows.numel() == is_live_T.numel() else rows
 
 
 def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from glm_rlhf.kernels.linear_logprob import check_head_inputs, shard_statistics
 from glm_rlhf.kernels.reference import linear_loss as reference
 from glm_rlhf.kernels.reference.linear_logprob import math_dtype, slices
 from glm_rlhf.kernels.softmax_statistics import RowDistribution, SoftmaxStatistics
-from glm_rlhf.kernels.targets import rows_with_target
+from glm_rlhf.kernels.targets import rows_with_gradient, rows_with_target
 
 
 class Addable(Protocol):
@@ -138,7 +138,7 @@ def _sweep(
         statistics = part_statistics if statistics is None else statistics + part_statistics
         if not wants_hidden and not wants_weight:
             continue
-        live = _rows_with_gradient(dlogprob_C, dentropy_C)
+        live = rows_with_gradient(dlogprob_C, dentropy_C)
         dlogits_LV, order = head.dlogits_of_kept(
             kept, targets_C, distribution, dlogprob_C, dentropy_C, live, **placement
         )
@@ -178,21 +178,13 @@ def _row_gradients(
     return loss.detach(), statistics, dlogprob_C, dentropy_C
 
 
-def _rows_with_gradient(dlogprob_C: torch.Tensor, dentropy_C: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the rows whose gradient is not exactly zero, None for all; NaN is not zero and stays visible."""
-    is_live_C = dlogprob_C != 0
-    if dentropy_C is not None:
-        is_live_C |= dentropy_C != 0
-    live = is_live_C.nonzero().squeeze(1)
-    return None if live.shape[0] == is_live_C.shape[0] else live
-
-
 def _even_chunks(num_rows: int, largest: int) -> list[slice]:
     """Return slices of about equal size, in whole tiles; one empty slice where there is no row."""
-    num_chunks = max(1, -(-num_rows // largest))
-    size = -(-num_rows // num_chunks)
-    size = min(largest, -(-size // vocab_head.HOPPER.rows) * vocab_head.HOPPER.rows)
-    return list(slices(num_rows, size)) or [slice(0, 0)]
+    if num_rows == 0:
+        return [slice(0, 0)]
+    tile = vocab_head.HOPPER.rows
+    size = triton.cdiv(num_rows, triton.cdiv(num_rows, largest))
+    return list(slices(num_rows, min(largest, triton.cdiv(size, tile) * tile)))
 
 
 class _WithGradients(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Rows of a packed batch that have a target: the others leave before any product."""
+"""Rows of a packed batch that take part: the others leave before any product."""
 
 import torch
 
@@ -35,3 +35,17 @@ def rows_with_target(targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor |
     if count == targets_T.numel():
         return None
     return torch.nonzero_static(has_target_T, size=count).squeeze(1)
+
+
+def rows_with_gradient(*gradients: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the indices of the rows where any gradient is not exactly zero; None stands for every row.
+
+    NaN is not zero: such a row stays and its NaN is seen. On CUDA the host waits for the count.
+
+    Args:
+        gradients: `[T]` each; None is zero everywhere, not all may be None.
+    """
+    nonzero = [gradient_T != 0 for gradient_T in gradients if gradient_T is not None]
+    is_live_T = torch.stack(nonzero).any(dim=0)
+    rows = is_live_T.nonzero().squeeze(1)
+    return None if rows.shape[0] == is_live_T.shape[0] else rows

@@ -135,9 +135,7 @@ class ChunkDecoder:
         paged_write(key, value, *pools, batch.slots_T)
         num_decodes, outputs = batch.num_decodes, []
         if num_decodes:
-            outputs.append(
-                paged_attention(query[:num_decodes], *pools, batch.page_table_BP, batch.lengths_B)
-            )
+            outputs.append(paged_attention(query[:num_decodes], *pools, batch.page_table_BP, batch.lengths_B))
         if batch.prefill is not None:
             key, value = key[num_decodes:], value[num_decodes:]
             if batch.key_slots_S is not None:

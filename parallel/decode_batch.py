@@ -1,6 +1,6 @@
 """One step of generation as tensors: which tokens go through the model, and where their keys go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,7 +47,7 @@ class DecodeBatch:
     prefill: Segment | None
     """Attention of the other rows, over `key_slots_S`; None when there are none."""
     key_slots_S: torch.Tensor | None
-    """Rows of the pool with the keys of the prefilled sequences, int64; None when every key is in this step."""
+    """Rows of the pool with the prefilled sequences' keys, int64; None when every key is in this step."""
     sampled_rows: torch.Tensor
     """Rows whose next token is drawn, int64 [number drawn]."""
     seeds_B: torch.Tensor
@@ -77,7 +77,9 @@ def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBat
     width = max((len(work.pages) for work in plan.decodes), default=0)
     table = [work.pages + (0,) * (width - len(work.pages)) for work in plan.decodes]
     has_context = any(work.start for work in plan.prefills)
-    key_slots = [slot for work in plan.prefills for slot in _slots(work, 0, page_size)] if has_context else None
+    key_slots = (
+        [slot for work in plan.prefills for slot in _slots(work, 0, page_size)] if has_context else None
+    )
 
     def integers(values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -103,7 +105,7 @@ def _slots(work: Work, start: int, page_size: int) -> list[int]:
     return [work.pages[p // page_size] * page_size + p % page_size for p in range(start, end)]
 
 
-def _segment(plan: Plan, integers) -> Segment:  # noqa: ANN001
+def _segment(plan: Plan, integers: Callable[..., torch.Tensor]) -> Segment:
     query_lengths = tuple(len(work.tokens) for work in plan.prefills)
     key_lengths = tuple(work.start + len(work.tokens) for work in plan.prefills)
     return Segment(

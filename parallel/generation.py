@@ -148,6 +148,8 @@ class _Stage:
         if not is_last:
             self._send(output, (place.pp_rank + 1) % place.layout.pp, place.pp_group, _HIDDEN)
             return
+        if not len(turn.batch.sampled_rows):
+            return
         group = place.tp_group if place.layout.tp > 1 else None
         samples = draw_tokens(
             decoder.logits(output), turn.batch.seeds_B, turn.batch.steps_B, self.settings, group=group
@@ -160,9 +162,11 @@ class _Stage:
 
     def drawn(self, turn: _Turn) -> tuple[list[int], list[float], list[float]]:
         """Return what the last stage drew in a turn: tokens, logprobs, plain logprobs."""
-        place = self.topology
+        place, num_drawn = self.topology, len(turn.batch.sampled_rows)
+        if num_drawn == 0:  # a part of a prompt, and nothing else, went through
+            return [], [], []
         if turn.drawn is None:
-            turn.drawn = torch.empty(len(turn.batch.sampled_rows), 3, dtype=torch.float64)
+            turn.drawn = torch.empty(num_drawn, 3, dtype=torch.float64)
             source = dist.get_global_rank(place.pp_host_group, place.layout.pp - 1)
             dist.recv(turn.drawn, source, group=place.pp_host_group, tag=_TOKENS)
         tokens, logprobs, plain_logprobs = turn.drawn.t().tolist()

@@ -92,7 +92,9 @@ def _threshold(
     return truncation_threshold(
         whole_BV,
         temperature_B=temperature_B,
-        top_k_B=torch.full((batch,), settings.top_k, dtype=torch.int32, device=device) if settings.top_k else None,
+        top_k_B=torch.full((batch,), settings.top_k, dtype=torch.int32, device=device)
+        if settings.top_k
+        else None,
         top_p_B=torch.full((batch,), settings.top_p, device=device) if settings.top_p < 1 else None,
         masked_ids_V=settings.masked_ids_V,
     )

@@ -95,7 +95,8 @@ def read_prompts(
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
-) -> Iterator[PromptRecord]:
+    then: Callable[[PromptRecord], Result] = _as_it_is,
+) -> Iterator[Result]:
     """Return an iterator over the prompts of a JSON-lines file; `read_json_lines` says what a file may be.
 
     A record holds exactly one of
@@ -111,11 +112,15 @@ def read_prompts(
         on_error: `raise` at the first bad record, or `skip` bad records, counting them.
         max_line_bytes: longest line accepted, in bytes.
         report: filled while reading; a new one for each file.
+        then: makes of a record what is handed out; a `RecordError` of it makes the record a bad one.
 
     Raises:
         RecordError: with file and line; at once for a file that cannot be read, else while iterating.
     """
-    parse = partial(_prompt_record, vocab_size=vocab_size)
+
+    def parse(fields: dict, place: Place) -> Result:
+        return then(_prompt_record(fields, place, vocab_size=vocab_size))
+
     return read_json_lines(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
@@ -130,11 +135,8 @@ def read_demonstrations(
 ) -> Iterator[Result]:
     """Return an iterator over the demonstrations of a JSON-lines file.
 
-    A record is a prompt (see `read_prompts`, where the other arguments are explained too) and exactly one
-    of `response`, a text which may be empty, and `response_tokens`, a list of ids which may not.
-
-    Args:
-        then: makes of a record what is handed out; a `RecordError` of it makes the record a bad one.
+    A record is a prompt (see `read_prompts`, where the arguments are explained too) and exactly one of
+    `response`, a text which may be empty, and `response_tokens`, a list of ids which may not.
 
     Raises:
         RecordError: as `read_prompts`.

@@ -18,17 +18,15 @@ from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
 from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.records import DemonstrationRecord, read_demonstrations
-from glm_rlhf.engine.data.tokenizer import has_tokenizer, load_tokenizer
+from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.packing import pack
 from glm_rlhf.parallel.scoring import score_tokens
 from glm_rlhf.parallel.topology import Topology, topology
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _WINDOW_BATCHES = 8  # micro-batches a data-parallel rank packs at a time: enough to fill them evenly
 
 
@@ -59,13 +57,10 @@ def run(config: ScoreConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
-    layout = Layout(
-        tp=axes.tp, pp=axes.pp, vpp=axes.vpp, cp=axes.cp, sequence_parallel=axes.sequence_parallel
-    )
-    with topology(layout, timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
         chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
         with agreed("reading the tokenizer"):
-            tokenizer = _tokenizer(config, chunks[0].glm.vocab_size)
+            tokenizer = find_tokenizer(config, chunks[0].glm)
         report = ReadReport()
         samples = _samples(config, tokenizer, chunks[0].glm, report)
         with contextlib.ExitStack() as stack:
@@ -180,17 +175,3 @@ def _sample(
             f"the model's context is {max_positions}"
         )
     return Sample(index=place.index, prompt=prompt, response=response)
-
-
-def _tokenizer(config: ScoreConfig, num_rows: int) -> Tokenizer | None:
-    """Return the tokenizer, or None where none is named and none lies beside the model: ids need none."""
-    folder = config.tokenizer_path
-    if config.tokenizer.path is None and not has_tokenizer(folder):
-        return None
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > num_rows:
-        raise ValueError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model's embedding only "
-            f"{num_rows} rows: they do not belong together"
-        )
-    return tokenizer

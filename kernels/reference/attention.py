@@ -36,19 +36,22 @@ def visible_slots(
     Positions past a sequence's end repeat its first slot: what the pool holds beyond the end is never read.
     """
     longest = int(lengths_B.max())
-    positions_L = torch.arange(longest, device=lengths_B.device)
+    num_pages = -(-longest // page_size)
+    positions_L = torch.arange(longest, dtype=torch.int32, device=lengths_B.device)
     is_within_BL = positions_L < lengths_B[:, None]
-    pages_BL = page_table_BP[:, positions_L // page_size].long()
-    slots_BL = pages_BL * page_size + positions_L % page_size
+    first_slots_BP1 = page_table_BP[:, :num_pages, None].long() * page_size
+    offsets = torch.arange(page_size, device=lengths_B.device)
+    slots_BL = (first_slots_BP1 + offsets).view(len(lengths_B), -1)[:, :longest]
     # An empty sequence may have no valid page at all; slot 0 exists, and its rows are zeroed at the end.
     first_B1 = torch.where(is_within_BL[:, :1], slots_BL[:, :1], 0)
     slots_BL = torch.where(is_within_BL, slots_BL, first_B1)
-    new_Q = torch.arange(num_new, device=lengths_B.device)
-    num_visible_BQ = lengths_B[:, None] - num_new + 1 + new_Q
-    is_hidden_BQL = positions_L >= num_visible_BQ[:, :, None]
-    bias_BQL = torch.zeros(is_hidden_BQL.shape, device=lengths_B.device).masked_fill_(
-        is_hidden_BQL, -torch.inf
-    )
+    if num_new == 1:
+        is_visible_BQL = is_within_BL[:, None]
+    else:
+        new_Q = torch.arange(num_new, dtype=torch.int32, device=lengths_B.device)
+        num_visible_BQ = lengths_B[:, None] - (num_new - 1 - new_Q)
+        is_visible_BQL = positions_L < num_visible_BQ[:, :, None]
+    bias_BQL = torch.where(is_visible_BQL, 0.0, -torch.inf)
     return slots_BL, bias_BQL
 
 

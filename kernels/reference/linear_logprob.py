@@ -68,7 +68,8 @@ def shard_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return `(dhidden_TD, dweight_VD)`, the shard's contribution, with the logits computed again.
 
-    dz_j = dlogprob * (1[j = target] - p_j) - dentropy * p_j * (log p_j + entropy), p_j = exp(z_j - max - log_sum).
+    dz_j = dlogprob * (1[j = target] - p_j) - dentropy * p_j * (log p_j + entropy),
+    p_j = exp(z_j - max - log_sum).
 
     `dhidden_TD` is the sum over this shard's columns in the dtype of the mathematics; the sum over shards
     is the caller's. `dweight_VD` is accumulated likewise and rounded once to the weight's dtype.

@@ -147,11 +147,13 @@ def test_new_tokens_together_equal_one_after_the_other(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_empty_batch(implementation):
+def test_empty_batch_and_batch_of_empty_sequences(implementation):
     pool = Pool([4], num_kv_heads=1, head_size=16, page_size=16)
     with launch.forced(implementation):
         out = paged_attention(torch.empty(0, 2, 16), pool.keys, pool.values, pool.table[:0], pool.lengths[:0])
+        nothing = Pool([0, 0], num_kv_heads=1, head_size=16, page_size=16).attention(torch.randn(2, 2, 16))
     assert out.shape == (0, 2, 16)
+    assert torch.equal(nothing, torch.zeros(2, 2, 16))
 
 
 def test_wrong_arguments_are_named():

@@ -3,6 +3,7 @@
 import torch
 
 IGNORE_INDEX = -100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def logprob_and_entropy(logits_TV, targets_T, temperature=1.0):
@@ -20,23 +21,29 @@ def head(hidden_TD, weight_VD, targets_T, temperature=1.0):
     return logprob_and_entropy(hidden_TD.double() @ weight_VD.double().t(), targets_T, temperature)
 
 
-def head_inputs(num_rows, vocab_size, width, dtype, *, seed=0, num_ignored=None):
+def head_inputs(num_rows, vocab_size, width, dtype, *, seed=0, num_ignored=None, device=DEVICE):
     """Return (hidden_TD, weight_VD, targets_T, dlogprobs_T, dentropy_T); logits have a spread of about 3."""
     generator = torch.Generator().manual_seed(seed)
     hidden_TD = 3 * torch.randn(num_rows, width, generator=generator)
     weight_VD = torch.randn(vocab_size, width, generator=generator) / width**0.5
+    targets_T = random_targets(num_rows, vocab_size, generator, num_ignored)
+    upstream = torch.randn(2, num_rows, generator=generator).to(device)
+    return hidden_TD.to(device, dtype), weight_VD.to(device, dtype), targets_T.to(device), *upstream
+
+
+def random_targets(num_rows, vocab_size, generator, num_ignored=None):
+    """Return targets of which `num_ignored`, by default a quarter, are `IGNORE_INDEX`."""
     targets_T = torch.randint(0, vocab_size, (num_rows,), generator=generator)
     num_ignored = num_rows // 4 if num_ignored is None else num_ignored
     targets_T[torch.randperm(num_rows, generator=generator)[:num_ignored]] = IGNORE_INDEX
-    upstream = torch.randn(2, num_rows, generator=generator)
-    return hidden_TD.to(dtype), weight_VD.to(dtype), targets_T, *upstream
+    return targets_T
 
 
 def gradients(function, inputs, upstream):
     """Return (outputs, gradients of the inputs) of `function(*inputs)` under the given upstream gradients."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     outputs = function(*leaves)
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None]
+    pairs = [(o, g.to(o)) for o, g in zip(outputs, upstream, strict=True) if g is not None]
     torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
     return [output.detach() for output in outputs], [leaf.grad for leaf in leaves]
 

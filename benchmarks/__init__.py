@@ -1,0 +1,1 @@
+"""Measurements of what the engine claims: run `python -m benchmarks.<name> --help` in the repository root."""

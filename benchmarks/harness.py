@@ -1,0 +1,236 @@
+"""Contenders for one task, checked against its definition and then timed in turns.
+
+Every figure in `benchmarks/results` comes from here. All contenders of a row run in one process, one after
+another, again and again (A B C A B C …), so that a machine that slows down slows all of them. A contender
+whose answer is wrong, or that fails, is reported so and not timed.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+from benchmarks.memory import peak_bytes
+
+Answer = Sequence[torch.Tensor]
+
+WARM_UP_RUNS = 2
+MIN_REPETITIONS = 5
+MAX_REPETITIONS = 100
+# Longer than any second-level cache of today: what a contender reads comes from memory.
+FLUSH_BYTES = 256 * 2**20
+# About 0.5 ms at 2 GHz: the device waits so long before each run, and the host enqueues the run meanwhile.
+HEAD_START_CYCLES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One way to do the task of a row."""
+
+    name: str
+    """What the report calls it."""
+    run: Callable[[], Any]
+    """The timed work; returns the tensors that are checked."""
+    prepare: Callable[[], None] | None = None
+    """Untimed, before every run: clears gradients, restores what a run overwrites."""
+    absent: str = ""
+    """Why it cannot run here; empty when it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """The contenders of a row on one set of inputs, and what their answer has to be."""
+
+    contenders: Sequence[Contender]
+    """Ours first."""
+    expected: Callable[[], Answer] | None
+    """The definition's answer, in fp32 or fp64; None where `error` judges an answer by itself."""
+    tolerance: float
+    """Largest error that is not wrong."""
+    error: Callable[[Any, Answer | None], float] | None = None
+    """Error of an answer; None stands for the largest relative error of its tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds of one contender's runs."""
+
+    median_s: float
+    low_s: float
+    """A quarter of the runs were faster."""
+    high_s: float
+    """A quarter of the runs were slower."""
+    repetitions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What one contender did."""
+
+    name: str
+    timing: Timing | None = None
+    """None where it was not timed; `status` says why."""
+    error: float | None = None
+    """Distance from the definition, None where there was no answer."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Further measured numbers by the name of their column, units in the name."""
+    status: str = ""
+    """Empty, or `absent: …`, `wrong: …`, `failed: …`."""
+
+
+def measure(
+    problem: Problem,
+    *,
+    device: torch.device,
+    budget_s: float,
+    counts_memory: bool = False,
+    warm_up_runs: int = WARM_UP_RUNS,
+) -> list[Entry]:
+    """Return one entry a contender, in their order.
+
+    Args:
+        problem: contenders on their inputs.
+        device: where they run; on CUDA device time is taken with events behind a cache flush.
+        budget_s: about how long all timed runs of the row together may take.
+        counts_memory: add the column `extra MB`, the peak of what a run allocates.
+        warm_up_runs: untimed runs of each contender, behind the one that is checked.
+    """
+    expected = None if problem.expected is None else problem.expected()
+    entries = {
+        contender.name: _checked(contender, problem, expected, device, counts_memory)
+        for contender in problem.contenders
+    }
+    del expected
+    sound = [contender for contender in problem.contenders if not entries[contender.name].status]
+    timings = interleaved(sound, device=device, budget_s=budget_s, warm_up_runs=warm_up_runs)
+    for name, timing in timings.items():
+        entries[name] = replace(entries[name], timing=timing)
+    return list(entries.values())
+
+
+def interleaved(
+    contenders: Sequence[Contender],
+    *,
+    device: torch.device,
+    budget_s: float,
+    warm_up_runs: int = WARM_UP_RUNS,
+) -> dict[str, Timing]:
+    """Return the timing of each contender by name, their runs taken in turns."""
+    if not contenders:
+        return {}
+    clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
+    for _ in range(max(1, warm_up_runs)):
+        started = time.perf_counter()
+        for contender in contenders:
+            clock.time(contender)
+        clock.seconds()
+        one_round_s = time.perf_counter() - started
+    repetitions = round(budget_s / max(one_round_s, 1e-9))
+    repetitions = min(MAX_REPETITIONS, max(MIN_REPETITIONS, repetitions))
+    for _ in range(repetitions):
+        for contender in contenders:
+            clock.time(contender)
+    seconds = clock.seconds()
+    return {
+        contender.name: summary(seconds[index :: len(contenders)])
+        for index, contender in enumerate(contenders)
+    }
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Return median and quartiles of at least two runs."""
+    low, median, high = quantiles(seconds, n=4, method="inclusive")
+    return Timing(median_s=median, low_s=low, high_s=high, repetitions=len(seconds))
+
+
+def relative_error(answer: Answer, expected: Answer) -> float:
+    """Return the largest of ‖a − e‖ / ‖e‖ over the tensors; infinite where one is not finite or missing."""
+    if len(answer) != len(expected):
+        return math.inf
+    worst = 0.0
+    for found, wanted in zip(answer, expected, strict=True):
+        if found.shape != wanted.shape or not bool(found.isfinite().all()):
+            return math.inf
+        distance = (found.to(wanted.dtype) - wanted).norm() / wanted.norm().clamp(min=1e-30)
+        worst = max(worst, float(distance))
+    return worst
+
+
+def _checked(
+    contender: Contender,
+    problem: Problem,
+    expected: Answer | None,
+    device: torch.device,
+    counts_memory: bool,
+) -> Entry:
+    if contender.absent:
+        return Entry(name=contender.name, status=f"absent: {contender.absent}")
+    try:
+        _prepare(contender)
+        answer = contender.run()
+        error = (problem.error or relative_error)(answer, expected)
+        if not error <= problem.tolerance:
+            status = f"wrong: error {error:.1e}, at most {problem.tolerance:.0e} is allowed"
+            return Entry(name=contender.name, error=error, status=status)
+        del answer
+        figures = {}
+        if counts_memory:
+            _prepare(contender)
+            figures["extra MB"] = peak_bytes(contender.run, device) / 1e6
+        return Entry(name=contender.name, error=error, figures=figures)
+    except Exception as problem_met:  # of any library: one contender that fails must not end the others
+        if not isinstance(problem_met, (RuntimeError, ValueError, TypeError, ImportError, AttributeError)):
+            problem_met = f"{type(problem_met).__name__}: {problem_met}"
+        first_line = (str(problem_met).strip() or type(problem_met).__name__).splitlines()[0]
+        return Entry(name=contender.name, status=f"failed: {first_line[:160]}")
+
+
+def _prepare(contender: Contender) -> None:
+    if contender.prepare is not None:
+        contender.prepare()
+
+
+class _HostClock:
+    """Wall-clock time of runs on the CPU."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def time(self, contender: Contender) -> None:
+        _prepare(contender)
+        started = time.perf_counter()
+        contender.run()
+        self._seconds.append(time.perf_counter() - started)
+
+    def seconds(self) -> list[float]:
+        """Return the runs since the last call, and forget them."""
+        taken, self._seconds = self._seconds, []
+        return taken
+
+
+class _CudaClock:
+    """Device time of runs on CUDA: events around the run, the cache overwritten before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def time(self, contender: Contender) -> None:
+        _prepare(contender)
+        self._flush.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        contender.run()
+        end.record()
+        self._events.append((start, end))
+
+    def seconds(self) -> list[float]:
+        """Wait for the device, return the runs since the last call, and forget them."""
+        torch.cuda.synchronize()
+        taken, self._events = self._events, []
+        return [start.elapsed_time(end) / 1e3 for start, end in taken]

@@ -1,0 +1,147 @@
+"""Rows of a benchmark as one Markdown file for people and one JSON file for programs."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.harness import Entry, Timing
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One task at one shape, with what every contender did."""
+
+    row: str
+    """Short name, unique in the report together with `shape`."""
+    what: str
+    """The task, and what is timed of it."""
+    shape: str
+    """Sizes and dtype."""
+    command: str
+    """Exact command that measures this row again."""
+    entries: Sequence[Entry]
+    """Contenders, ours first; empty where the row was not measured."""
+    limit_s: float | None = None
+    """Least time that the hardware allows, None where none is defined."""
+    target_s: float | None = None
+    """What ours is meant to reach on the reference chip."""
+    work: tuple[float, str] | None = None
+    """What one run gets done, such as (8192, "tokens"): adds a column of work per second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A benchmark's results."""
+
+    title: str
+    claim: str
+    """What the figures are to show, and the verdict."""
+    machine: dict[str, str]
+    """From `machine.description`."""
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+
+def write(report: Report, stem: Path) -> None:
+    """Write `<stem>.md` and `<stem>.json`."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
+    stem.with_suffix(".json").write_text(as_json(report), encoding="utf-8")
+
+
+def as_json(report: Report) -> str:
+    """Return the report with all its numbers; what was not measured is null or missing."""
+    return json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"
+
+
+def as_markdown(report: Report) -> str:
+    """Return the report as one table with a line a contender, and the commands below it."""
+    lines = [f"# {report.title}", "", report.claim, ""]
+    lines += [f"- {name}: {text}" for name, text in report.machine.items()]
+    lines += [f"- {note}" for note in report.notes]
+    columns = _columns(report.rows)
+    lines += ["", _line(columns), _line(["---"] * len(columns))]
+    for row in report.rows:
+        lines += [_line(_cells(row, entry, columns)) for entry in row.entries or [Entry(name="")]]
+    lines += [
+        "",
+        "Median of the runs, with the quartiles between which half of them lie. `share of limit` is limit ÷ "
+        "median; `ours is … × as fast` is the contender's median ÷ ours, from the same run; `error` is the "
+        "distance from the definition on the same inputs. An empty cell was not measured.",
+        "",
+        "Commands:",
+        "",
+    ]
+    commands = dict.fromkeys(row.command for row in report.rows)
+    lines += [f"- `{command}`" for command in commands]
+    return "\n".join(lines) + "\n"
+
+
+_FIXED = ("row", "task", "shape", "contender", "median ms", "quartiles ms", "runs")
+_LAST = ("ours is … × as fast", "error", "status")
+
+
+def _columns(rows: Iterable[Row]) -> list[str]:
+    rows = list(rows)
+    middle: dict[str, None] = {}
+    if any(row.limit_s is not None for row in rows):
+        middle |= dict.fromkeys(("limit ms", "share of limit"))
+    if any(row.target_s is not None for row in rows):
+        middle["target ms"] = None
+    for row in rows:
+        if row.work is not None:
+            middle[f"{row.work[1]}/s"] = None
+    for row in rows:
+        for entry in row.entries:
+            middle |= dict.fromkeys(entry.figures)
+    return [*_FIXED, *middle, *_LAST]
+
+
+def _cells(row: Row, entry: Entry, columns: Sequence[str]) -> list[str]:
+    cells = {
+        "row": row.row,
+        "task": row.what,
+        "shape": row.shape,
+        "contender": entry.name,
+        "limit ms": _milliseconds(row.limit_s),
+        "target ms": _milliseconds(row.target_s),
+        "error": "" if entry.error is None else f"{entry.error:.1e}",
+        "status": entry.status.replace("|", "/"),
+    }
+    cells |= {name: number(value) for name, value in entry.figures.items()}
+    if entry.timing is not None:
+        cells |= _timed_cells(row, entry.timing)
+    return [cells.get(column, "") for column in columns]
+
+
+def _timed_cells(row: Row, timing: Timing) -> dict[str, str]:
+    cells = {
+        "median ms": _milliseconds(timing.median_s),
+        "quartiles ms": f"{_milliseconds(timing.low_s)}–{_milliseconds(timing.high_s)}",
+        "runs": str(timing.repetitions),
+    }
+    if row.limit_s is not None:
+        cells["share of limit"] = f"{row.limit_s / timing.median_s:.2f}"
+    if row.work is not None:
+        amount, unit = row.work
+        cells[f"{unit}/s"] = number(amount / timing.median_s)
+    ours = row.entries[0].timing
+    if ours is not None and timing is not ours:
+        cells["ours is … × as fast"] = f"{timing.median_s / ours.median_s:.2f}"
+    return cells
+
+
+def number(value: float) -> str:
+    """Return a number with four digits."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else number(seconds * 1e3)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,1 @@
+"""Rollouts: who generates next, rewards, scoring."""

@@ -1,0 +1,139 @@
+"""What is asked of generation, what a step does and what comes out: the frozen types of the queue."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "Completion",
+    "GenerationRequest",
+    "QueueStatistics",
+    "SequenceWork",
+    "Step",
+    "sample_seed",
+]
+
+_WORD = 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt and how it is to be answered."""
+
+    index: int
+    """Its place in the caller's list; unique, and named in errors and completions."""
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    num_samples: int = 1
+    """Answers wanted, at least one."""
+    max_new_tokens: int
+    """The most tokens an answer may have, at least one."""
+    stop_ids: frozenset[int]
+    """Token ids that end an answer; the answer keeps the one that ended it."""
+    seed: int
+    """Of this request, any integer; sample k draws from `sample_seed(seed, k)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceWork:
+    """What one sequence does in one step."""
+
+    sequence: int
+    """Unique over the queue: stands for one sample of one request."""
+    tokens: tuple[int, ...]
+    """Token ids fed now, at least one: a chunk of what is not in the cache yet."""
+    start: int
+    """Position of the first of them: so many positions are in the cache before."""
+    pages: tuple[int, ...]
+    """The page table: position p lies in pages[p // page_size] at offset p % page_size. Its length is
+    ceil((start + len(tokens)) / page_size)."""
+    samples: bool
+    """Whether the token after the last one fed is to be drawn."""
+    seed: int
+    """Of the sequence's random stream, in the range of int64."""
+    num_generated: int
+    """Tokens drawn so far: the step of the random stream, which preemption does not move."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of one group: first all copies, then all tokens.
+
+    The copies of all groups' steps must be made in the order in which `GenerationQueue.next` gave them. Apart
+    from that, steps that are in flight together do not depend on one another: each reads what was computed
+    in steps already taken, what was copied, and what it writes itself.
+    """
+
+    copies: tuple[tuple[int, int], ...]
+    """(source page, target page). No page is a target twice, and none is both source and target, so the
+    copies may run in any order. A source may be written later in the same step."""
+    decodes: tuple[SequenceWork, ...]
+    """Those that feed one token and draw the next, earliest started first. The token is the one drawn last,
+    or the last of a prompt whose rest is in the cache."""
+    prefills: tuple[SequenceWork, ...]
+    """All others, earliest started first: chunks; those that reach the end of their sequence sample."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed in this step."""
+        return len(self.decodes) + sum(len(work.tokens) for work in self.prefills)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished answer."""
+
+    request: int
+    """`GenerationRequest.index`."""
+    sample: int
+    """0 … num_samples − 1."""
+    tokens: tuple[int, ...]
+    """The drawn token ids, with the stop id if one ended it."""
+    logprobs: tuple[float, ...]
+    """Of each token, under the distribution it was drawn from."""
+    plain_logprobs: tuple[float, ...]
+    """Of each token, under the model's own distribution."""
+    finish_reason: Literal["stop", "length"]
+    """"stop": a stop id or the stop check ended it; "length": max_new_tokens did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStatistics:
+    """What a queue has done so far."""
+
+    num_steps: int = 0
+    """Steps given out."""
+    num_skips: int = 0
+    """Times a group had nothing to do although the queue was not finished."""
+    num_preemptions: int = 0
+    """Times a sequence lost its pages to an earlier one."""
+    num_tokens: int = 0
+    """Tokens fed, those fed again after a preemption included."""
+    num_shared_pages: int = 0
+    """Pages that a sequence took over from another sample of its prompt instead of computing them."""
+    num_copied_pages: int = 0
+    """Partly filled pages that were copied for the same purpose."""
+    peak_pages: int = 0
+    """The most pages owned at once."""
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Return the seed of sample `sample` of a request with `seed`, in −2^63 … 2^63 − 1.
+
+    mix(mix(seed) + (sample + 1) · γ) modulo 2^64, as a signed number. For one seed, different samples have
+    different results; for different seeds, results agree by chance only.
+
+    Args:
+        seed: any integer; integers that agree modulo 2^64 are the same seed.
+        sample: ≥ 0.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014 (SplitMix64).
+    """
+    word = _mix((_mix(seed % _WORD) + (sample + 1) * 0x9E3779B97F4A7C15) % _WORD)
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def _mix(word: int) -> int:
+    """Return the 64-bit word with its bits mixed, one to one."""
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % _WORD
+    return word ^ (word >> 31)

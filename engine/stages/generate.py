@@ -1,0 +1,200 @@
+"""The command `generate`: answers for a file of prompts."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from glm_rlhf.engine.config import GenerateConfig
+from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.jsonl import ReadReport
+from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
+from glm_rlhf.engine.data.record_ids import prompt_ids
+from glm_rlhf.engine.data.records import PromptRecord, read_prompts
+from glm_rlhf.engine.rollout.generation import BatchSettings, GenerationPhase, deal_by_length
+from glm_rlhf.engine.rollout.queue import Completion, GenerationRequest
+from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.load import load_model
+from glm_rlhf.parallel.token_draw import SamplingSettings
+from glm_rlhf.parallel.topology import Topology, topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One record as ids."""
+
+    index: int
+    """Its place among the file's records."""
+    ids: list[int]
+    """What the model is given, at least one id."""
+
+
+def run(config: GenerateConfig) -> None:
+    """Write one line an answer: `{"index", "sample", "prompt_tokens", "tokens", "text", "logprobs",
+    "sampling_logprobs", "finish_reason"}`.
+
+    `logprobs` are those of the plain model, as `score` gives them; `sampling_logprobs` those of the
+    distribution that was drawn from. `text` is null without a tokenizer. Every rank of the launch calls
+    it; rank 0 writes, in the input's order, and says what was done.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    axes = config.parallel
+    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+        chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+        report = ReadReport()
+        with agreed("reading tokenizer and prompts"):
+            tokenizer = find_tokenizer(config, chunks[0].glm)
+            prompts = _read(config, tokenizer, chunks[0], report)
+        with contextlib.ExitStack() as stack:
+            write = None
+            with agreed(f"writing {config.out_path}"):
+                if place.is_reporter:
+                    write = stack.enter_context(json_lines(config.out_path))
+            start = time.monotonic()
+            completions = _generate(config, prompts, tokenizer, chunks, place)
+            if write is not None:
+                _write_all(write, prompts, completions, tokenizer)
+                _say(config, report, completions, time.monotonic() - start)
+
+
+def _generate(
+    config: GenerateConfig,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer | None,
+    chunks: list[GLMModel],
+    place: Topology,
+) -> list[Completion]:
+    """Return all completions on rank 0; each copy of the model answers its share of the prompts."""
+    settings, glm = config.generation, chunks[0].glm
+    stop_ids = stop_ids_of(config.model.path, tokenizer) | set(settings.stop_ids)
+    requests = [
+        GenerationRequest(
+            index=number,
+            prompt=tuple(prompt.ids),
+            num_samples=settings.num_samples,
+            max_new_tokens=min(settings.max_new_tokens, glm.max_positions - len(prompt.ids)),
+            stop_ids=frozenset(stop_ids),
+            seed=settings.seed + prompt.index,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    # Context-parallel ranks hold the whole model too: they are further copies here.
+    copies = place.dp_cp_group
+    shares = deal_by_length(
+        [len(request.prompt) for request in requests], rank=copies.rank(), num_ranks=copies.size()
+    )
+    mine = [requests[number] for number in shares]
+    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(glm.vocab_size).to(place.device)
+    sampling = SamplingSettings(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        masked_ids_V=masked_V,
+    )
+    batch = BatchSettings(
+        max_batch=settings.max_batch,
+        max_step_tokens=settings.max_step_tokens,
+        page_size=settings.page_size,
+        cache_bytes=settings.cache_bytes,
+    )
+    longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+    bar = tqdm(
+        total=len(mine) * settings.num_samples,
+        desc="generate",
+        unit=" answers",
+        disable=None if place.is_reporter else True,
+    )
+    found = []
+    with bar, GenerationPhase(chunks, topology=place, batch=batch, longest=longest) as phase:
+        for completion in phase.run(mine, sampling, stop_check=_stop_check(settings.stop, tokenizer)):
+            found.append(completion)
+            bar.update()
+    if copies.size() > 1 and place.tp_rank == place.pp_rank == 0:
+        everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
+        dist.all_gather_object(everyone, found, group=copies)
+        found = [completion for part in everyone for completion in part]
+    return found
+
+
+def _read(
+    config: GenerateConfig, tokenizer: Tokenizer | None, model: GLMModel, report: ReadReport
+) -> list[Prompt]:
+    data, glm = config.data, model.glm
+    to_prompt = partial(
+        _prompt, tokenizer=tokenizer, longest=data.max_prompt_tokens, max_positions=glm.max_positions
+    )
+    return list(
+        read_prompts(
+            data.path, vocab_size=glm.vocab_size, on_error=data.on_error, report=report, then=to_prompt
+        )
+    )
+
+
+def _prompt(record: PromptRecord, *, tokenizer: Tokenizer | None, longest: int, max_positions: int) -> Prompt:
+    place = record.place
+    ids = prompt_ids(record.prompt, place, tokenizer)
+    if len(ids) > longest:
+        raise place.error(f"the prompt has {len(ids)} tokens, data.max_prompt_tokens allows {longest}")
+    if len(ids) >= max_positions:
+        raise place.error(
+            f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's context "
+            f"of {max_positions}"
+        )
+    return Prompt(index=place.index, ids=ids)
+
+
+def _stop_check(texts: Sequence[str], tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], bool] | None:
+    """Return what says whether an answer contains a stop text; only its newest tokens can complete one."""
+    if not texts:
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            "generation.stop holds texts, but the model has no tokenizer: give generation.stop_ids"
+        )
+    # A text of n bytes is spread over at most n tokens, and one more may have ended inside a character.
+    window = max(len(text.encode()) for text in texts) + 1
+
+    def ends(tokens: Sequence[int]) -> bool:
+        newest = tokenizer.decode(tokens[-window:], unknown="replace")
+        return any(text in newest for text in texts)
+
+    return ends
+
+
+def _write_all(
+    write: WriteLine, prompts: list[Prompt], completions: list[Completion], tokenizer: Tokenizer | None
+) -> None:
+    for done in sorted(completions, key=lambda done: (done.request, done.sample)):
+        prompt, tokens = prompts[done.request], list(done.tokens)
+        write(
+            {
+                "index": prompt.index,
+                "sample": done.sample,
+                "prompt_tokens": prompt.ids,
+                "tokens": tokens,
+                "text": None if tokenizer is None else tokenizer.decode_response(tokens, unknown="replace"),
+                "logprobs": list(done.plain_logprobs),
+                "sampling_logprobs": list(done.logprobs),
+                "finish_reason": done.finish_reason,
+            }
+        )
+
+
+def _say(config: GenerateConfig, report: ReadReport, completions: list[Completion], elapsed_s: float) -> None:
+    num_tokens = sum(len(done.tokens) for done in completions)
+    num_cut = sum(done.finish_reason == "length" for done in completions)
+    skipped = f" ({report.num_skipped} bad ones skipped)" if report.num_skipped else ""
+    sys.stderr.write(
+        f"answered {report.num_records} prompts{skipped} with {len(completions)} answers, {num_cut} of them "
+        f"cut at their longest: {num_tokens} tokens, {num_tokens / elapsed_s:.0f} tokens/s; written to "
+        f"{config.out_path}\n"
+    )

@@ -1,0 +1,46 @@
+"""What commands on a model have in common: its layout, its tokenizer, the ids that end an answer."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.engine.config import GenerateConfig, ParallelSection, ScoreConfig
+from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.tokenizer import has_tokenizer, load_tokenizer
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types by the names that configs use."""
+
+
+def layout_of(axes: ParallelSection) -> Layout:
+    """Return the layout that a config asks for."""
+    return Layout(tp=axes.tp, pp=axes.pp, vpp=axes.vpp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)
+
+
+def find_tokenizer(config: ScoreConfig | GenerateConfig, glm: GLMConfig) -> Tokenizer | None:
+    """Return the tokenizer, or None where none is named and none lies beside the model: ids need none.
+
+    Raises:
+        ValueError: a damaged tokenizer, or one with more ids than the model has rows.
+    """
+    folder = config.tokenizer_path
+    if config.tokenizer.path is None and not has_tokenizer(folder):
+        return None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > glm.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{glm.vocab_size} rows: they do not belong together"
+        )
+    return tokenizer
+
+
+def stop_ids_of(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's, without one those that config.json names."""
+    if tokenizer is not None:
+        return set(tokenizer.stop_ids)
+    declared = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    return set(declared) if isinstance(declared, list) else set() if declared is None else {declared}
