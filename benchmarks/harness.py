@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.memory import peak_bytes
 
-Answer = Sequence[torch.Tensor]
+Answer = Sequence[torch.Tensor | None]
+"""What a task yields; None where a contender does not compute one of the tensors."""
 
 WARM_UP_RUNS = 2
 MIN_REPETITIONS = 5
@@ -34,9 +35,11 @@ class Contender:
     name: str
     """What the report calls it."""
     run: Callable[[], Any]
-    """The timed work; returns the tensors that are checked."""
+    """The timed work."""
     prepare: Callable[[], None] | None = None
     """Untimed, before every run: clears gradients, restores what a run overwrites."""
+    answer: Callable[[Any], Answer] | None = None
+    """Untimed: makes of what `run` returned the tensors that are checked; None where it is those."""
     absent: str = ""
     """Why it cannot run here; empty when it can."""
 
@@ -51,8 +54,10 @@ class Problem:
     """The definition's answer, in fp32 or fp64; None where `error` judges an answer by itself."""
     tolerance: float
     """Largest error that is not wrong."""
-    error: Callable[[Any, Answer | None], float] | None = None
-    """Error of an answer; None stands for the largest relative error of its tensors."""
+    error: Callable[[Answer, Answer | None], float] | None = None
+    """Error of an answer; None stands for `relative_error`."""
+    besides_bytes: int = 0
+    """Memory that every contender has to allocate, such as the gradients that are asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +101,7 @@ def measure(
         problem: contenders on their inputs.
         device: where they run; on CUDA device time is taken with events behind a cache flush.
         budget_s: about how long all timed runs of the row together may take.
-        counts_memory: add the column `extra MB`, the peak of what a run allocates.
+        counts_memory: add the column `extra MB`: the peak of what a run allocates, less what it must.
         warm_up_runs: untimed runs of each contender, behind the one that is checked.
     """
     expected = None if problem.expected is None else problem.expected()
@@ -148,11 +153,11 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 
 def relative_error(answer: Answer, expected: Answer) -> float:
-    """Return the largest of ‖a − e‖ / ‖e‖ over the tensors; infinite where one is not finite or missing."""
-    if len(answer) != len(expected):
-        return math.inf
-    worst = 0.0
+    """Return the largest of ‖a − e‖ / ‖e‖ over the tensors that there are; infinite where one is not finite."""
+    worst = 0.0 if any(found is not None for found in answer) else math.inf
     for found, wanted in zip(answer, expected, strict=True):
+        if found is None:
+            continue
         if found.shape != wanted.shape or not bool(found.isfinite().all()):
             return math.inf
         distance = (found.to(wanted.dtype) - wanted).norm() / wanted.norm().clamp(min=1e-30)
@@ -172,6 +177,7 @@ def _checked(
     try:
         _prepare(contender)
         answer = contender.run()
+        answer = answer if contender.answer is None else contender.answer(answer)
         error = (problem.error or relative_error)(answer, expected)
         if not error <= problem.tolerance:
             status = f"wrong: error {error:.1e}, at most {problem.tolerance:.0e} is allowed"
@@ -180,7 +186,8 @@ def _checked(
         figures = {}
         if counts_memory:
             _prepare(contender)
-            figures["extra MB"] = peak_bytes(contender.run, device) / 1e6
+            extra_bytes = peak_bytes(contender.run, device) - problem.besides_bytes
+            figures["extra MB"] = extra_bytes / 1e6
         return Entry(name=contender.name, error=error, figures=figures)
     except Exception as problem_met:  # of any library: one contender that fails must not end the others
         if not isinstance(problem_met, (RuntimeError, ValueError, TypeError, ImportError, AttributeError)):

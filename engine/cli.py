@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from glm_rlhf.engine.config import ConvertConfig, DoctorConfig, GenerateConfig, ScoreConfig
+from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
 
@@ -41,6 +41,12 @@ class Command:
 
 
 COMMANDS = (
+    Command(
+        name="demo",
+        summary="a tiny ChatGLM3, made on this machine, answers alike in every layout; minutes on a CPU",
+        config=DemoConfig,
+        function="glm_rlhf.engine.stages.demo:run",
+    ),
     Command(
         name="generate",
         summary="answers for a prompts file, JSON lines out",

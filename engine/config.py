@@ -181,7 +181,7 @@ class GenerationSection:
     page_size: Count = 16
     """Positions a page of the key/value cache; 16 or more on CUDA."""
     cache_bytes: NumBytes | None = None
-    """Memory of the key/value cache a rank; null takes what max_batch needs, on CUDA at most 80 % of the free."""
+    """Memory of the key/value cache a rank; null: what max_batch needs, on CUDA at most 80 % of the free."""
     max_step_tokens: Count = 8192
     """Tokens that go through the model in a step; longer prompts are read in parts."""
 
@@ -198,6 +198,16 @@ class ConvertSection:
     """Precision to write; same keeps each tensor's."""
     max_shard_bytes: NumBytes = 5 * 10**9
     """Largest weight file, in bytes; one tensor that is larger gets a file of its own."""
+
+
+@frozen_section
+class DemoSection:
+    """How much the demonstration does."""
+
+    num_steps: Count = 400
+    """Training steps of the tiny model."""
+    num_prompts: Annotated[int, Field(ge=1, le=2000)] = 64
+    """Sums that it is asked and never saw."""
 
 
 @frozen_section
@@ -293,6 +303,18 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         _check_apart("convert.to", self.convert.to, "model.path", self.model.path)
+
+
+@frozen_section
+class DemoConfig:
+    """Settings of `demo`."""
+
+    run: RunSection = Field(default_factory=partial(RunSection, name="demo"))
+    """Where everything goes, and the seed."""
+    demo: DemoSection = Field(default_factory=DemoSection)
+    """How much is done."""
+
+    from_yaml = classmethod(load_config)
 
 
 @frozen_section

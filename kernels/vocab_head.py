@@ -182,7 +182,10 @@ def dlogits_of_kept(
 
 
 def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, is_first: bool) -> None:
-    """Add `left @ right`, accumulated in float32, to `out`; the first one overwrites it."""
+    """Add `left @ right`, accumulated in float32, to `out`; the first one overwrites it.
+
+    `addmm` takes a float32 `out` beside bf16 factors from torch 2.10 on.
+    """
     if not out.is_cuda:  # under the interpreter
         product = left.float() @ right.float()
         out.copy_(product if is_first else out + product)

@@ -71,7 +71,8 @@ def _keep_freed_memory() -> None:
 def cuda_type_names() -> Iterator[None]:
     """Inside, `Tensor.type()` of CPU tensors reports the CUDA name; does nothing on CUDA.
 
-    Megatron-core's optimizers sort parameters by that string, and only while they are built.
+    Megatron-core's optimizers sort parameters by that string while they are built, and assert it when
+    they clip.
     """
     if not is_needed():
         yield

@@ -111,7 +111,8 @@ class TrainingState:
 
     def step(self) -> StepResult:
         """Clip, update the weights and gather them over dp; every rank calls this together."""
-        is_applied, grad_norm, _ = self.optimizer.step()
+        with cuda_type_names():  # clipping asserts the type's name too
+            is_applied, grad_norm, _ = self.optimizer.step()
         return StepResult(is_applied=is_applied, grad_norm=float(grad_norm or 0.0))
 
     def _finalize(self, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object) -> None:

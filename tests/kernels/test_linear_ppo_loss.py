@@ -1,99 +1,22 @@
-"""Losses with their gradients taken in forward, against the same loss on top of the float64 head."""
-
-import functools
+"""Policy loss and likelihood with gradients taken in forward, against the loss on the float64 head."""
 
 import nearest_bf16
 import pytest
 import torch
-import vocabulary_definition as definition
-from peak_memory import peak_bytes
+from policy_sweep import EVERYTHING, PLAIN, by_definition, by_sweep, gradient_limit, ppo_inputs
 from vocabulary_definition import DEVICE, gradients, head_inputs, relative
 
-from glm_rlhf.kernels import linear_loss as sweep
-from glm_rlhf.kernels import vocab_head
 from glm_rlhf.kernels.launch import forced
 from glm_rlhf.kernels.linear_logprob import IGNORE_INDEX, linear_logprob
 from glm_rlhf.kernels.linear_ppo_loss import linear_nll_loss, linear_ppo_loss
 from glm_rlhf.kernels.policy_loss import ppo_policy_loss
-from glm_rlhf.kernels.reference import linear_loss as reference
 
 both = pytest.mark.parametrize("implementation", ["reference", "triton"])
-PLAIN = {"clip_low": 0.2, "clip_high": 0.2}
-EVERYTHING = {
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "dual_clip": 3.0,
-    "entropy_coef": 0.05,
-    "kl_coef": 0.1,
-    "kl_estimator": "k3",
-}
 
 
 @pytest.fixture(autouse=True)
 def round_to_nearest(monkeypatch):
     nearest_bf16.install(monkeypatch)
-
-
-def ppo_inputs(
-    num_rows, vocab_size, width, dtype, settings, *, masked=0.3, seed=0, spread=0.3, device=DEVICE
-):
-    """Return (hidden_TD, weight_VD, targets_T, arguments); some ratios are inside the clip range."""
-    hidden_TD, weight_VD, targets_T, *_ = head_inputs(
-        num_rows, vocab_size, width, dtype, seed=seed, num_ignored=0, device=device
-    )
-    generator = torch.Generator().manual_seed(seed + 1)
-    normal_T = lambda: torch.randn(num_rows, generator=generator).to(device)
-    uniform_T = lambda: torch.rand(num_rows, generator=generator).to(device)
-    logprobs_T = definition.head(hidden_TD, weight_VD, targets_T, 0.8)[0].float()
-    arguments = {
-        "old_logprobs_T": logprobs_T + spread * normal_T(),
-        "advantages_T": normal_T(),
-        "mask_T": uniform_T() >= masked,
-        "denominator": 0.7 * num_rows + 1,
-        **settings,
-    }
-    if "kl_coef" in settings:
-        arguments["ref_logprobs_T"] = logprobs_T + spread * torch.randn(num_rows, generator=generator)
-        arguments["importance_weights_T"] = uniform_T() + 0.5
-    return hidden_TD, weight_VD, targets_T, arguments
-
-
-def by_definition(hidden_TD, weight_VD, targets_T, arguments, temperature=0.8):
-    """The standalone policy loss on the float64 head: (loss, statistics), gradients."""
-    exact = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-    kept = {}
-
-    def run(hidden_TD, weight_VD):
-        logprobs_T, entropy_T = definition.head(hidden_TD, weight_VD, targets_T, temperature)
-        loss, kept["statistics"] = ppo_policy_loss(logprobs_T, entropy_T=entropy_T, **exact)
-        return (loss,)
-
-    with forced("reference"):
-        (loss,), grads = gradients(run, (hidden_TD.double(), weight_VD.double()), [torch.tensor(1.0)])
-    return loss, kept["statistics"], grads
-
-
-def by_sweep(hidden_TD, weight_VD, targets_T, arguments, temperature=0.8, upstream=1.0):
-    kept = {}
-
-    def run(hidden_TD, weight_VD):
-        loss, kept["statistics"] = linear_ppo_loss(
-            hidden_TD, weight_VD, targets_T, temperature=temperature, **arguments
-        )
-        return (loss,)
-
-    (loss,), grads = gradients(run, (hidden_TD, weight_VD), [torch.tensor(upstream)])
-    return loss, kept["statistics"], grads
-
-
-def gradient_limit(dtype, num_rows):
-    """As for linear_logprob; the kept exponentials add a rounding of every probability but the largest."""
-    if dtype == torch.float32:
-        return 1e-5
-    return 2.6e-3 if num_rows > 60 else 2**-7
 
 
 @both
@@ -130,55 +53,6 @@ def test_shapes_of_the_models(vocab_size):
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-5)  # logprobs within 1e-5
     for gradient, exact in zip(actual, expected, strict=True):
         assert relative(gradient, exact) <= gradient_limit(torch.bfloat16, 1000)
-
-
-@both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_chunks_give_what_one_gives(implementation, dtype, monkeypatch):
-    inputs = ppo_inputs(400, 300, 24, dtype, EVERYTHING)
-    with forced(implementation):
-        whole_loss, whole_statistics, whole = by_sweep(*inputs)
-        monkeypatch.setattr(vocab_head, "CHUNK_BYTES", 128 * 300 * dtype.itemsize)
-        monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 128 * 300)
-        calls = []
-        monkeypatch.setattr(sweep, "_row_gradients", counted(sweep._row_gradients, calls))
-        loss, statistics, parts = by_sweep(*inputs)
-    assert len(calls) == 3
-    # float32 sums in another order; the bf16 gradient of the weight is rounded once either way.
-    torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(statistics.sums, whole_statistics.sums, rtol=1e-5, atol=1e-4)
-    limit = 1e-6 if dtype == torch.float32 else 1e-3
-    assert torch.equal(parts[0], whole[0])
-    assert relative(parts[1], whole[1]) <= limit
-
-
-def counted(function, calls):
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        calls.append((args, kwargs))
-        return function(*args, **kwargs)
-
-    return run
-
-
-@both
-def test_rows_without_gradient_leave_before_the_last_two_products(implementation, monkeypatch):
-    hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(60, 300, 24, torch.float32, PLAIN, spread=1.0)
-    num_masked = int((~arguments["mask_T"]).sum())
-    head = vocab_head if implementation == "triton" else reference
-    kept, products = [], []
-    monkeypatch.setattr(head, "keep_logits", counted(head.keep_logits, kept))
-    monkeypatch.setattr(head, "add_product_", counted(head.add_product_, products))
-    with forced(implementation):
-        _, statistics, (dhidden_TD, _) = by_sweep(hidden_TD, weight_VD, targets_T, arguments)
-    num_clipped = int(statistics.total("num_clipped"))
-    assert num_masked > 5
-    assert num_clipped > 5
-    assert [call[0][0].shape[0] for call in kept] == [60 - num_masked]  # the first product: no masked row
-    num_live = 60 - num_masked - num_clipped
-    # (out, left, right): dlogits @ weight, then dlogits.T @ hidden.
-    assert [call[0][1].shape for call in products] == [(num_live, 300), (300, num_live)]
-    assert int((dhidden_TD == 0).all(1).sum()) == num_masked + num_clipped
 
 
 @both
@@ -237,68 +111,6 @@ def test_ignored_targets_are_masked(implementation):
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_upstream_gradient_scales(implementation, dtype):
-    inputs = ppo_inputs(20, 50, 16, dtype, EVERYTHING)
-    with forced(implementation):
-        plain = by_sweep(*inputs)[2]
-        scaled = by_sweep(*inputs, upstream=0.25)[2]
-    for one, quarter in zip(plain, scaled, strict=True):
-        assert torch.equal(one * 0.25, quarter)  # a power of two rounds nothing
-
-
-def test_backward_runs_once():
-    hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(5, 20, 8, torch.float32, PLAIN)
-    loss, _ = linear_ppo_loss(hidden_TD.requires_grad_(), weight_VD, targets_T, **arguments)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="call the loss again"):
-        loss.backward()
-
-
-@both
-def test_frozen_weight_takes_no_product_and_no_gradient(implementation, monkeypatch):
-    hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(20, 50, 16, torch.float32, EVERYTHING)
-    head = vocab_head if implementation == "triton" else reference
-    with forced(implementation):
-        expected = by_sweep(hidden_TD, weight_VD, targets_T, arguments)
-        products = []
-        monkeypatch.setattr(head, "add_product_", counted(head.add_product_, products))
-        leaf = hidden_TD.clone().requires_grad_()
-        loss, _ = linear_ppo_loss(leaf, weight_VD, targets_T, temperature=0.8, **arguments)
-        loss.backward()
-    assert len(products) == 1
-    assert torch.equal(leaf.grad, expected[2][0])
-
-
-@both
-def test_without_gradients_nothing_is_kept(implementation, monkeypatch):
-    hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(20, 50, 16, torch.float32, EVERYTHING)
-    head = vocab_head if implementation == "triton" else reference
-    with forced(implementation):
-        expected = by_sweep(hidden_TD, weight_VD, targets_T, arguments)
-        kept = []
-        monkeypatch.setattr(head, "keep_logits", counted(head.keep_logits, kept))
-        with torch.no_grad():
-            loss, statistics = linear_ppo_loss(
-                hidden_TD.requires_grad_(), weight_VD, targets_T, temperature=0.8, **arguments
-            )
-    assert not kept
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=1e-7)  # merged tile by tile
-    torch.testing.assert_close(statistics.sums, expected[1].sums, rtol=1e-5, atol=1e-5)
-
-
-@both
-def test_same_inputs_give_the_same_bits(implementation):
-    inputs = ppo_inputs(40, 300, 24, torch.bfloat16, EVERYTHING)
-    with forced(implementation):
-        first, second = by_sweep(*inputs), by_sweep(*inputs)
-    assert torch.equal(first[0], second[0])
-    for a, b in zip(first[2], second[2], strict=True):
-        assert torch.equal(a, b)
-
-
-@both
 def test_nan_is_not_repaired(implementation):
     hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(12, 40, 16, torch.float32, PLAIN, masked=0.0)
     hidden_TD[3, 2] = torch.nan
@@ -326,24 +138,6 @@ def test_finite_differences():
             # float64: 1e-16 / step of rounding; no ratio stands on a corner of the clip.
             slope = ((losses[0] - losses[1]) / (2 * step)).item()
             assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
-
-
-def test_peak_memory_does_not_depend_on_the_vocabulary_but_for_the_weight_gradient(monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1 << 20)  # 4 MB
-    peaks = []
-    for vocab_size in (8192, 32768):
-        hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(
-            256, vocab_size, 32, torch.float32, PLAIN, device="cpu"
-        )
-        hidden_TD.requires_grad_(), weight_VD.requires_grad_()
-
-        def run(inputs=(hidden_TD, weight_VD, targets_T), arguments=arguments):
-            linear_ppo_loss(*inputs, **arguments)[0].backward()
-
-        peaks.append(peak_bytes(run) - weight_VD.numel() * weight_VD.element_size())
-    # The logits would be 8 and 32 MiB; what is kept is a few buffers of up to 4 MiB either way.
-    assert peaks[1] < 1.3 * peaks[0]
-    assert max(peaks) < 5 * (4 << 20)
 
 
 @both

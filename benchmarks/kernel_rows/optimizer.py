@@ -1,0 +1,156 @@
+"""Row d: one Adam step on bf16 weights whose fp32 masters are kept."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Contender, Problem
+from benchmarks.kernel_rows.case import Case, peers, random_normal
+from benchmarks.peers import peer
+from glm_rlhf.kernels.adamw import AdamWTable, adamw, join_master, split_master
+
+# So large an epsilon that the change depends on the gradient's size, so large a rate that the change shows
+# in a bf16 weight.
+LR, BETAS, EPSILON, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-2, 0.1
+# Weight 2 + 2, remainder 2 + 2, moments 8 + 8 read and written twice over, gradient 4 read: less what
+# PERFORMANCE.md counts twice.
+BYTES_A_PARAMETER = 28
+# Of the change of the first step; a contender that shows only bf16 weights rounds it by some 1e-3.
+TOLERANCE = 1e-2
+WEIGHT_STD = 0.02
+
+
+def cases(sizes: dict[str, tuple[list[tuple[int, ...]], float, float | None]]) -> list[Case]:
+    """Return a row a model; a size is (shapes of the tensors, parameters of the model, target for all)."""
+    found = []
+    for model, (shapes, num_all, target_s) in sizes.items():
+        num_own = sum(torch.Size(shape).numel() for shape in shapes)
+        share = f", {num_own / num_all:.3f} of the model, the target in proportion" if target_s else ""
+        found.append(
+            Case(
+                row="d",
+                what="AdamW step, bf16 weights, fp32 masters, fp32 gradients",
+                model=model,
+                shape=f"{num_own / 1e6:.1f} M parameters in {len(shapes)} tensors{share}",
+                num_bytes=float(BYTES_A_PARAMETER * num_own),
+                num_flop=0.0,
+                target_s=None if target_s is None else target_s * num_own / num_all,
+                build=lambda device, shapes=shapes: _problem(device, shapes),
+            )
+        )
+    return found
+
+
+def _problem(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Problem:
+    fp32 = {"device": device, "dtype": torch.float32}
+    gradients = [random_normal(*s, std=0.1, seed=100 + i, **fp32) for i, s in enumerate(shapes)]
+
+    def masters() -> list[torch.Tensor]:
+        return [random_normal(*s, std=WEIGHT_STD, seed=200 + i, **fp32) for i, s in enumerate(shapes)]
+
+    def change(first_weight: torch.Tensor) -> list[torch.Tensor]:
+        before = random_normal(*shapes[0], std=WEIGHT_STD, seed=200, **fp32)
+        return [first_weight.detach().double() - before.double()]
+
+    def expected() -> list[torch.Tensor]:
+        gradient = gradients[0].double()
+        before = random_normal(*shapes[0], std=WEIGHT_STD, seed=200, **fp32).double()
+        # The first step: corrected for their start at zero, the moments are g and g².
+        return [-LR * WEIGHT_DECAY * before - LR * gradient / (gradient.abs() + EPSILON)]
+
+    torch_kinds = {"foreach": {"foreach": True}, "fused": {"fused": True}}
+    return Problem(
+        contenders=[
+            _ours(masters(), gradients, change),
+            *(
+                _of_torch(f"torch AdamW {name} + bf16 copy", kind, masters(), gradients, change)
+                for name, kind in torch_kinds.items()
+            ),
+            *peers(
+                device,
+                [
+                    lambda: peer(
+                        "Transformer Engine FusedAdam",
+                        "transformer_engine.pytorch.optimizers",
+                        "FusedAdam",
+                        lambda adam: _transformer_engine(adam, masters(), gradients),
+                        answer=change,
+                    )
+                ],
+            ),
+        ],
+        expected=expected,
+        tolerance=TOLERANCE,
+    )
+
+
+def _ours(masters: list[torch.Tensor], gradients: list[torch.Tensor], change: Callable) -> Contender:
+    weights, remainders = zip(*(split_master(master) for master in masters), strict=True)
+    table = AdamWTable(
+        weights=weights,
+        remainders=remainders,
+        first_moments=[torch.zeros_like(master) for master in masters],
+        second_moments=[torch.zeros_like(master) for master in masters],
+    )
+    num_steps = 0
+
+    def run() -> None:
+        nonlocal num_steps
+        num_steps += 1
+        adamw(
+            table,
+            gradients,
+            step=num_steps,
+            lr=LR,
+            betas=BETAS,
+            epsilon=EPSILON,
+            weight_decay=WEIGHT_DECAY,
+        )
+
+    return Contender(name="ours", run=run, answer=lambda _: change(join_master(weights[0], remainders[0])))
+
+
+def _of_torch(
+    name: str,
+    kind: dict[str, bool],
+    masters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    change: Callable,
+) -> Contender:
+    weights = [master.bfloat16() for master in masters]
+    optimizer = torch.optim.AdamW(
+        masters, lr=LR, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, **kind
+    )
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
+
+    def run() -> None:
+        optimizer.step()
+        torch._foreach_copy_(weights, masters)
+
+    return Contender(name=name, run=run, answer=lambda _: change(masters[0]))
+
+
+def _transformer_engine(
+    adam: type, masters: list[torch.Tensor], gradients: list[torch.Tensor]
+) -> Callable[[], Any]:
+    weights = [torch.nn.Parameter(master.bfloat16()) for master in masters]
+    optimizer = adam(
+        weights,
+        lr=LR,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=WEIGHT_DECAY,
+        master_weights=True,
+        store_param_remainders=True,
+        use_decoupled_grad=True,
+    )
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.decoupled_grad = gradient
+
+    def run() -> torch.Tensor:
+        optimizer.step()
+        return weights[0]
+
+    return run

@@ -1,0 +1,245 @@
+"""Rows a1 to a3: from hidden states through the vocabulary to logprobs, entropy and PPO's loss."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.harness import Answer, Contender, Problem
+from benchmarks.kernel_rows.case import (
+    TOLERANCE,
+    Case,
+    clearing,
+    compiled,
+    peers,
+    random_ids,
+    random_normal,
+)
+from benchmarks.peers import peer
+from glm_rlhf.kernels.linear_logprob import linear_logprob
+from glm_rlhf.kernels.linear_ppo_loss import linear_ppo_loss
+from glm_rlhf.kernels.policy_loss import ppo_policy_loss
+
+CLIP, KL_COEF = 0.2, 0.05
+CLIPPED_SHARE = 0.25
+# Rows of one slice of the definition: fp32 logits of 1024 × 151552 are 0.6 GB.
+SLICE = 1024
+
+
+def cases(sizes: dict[str, tuple[int, int, int]], dtype: torch.dtype) -> list[Case]:
+    """Return the rows for each model's (tokens, vocabulary, hidden).
+
+    Limits: one product is 2·T·V·D operations; forward takes one, forward + backward three, and of the
+    last two only the rows that have a gradient.
+    """
+    targets = {
+        ("a1", "6B"): 5.8e-3,
+        ("a1", "9B"): 13.4e-3,
+        ("a2", "6B"): 17.5e-3,
+        ("a2", "9B"): 41e-3,
+        ("a3", "6B"): 15e-3,
+    }
+    found = []
+    for model, (num_tokens, vocab_size, width) in sizes.items():
+        product = 2.0 * num_tokens * vocab_size * width
+        shape = f"T {num_tokens}, V {vocab_size}, D {width}, {str(dtype).removeprefix('torch.')}"
+        weight_bytes = vocab_size * width * dtype.itemsize
+
+        def case(row: str, what: str, products: float, build: Callable, *, counts_memory: bool = False):
+            return Case(
+                row=row,
+                what=what,
+                model=model,  # noqa: B023  (called at once)
+                shape=shape,  # noqa: B023
+                num_bytes=weight_bytes,  # noqa: B023
+                num_flop=products * product,  # noqa: B023
+                target_s=targets.get((row, model)),  # noqa: B023
+                build=lambda device, size=sizes[model]: build(device, dtype, *size),  # noqa: B023
+                counts_memory=counts_memory,
+            )
+
+        found.append(case("a1", "hidden → vocabulary → logprob, entropy; forward", 1, _forward))
+        what = "the same with PPO's loss (clip, k3 KL); forward + backward"
+        found.append(case("a2", what, 3, _ppo, counts_memory=True))
+        if model != "9B":
+            what = f"a2 without KL, {CLIPPED_SHARE:.0%} of the rows clipped; forward + backward"
+            found.append(case("a3", what, 1 + 2 * (1 - CLIPPED_SHARE), _clipped_ppo))
+    return found
+
+
+class _Inputs:
+    """Hidden states, weight and what PPO knows of each token."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_size: int, width: int
+    ) -> None:
+        self.hidden_TD = random_normal(num_tokens, width, device=device, dtype=dtype, seed=1)
+        # Logits with a deviation of 2.
+        std = 2 / width**0.5
+        self.weight_VD = random_normal(vocab_size, width, device=device, dtype=dtype, std=std, seed=2)
+        self.targets_T = random_ids(num_tokens, vocab_size, device=device, seed=3)
+
+    def with_policy(self, *, clipped_share: float) -> None:
+        """Add old logprobs near the present ones, but for rows whose ratio is clipped away."""
+        device, num_tokens = self.hidden_TD.device, self.targets_T.shape[0]
+        logprobs_T = torch.cat([logprobs_T for logprobs_T, _ in self.defined_slices()])
+        noise = {"device": device, "dtype": torch.float32, "std": 0.05}
+        self.old_logprobs_T = logprobs_T + random_normal(num_tokens, seed=4, **noise)
+        self.ref_logprobs_T = logprobs_T + random_normal(num_tokens, seed=5, **noise)
+        self.advantages_T = random_normal(num_tokens, device=device, dtype=torch.float32, seed=6)
+        self.mask_T = torch.ones(num_tokens, dtype=torch.bool, device=device)
+        num_clipped = round(clipped_share * num_tokens)
+        clipped = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(7))[:num_clipped]
+        clipped = clipped.to(device)
+        self.old_logprobs_T[clipped] = logprobs_T[clipped] - 1.0
+        self.advantages_T[clipped] = self.advantages_T[clipped].abs() + 0.1
+
+    def defined_slices(self):
+        """Yield (logprobs, entropy) in fp32 of some rows at a time."""
+        for start in range(0, self.targets_T.shape[0], SLICE):
+            rows = slice(start, start + SLICE)
+            yield definition(self.hidden_TD[rows].float(), self.weight_VD.float(), self.targets_T[rows])
+
+
+def definition(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logprobs and entropy as torch is usually asked for them: logits, then log_softmax in fp32."""
+    log_probability_TV = (hidden_TD @ weight_VD.t()).float().log_softmax(-1)
+    logprobs_T = log_probability_TV.gather(1, targets_T[:, None]).squeeze(1)
+    return logprobs_T, -(log_probability_TV.exp() * log_probability_TV).sum(-1)
+
+
+def eager_ppo_loss(
+    logprobs_T: torch.Tensor, inputs: _Inputs, kl_coef: float, rows: slice = slice(None)
+) -> torch.Tensor:
+    """Return PPO's clipped loss with a k3 penalty, a mean over all tokens of the batch."""
+    ratio_T = (logprobs_T - inputs.old_logprobs_T[rows]).exp()
+    advantages_T = inputs.advantages_T[rows]
+    loss_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * ratio_T.clamp(1 - CLIP, 1 + CLIP))
+    if kl_coef:
+        difference_T = inputs.ref_logprobs_T[rows] - logprobs_T
+        loss_T = loss_T + kl_coef * (difference_T.exp() - 1 - difference_T)
+    return loss_T.sum() / inputs.targets_T.shape[0]
+
+
+def _forward(device: torch.device, dtype: torch.dtype, *size: int) -> Problem:
+    inputs = _Inputs(device, dtype, *size)
+    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
+    compiled_definition = compiled(definition)
+    return Problem(
+        contenders=[
+            Contender(name="ours", run=lambda: linear_logprob(*arguments)),
+            Contender(name="torch eager", run=lambda: definition(*arguments)),
+            Contender(name="torch.compile", run=lambda: compiled_definition(*arguments)),
+            *peers(
+                device,
+                [
+                    lambda: peer(
+                        "cut-cross-entropy (no entropy)",
+                        "cut_cross_entropy",
+                        "linear_cross_entropy",
+                        lambda cce: lambda: cce(*arguments, reduction="none"),
+                        answer=lambda loss_T: [-loss_T.float(), None],
+                    ),
+                    lambda: peer(
+                        "liger-kernel (no entropy)",
+                        "liger_kernel.transformers.functional",
+                        "liger_fused_linear_cross_entropy",
+                        lambda liger: lambda: liger(*arguments, reduction="none"),
+                        answer=lambda loss_T: [-loss_T.float(), None],
+                    ),
+                ],
+            ),
+        ],
+        expected=lambda: [torch.cat(parts) for parts in zip(*inputs.defined_slices(), strict=True)],
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def _ppo(device: torch.device, dtype: torch.dtype, *size: int) -> Problem:
+    inputs = _Inputs(device, dtype, *size)
+    inputs.with_policy(clipped_share=0.0)
+    return _loss_problem(inputs, KL_COEF)
+
+
+def _clipped_ppo(device: torch.device, dtype: torch.dtype, *size: int) -> Problem:
+    inputs = _Inputs(device, dtype, *size)
+    inputs.with_policy(clipped_share=CLIPPED_SHARE)
+    return _loss_problem(inputs, 0.0)
+
+
+def _loss_problem(inputs: _Inputs, kl_coef: float) -> Problem:
+    device, dtype = inputs.hidden_TD.device, inputs.hidden_TD.dtype
+    hidden_TD, weight_VD = inputs.hidden_TD.requires_grad_(), inputs.weight_VD.requires_grad_()
+    targets_T, num_tokens = inputs.targets_T, float(inputs.targets_T.shape[0])
+    settings = {"clip_low": CLIP, "clip_high": CLIP, "kl_coef": kl_coef, "denominator": num_tokens}
+    policy = (inputs.old_logprobs_T, inputs.advantages_T, inputs.mask_T)
+
+    def contender(name: str, loss: Callable[[], torch.Tensor]) -> Contender:
+        def run() -> Answer:
+            found = loss()
+            found.backward()
+            return [found.detach(), hidden_TD.grad, weight_VD.grad]
+
+        return Contender(name=name, run=run, prepare=clearing(hidden_TD, weight_VD))
+
+    def in_forward() -> torch.Tensor:
+        return linear_ppo_loss(
+            hidden_TD, weight_VD, targets_T, *policy, ref_logprobs_T=inputs.ref_logprobs_T, **settings
+        )[0]
+
+    def general() -> torch.Tensor:
+        logprobs_T, _ = linear_logprob(hidden_TD, weight_VD, targets_T)
+        return ppo_policy_loss(logprobs_T, *policy, ref_logprobs_T=inputs.ref_logprobs_T, **settings)[0]
+
+    def eager(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        return eager_ppo_loss(definition(hidden_TD, weight_VD, targets_T)[0], inputs, kl_coef)
+
+    def through(name: str, module: str, symbol: str) -> Contender:
+        arguments = (hidden_TD, weight_VD, targets_T)
+
+        def make(cross_entropy: Callable) -> Callable[[], Answer]:
+            logprobs = lambda: -cross_entropy(*arguments, reduction="none").float()
+            return contender(name, lambda: eager_ppo_loss(logprobs(), inputs, kl_coef)).run
+
+        return peer(name, module, symbol, make, prepare=clearing(hidden_TD, weight_VD))
+
+    compiled_eager = compiled(eager)
+    liger = "liger_kernel.transformers.functional"
+    return Problem(
+        contenders=[
+            contender("ours, gradient in forward", in_forward),
+            contender("ours, general (4 products)", general),
+            contender("torch eager", lambda: eager(hidden_TD, weight_VD)),
+            contender("torch.compile", lambda: compiled_eager(hidden_TD, weight_VD)),
+            *peers(
+                device,
+                [
+                    lambda: through(
+                        "cut-cross-entropy + torch loss", "cut_cross_entropy", "linear_cross_entropy"
+                    ),
+                    lambda: through(
+                        "liger-kernel + torch loss", liger, "liger_fused_linear_cross_entropy"
+                    ),
+                ],
+            ),
+        ],
+        expected=lambda: _defined_loss(inputs, kl_coef),
+        tolerance=TOLERANCE[dtype],
+        besides_bytes=weight_VD.nbytes,
+    )
+
+
+def _defined_loss(inputs: _Inputs, kl_coef: float) -> list[torch.Tensor]:
+    """Return loss and both gradients in fp32, some rows at a time."""
+    weight_VD = inputs.weight_VD.detach().float().requires_grad_()
+    losses, hidden_gradients = [], []
+    for start in range(0, inputs.targets_T.shape[0], SLICE):
+        rows = slice(start, start + SLICE)
+        hidden_TD = inputs.hidden_TD[rows].detach().float().requires_grad_()
+        logprobs_T, _ = definition(hidden_TD, weight_VD, inputs.targets_T[rows])
+        loss = eager_ppo_loss(logprobs_T, inputs, kl_coef, rows)
+        loss.backward()
+        losses.append(loss.detach())
+        hidden_gradients.append(hidden_TD.grad)
+    return [torch.stack(losses).sum(), torch.cat(hidden_gradients), weight_VD.grad]
