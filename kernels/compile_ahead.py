@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
     described = {
         "name": case.name,
         "capability": capability,
-        "is_hot": case.is_hot,
+        "is_hot": capability in case.hot_on,
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "notes": case.notes,
@@ -141,6 +141,11 @@ def is_launchable(result: CompiledCase) -> bool:
     return not result.error and (not result.is_hot or (fits and result.spill_bytes == 0))
 
 
+def _hot_on(row: Mapping[int, CompiledCase]) -> str:
+    hot = [capability for capability, result in sorted(row.items()) if result.is_hot]
+    return "yes" if len(hot) == len(row) else ", ".join(f"sm_{capability}" for capability in hot) or "no"
+
+
 def _ordered_signature(case: CompileCase) -> dict[str, str]:
     types = dict.fromkeys(case.constexprs, "constexpr") | case.signature
     given, required = set(types), set(case.kernel.arg_names)
@@ -186,7 +191,7 @@ def as_markdown(compiled: Iterable[CompiledCase], *, date: str) -> str:
         any_case = next(iter(row.values()))
         cells = [_cell(row.get(capability)) for capability in capabilities]
         lines.append(
-            f"| {name} | {'yes' if any_case.is_hot else 'no'} | {any_case.num_warps} | "
+            f"| {name} | {_hot_on(row)} | {any_case.num_warps} | "
             f"{any_case.num_stages} | {' | '.join(cells)} | {any_case.notes} |"
         )
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ NOTES = {
     HOPPER: "launched on sm_90 only",
     BLACKWELL: "launched on sm_100 and later only",
 }
+HOT_ON = {PORTABLE: (80, 90, 100), HOPPER: (90,), BLACKWELL: (100,)}
 
 
 def compile_cases() -> list[CompileCase]:
@@ -96,7 +97,7 @@ def _tile_case(name: str, kernel: object, shape: TileShape, options: dict[str, o
         divisible_by_16=tuple(argument for argument in given if argument in aligned),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        is_hot=shape is PORTABLE,
+        hot_on=HOT_ON[shape],
         notes=NOTES[shape],
     )
 

@@ -1,5 +1,6 @@
 """Training state of a sharded model: gradient buffers, their reductions, and the distributed optimizer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from glm_rlhf.parallel.cpu import cuda_type_names
 from glm_rlhf.parallel.glm import GLMModel
@@ -44,7 +46,10 @@ class StepResult:
 
 
 class TrainingState:
-    """Owns the gradient buffers and the optimizer of one sharded model."""
+    """Owns the gradient buffers and the optimizer of one sharded model.
+
+    What is not to be trained has `requires_grad` false before it is wrapped.
+    """
 
     def __init__(
         self,
@@ -60,10 +65,16 @@ class TrainingState:
             chunks: this rank's model chunks, weights filled: fp32 masters are copied from them.
             settings: of the optimizer.
             topology: gradients are summed over dp × cp, the optimizer's state is split over it.
-            overlap_communication: reduce gradients and gather weights while computing.
+            overlap_communication: reduce gradients and gather weights while computing; see `gather_weights`.
+
+        Raises:
+            ValueError: the weights are float16, whose gradients would need a loss scale.
         """
+        megatron = chunks[0].config
+        if megatron.params_dtype is torch.float16:
+            raise ValueError("weights in float16 cannot be trained, there is no loss scale: use bf16 or fp32")
         self.topology = topology
-        self.is_bf16 = chunks[0].config.bf16
+        self.clip_grad = settings.clip_grad
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -82,9 +93,8 @@ class TrainingState:
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
             adam_eps=settings.epsilon,
-            clip_grad=settings.clip_grad,
-            bf16=self.is_bf16,
-            params_dtype=chunks[0].config.params_dtype,
+            bf16=megatron.bf16,
+            params_dtype=megatron.params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=overlap_communication,
         )
@@ -92,11 +102,14 @@ class TrainingState:
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(
                 config, self.chunks, use_gloo_process_groups=False
             )
-        megatron = chunks[0].config
+        for group in self.optimizer.param_groups:
+            # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         megatron.finalize_model_grads_func = self._finalize
         if overlap_communication:
             functions = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = functions if len(functions) > 1 else functions[0]
+            self.gather_weights()
 
     def zero_grad(self) -> None:
         """Make every gradient zero; before the first micro-batch of a step."""
@@ -110,10 +123,30 @@ class TrainingState:
             group["lr"] = lr * group.get("lr_mult", 1.0)
 
     def step(self) -> StepResult:
-        """Clip, update the weights and gather them over dp; every rank calls this together."""
-        with cuda_type_names():  # clipping asserts the type's name too
-            is_applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(is_applied=is_applied, grad_norm=float(grad_norm or 0.0))
+        """Clip, update the weights and gather them over dp; every rank calls this together.
+
+        With `overlap_communication` the next training step gathers them, see `gather_weights`.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
+        if not math.isfinite(grad_norm):
+            return StepResult(is_applied=False, grad_norm=grad_norm)
+        if self.clip_grad > 0.0:
+            with cuda_type_names():  # it asserts the type's name
+                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return StepResult(is_applied=True, grad_norm=grad_norm)
+
+    def gather_weights(self) -> None:
+        """Finish at once what `overlap_communication` would gather during the next training step.
+
+        Every rank calls it, before weights are used otherwise than in a training step of all ranks: after
+        `step` they are old on other data-parallel ranks, and a forward pass on some of them would wait for
+        the rest. Does nothing without overlap.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def _finalize(self, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object) -> None:
         """Reduce gradients at the end of a schedule; our losses are divided by tokens already."""
@@ -127,7 +160,12 @@ def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topolo
     These are the key/value projections of attention with fewer key/value heads than ranks. One
     all-reduce over the tensor-parallel group of (tp / copies) × their size; all ranks of it call.
     """
-    parameters = [p for chunk in chunks for p in chunk.parameters() if hasattr(p, "num_tp_replicas")]
+    parameters = [
+        p
+        for chunk in chunks
+        for p in chunk.parameters()
+        if p.requires_grad and hasattr(p, "num_tp_replicas")
+    ]
     if not parameters:
         return
     gradients = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in parameters]

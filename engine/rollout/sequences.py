@@ -40,8 +40,11 @@ class PromptState:
 
     @property
     def source(self) -> "SequenceState | None":
-        """The first running sample that has the reused positions in the cache."""
-        return next((sample for sample in self.running if sample.num_cached >= self.num_reused), None)
+        """The sample whose reused positions siblings take, None if none runs; not asked while one prefills.
+
+        Being the first that runs, it did not start in the same step, so that its pages are no copy's target.
+        """
+        return self.running[0] if self.running else None
 
 
 @dataclass(slots=True, eq=False)

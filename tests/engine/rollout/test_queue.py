@@ -486,7 +486,7 @@ def lose_pages(roster, sequence):
         (SequenceState, "unfed_tokens", prompt_only),
         (PromptState, "num_reused", property(lambda prompt: len(prompt.request.prompt))),
         (PromptState, "copies_page", property(lambda prompt: False, lambda prompt, value: None)),
-        (PromptState, "source", property(lambda prompt: prompt.running[0] if prompt.running else None)),
+        (PromptState, "source", property(lambda prompt: (prompt.running or [None])[-1])),
     ],
 )
 def test_a_planted_mistake_is_seen(monkeypatch, owner, name, mistake):
