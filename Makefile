@@ -22,5 +22,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+demo: install
+	$(BIN)/glm-rlhf demo
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs

@@ -1,5 +1,6 @@
 """A GLM model, sharded: from its shape and a layout to the chunks that this rank holds."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
@@ -22,7 +23,7 @@ from glm_rlhf.kernels.rope import rope_table
 from glm_rlhf.parallel.attention import AttentionInputs
 from glm_rlhf.parallel.cpu import is_needed as is_cpu
 from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.heads import ValueHead
+from glm_rlhf.parallel.heads import ValueHead, VocabularyHead
 from glm_rlhf.parallel.layers import block_submodules
 from glm_rlhf.parallel.packing import TokenShare
 from glm_rlhf.parallel.topology import Topology
@@ -93,10 +94,14 @@ class GLMModel(MegatronModule):
             pg_collection=groups,
             vp_stage=self.vp_stage,
         )
+        for layer in self.decoder.layers:
+            # Megatron-core's layer adds to the residual with gradients on, whatever the caller wants: a
+            # pass without gradients would keep a graph of it.
+            layer.bias_dropout_add_exec_handler = contextlib.nullcontext
         if self.post_process and not has_vocabulary_head:
             self.value_head = ValueHead(glm.hidden_size, device=topology.device)
         elif self.post_process and not (self.share_embeddings_and_output_weights and self.pre_process):
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = VocabularyHead(
                 glm.hidden_size,
                 glm.vocab_size,
                 config=config,
@@ -111,11 +116,11 @@ class GLMModel(MegatronModule):
     @property
     def output_weight_VD(self) -> torch.Tensor:
         """This rank's rows of the vocabulary head, [V / tp, D]; on the last chunk only."""
-        return (
-            self.output_layer.weight
-            if hasattr(self, "output_layer")
-            else self.embedding.word_embeddings.weight
-        )
+        return self.output_layer() if hasattr(self, "output_layer") else self.embedding.word_embeddings.weight
+
+    def head_weights(self) -> list[torch.Tensor]:
+        """Return the parameters behind the final hidden states; on the last chunk only."""
+        return list(self.value_head.parameters()) if hasattr(self, "value_head") else [self.output_weight_VD]
 
     @property
     def first_layer(self) -> int:
@@ -134,6 +139,8 @@ class GLMModel(MegatronModule):
             tensor-parallel rank, ready for a head.
         """
         hidden = self.embedding(share.take(share.packed.tokens_T)) if self.pre_process else None
+        if hidden is not None and self.config.recompute_granularity and torch.is_grad_enabled():
+            hidden.requires_grad_()  # a frozen embedding's output would end the gradients of layers run again
         cos_PR, sin_PR = self.rotary_table(max(b - a for a, b in share.packed.spans))
         inputs = AttentionInputs(
             share=share, cos_TR=cos_PR[share.positions_T], sin_TR=sin_PR[share.positions_T]
@@ -163,16 +170,13 @@ class GLMModel(MegatronModule):
         """Take the former stage's output, as Megatron-core's pipeline schedules hand it over."""
         if isinstance(input_tensor, list):
             input_tensor = input_tensor[0]
-        if input_tensor is not None and not torch.is_grad_enabled():
-            # The receive buffer asks for a gradient: Megatron-core's layer would keep a graph for it.
-            input_tensor = input_tensor.detach()
         self.decoder.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Return the weight that first and last stage share, for Megatron-core's gradient reduction."""
         if self.pre_process:
             return self.embedding.word_embeddings.weight
-        return self.output_weight_VD if self.post_process else None
+        return self.output_layer.weight if self.post_process else None
 
     def rotary_table(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions; doubled when a longer one comes."""
@@ -250,6 +254,7 @@ def transformer_config(
         perform_initialization=False,
         # Batched, two stages that exchange in both directions at once mix the directions up.
         batch_p2p_comm=layout.vpp == 1 and not is_cpu(),
+        batch_p2p_sync=False,  # a host synchronisation after every message, for a fault of early torch
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -266,7 +271,7 @@ def _mark_shards(model: torch.nn.Module) -> None:
 
     Megatron-core does so while it fills weights at random, which we leave out.
     """
-    split_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    split_dims = {ColumnParallelLinear: 0, VocabularyHead: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         dim = split_dims.get(type(module))
         weight = getattr(module, "weight", None)

@@ -8,6 +8,7 @@ and `shift_to_tokens` go between the two.
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from glm_rlhf.kernels.targets import IGNORE_INDEX
 from glm_rlhf.parallel import vocab
@@ -15,6 +16,17 @@ from glm_rlhf.parallel.packing import PackedTokens
 
 if TYPE_CHECKING:
     from glm_rlhf.parallel.glm import GLMModel
+
+
+class VocabularyHead(ColumnParallelLinear):
+    """This rank's rows of the vocabulary head, for losses that multiply by them without keeping logits.
+
+    Calling it hands out the weight: what makes sure that a weight is gathered hangs on the call.
+    """
+
+    def forward(self) -> torch.Tensor:
+        """Return the weight, [V / tp, D]."""
+        return self.weight
 
 
 class ValueHead(torch.nn.Module):
@@ -79,7 +91,8 @@ def next_tokens(packed: PackedTokens, wanted_T: torch.Tensor | None = None) -> t
         int64 [T].
     """
     is_target_T = torch.ones_like(packed.tokens_T, dtype=torch.bool) if wanted_T is None else wanted_T.clone()
-    is_target_T[[start for start, _ in packed.spans]] = False
+    starts = torch.tensor([start for start, _ in packed.spans]).to(is_target_T.device, non_blocking=True)
+    is_target_T[starts] = False
     if packed.num_filler:
         is_target_T[-packed.num_filler :] = False
     return shift_to_rows(torch.where(is_target_T, packed.tokens_T, IGNORE_INDEX), last=IGNORE_INDEX)

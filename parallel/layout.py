@@ -68,7 +68,10 @@ class Layout:
         ]
         for what, amount, axis, size in divisions:
             if amount % size:
-                raise ValueError(f"{what} {amount} of the model is not a multiple of {axis} {size}")
+                raise ValueError(
+                    f"{what} {amount} of the model is not a multiple of {axis} {size}: "
+                    f"give a divisor of {amount}"
+                )
         if config.num_kv_heads % self.tp and self.tp % config.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads {config.num_kv_heads} of the model and tp {self.tp}: one must be a multiple "

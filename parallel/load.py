@@ -31,7 +31,8 @@ def load_model(
         seed: of a scalar head that the folder does not hold.
 
     Returns:
-        (chunks, our names of weights that were created at random because the folder has none).
+        (chunks, our names of weights that were created at random because the folder has none; the same on
+        every rank).
 
     Raises:
         ValueError: not a model folder, damaged, or not to be split in this layout.

@@ -161,10 +161,7 @@ def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topolo
     all-reduce over the tensor-parallel group of (tp / copies) × their size; all ranks of it call.
     """
     parameters = [
-        p
-        for chunk in chunks
-        for p in chunk.parameters()
-        if p.requires_grad and hasattr(p, "num_tp_replicas")
+        p for chunk in chunks for p in chunk.parameters() if p.requires_grad and hasattr(p, "num_tp_replicas")
     ]
     if not parameters:
         return

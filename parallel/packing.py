@@ -12,6 +12,8 @@ from itertools import pairwise
 
 import torch
 
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTokens:
@@ -111,7 +113,7 @@ def pack(sequences: Sequence[torch.Tensor], *, multiple: int = 1, filler_token: 
         ValueError: there is no token at all, or a sequence is not a 1-D integer tensor.
     """
     for index, sequence in enumerate(sequences):
-        if sequence.dim() != 1 or sequence.is_floating_point():
+        if sequence.dim() != 1 or sequence.dtype not in _ID_DTYPES:
             raise ValueError(
                 f"sequence {index} is a {sequence.dim()}-D tensor of {sequence.dtype}, "
                 "give 1-D integer token ids"
@@ -141,7 +143,7 @@ def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> TokenS
             rows=None,
             segments=(segment,),
             stream_order=None,
-            positions_T=position_T.to(device),
+            positions_T=position_T.to(device, non_blocking=True),
         )
     if total % (2 * cp_size):
         raise ValueError(
@@ -160,10 +162,10 @@ def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> TokenS
     )
     return TokenShare(
         packed=packed,
-        rows=rows.to(device),
+        rows=rows.to(device, non_blocking=True),
         segments=segments,
-        stream_order=stream_order.to(device),
-        positions_T=position_T[rows].to(device),
+        stream_order=stream_order.to(device, non_blocking=True),
+        positions_T=position_T[rows].to(device, non_blocking=True),
     )
 
 
@@ -191,4 +193,5 @@ def _segment(
 
 
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor((0, *lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+    # Not blocking: a device that works through a queue would else be waited for at every micro-batch.
+    return torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)

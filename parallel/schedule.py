@@ -33,28 +33,28 @@ def run_micro_batches(
     over the rows that this rank holds, already divided by its *global* denominator: nothing is averaged.
 
     Every rank of the topology calls this with the same kind of work; ranks that share a pipeline or a
-    context-parallel group with the same micro-batches. Data-parallel ranks may have different numbers.
+    context-parallel group with the same micro-batches. Data-parallel ranks may have different numbers,
+    and none at all: such a rank adds nothing to the gradients, but has to take part in their reduction.
 
     Args:
         chunks: this rank's model chunks, wrapped for training or bare.
-        micro_batches: at least one; on the rank's device.
+        micro_batches: on the rank's device.
         step: `(model, hidden_TD, index) -> (loss, output)`, called on the last stage with the last
             hidden states of micro-batch `index`; the loss is None when `forward_only`.
         topology: layout and groups.
         forward_only: no gradients, nothing kept for backward.
-
-    Raises:
-        ValueError: no micro-batch is given.
     """
-    if not micro_batches:
-        raise ValueError("a schedule needs at least one micro-batch")
+    if forward_only and not micro_batches:
+        return []
     layout = topology.layout
     shares = [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp) for packed in micro_batches]
-    shares += _fillers(shares, topology)
+    fillers = _fillers(len(shares), topology)
+    # Fillers come first: reductions that overlap with backward wait for gradients of the last micro-batch.
+    shares = fillers + shares
     run = partial(
         get_forward_backward_func(),
         **_communication(chunks, shares, topology),
-        forward_step_func=partial(_forward_step, step, len(micro_batches)),
+        forward_step_func=partial(_forward_step, step, len(fillers)),
         data_iterator=[iter(enumerate(shares)) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(shares),
@@ -67,7 +67,7 @@ def run_micro_batches(
             outputs = run(collect_non_loss_data=True)
     else:
         outputs = run()
-    return outputs[: len(micro_batches)]
+    return outputs[len(fillers) :]
 
 
 def collect_rows(
@@ -116,26 +116,33 @@ def _in_stream_order(
 
 
 def _forward_step(
-    step: Step, num_real: int, data: Iterator[tuple[int, TokenShare]], model: torch.nn.Module
+    step: Step, num_fillers: int, data: Iterator[tuple[int, TokenShare]], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
-    index, token_share = next(data)
+    place, token_share = next(data)
     hidden = model(token_share)
-    return hidden, partial(_apply, step, _unwrap(model), index, index < num_real)
+    return hidden, partial(_apply, step, _unwrap(model), place - num_fillers)
 
 
 def _apply(
-    step: Step,
-    model: GLMModel,
-    index: int,
-    is_real: bool,
-    hidden_TD: torch.Tensor,
-    non_loss_data: bool = False,
+    step: Step, model: GLMModel, index: int, hidden_TD: torch.Tensor, non_loss_data: bool = False
 ) -> Any:
-    """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output)."""
-    if not is_real:
-        return None if non_loss_data else (hidden_TD.sum() * 0.0, _no_tokens(hidden_TD), None)
-    loss, output = step(model, hidden_TD, index)
-    return output if non_loss_data else (loss, _no_tokens(hidden_TD), output)
+    """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output).
+
+    A filler has a negative index.
+    """
+    loss, output = (None, None) if index < 0 else step(model, hidden_TD, index)
+    if non_loss_data:
+        return output
+    if index < 0 or not loss.requires_grad:
+        loss = _zero_loss(model, hidden_TD)
+    # A copy, because the schedule empties the tensor in its hands, and the output may share its memory.
+    return loss.clone(), _no_tokens(hidden_TD), output
+
+
+def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:
+    """Return 0 with a gradient of zero for the hidden states and the head, since other ranks wait for it."""
+    tensors = [hidden_TD, *model.head_weights()]
+    return sum(tensor[:0].sum(dtype=torch.float32) for tensor in tensors)
 
 
 def _communication(
@@ -154,10 +161,12 @@ def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int, device=tensor.device)
 
 
-def _fillers(shares: list[TokenShare], topology: Topology) -> list[TokenShare]:
-    """Return the empty work that the interleaved schedule needs to reach a multiple of pp."""
+def _fillers(num_real: int, topology: Topology) -> list[TokenShare]:
+    """Return empty work: at least one micro-batch is needed, and interleaved a multiple of pp."""
     layout = topology.layout
-    missing = -len(shares) % layout.pp if layout.vpp > 1 else 0
+    missing = -max(num_real, 1) % (layout.pp if layout.vpp > 1 else 1) + (num_real == 0)
+    if not missing:
+        return []
     token = torch.zeros(1, dtype=torch.int64, device=topology.device)
     packed = pack([token], multiple=layout.token_multiple)
     return [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp)] * missing

@@ -26,7 +26,7 @@ def score_tokens(
 
     Args:
         chunks: this rank's chunks of a policy or reference.
-        micro_batches: whole sequences, on the rank's device.
+        micro_batches: whole sequences, on the rank's device; none is answered with none.
         topology: layout and groups.
         wanted: bool [T] a micro-batch: whose results are wanted; the others cost no head and are 0. All
             but each sequence's first when None.
@@ -35,6 +35,8 @@ def score_tokens(
     Returns:
         A micro-batch: (logprobs [T], entropy [T]) fp32, the same on every rank that called.
     """
+    if not micro_batches:
+        return []
     targets = [
         next_tokens(packed, None if wanted is None else wanted[index])
         for index, packed in enumerate(micro_batches)

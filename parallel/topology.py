@@ -98,9 +98,9 @@ def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int 
     """
     if parallel_state.model_parallel_is_initialized():
         raise ValueError("a topology is active already in this process: leave it before entering another")
-    cpu.install()
     # Megatron-core overlaps the reductions of tensor parallelism by the order in which kernels are queued.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # read when the driver starts
+    cpu.install()
     is_ours = not dist.is_initialized()
     if is_ours:
         layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
@@ -134,7 +134,7 @@ def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=timeout_s / 60,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)

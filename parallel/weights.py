@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.hf_import import iterate_shard
 from glm_rlhf.parallel.names import names_within, weights_of
 from glm_rlhf.parallel.sharding import Piece, read_shard, shards_of
+from glm_rlhf.parallel.topology import Topology
 
 
 @torch.no_grad()
@@ -26,7 +28,8 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
         seed: of a scalar head that the folder does not hold; every rank draws the same.
 
     Returns:
-        Our names of the weights that were created because the folder has none: only of a scalar head.
+        Our names of the weights that were created because the folder has none, on any stage: only of a
+        scalar head.
 
     Raises:
         ModelFolderError: the folder is damaged or of another model; a ValueError.
@@ -50,7 +53,7 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
                 _create_head(name, parameters.pop(name), seed)
                 created.append(name)
             assert not parameters, f"not filled: {sorted(parameters)}"
-    return tuple(created)
+    return _on_any_stage(created, chunks[0].topology)
 
 
 @torch.no_grad()
@@ -72,6 +75,13 @@ def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
                     draw = _drawing(names_within(weight, glm), glm.init_std, seed)
                     parameter.copy_(read_shard(shard, draw, dtype=torch.float32))
         assert not parameters, f"not filled: {sorted(parameters)}"
+
+
+def _on_any_stage(names: list[str], topology: Topology) -> tuple[str, ...]:
+    """Join lists of the stages of a pipeline: the last one has the head, the first one speaks to the user."""
+    lists: list[list[str]] = [[] for _ in range(topology.layout.pp)]
+    dist.all_gather_object(lists, names, group=topology.pp_group)
+    return tuple(name for part in lists for name in part)
 
 
 def _part(chunk: GLMModel) -> dict[str, Any]:

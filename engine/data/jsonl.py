@@ -104,7 +104,7 @@ def read_json_lines(
     if max_line_bytes < 1:
         raise ValueError(f"max_line_bytes is {max_line_bytes}; it must be at least 1")
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     return _records(path, parse, on_error, max_line_bytes, ReadReport() if report is None else report)
 
 
@@ -179,7 +179,12 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Return nothing when a file can be read as JSON lines, as far as its beginning tells.
+
+    Raises:
+        RecordError: it is missing, empty, a folder, UTF-16, or its name and its compression disagree.
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

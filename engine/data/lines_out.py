@@ -1,10 +1,12 @@
 """JSON lines that appear under their name only when they are complete."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 WriteLine = Callable[[dict], None]
 
@@ -17,10 +19,12 @@ def json_lines(path: str | Path) -> Iterator[WriteLine]:
     stood under `path` before as it was, and the partial file for a look.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written, or `path` is a folder itself.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, lines need a file", str(path))
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         yield lambda record: _write(file, record)
@@ -29,5 +33,5 @@ def json_lines(path: str | Path) -> Iterator[WriteLine]:
     partial.replace(path)
 
 
-def _write(file: object, record: dict) -> None:
+def _write(file: TextIO, record: dict) -> None:
     file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")

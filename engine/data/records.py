@@ -156,7 +156,8 @@ def read_pairs(
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
-) -> Iterator[PairRecord]:
+    then: Callable[[PairRecord], Result] = _as_it_is,
+) -> Iterator[Result]:
     """Return an iterator over the preference pairs of a JSON-lines file.
 
     A record is a prompt (see `read_prompts`, where the other arguments are explained too), exactly one of
@@ -172,9 +173,11 @@ def read_pairs(
     parsers = {"pairs": partial(_pair_record, vocab_size=vocab_size), "hh-rlhf": _hh_rlhf_record}
     if form not in parsers:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(parsers)}")
-    return read_json_lines(
-        path, parsers[form], on_error=on_error, max_line_bytes=max_line_bytes, report=report
-    )
+
+    def parse(fields: dict, place: Place) -> Result:
+        return then(parsers[form](fields, place))
+
+    return read_json_lines(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
 def _prompt_record(fields: dict, place: Place, *, vocab_size: int) -> PromptRecord:

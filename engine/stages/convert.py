@@ -3,9 +3,8 @@
 import sys
 import time
 
-import torch.distributed as dist
-
 from glm_rlhf.engine.config import ConvertConfig
+from glm_rlhf.parallel.agreement import meetings
 from glm_rlhf.parallel.convert import convert_folder
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.topology import topology
@@ -19,16 +18,17 @@ def run(config: ConvertConfig) -> None:
     """
     wanted, start = config.convert, time.monotonic()
     with topology(Layout()) as place:
-        convert_folder(
-            config.model.path,
-            wanted.to,
-            family=None if wanted.format == "same" else wanted.format,
-            dtype=wanted.dtype,
-            max_shard_bytes=wanted.max_shard_bytes,
-            rank=place.rank,
-            world=place.world_size,
-            barrier=dist.barrier,
-        )
+        with meetings(f"converting {config.model.path}") as barrier:
+            convert_folder(
+                config.model.path,
+                wanted.to,
+                family=None if wanted.format == "same" else wanted.format,
+                dtype=wanted.dtype,
+                max_shard_bytes=wanted.max_shard_bytes,
+                rank=place.rank,
+                world=place.world_size,
+                barrier=barrier,
+            )
         if place.is_reporter:
             sys.stderr.write(
                 f"converted {config.model.path} to {wanted.to} in {time.monotonic() - start:.1f} s\n"

@@ -1,6 +1,7 @@
 """The command `score`: per-token log-probabilities of given responses under a policy."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -68,7 +69,11 @@ def run(config: ScoreConfig) -> None:
             with agreed(f"writing {config.out_path}"):
                 if place.is_reporter:
                     write = stack.enter_context(json_lines(config.out_path))
-            _score_all(samples, chunks, place, write, report, config)
+            done = _score_all(samples, chunks, place, write, report, config)
+            with agreed(f"writing {config.out_path}"):
+                stack.close()
+        if place.is_reporter:
+            sys.stderr.write(f"{done}; written to {config.out_path}\n")
 
 
 def _score_all(
@@ -78,7 +83,8 @@ def _score_all(
     write: WriteLine | None,
     report: ReadReport,
     config: ScoreConfig,
-) -> None:
+) -> str:
+    """Score everything, write it on rank 0, and return what rank 0 has to say of it."""
     start, num_tokens, total = time.monotonic(), 0, 0.0
     budget = config.train.micro_batch_tokens
     bar = tqdm(desc="score", unit=" records", disable=None if place.is_reporter else True)
@@ -87,19 +93,28 @@ def _score_all(
             window = _take_window(samples, budget * place.dp * _WINDOW_BATCHES)
         if not window:
             break
-        for index, logprobs in sorted(_score_window(window, chunks, place, budget).items()):
-            if write is not None:
+        found = _score_window(window, chunks, place, budget)
+        with agreed(f"writing {config.out_path}"):
+            for index, logprobs in sorted(found.items()) if write is not None else ():
+                _check_finite(logprobs, window[index], config)
                 write({"index": window[index].index, "tokens": window[index].response, "logprobs": logprobs})
                 num_tokens += len(logprobs)
                 total += sum(logprobs)
                 bar.update()
     bar.close()
-    if write is not None:
-        elapsed = time.monotonic() - start
-        skipped = f", {report.num_skipped} bad ones skipped" if report.num_skipped else ""
-        sys.stderr.write(
-            f"scored {report.num_records} records{skipped}: {num_tokens} response tokens, mean logprob "
-            f"{total / num_tokens:.4f}, {num_tokens / elapsed:.0f} tokens/s; written to {config.out_path}\n"
+    elapsed = time.monotonic() - start
+    skipped = f", {report.num_skipped} bad ones skipped" if report.num_skipped else ""
+    return (
+        f"scored {report.num_records} records{skipped}: {num_tokens} response tokens, mean logprob "
+        f"{total / max(num_tokens, 1):.4f}, {num_tokens / elapsed:.0f} tokens/s"
+    )
+
+
+def _check_finite(logprobs: list[float], sample: Sample, config: ScoreConfig) -> None:
+    if not math.isfinite(sum(logprobs)):
+        raise ValueError(
+            f"record {sample.index} has a logprob that is not finite: {config.model.path} holds weights that "
+            f"are not, or train.dtype={config.train.dtype} overflows"
         )
 
 
@@ -118,14 +133,14 @@ def _score_window(
             part[len(window[index].prompt) :] = True
         micro_batches.append(packed.to(place.device))
         wanted.append(is_wanted_T.to(place.device))
+    scored = score_tokens(chunks, micro_batches, topology=place, wanted=wanted)
     found: dict[int, list[float]] = {}
-    if mine:
-        scored = score_tokens(chunks, micro_batches, topology=place, wanted=wanted)
-        for group, packed, (logprobs_T, _) in zip(mine, micro_batches, scored, strict=True):
-            for index, part in zip(group, packed.split(logprobs_T), strict=True):
-                found[index] = part[len(window[index].prompt) :].tolist()
-    is_speaker = place.tp_rank == place.pp_rank == place.cp_rank == 0
-    if place.dp > 1 and is_speaker:
+    if not place.tp_rank == place.pp_rank == place.cp_rank == 0:
+        return found
+    for group, packed, (logprobs_T, _) in zip(mine, micro_batches, scored, strict=True):
+        for index, part in zip(group, packed.split(logprobs_T.cpu()), strict=True):
+            found[index] = part[len(window[index].prompt) :].tolist()
+    if place.dp > 1:
         everyone: list[dict] = [{} for _ in range(place.dp)]
         dist.all_gather_object(everyone, found, group=place.dp_group)
         found = {index: logprobs for part in everyone for index, logprobs in part.items()}

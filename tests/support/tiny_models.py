@@ -79,7 +79,7 @@ def _as_chatglm(folder: Path) -> None:
         "layernorm_epsilon": glm["rms_norm_eps"],
         "seq_length": glm["max_position_embeddings"],
         "add_bias_linear": False,
-        "add_qkv_bias": True,
+        "add_qkv_bias": glm["attention_bias"],
         "rmsnorm": True,
         "post_layer_norm": True,
         "apply_residual_connection_post_layernorm": False,

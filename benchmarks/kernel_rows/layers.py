@@ -1,0 +1,298 @@
+"""Rows e to g: residual add + RMSNorm, SwiGLU, partial interleaved RoPE."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import Answer, Contender, Problem
+from benchmarks.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_normal
+from benchmarks.peers import peer
+from glm_rlhf.kernels.rmsnorm import add_rms_norm
+from glm_rlhf.kernels.rope import rope_qkv_in_place, rope_table
+from glm_rlhf.kernels.swiglu import swiglu
+
+EPSILON = 1e-5
+NUM_GROUPS, QUERIES_A_GROUP, HEAD_SIZE, ROTARY_SIZE = 2, 16, 128, 64
+
+
+def cases(
+    num_tokens: int, width: int, ffn_size: int, dtype: torch.dtype, models: str, *, has_targets: bool
+) -> list[Case]:
+    """Return the rows at one shape. Limits: each tensor is read or written once a pass."""
+    name = str(dtype).removeprefix("torch.")
+    row_bytes = float(num_tokens * width * dtype.itemsize)
+    ffn_bytes = float(num_tokens * ffn_size * dtype.itemsize)
+    rotated_bytes = float(num_tokens * NUM_GROUPS * (QUERIES_A_GROUP + 1) * ROTARY_SIZE * dtype.itemsize)
+    norm, gate = f"T {num_tokens}, D {width}, {name}", f"T {num_tokens}, F {ffn_size}, {name}"
+    rope = f"T {num_tokens}, {NUM_GROUPS} groups of {QUERIES_A_GROUP} + 2 heads of {HEAD_SIZE}, {name}"
+    both = "forward + backward"
+    size = (num_tokens, width)
+    table: list[tuple[str, str, str, float, float | None, Callable]] = [
+        ("e1", "residual add + RMSNorm; forward", norm, 4 * row_bytes, 70e-6, lambda d: _norm(d, dtype, *size)),
+        ("e2", f"residual add + RMSNorm; {both}", norm, 8 * row_bytes, None, lambda d: _norm_both(d, dtype, *size)),
+        ("f1", "SwiGLU; forward", gate, 3 * ffn_bytes, 175e-6, lambda d: _gate(d, dtype, num_tokens, ffn_size)),
+        ("f2", f"SwiGLU; {both}", gate, 8 * ffn_bytes, 465e-6, lambda d: _gate_both(d, dtype, num_tokens, ffn_size)),
+        ("g", "RoPE on queries and keys; forward", rope, 2 * rotated_bytes, 25e-6, lambda d: _rope(d, dtype, num_tokens)),
+    ]  # fmt: skip
+    return [
+        Case(
+            row=row,
+            what=what,
+            model=models,
+            shape=shape,
+            num_bytes=num_bytes,
+            num_flop=0.0,
+            target_s=target_s if has_targets else None,
+            build=build,
+        )
+        for row, what, shape, num_bytes, target_s, build in table
+    ]
+
+
+def add_norm(hidden_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor) -> Answer:
+    """Return the normed sum and the sum, statistics in fp32, as transformers' GLM computes them."""
+    total_TD = hidden_TD + residual_TD
+    wide_TD = total_TD.float()
+    normed_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + EPSILON)
+    return weight_D * normed_TD.to(hidden_TD.dtype), total_TD
+
+
+def gate_up(gate_up_TF2: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) · up as transformers' GLM computes it."""
+    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
+def rotate(heads_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    """Return heads with their first part rotated by interleaved pairs, the rest as it was."""
+    turned_TNH, kept_TNH = heads_TNH[..., :ROTARY_SIZE], heads_TNH[..., ROTARY_SIZE:]
+    even, odd = turned_TNH[..., 0::2], turned_TNH[..., 1::2]
+    cos, sin = (angle[:, None].to(heads_TNH.dtype) for angle in (cos_TR, sin_TR))
+    turned_TNH = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((turned_TNH, kept_TNH), dim=-1)
+
+
+def _norm_inputs(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int) -> list[torch.Tensor]:
+    hidden, residual = (
+        random_normal(num_tokens, width, device=device, dtype=dtype, seed=seed) for seed in (1, 2)
+    )
+    return [hidden, residual, random_normal(width, device=device, dtype=dtype, seed=3)]
+
+
+def _norm(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int) -> Problem:
+    inputs = _norm_inputs(device, dtype, num_tokens, width)
+    compiled_norm = compiled(add_norm)
+    in_place = [tensor.clone() for tensor in inputs[:2]]
+
+    def flashinfer(fused: Callable) -> Callable[[], Answer]:
+        def run() -> Answer:
+            fused(in_place[0], in_place[1], inputs[2], EPSILON)
+            return in_place
+
+        return run
+
+    def restore() -> None:
+        for tensor, original in zip(in_place, inputs, strict=False):
+            tensor.copy_(original)
+
+    return Problem(
+        contenders=[
+            Contender(name="ours", run=lambda: add_rms_norm(*inputs, epsilon=EPSILON)),
+            Contender(name="torch eager", run=lambda: add_norm(*inputs)),
+            Contender(name="torch.compile", run=lambda: compiled_norm(*inputs)),
+            *peers(
+                device,
+                [
+                    lambda: _liger_norm(inputs),
+                    lambda: _quack_norm(inputs),
+                    lambda: peer(
+                        "flashinfer (in place)",
+                        "flashinfer.norm",
+                        "fused_add_rmsnorm",
+                        flashinfer,
+                        prepare=restore,
+                    ),
+                ],
+            ),
+        ],
+        expected=lambda: add_norm(*(tensor.float() for tensor in inputs)),
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def _norm_both(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int) -> Problem:
+    inputs = [t.requires_grad_() for t in _norm_inputs(device, dtype, num_tokens, width)]
+    upstream = [
+        random_normal(num_tokens, width, device=device, dtype=dtype, seed=seed) for seed in (4, 5)
+    ]
+    compiled_norm = compiled(add_norm)
+
+    def both(contender: Contender) -> Contender:
+        if contender.absent:
+            return contender
+        run = contender.run
+        return Contender(name=contender.name, run=lambda: _with_gradients(run(), inputs, upstream))
+
+    def expected() -> Answer:
+        wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+        return _with_gradients(add_norm(*wide), wide, [tensor.float() for tensor in upstream])
+
+    return Problem(
+        contenders=[
+            both(contender)
+            for contender in [
+                Contender(name="ours", run=lambda: add_rms_norm(*inputs, epsilon=EPSILON)),
+                Contender(name="torch eager", run=lambda: add_norm(*inputs)),
+                Contender(name="torch.compile", run=lambda: compiled_norm(*inputs)),
+                *peers(device, [lambda: _liger_norm(inputs), lambda: _quack_norm(inputs)]),
+            ]
+        ],
+        expected=expected,
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def _with_gradients(
+    outputs: Answer, inputs: list[torch.Tensor], upstream: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def _liger_norm(inputs: list[torch.Tensor]) -> Contender:
+    return peer(
+        "liger-kernel",
+        "liger_kernel.transformers.functional",
+        "liger_fused_add_rms_norm",
+        lambda liger: lambda: liger(*inputs, EPSILON, in_place=False),
+    )
+
+
+def _quack_norm(inputs: list[torch.Tensor]) -> Contender:
+    hidden_TD, residual_TD, weight_D = inputs
+    return peer(
+        "quack-kernels",
+        "quack.rmsnorm",
+        "rmsnorm",
+        lambda quack: lambda: quack(hidden_TD, weight_D, residual=residual_TD, eps=EPSILON, prenorm=True),
+    )
+
+
+def _gate(device: torch.device, dtype: torch.dtype, num_tokens: int, ffn_size: int) -> Problem:
+    gate_up_TF2 = random_normal(num_tokens, 2 * ffn_size, device=device, dtype=dtype, seed=1)
+    compiled_gate = compiled(gate_up)
+    return Problem(
+        contenders=[
+            Contender(name="ours", run=lambda: [swiglu(gate_up_TF2)]),
+            Contender(name="torch eager", run=lambda: [gate_up(gate_up_TF2)]),
+            Contender(name="torch.compile", run=lambda: [compiled_gate(gate_up_TF2)]),
+            *peers(
+                device,
+                [
+                    lambda: _liger_gate(gate_up_TF2),
+                    lambda: peer(
+                        "flashinfer",
+                        "flashinfer.activation",
+                        "silu_and_mul",
+                        lambda silu_and_mul: lambda: [silu_and_mul(gate_up_TF2)],
+                    ),
+                ],
+            ),
+        ],
+        expected=lambda: [gate_up(gate_up_TF2.float())],
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def _gate_both(device: torch.device, dtype: torch.dtype, num_tokens: int, ffn_size: int) -> Problem:
+    gate_up_TF2 = random_normal(num_tokens, 2 * ffn_size, device=device, dtype=dtype, seed=1).requires_grad_()
+    upstream_TF = random_normal(num_tokens, ffn_size, device=device, dtype=dtype, seed=2)
+    compiled_gate = compiled(gate_up)
+
+    def both(contender: Contender) -> Contender:
+        if contender.absent:
+            return contender
+        run = contender.run
+        return Contender(
+            name=contender.name, run=lambda: _with_gradients(run(), [gate_up_TF2], [upstream_TF])
+        )
+
+    def expected() -> Answer:
+        wide = gate_up_TF2.detach().float().requires_grad_()
+        return _with_gradients([gate_up(wide)], [wide], [upstream_TF.float()])
+
+    return Problem(
+        contenders=[
+            both(contender)
+            for contender in [
+                Contender(name="ours", run=lambda: [swiglu(gate_up_TF2)]),
+                Contender(name="torch eager", run=lambda: [gate_up(gate_up_TF2)]),
+                Contender(name="torch.compile", run=lambda: [compiled_gate(gate_up_TF2)]),
+                *peers(device, [lambda: _liger_gate(gate_up_TF2)]),
+            ]
+        ],
+        expected=expected,
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def _liger_gate(gate_up_TF2: torch.Tensor) -> Contender:
+    return peer(
+        "liger-kernel",
+        "liger_kernel.transformers.functional",
+        "liger_swiglu",
+        lambda liger: lambda: [liger(*gate_up_TF2.chunk(2, dim=-1))],
+    )
+
+
+def _rope(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Problem:
+    num_heads = QUERIES_A_GROUP + 2
+    mixed_TM = random_normal(
+        num_tokens, NUM_GROUPS * num_heads * HEAD_SIZE, device=device, dtype=dtype, seed=1
+    )
+    heads_TNH = mixed_TM.view(num_tokens, NUM_GROUPS, num_heads, HEAD_SIZE)[:, :, :-1].flatten(1, 2)
+    cos_TR, sin_TR = rope_table(num_tokens, ROTARY_SIZE, 10000.0, device=device)
+    compiled_rotate = compiled(rotate)
+    ours_TM = mixed_TM.clone()
+    query_TM = heads_TNH[:, :-NUM_GROUPS].flatten(1).clone()
+    key_TM = heads_TNH[:, -NUM_GROUPS:].flatten(1).clone()
+    positions_T = torch.arange(num_tokens, device=device)
+    cos_sin_TR = torch.cat((cos_TR, sin_TR), dim=-1)
+
+    def ours() -> torch.Tensor:
+        return rope_qkv_in_place(
+            ours_TM, cos_TR, sin_TR, num_groups=NUM_GROUPS, head_size=HEAD_SIZE
+        )
+
+    def rotated_heads(found_TM: torch.Tensor) -> Answer:
+        return [found_TM.view(num_tokens, NUM_GROUPS, num_heads, HEAD_SIZE)[:, :, :-1].flatten(1, 2)]
+
+    def flashinfer(apply: Callable) -> Callable[[], Answer]:
+        def run() -> Answer:
+            apply(positions_T, query_TM, key_TM, HEAD_SIZE, cos_sin_TR, is_neox=False)
+            return [torch.cat((query_TM, key_TM), dim=1)]
+
+        return run
+
+    return Problem(
+        contenders=[
+            Contender(name="ours, in place", run=ours, answer=rotated_heads),
+            Contender(name="torch eager", run=lambda: [rotate(heads_TNH, cos_TR, sin_TR)]),
+            Contender(name="torch.compile", run=lambda: [compiled_rotate(heads_TNH, cos_TR, sin_TR)]),
+            *peers(
+                device,
+                [
+                    lambda: peer(
+                        "flashinfer (queries and keys apart, in place)",
+                        "flashinfer.rope",
+                        "apply_rope_with_cos_sin_cache_inplace",
+                        flashinfer,
+                        answer=lambda found: [found[0].view(num_tokens, -1, HEAD_SIZE)],
+                    )
+                ],
+            ),
+        ],
+        expected=lambda: [rotate(heads_TNH.float(), cos_TR, sin_TR)],
+        tolerance=TOLERANCE[dtype],
+    )

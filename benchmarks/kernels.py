@@ -1,0 +1,165 @@
+"""Rows a to i of the kernels: ours against torch eager, torch.compile and the peers that are installed.
+
+python -m benchmarks.kernels                       every row, on CUDA at full shapes, else at small ones
+python -m benchmarks.kernels --rows a1 a2          some rows
+python -m benchmarks.kernels --list                what would be measured
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Entry, measure
+from benchmarks.kernel_rows.case import Case, without_compiled
+from benchmarks.kernel_rows.table import full_cases, small_cases
+from benchmarks.machine import H200, Rates, description, measured_rates
+from benchmarks.report import RESULTS, Report, Row, write
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the report and return the exit status: 1 where ours was wrong, failed or not timed."""
+    options = _parser().parse_args(arguments)
+    name = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    cases = full_cases() if device.type == "cuda" else small_cases()
+    cases = [case for case in cases if not options.rows or case.row in options.rows]
+    if options.list:
+        for case in cases:
+            print(f"{case.row:3} {case.model:10} {case.what}; {case.shape}")
+        return 0
+    if not cases:
+        print(f"there is no row {' '.join(options.rows)}; --list shows the rows", file=sys.stderr)
+        return 2
+    rates = measured_rates(device)
+    deadline = time.monotonic() + options.deadline_s
+    rows = []
+    for case in cases:
+        rows.append(_measured(case, device, rates, options, deadline))
+        print(_line(rows[-1]), flush=True)
+    out = options.out or RESULTS / f"kernels_{device.type}"
+    write(report(rows, device, rates, lists_full_shapes=device.type == "cpu" and not options.rows), out)
+    print(f"{out}.md")
+    has_failed = any(row.entries[0].timing is None for row in rows)
+    return 1 if has_failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rows", nargs="+", default=[], help="such as a1 e2; all when left out")
+    parser.add_argument("--budget-s", type=float, default=1.0, help="seconds of timed runs a row, default 1")
+    parser.add_argument(
+        "--deadline-s",
+        type=float,
+        default=1e9,
+        help="seconds after which no further row begins; a third of it in, nothing more is compiled",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, help="report, without its suffix")
+    parser.add_argument("--list", action="store_true", help="print the rows and end")
+    return parser
+
+
+def _measured(
+    case: Case, device: torch.device, rates: Rates, options: argparse.Namespace, deadline: float
+) -> Row:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        return _row(case, rates, [Entry(name="ours", status="not measured: the time was used up")], device)
+    is_late = left_s < options.deadline_s * 2 / 3
+    torch.compiler.reset()
+    try:
+        problem = case.build(device)
+    except (RuntimeError, ValueError) as error:  # such as: out of memory
+        text = str(error).strip().splitlines()[0][:160]
+        return _row(case, rates, [Entry(name="ours", status=f"failed: {text}")], device)
+    if options.no_compile or is_late:
+        problem = without_compiled(problem)
+    entries = measure(
+        problem, device=device, budget_s=options.budget_s, counts_memory=case.counts_memory
+    )
+    del problem
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _row(case, rates, entries, device)
+
+
+def _row(case: Case, rates: Rates, entries: Sequence[Entry], device: torch.device) -> Row:
+    return Row(
+        row=case.row,
+        what=case.what,
+        shape=f"{case.model}: {case.shape}",
+        command=f"python -m benchmarks.kernels --device {device.type} --rows {case.row}",
+        entries=entries,
+        limit_s=rates.limit_s(case.num_bytes, case.num_flop),
+        target_s=case.target_s,
+    )
+
+
+def report(
+    rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_full_shapes: bool
+) -> Report:
+    """Return the report; on a CPU the rows at full shapes follow with empty cells."""
+    notes = [
+        f"rates behind `limit ms`: {rates.source}",
+        "every contender's answer is checked on the same inputs before it is timed",
+    ]
+    if device.type == "cuda":
+        notes.append(f"targets are for an {H200.source}; device time by events, cache flushed before each run")
+    else:
+        notes += [
+            "on a CPU `ours` is the fp32 torch reference that runs where there is no CUDA, not the Triton "
+            "kernels: these rows say what a CPU user gets, and nothing about a GPU",
+        ]
+    if lists_full_shapes:
+        notes.append(
+            "rows marked 6B or 9B are the full shapes on CUDA: their limit is that of an "
+            f"{H200.source}, their other cells are empty because no CUDA device was at hand"
+        )
+        cuda = torch.device("cuda")
+        rows = [*rows, *(_row(case, H200, (), cuda) for case in full_cases())]
+    return Report(
+        title=f"Kernels, {device.type.upper()}",
+        claim=verdict(rows),
+        machine=description(device),
+        rows=rows,
+        notes=notes,
+    )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Return where ours is the fastest that computes the same, and where it is not, in a few sentences."""
+    first, behind, untimed = [], [], []
+    for row in rows:
+        if not row.entries:
+            continue
+        ours, *others = row.entries
+        name = f"{row.row} ({row.shape.partition(':')[0]})"
+        timed = [entry for entry in others if entry.timing is not None and not entry.name.startswith("ours")]
+        if ours.timing is None:
+            untimed.append(f"{name}: {ours.status}")
+        elif timed:
+            best = min(timed, key=lambda entry: entry.timing.median_s)
+            ratio = best.timing.median_s / ours.timing.median_s
+            (first if ratio >= 1 else behind).append(f"{name} {ratio:.2f} × {best.name}")
+    parts = [f"Ours is the fastest in {len(first)} of {len(first) + len(behind)} timed rows."]
+    parts += [f"Ahead: {'; '.join(first)}."] if first else []
+    parts += [f"Behind: {'; '.join(behind)}."] if behind else []
+    parts += [f"Not timed: {'; '.join(untimed)}."] if untimed else []
+    return " ".join(parts)
+
+
+def _line(row: Row) -> str:
+    texts = []
+    for entry in row.entries:
+        timing = entry.timing
+        texts.append(f"{entry.name} {entry.status if timing is None else f'{timing.median_s * 1e3:.3g} ms'}")
+    return f"{row.row} {row.shape}: {'; '.join(texts)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

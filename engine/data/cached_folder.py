@@ -1,0 +1,148 @@
+"""A folder of computed files that is whole or counts as absent, so that damaged ones are rebuilt."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_MANIFEST = "manifest.json"
+_PARTIAL = ".partial"
+
+_log = logging.getLogger(__name__)
+
+
+class DamagedFolder(ValueError):
+    """A cached folder that is missing, incomplete, altered, or made of something else."""
+
+
+def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
+    """Return the facts of a cached folder, which is filled now unless a whole one stands there.
+
+    The files are written to a folder beside, which takes its name when it is complete, so a kill at any time
+    leaves at most a `.partial` folder; the next build removes it. A folder that stands there is believed only
+    when its identity is equal and every file has the size and the checksum its manifest names. Processes that
+    come here at once take turns by a lock file, and the later ones find the work done.
+
+    Args:
+        path: the folder; its parents are made.
+        identity: what the content follows from, as JSON values.
+        fill: writes the files into the empty folder it is given, and returns facts about them (JSON values).
+
+    Raises:
+        OSError: the place cannot be written. Whatever `fill` raises; the partial folder is then removed.
+    """
+    with contextlib.suppress(DamagedFolder):
+        return read_folder(path, identity, checks_content=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path) as is_locked:
+        try:
+            return read_folder(path, identity, checks_content=True)
+        except DamagedFolder as damage:
+            if path.exists():
+                _log.warning("%s; it is built anew", damage)
+                _remove(path)
+        if is_locked:  # then nobody else builds here, and what is partial was left by a kill
+            for leftover in path.parent.glob(f"{path.name}.*{_PARTIAL}"):
+                shutil.rmtree(leftover)
+        return _build(path, identity, fill)
+
+
+def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
+    """Return the facts of a cached folder that stands there.
+
+    Args:
+        path: the folder.
+        identity: what its content must follow from.
+        checks_content: read every file and compare checksums; otherwise only sizes are compared, which is
+            enough right after another process has checked.
+
+    Raises:
+        DamagedFolder: it is missing, incomplete, altered, or of another identity.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        checksum = manifest.pop("checksum")
+        if checksum != _digest_of_json(manifest):
+            raise DamagedFolder(f"{path / _MANIFEST} is damaged: its checksum differs")
+        if manifest["identity"] != identity:
+            raise DamagedFolder(f"{path} was made from something else")
+        for name, (num_bytes, digest) in manifest["files"].items():
+            if (path / name).stat().st_size != num_bytes:
+                raise DamagedFolder(f"{path / name} is damaged: it must have {num_bytes} bytes")
+            if checks_content and file_digest(path / name) != digest:
+                raise DamagedFolder(f"{path / name} is damaged: its checksum differs")
+        return manifest["facts"]
+    except FileNotFoundError as error:
+        raise DamagedFolder(f"{error.filename} is not there") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DamagedFolder):
+            raise
+        raise DamagedFolder(f"{path} cannot be read: {error!r}") from error
+
+
+def file_digest(path: Path) -> str:
+    """Return a checksum of a file's bytes, 128 bits of blake2b in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _build(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    partial.mkdir()
+    try:
+        facts = fill(partial)
+        files = {file.name: [file.stat().st_size, file_digest(file)] for file in sorted(partial.iterdir())}
+        manifest = {"identity": identity, "facts": facts, "files": files}
+        manifest["checksum"] = _digest_of_json(manifest)
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        try:
+            # Without fsync: what a power cut loses is found by its checksum.
+            partial.rename(path)
+        except OSError:
+            # Where locks do not work another process may have been first; its files are as good as these.
+            facts = read_folder(path, identity, checks_content=True)
+            shutil.rmtree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return facts
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the lock of `path` and yield true, or yield false where the file system has no locks."""
+    with path.with_name(f"{path.name}.lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("waiting for another process that builds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning("%s: no file locks here (%s); several runs may build it at once", path.parent, error)
+            yield False
+            return
+        yield True  # closing the file, or the end of the process however it comes, lets go
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _digest_of_json(value: dict) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,109 @@
+"""The numbers of a run, step by step: `metrics.jsonl`, TensorBoard and, if asked for, wandb."""
+
+import contextlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WriteMetrics = Callable[[int, Mapping[str, float | None]], None]
+"""Takes a step and its numbers by name; None stands for what is not defined at that step."""
+
+FILE_NAME = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def open_metrics(
+    folder: str | Path,
+    *,
+    is_owner: bool,
+    uses_tensorboard: bool = True,
+    wandb_project: str | None = None,
+    run_name: str = "",
+    config: Mapping[str, Any] | None = None,
+) -> Iterator[WriteMetrics]:
+    """Return, as a context manager, a function that writes the numbers of one step.
+
+    A line of `<folder>/metrics.jsonl` is `{"step": n, name: number, …}`, complete on disk when the function
+    returns. A number that is not finite, or is not defined, is null there, and left out elsewhere. A file
+    of an earlier run in the folder is replaced.
+
+    Args:
+        folder: of the run; made when missing.
+        is_owner: whether this process writes; elsewhere the function does nothing.
+        uses_tensorboard: write `<folder>/tensorboard/` too.
+        wandb_project: write to this project of Weights & Biases too.
+        run_name: of the run there.
+        config: settings of the run, shown there.
+
+    Raises:
+        ValueError: wandb is asked for but not installed.
+        OSError: the folder cannot be made or written.
+    """
+    if not is_owner:
+        yield _write_nothing
+        return
+    if wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"observe.wandb is {wandb_project!r}, but wandb is not installed: pip install wandb, or null"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / FILE_NAME).open("w", encoding="utf-8"))
+        sinks: list[Callable[[int, dict[str, float]], None]] = []
+        if uses_tensorboard:
+            sinks.append(_tensorboard(folder / "tensorboard", stack))
+        if wandb_project is not None:
+            sinks.append(_wandb(wandb_project, run_name, config, folder, stack))
+
+        def write(step: int, metrics: Mapping[str, float | None]) -> None:
+            numbers = {name: _finite(number) for name, number in metrics.items()}
+            file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+            file.flush()
+            known = {name: number for name, number in numbers.items() if number is not None}
+            for sink in sinks:
+                sink(step, known)
+
+        yield write
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _write_nothing(_step: int, _metrics: Mapping[str, float | None]) -> None:
+    """What ranks do that own no file."""
+
+
+def _tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable[[int, dict[str, float]], None]:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the owner needs it
+
+    writer = SummaryWriter(str(folder))
+    stack.callback(writer.close)
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+
+    return write
+
+
+def _wandb(
+    project: str,
+    run_name: str,
+    config: Mapping[str, Any] | None,
+    folder: Path,
+    stack: contextlib.ExitStack,
+) -> Callable[[int, dict[str, float]], None]:
+    import wandb
+
+    run = wandb.init(project=project, name=run_name or None, config=dict(config or {}), dir=str(folder))
+    stack.callback(run.finish)
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        run.log(numbers, step=step)
+
+    return write

@@ -1,0 +1,66 @@
+"""Metrics: one line a step, nothing invented, nothing written by ranks that own no file."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from glm_rlhf.engine.observe.metrics import open_metrics
+
+
+def test_a_line_a_step_is_on_disk_at_once(tmp_path):
+    with open_metrics(tmp_path / "run", is_owner=True, uses_tensorboard=False) as write:
+        for step in (1, 2):
+            write(step, {"actor/loss": 0.5 / step, "timing_s/step": 2.0})
+            lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+            assert json.loads(lines[-1]) == {"step": step, "actor/loss": 0.5 / step, "timing_s/step": 2.0}
+    assert len(lines) == 2
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_what_is_not_a_number_is_null(tmp_path):
+    with open_metrics(tmp_path, is_owner=True) as write:
+        write(3, {"a": math.nan, "b": math.inf, "c": None, "d": 1.0})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"step": 3, "a": None, "b": None, "c": None, "d": 1.0}
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_metrics(tmp_path, is_owner=True) as write:
+        write(1, {"actor/loss": 0.75, "reward/corr": None})
+        write(2, {"actor/loss": 0.5, "reward/corr": 0.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {"actor/loss": [(1, 0.75), (2, 0.5)], "reward/corr": [(2, 0.25)]}
+
+
+def test_other_ranks_touch_nothing(tmp_path):
+    with open_metrics(tmp_path / "run", is_owner=False, wandb_project="not installed") as write:
+        write(1, {"actor/loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_is_told_what_is_known(tmp_path, monkeypatch):
+    said = []
+    run = types.SimpleNamespace(
+        log=lambda numbers, step: said.append((step, numbers)), finish=lambda: said.append("finished")
+    )
+    module = types.ModuleType("wandb")
+    module.__spec__ = types.SimpleNamespace()
+    module.init = lambda **options: said.append(options["project"]) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with open_metrics(tmp_path, is_owner=True, uses_tensorboard=False, wandb_project="glm") as write:
+        write(1, {"a": 1.0, "b": math.nan})
+    assert said == ["glm", (1, {"a": 1.0}), "finished"]
+
+
+def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        with open_metrics(tmp_path, is_owner=True, wandb_project="glm"):
+            pass
