@@ -1,9 +1,9 @@
-"""A function's result from a process of its own: nothing imported, cached or allocated before."""
+"""A function's result from a process of its own, with its own memory and environment."""
 
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,11 +20,27 @@ def in_fresh_process(
     Raises:
         RuntimeError: the function raised, or its process died; the message says which.
     """
-    context = multiprocessing.get_context("spawn")
+    with _environment(environment or {}):
+        return _result(multiprocessing.get_context("spawn"), function, arguments)
+
+
+class PreparedProcesses:
+    """Makes fresh processes that have some modules imported already, and so start at once."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        """Name what is imported once; each process is a copy of one that did nothing else."""
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(modules))
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `function(*arguments)` from such a process; arguments and errors as of `in_fresh_process`."""
+        return _result(self._context, function, arguments)
+
+
+def _result(context: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
-    with _environment(environment or {}):
-        process.start()
+    process.start()
     sender.close()
     try:
         is_done, result = receiver.recv()

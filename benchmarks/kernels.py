@@ -79,9 +79,7 @@ def _measured(
         return _row(case, rates, [Entry(name="ours", status=f"failed: {text}")], device)
     if options.no_compile or is_late:
         problem = without_compiled(problem)
-    entries = measure(
-        problem, device=device, budget_s=options.budget_s, counts_memory=case.counts_memory
-    )
+    entries = measure(problem, device=device, budget_s=options.budget_s, counts_memory=case.counts_memory)
     del problem
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -100,16 +98,16 @@ def _row(case: Case, rates: Rates, entries: Sequence[Entry], device: torch.devic
     )
 
 
-def report(
-    rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_full_shapes: bool
-) -> Report:
+def report(rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_full_shapes: bool) -> Report:
     """Return the report; on a CPU the rows at full shapes follow with empty cells."""
     notes = [
         f"rates behind `limit ms`: {rates.source}",
         "every contender's answer is checked on the same inputs before it is timed",
     ]
     if device.type == "cuda":
-        notes.append(f"targets are for an {H200.source}; device time by events, cache flushed before each run")
+        notes.append(
+            f"targets are for an {H200.source}; device time by events, cache flushed before each run"
+        )
     else:
         notes += [
             "on a CPU `ours` is the fp32 torch reference that runs where there is no CUDA, not the Triton "

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
+from glm_rlhf.engine.config_training import RewardConfig, SFTConfig
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -46,6 +47,18 @@ COMMANDS = (
         summary="a tiny ChatGLM3, made on this machine, answers alike in every layout; minutes on a CPU",
         config=DemoConfig,
         function="glm_rlhf.engine.stages.demo:run",
+    ),
+    Command(
+        name="sft",
+        summary="a policy learns the answers of demonstrations",
+        config=SFTConfig,
+        function="glm_rlhf.engine.stages.sft:run",
+    ),
+    Command(
+        name="reward",
+        summary="a reward model learns to score the preferred answer of a pair above the other",
+        config=RewardConfig,
+        function="glm_rlhf.engine.stages.reward:run",
     ),
     Command(
         name="generate",

@@ -139,6 +139,22 @@ class RecordsSection:
 
 
 @frozen_section
+class ScoredRecordsSection:
+    """The answers that are scored, and the file of lines that comes out."""
+
+    path: PathText
+    """JSON lines to read."""
+    form: Literal["demonstrations", "pairs", "hh-rlhf"] = "demonstrations"
+    """Form of the records; pairs, also as hh-rlhf's dialogues, are for reward models."""
+    out: PathText | None = None
+    """JSON lines to write, one a record in the input's order; null is <run.output>/<command>.jsonl."""
+    max_prompt_tokens: Count = 4096
+    """Longest prompt, in tokens; a longer one is a bad record."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a bad record does: end the command, or be left out and counted."""
+
+
+@frozen_section
 class PrecisionSection:
     """How exactly a model is run."""
 
@@ -227,30 +243,30 @@ class ScoreConfig:
     run: RunSection = Field(default_factory=partial(RunSection, name="score"))
     """Where results go, and the seed."""
     model: ModelSection
-    """The model that scores."""
+    """The policy or the reward model that scores."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """Its tokenizer."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Its layout."""
-    data: RecordsSection
-    """Demonstrations in, scores out."""
+    data: ScoredRecordsSection
+    """Answers in, scores out."""
     train: ForwardSection = Field(default_factory=ForwardSection)
     """Its precision and batches."""
 
     from_yaml = classmethod(load_config)
 
     def __post_init__(self) -> None:
-        _check_apart("data.out", self.out_path, "data.path", self.data.path)
+        check_apart("data.out", self.out_path, "data.path", self.data.path)
 
     @property
     def out_path(self) -> Path:
         """File of scores."""
-        return _out_path(self, "score.jsonl")
+        return out_path(self, "score.jsonl")
 
     @property
     def tokenizer_path(self) -> Path:
         """Folder with the tokenizer's files."""
-        return _tokenizer_path(self)
+        return tokenizer_path(self)
 
 
 @frozen_section
@@ -275,17 +291,17 @@ class GenerateConfig:
     from_yaml = classmethod(load_config)
 
     def __post_init__(self) -> None:
-        _check_apart("data.out", self.out_path, "data.path", self.data.path)
+        check_apart("data.out", self.out_path, "data.path", self.data.path)
 
     @property
     def out_path(self) -> Path:
         """File of answers."""
-        return _out_path(self, "generate.jsonl")
+        return out_path(self, "generate.jsonl")
 
     @property
     def tokenizer_path(self) -> Path:
         """Folder with the tokenizer's files."""
-        return _tokenizer_path(self)
+        return tokenizer_path(self)
 
 
 @frozen_section
@@ -302,7 +318,7 @@ class ConvertConfig:
     from_yaml = classmethod(load_config)
 
     def __post_init__(self) -> None:
-        _check_apart("convert.to", self.convert.to, "model.path", self.model.path)
+        check_apart("convert.to", self.convert.to, "model.path", self.model.path)
 
 
 @frozen_section
@@ -327,11 +343,13 @@ class DoctorConfig:
     from_yaml = classmethod(load_config)
 
 
-def _out_path(config: "ScoreConfig | GenerateConfig", name: str) -> Path:
+def out_path(config: Any, name: str) -> Path:
+    """Return where a command on records writes its lines."""
     return Path(config.data.out) if config.data.out is not None else Path(config.run.output) / name
 
 
-def _tokenizer_path(config: "ScoreConfig | GenerateConfig") -> Path:
+def tokenizer_path(config: Any) -> Path:
+    """Return the folder with the tokenizer's files."""
     return Path(config.tokenizer.path if config.tokenizer.path is not None else config.model.path)
 
 
@@ -339,6 +357,11 @@ def _resolve_output(run: RunSection | RunFolderSection) -> None:
     object.__setattr__(run, "output", run.output.replace("<run.name>", run.name))
 
 
-def _check_apart(key: str, path: str | Path, source_key: str, source: str | Path) -> None:
+def check_apart(key: str, path: str | Path, source_key: str, source: str | Path) -> None:
+    """Return nothing when two keys name two files.
+
+    Raises:
+        ValueError: they name one.
+    """
     if os.path.realpath(path) == os.path.realpath(source):
         raise ValueError(f"{key} and {source_key} are both {source}: the source would be overwritten")

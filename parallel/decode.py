@@ -14,13 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from glm_rlhf.kernels.attention import paged_attention
-from glm_rlhf.kernels.paged_write import paged_write
-from glm_rlhf.kernels.rmsnorm import add_rms_norm, rms_norm
-from glm_rlhf.kernels.rope import rope, rope_qkv_in_place
-from glm_rlhf.kernels.swiglu import swiglu
 from glm_rlhf.parallel.core_attention import packed_attention
 from glm_rlhf.parallel.decode_batch import DecodeBatch
+from glm_rlhf.parallel.decode_ops import LayerOps, Pools, layer_ops
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.kv_cache import KVCache
 
@@ -72,14 +68,18 @@ class ChunkDecoder:
         self.layers = [LayerWeights.of(layer) for layer in chunk.decoder.layers]
         self.pools = [cache.layer(first_layer + i) for i in range(len(self.layers))]
         self.tp_group = chunk.topology.tp_group if chunk.topology.layout.tp > 1 else None
-        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
-        self.epsilon = chunk.glm.norm_epsilon
+        self.num_kv_heads = attention.num_kv_heads
+        # Here, not in a step: a later step may be captured, or the table be kept for training.
+        self.rotary_table = chunk.rotary_table(
+            min(chunk.glm.max_positions, cache.page_size * cache.num_pages)
+        )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, batch: DecodeBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
         """Return this chunk's output for a step, keys and values written to the cache.
 
         The tensor-parallel group communicates: two all-reduces of [T, D] a layer, and one for the embedding.
+        On CUDA the host waits for nothing.
 
         Args:
             batch: the rows.
@@ -88,77 +88,61 @@ class ChunkDecoder:
         Returns:
             The residual stream [T, D]; from the last chunk the normed hidden states of the sampled rows.
         """
-        if hidden_TD is None:
-            hidden_TD = self._embed(batch.tokens_T)
-        longest = min(self.chunk.glm.max_positions, self.cache.page_size * self.cache.num_pages)
-        cos_PR, sin_PR = self.chunk.rotary_table(longest)
-        cos_TR, sin_TR = cos_PR[batch.positions_T], sin_PR[batch.positions_T]
-        residual = hidden_TD
-        normed = rms_norm(hidden_TD, self.layers[0].input_norm, epsilon=self.epsilon)
+        residual = self._embed(batch.tokens_T) if hidden_TD is None else hidden_TD
+        ops = layer_ops(
+            batch,
+            self.rotary_table,
+            page_size=self.cache.page_size,
+            epsilon=self.chunk.glm.norm_epsilon,
+        )
+        normed = ops.norm(residual, self.layers[0].input_norm)
         for index, (layer, pools) in enumerate(zip(self.layers, self.pools, strict=True)):
-            branch = self._attention(normed, layer, pools, batch, cos_TR, sin_TR)
+            branch = self._attention(normed, layer, pools, batch, ops)
             if layer.attention_norm is not None:
-                branch = rms_norm(branch, layer.attention_norm, epsilon=self.epsilon)
-            normed, residual = add_rms_norm(branch, residual, layer.mlp_norm, epsilon=self.epsilon)
-            branch = self._reduce(F.linear(swiglu(F.linear(normed, layer.gate_up)), layer.down))
+                branch = ops.norm(branch, layer.attention_norm)
+            normed, residual = ops.add_norm(branch, residual, layer.mlp_norm)
+            branch = self._reduce(F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down))
             if layer.branch_norm is not None:
-                branch = rms_norm(branch, layer.branch_norm, epsilon=self.epsilon)
-            is_last = index + 1 == len(self.layers)
-            if not is_last:
-                next_norm = self.layers[index + 1].input_norm
-                normed, residual = add_rms_norm(branch, residual, next_norm, epsilon=self.epsilon)
+                branch = ops.norm(branch, layer.branch_norm)
+            if index + 1 < len(self.layers):
+                normed, residual = ops.add_norm(branch, residual, self.layers[index + 1].input_norm)
         if not self.chunk.post_process:
             return residual + branch
-        rows = batch.sampled_rows
-        final = self.chunk.decoder.final_layernorm.weight
-        return add_rms_norm(branch[rows], residual[rows], final, epsilon=self.epsilon)[0]
+        if batch.sampled_rows is not None:
+            branch, residual = branch[batch.sampled_rows], residual[batch.sampled_rows]
+        return ops.add_norm(branch, residual, self.chunk.decoder.final_layernorm.weight)[0]
 
+    @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """Return this rank's columns of the logits, fp32 [B, V / tp]: never rounded to bf16."""
         weight_VD = self.chunk.output_weight_VD
         if hidden_BD.dtype == torch.float32:
-            return hidden_BD @ weight_VD.t()
+            return F.linear(hidden_BD, weight_VD)
         if hidden_BD.is_cuda:
             return torch.mm(hidden_BD, weight_VD.t(), out_dtype=torch.float32)
-        return hidden_BD.float() @ weight_VD.float().t()
+        return F.linear(hidden_BD.float(), weight_VD.float())
 
     def _attention(
-        self,
-        normed_TD: torch.Tensor,
-        layer: LayerWeights,
-        pools: tuple[torch.Tensor, torch.Tensor],
-        batch: DecodeBatch,
-        cos_TR: torch.Tensor,
-        sin_TR: torch.Tensor,
+        self, normed_TD: torch.Tensor, layer: LayerWeights, pools: Pools, batch: DecodeBatch, ops: LayerOps
     ) -> torch.Tensor:
-        query, key, value = self._project(normed_TD, layer, cos_TR, sin_TR)
-        paged_write(key, value, *pools, batch.slots_T)
+        """Return the attention branch. A group of heads is its queries, its key and its value, in this order."""
+        parts = [F.linear(normed_TD, weight, bias) for weight, bias in layer.projections]
+        mixed_TM = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        mixed_TGSH = mixed_TM.view(len(mixed_TM), self.num_kv_heads, -1, self.chunk.glm.head_size)
+        ops.rotate(mixed_TGSH)
+        query_TKGH, key_TKH, value_TKH = mixed_TGSH[:, :, :-2], mixed_TGSH[:, :, -2], mixed_TGSH[:, :, -1]
+        ops.write(key_TKH, value_TKH, pools)
         num_decodes, outputs = batch.num_decodes, []
         if num_decodes:
-            outputs.append(paged_attention(query[:num_decodes], *pools, batch.page_table_BP, batch.lengths_B))
+            outputs.append(ops.attend(query_TKGH[:num_decodes], pools))
         if batch.prefill is not None:
-            key, value = key[num_decodes:], value[num_decodes:]
+            key, value = key_TKH[num_decodes:], value_TKH[num_decodes:]
             if batch.key_slots_S is not None:
                 key, value = (pool.flatten(0, 1)[batch.key_slots_S] for pool in pools)
-            outputs.append(packed_attention(query[num_decodes:], key, value, (batch.prefill,)))
+            query_TNH = query_TKGH[num_decodes:].flatten(1, 2)
+            outputs.append(packed_attention(query_TNH, key, value, (batch.prefill,)).flatten(1))
         context = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._reduce(F.linear(context.reshape(context.shape[0], -1), layer.output))
-
-    def _project(
-        self, normed_TD: torch.Tensor, layer: LayerWeights, cos_TR: torch.Tensor, sin_TR: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        head_size = self.chunk.glm.head_size
-        outputs = [F.linear(normed_TD, weight, bias) for weight, bias in layer.projections]
-        if len(outputs) == 2:
-            query_TNH = rope(outputs[0].view(-1, self.num_heads, head_size), cos_TR, sin_TR)
-            key_value = outputs[1].view(-1, 2, head_size)
-            return query_TNH, rope(key_value[:, :1], cos_TR, sin_TR), key_value[:, 1:]
-        group = self.num_heads // self.num_kv_heads
-        mixed = rope_qkv_in_place(
-            outputs[0], cos_TR, sin_TR, num_groups=self.num_kv_heads, head_size=head_size
-        ).view(-1, self.num_kv_heads, group + 2, head_size)
-        query_TNH = mixed[:, :, :group].reshape(-1, self.num_heads, head_size)
-        return query_TNH, mixed[:, :, group], mixed[:, :, group + 1]
+        return self._reduce(F.linear(context, layer.output))
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         embedding = self.chunk.embedding.word_embeddings

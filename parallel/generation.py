@@ -148,7 +148,7 @@ class _Stage:
         if not is_last:
             self._send(output, (place.pp_rank + 1) % place.layout.pp, place.pp_group, _HIDDEN)
             return
-        if not len(turn.batch.sampled_rows):
+        if not turn.batch.num_drawn:
             return
         group = place.tp_group if place.layout.tp > 1 else None
         samples = draw_tokens(
@@ -162,7 +162,7 @@ class _Stage:
 
     def drawn(self, turn: _Turn) -> tuple[list[int], list[float], list[float]]:
         """Return what the last stage drew in a turn: tokens, logprobs, plain logprobs."""
-        place, num_drawn = self.topology, len(turn.batch.sampled_rows)
+        place, num_drawn = self.topology, turn.batch.num_drawn
         if num_drawn == 0:  # a part of a prompt, and nothing else, went through
             return [], [], []
         if turn.drawn is None:

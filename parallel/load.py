@@ -18,6 +18,7 @@ def load_model(
     role: Role = "policy",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 1234,
+    recompute_layers: bool = False,
 ) -> tuple[list[GLMModel], tuple[str, ...]]:
     """Return this rank's chunks of the model in a Hugging Face folder, weights in place.
 
@@ -29,6 +30,7 @@ def load_model(
         role: which head the model ends in.
         dtype: of the weights; a scalar head is fp32.
         seed: of a scalar head that the folder does not hold.
+        recompute_layers: keep only each layer's input for backward, and run the layer again there.
 
     Returns:
         (chunks, our names of weights that were created at random because the folder has none; the same on
@@ -40,6 +42,6 @@ def load_model(
     with agreed(f"reading {folder}"):
         config = read_config(folder)
         topology.layout.check_model(config)
-    chunks = build_model(config, topology, role=role, dtype=dtype)
+    chunks = build_model(config, topology, role=role, dtype=dtype, recompute_layers=recompute_layers)
     created = load_weights(chunks, folder, seed=seed)
     return chunks, created

@@ -123,9 +123,7 @@ def _norm(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int)
 
 def _norm_both(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int) -> Problem:
     inputs = [t.requires_grad_() for t in _norm_inputs(device, dtype, num_tokens, width)]
-    upstream = [
-        random_normal(num_tokens, width, device=device, dtype=dtype, seed=seed) for seed in (4, 5)
-    ]
+    upstream = [random_normal(num_tokens, width, device=device, dtype=dtype, seed=seed) for seed in (4, 5)]
     compiled_norm = compiled(add_norm)
 
     def both(contender: Contender) -> Contender:
@@ -261,9 +259,7 @@ def _rope(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Problem:
     cos_sin_TR = torch.cat((cos_TR, sin_TR), dim=-1)
 
     def ours() -> torch.Tensor:
-        return rope_qkv_in_place(
-            ours_TM, cos_TR, sin_TR, num_groups=NUM_GROUPS, head_size=HEAD_SIZE
-        )
+        return rope_qkv_in_place(ours_TM, cos_TR, sin_TR, num_groups=NUM_GROUPS, head_size=HEAD_SIZE)
 
     def rotated_heads(found_TM: torch.Tensor) -> Answer:
         return [found_TM.view(num_tokens, NUM_GROUPS, num_heads, HEAD_SIZE)[:, :, :-1].flatten(1, 2)]

@@ -113,9 +113,7 @@ def _in_place(device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_s
     compiled_eager = compiled(eager)
     return Problem(
         contenders=[
-            contender(
-                "ours", lambda: logprobs_from_logits(logits_TV, targets_T, inplace_gradient=True)[0]
-            ),
+            contender("ours", lambda: logprobs_from_logits(logits_TV, targets_T, inplace_gradient=True)[0]),
             contender("torch eager", lambda: eager(logits_TV)),
             contender("torch.compile", lambda: compiled_eager(logits_TV)),
             *peers(
@@ -125,10 +123,12 @@ def _in_place(device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_s
                         "quack-kernels",
                         "quack.cross_entropy",
                         "cross_entropy",
-                        lambda quack: contender(
-                            "quack-kernels",
-                            lambda: -quack(logits_TV, targets_T, reduction="none", inplace_backward=True),
-                        ).run,
+                        lambda quack: (
+                            contender(
+                                "quack-kernels",
+                                lambda: -quack(logits_TV, targets_T, reduction="none", inplace_backward=True),
+                            ).run
+                        ),
                         prepare=restore,
                     ),
                 ],

@@ -119,9 +119,7 @@ def _of_torch(
     change: Callable,
 ) -> Contender:
     weights = [master.bfloat16() for master in masters]
-    optimizer = torch.optim.AdamW(
-        masters, lr=LR, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, **kind
-    )
+    optimizer = torch.optim.AdamW(masters, lr=LR, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, **kind)
     wide = [torch.empty_like(master) for master in masters]
     for master, gradient in zip(masters, wide, strict=True):
         master.grad = gradient

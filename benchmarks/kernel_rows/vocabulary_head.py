@@ -218,9 +218,7 @@ def _loss_problem(inputs: _Inputs, kl_coef: float) -> Problem:
                     lambda: through(
                         "cut-cross-entropy + torch loss", "cut_cross_entropy", "linear_cross_entropy"
                     ),
-                    lambda: through(
-                        "liger-kernel + torch loss", liger, "liger_fused_linear_cross_entropy"
-                    ),
+                    lambda: through("liger-kernel + torch loss", liger, "liger_fused_linear_cross_entropy"),
                 ],
             ),
         ],

@@ -5,14 +5,13 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MANIFEST = "manifest.json"
-_PARTIAL = ".partial"
 
 _log = logging.getLogger(__name__)
 
@@ -25,9 +24,9 @@ def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> d
     """Return the facts of a cached folder, which is filled now unless a whole one stands there.
 
     The files are written to a folder beside, which takes its name when it is complete, so a kill at any time
-    leaves at most a `.partial` folder; the next build removes it. A folder that stands there is believed only
+    leaves at most a `.partial` folder; the next build on that host removes it. A folder that stands there is believed only
     when its identity is equal and every file has the size and the checksum its manifest names. Processes that
-    come here at once take turns by a lock file, and the later ones find the work done.
+    come here at once take turns by a `.lock` file, which stays, and the later ones find the work done.
 
     Args:
         path: the folder; its parents are made.
@@ -47,8 +46,10 @@ def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> d
             if path.exists():
                 _log.warning("%s; it is built anew", damage)
                 _remove(path)
-        if is_locked:  # then nobody else builds here, and what is partial was left by a kill
-            for leftover in path.parent.glob(f"{path.name}.*{_PARTIAL}"):
+        if is_locked:
+            # Nobody else on this host builds here, so its partial folders were left by a kill. Those of other
+            # hosts stay: some shared file systems grant the same lock to each host.
+            for leftover in path.parent.glob(_partial_name(path, "*")):
                 shutil.rmtree(leftover)
         return _build(path, identity, fill)
 
@@ -100,7 +101,7 @@ def file_digest(path: Path) -> str:
 
 
 def _build(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    partial = path.with_name(_partial_name(path, uuid.uuid4().hex))
     partial.mkdir()
     try:
         facts = fill(partial)
@@ -138,9 +139,14 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _remove(path: Path) -> None:
-    doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    doomed = path.with_name(_partial_name(path, uuid.uuid4().hex))
+    with contextlib.suppress(FileNotFoundError):  # another host was faster
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _partial_name(path: Path, mark: str) -> str:
+    return f"{path.name}.{socket.gethostname()}.{mark}.partial"
 
 
 def _digest_of_json(value: dict) -> str:

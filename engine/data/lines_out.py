@@ -26,10 +26,15 @@ def json_lines(path: str | Path) -> Iterator[WriteLine]:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, lines need a file", str(path))
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        yield lambda record: _write(file, record)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield lambda record: _write(file, record)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:  # a disk that is full does not say where
+            error.filename = str(partial)
+        raise
     partial.replace(path)
 
 

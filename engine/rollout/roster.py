@@ -10,7 +10,7 @@ token, gets a copy of that one if it holds anything else, and feeds the last pro
 again costs one token, and draws the sibling's first token as every other token is drawn: by a forward of its
 own row, with its own seed, at num_generated = 0. Nothing is written to a shared page: the pages before the
 copied one are full. If a sample finishes while siblings wait and none of them runs, its prompt pages are kept
-for the next one, but given up before any sequence is preempted.
+for the next one, but given up before any sequence is preempted, and to what starts before that one.
 
 Pages: a sequence gets the pages of all tokens it has when it starts, later one at a time. Without a free page
 it preempts the most recently started sequence, if that started after it, of the groups that have no step in
@@ -170,15 +170,15 @@ class Roster:
         return True
 
     def _victim(self, sequence: SequenceState) -> SequenceState | None:
-        """Return the most recently started one after `sequence` among groups without a step in flight."""
+        """Return the most recently started of the groups without a step in flight, None if it is `sequence`."""
         last = [
             running[-1]
             for running, in_flight in zip(self._groups, self._in_flight, strict=True)
             if running and in_flight is None
         ]
-        # The group of `sequence` itself is one of them.
+        # The group of `sequence` is one of them, so that the victim never started before it.
         victim = max(last, key=_started)
-        return victim if victim.started > sequence.started else None
+        return None if victim is sequence else victim
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Take every page from `sequence` and put it before all that wait and have not started."""
@@ -279,6 +279,7 @@ class Roster:
 
     def _drop_held_pages(self, prompt: PromptState) -> None:
         """Free the pages that `prompt` keeps for its waiting samples: the next one computes them again."""
+        assert prompt.held_pages, f"record {prompt.request.index} keeps no pages"
         self._holders.remove(prompt)
         self.pool.release(prompt.held_pages)
         prompt.held_pages = ()

@@ -24,7 +24,7 @@ class PromptState:
     prefiller: "SequenceState | None" = None
     """The sample that computes the prompt now."""
     parked: list["SequenceState"] = field(default_factory=list)
-    """Samples that wait for the prefiller; no others are missing in the queue's heap."""
+    """Samples whose turn came while the prefiller was at work; all others that wait are in the roster's heap."""
     held_pages: tuple[int, ...] = ()
     """Prompt pages of a finished sample, kept for the next one to start."""
 

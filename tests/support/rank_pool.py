@@ -7,6 +7,7 @@ sends, each named by the file it stands in.
 import contextlib
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,7 @@ class RankPool:
             self._start()
         path = sys.modules[function.__module__].__file__
         for connection in self._connections:
-            connection.send((path, function.__qualname__, args))
+            connection.send_bytes(pickle.dumps((path, function.__qualname__, args)))
         answers = self._collect(timeout_s)
         failures = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if answer[0] != "ok"]
         if failures:
@@ -86,7 +87,7 @@ class RankPool:
             for rank, connection in enumerate(self._connections):
                 if answers[rank] is None and connection.poll(0.005):
                     try:
-                        answers[rank] = connection.recv()
+                        answers[rank] = pickle.loads(connection.recv_bytes())
                     except EOFError:
                         answers[rank] = ("error", "the process ended")
                     if answers[rank][0] != "ok":
@@ -106,14 +107,15 @@ def _serve(address: str, rendezvous: str, rank: int) -> None:
         connection.send(rank)
         with contextlib.suppress(EOFError):
             while True:
-                path, name, args = connection.recv()
+                # Not `recv`: torch makes that one share tensors' memory, which these processes cannot.
+                path, name, args = pickle.loads(connection.recv_bytes())
                 try:
                     if path not in modules:
                         modules[path] = _load(path)
-                    answer = ("ok", getattr(modules[path], name)(*args))
+                    answer = pickle.dumps(("ok", getattr(modules[path], name)(*args)))
                 except Exception:
-                    answer = ("error", traceback.format_exc())
-                connection.send(answer)
+                    answer = pickle.dumps(("error", traceback.format_exc()))
+                connection.send_bytes(answer)
 
 
 def _load(path: str):

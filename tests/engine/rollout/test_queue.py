@@ -1,17 +1,8 @@
-"""Any batching, sharing and preemption gives each sequence the answer that it has alone."""
-
-from dataclasses import dataclass, replace
-from random import Random
+"""Steps worked out by hand: chunks, shared pages, preemption, groups."""
 
 import pytest
-from hypothesis import Phase, event, given, settings
-from hypothesis import strategies as st
-from paged_toy import VOCABULARY, PagedMemory, Simulation, answer_alone
 
-from glm_rlhf.engine.rollout.pages import PagePool
 from glm_rlhf.engine.rollout.queue import GenerationQueue, GenerationRequest, sample_seed
-from glm_rlhf.engine.rollout.roster import Roster
-from glm_rlhf.engine.rollout.sequences import PromptState, SequenceState
 
 
 def request(index, prompt, *, max_new_tokens, num_samples=1, stop_ids=()):
@@ -46,9 +37,6 @@ def shape(works):
         (work.sequence, work.tokens, work.start, work.pages, work.samples, work.num_generated)
         for work in works
     ]
-
-
-# Worked by hand.
 
 
 def test_one_sequence_from_prompt_to_stop():
@@ -215,6 +203,30 @@ def test_kept_prompt_pages_are_given_up_before_a_sequence_is_preempted():
     assert shape(queue.next(0).prefills) == [(2, (3, 4, 5), 0, (0, 1), True, 0)]
 
 
+def test_kept_prompt_pages_are_given_up_to_what_starts_before_the_next_sample():
+    queue = queue_of(
+        request(0, [1], max_new_tokens=8),
+        request(1, [2, 2, 2], max_new_tokens=3, num_samples=2),
+        request(2, [3, 3, 3], max_new_tokens=2),
+        num_pages=9,
+        page_size=1,
+        max_batch=3,
+    )
+    step = queue.next(0)
+    assert [work.sequence for work in (*step.decodes, *step.prefills)] == [0, 1, 3]
+    take(queue, 0, 10, 20, 30)
+    assert [work.sequence for work in queue.next(0).decodes] == [0, 1]  # no page for 3
+    take(queue, 0, 11, 21)
+    assert [work.sequence for work in queue.next(0).decodes] == [0, 1]  # 3 is preempted for a page of 0
+    (done,) = take(queue, 0, 12, 22)
+    assert (done.request, done.sample, queue.pool.num_free) == (1, 0, 9 - 3 - 2)  # 0 has 3, 2 are kept
+    # 0 takes one; 3 needs 4, which leaves none for 0 unless the 2 are given up. 2 waits.
+    step = queue.next(0)
+    assert ([work.sequence for work in step.decodes], len(step.prefills)) == ([0], 1)
+    assert (step.prefills[0].sequence, step.prefills[0].tokens) == (3, (3, 3, 3, 30))
+    assert (queue.num_waiting, queue.pool.num_free) == (1, 1)
+
+
 def test_the_most_recent_start_yields_and_resumes_where_it_was():
     # 2 sequences, 4 pages of 2. Both start with 1 page each for 2 tokens and one left for each.
     queue = queue_of(
@@ -323,192 +335,3 @@ def test_calls_out_of_turn_are_refused():
     with pytest.raises(ValueError, match=r"given \(1, 1, 0\)"):
         queue.take(0, [4], [-1.0], [])
     assert take(queue, 0, 4) == []  # the refused calls changed nothing
-
-
-# Any case.
-
-
-@dataclass(frozen=True)
-class Case:
-    """A queue and how it is run."""
-
-    requests: tuple[GenerationRequest, ...]
-    spare_pages: int  # beyond what the longest request needs
-    page_size: int
-    max_batch: int
-    spare_step_tokens: int  # beyond a group's share of max_batch
-    num_groups: int
-    has_stop_check: bool
-    order: int  # seed of the order in which steps in flight are computed
-
-    @property
-    def limits(self):
-        positions = max(len(one.prompt) + one.max_new_tokens for one in self.requests)
-        return {
-            "num_pages": -(-positions // self.page_size) + self.spare_pages,
-            "page_size": self.page_size,
-            "max_batch": self.max_batch,
-            "max_step_tokens": -(-self.max_batch // self.num_groups) + self.spare_step_tokens,
-            "num_groups": self.num_groups,
-        }
-
-    def simulation(self):
-        queue = GenerationQueue(self.requests, **self.limits, stop_check=self.stop_check)
-        limits = {name: number for name, number in self.limits.items() if name != "num_pages"}
-        return Simulation(queue=queue, order=Random(self.order), **limits)
-
-    @property
-    def stop_check(self):
-        return (lambda tokens: sum(tokens[-2:]) % 19 == 0) if self.has_stop_check else None
-
-    @property
-    def answers(self):
-        return {
-            (one.index, sample): answer_alone(one, sample, self.stop_check)
-            for one in self.requests
-            for sample in range(one.num_samples)
-        }
-
-
-@st.composite
-def cases(draw):
-    num_groups = draw(st.integers(1, 4))
-    requests = [
-        GenerationRequest(
-            index=index,
-            prompt=tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=14))),
-            num_samples=draw(st.integers(1, 5)),
-            max_new_tokens=draw(st.integers(1, 20)),
-            stop_ids=frozenset(draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))),
-            seed=draw(st.integers(0, 3)),
-        )
-        for index in range(draw(st.integers(1, 6)))
-    ]
-    return Case(
-        requests=tuple(requests),
-        spare_pages=draw(st.sampled_from([0, 0, 1, 2, 5, 12, 60])),
-        page_size=draw(st.sampled_from([1, 2, 3, 4, 8])),
-        max_batch=draw(st.integers(num_groups, 12)),
-        spare_step_tokens=draw(st.sampled_from([0, 1, 4, 40])),
-        num_groups=num_groups,
-        has_stop_check=draw(st.booleans()),
-        order=draw(st.integers(0, 99)),
-    )
-
-
-def check(case):
-    """Fail unless a case ends with the answers that each sequence has alone, every page given back."""
-    simulation = case.simulation()
-    completions = simulation.run()
-    answers = case.answers
-    assert len(completions) == len(answers)
-    assert {(done.request, done.sample): done for done in completions} == answers
-    assert (simulation.queue.num_running, simulation.queue.num_waiting) == (0, 0)
-    simulation.queue.pool.assert_all_free()
-    return simulation
-
-
-@settings(max_examples=250, deadline=None)
-@given(cases())
-def test_every_sequence_has_the_answer_it_has_alone(case):
-    statistics = check(case).queue.statistics
-    event(f"preempted: {statistics.num_preemptions > 0}")
-    event(f"copied pages: {statistics.num_copied_pages > 0}")
-
-
-@settings(max_examples=60, deadline=None)
-@given(cases(), st.integers(0, 30))
-def test_a_queue_closed_in_mid_run_loses_no_page(case, num_rounds):
-    simulation = case.simulation()
-    for _, _completions in zip(range(num_rounds), simulation.rounds(), strict=False):
-        pass
-    queue = simulation.queue
-    queue.close()
-    assert queue.pool.num_free == queue.pool.num_pages
-    assert queue.is_finished
-    assert [queue.next(group) for group in range(case.num_groups)] == [None] * case.num_groups
-    queue.close()
-
-
-@settings(max_examples=60, deadline=None)
-@given(cases(), st.integers(0, 99))
-def test_ranks_agree_and_the_order_of_requests_changes_no_answer(case, seed):
-    first = check(case)
-    assert check(case).steps == first.steps
-    shuffled = list(case.requests)
-    Random(seed).shuffle(shuffled)
-    check(replace(case, requests=tuple(shuffled)))
-
-
-def earliest_started(queue):
-    running = [sequence for group in queue._roster._groups for sequence in group]
-    return min(running, key=lambda sequence: sequence.started, default=None)
-
-
-@settings(max_examples=100, deadline=None)
-@given(cases())
-def test_no_sequence_starves(case):
-    simulation, num_rounds = case.simulation(), 0
-    first, num_cached = None, 0
-    for completions in simulation.rounds():
-        num_rounds += 1
-        ended = {(done.request, done.sample) for done in completions}
-        if first is not None and (first.prompt.request.index, first.sample) not in ended:
-            # What started before all others loses nothing until it ends.
-            assert earliest_started(simulation.queue) is first
-            assert first.num_cached >= num_cached
-        first = earliest_started(simulation.queue)
-        num_cached = 0 if first is None else first.num_cached
-    # One after the other, a token a round, they would take that long; twice is a margin for work done again.
-    alone = sum((len(one.prompt) + one.max_new_tokens) * one.num_samples for one in case.requests)
-    assert num_rounds <= 2 * alone
-
-
-def no_copies(memory, step):
-    pass
-
-
-def forget_owner(pool, pages):
-    pass
-
-
-def victim_in_flight(roster, sequence):
-    last = [running[-1] for running in roster._groups if running]
-    victim = max(last, key=lambda one: one.started)
-    return victim if victim.started > sequence.started else None
-
-
-def prompt_only(sequence, count):
-    tokens = (*sequence.prompt.request.prompt, *([0] * len(sequence.tokens)))
-    return tokens[sequence.num_cached : sequence.num_cached + count]
-
-
-def lose_pages(roster, sequence):
-    roster._leave(sequence)
-    roster.num_unfinished -= 1
-
-
-@pytest.mark.parametrize(
-    "owner, name, mistake",
-    [
-        (PagedMemory, "copy", no_copies),
-        (PagePool, "share", forget_owner),
-        (Roster, "_victim", victim_in_flight),
-        (Roster, "_has_room", lambda roster, group: True),
-        (Roster, "finish", lose_pages),
-        (SequenceState, "unfed_tokens", prompt_only),
-        (PromptState, "num_reused", property(lambda prompt: len(prompt.request.prompt))),
-        (PromptState, "copies_page", property(lambda prompt: False, lambda prompt, value: None)),
-        (PromptState, "source", property(lambda prompt: (prompt.running or [None])[-1])),
-    ],
-)
-def test_a_planted_mistake_is_seen(monkeypatch, owner, name, mistake):
-    monkeypatch.setattr(owner, name, mistake)
-
-    @settings(max_examples=200, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-    @given(cases())
-    def check_any(case):
-        check(case)
-
-    with pytest.raises((AssertionError, IndexError, KeyError)):
-        check_any()

@@ -1,0 +1,44 @@
+"""How often a reward model is right where it is how sure: a table, and a picture where one can be drawn."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from glm_rlhf.engine.objectives.pair_statistics import CalibrationBin
+
+
+def write_calibration(folder: str | Path, step: int, table: Sequence[CalibrationBin]) -> None:
+    """Write `<folder>/step_N.json`, a list of bins, and with matplotlib installed `step_N.png`.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(row) for row in table]
+    (folder / f"step_{step}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is not None:
+        _draw(folder / f"step_{step}.png", step, table)
+
+
+def _draw(path: Path, step: int, table: Sequence[CalibrationBin]) -> None:
+    from matplotlib.figure import Figure  # an extra; slow to import
+
+    seen = [row for row in table if row.num_pairs]
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0.5, 1.0], [0.5, 1.0], color="0.6", linestyle="--", label="perfect")
+    axes.bar(
+        [(row.start + row.end) / 2 for row in seen],
+        [row.accuracy for row in seen],
+        width=[0.9 * (row.end - row.start) for row in seen],
+        color="tab:blue",
+        label="pairs",
+    )
+    for row in seen:
+        axes.annotate(str(row.num_pairs), ((row.start + row.end) / 2, row.accuracy), ha="center", va="bottom")
+    axes.set(xlim=(0.5, 1.0), ylim=(0.0, 1.05), xlabel="confidence", ylabel="accuracy", title=f"step {step}")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)

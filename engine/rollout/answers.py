@@ -1,0 +1,131 @@
+"""Answers of a policy to a list of prompts, as rollouts of this rank's data-parallel share."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.engine.rollout.generation import BatchSettings, GenerationPhase, deal_by_length
+from glm_rlhf.engine.rollout.queue import Completion, GenerationRequest
+from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.token_draw import SamplingSettings
+from glm_rlhf.parallel.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSettings:
+    """How prompts are answered."""
+
+    sampling: SamplingSettings
+    """The distribution of tokens."""
+    batch: BatchSettings
+    """How much at once."""
+    max_new_tokens: int
+    """Longest answer, in tokens; less where the model's context leaves less room."""
+    stop_ids: frozenset[int]
+    """Ids that end an answer."""
+    num_samples: int = 1
+    """Answers to each prompt."""
+
+
+def answer_prompts(
+    chunks: Sequence[GLMModel],
+    prompts: Sequence[PromptInput],
+    settings: AnswerSettings,
+    *,
+    seed: int,
+    topology: Topology,
+    is_share: bool = False,
+) -> Rollouts:
+    """Return this data-parallel rank's share of the answers; every rank gives the same prompts.
+
+    Prompts are dealt over data-parallel ranks by length. Ranks that share their micro-batches by context
+    parallelism hold whole models: each answers a part of the share, and all of them get all of it. The
+    weights stay where they are; the cache is gone when this returns.
+
+    Args:
+        chunks: this rank's chunks of the policy, bare.
+        prompts: at least one.
+        settings: how they are answered.
+        seed: of this call; the answer to prompt i depends on it and on i, not on the layout.
+        topology: layout and groups.
+        is_share: whether `prompts` is this data-parallel rank's own share already.
+
+    Raises:
+        ValueError: no prompts, or one that leaves no room for an answer; its place is named.
+    """
+    if len(prompts) < (1 if is_share else topology.dp):
+        raise ValueError(
+            f"{len(prompts)} prompts for {topology.dp} data-parallel copies of the model: give each at "
+            "least one"
+        )
+    context = chunks[0].glm.max_positions
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt.tokens) < context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt.tokens)} tokens, required are 1 to {context - 1}: the "
+                f"model's context is {context}"
+            )
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    dp = (0, 1) if is_share else (topology.dp_rank, topology.dp)
+    share = sorted(deal_by_length(lengths, rank=dp[0], num_ranks=dp[1]))
+    cp = topology.layout.cp
+    mine = [
+        share[place]
+        for place in deal_by_length([lengths[i] for i in share], rank=topology.cp_rank, num_ranks=cp)
+    ]
+    requests = [
+        GenerationRequest(
+            index=index,
+            prompt=prompts[index].tokens,
+            num_samples=settings.num_samples,
+            max_new_tokens=min(settings.max_new_tokens, context - lengths[index]),
+            stop_ids=settings.stop_ids,
+            seed=(seed << 32) + (_fingerprint(prompts[index]) if is_share else index),
+        )
+        for index in mine
+    ]
+    longest = max(lengths) + settings.max_new_tokens
+    with GenerationPhase(chunks, topology=topology, batch=settings.batch, longest=longest) as phase:
+        found = list(phase.run(requests, settings.sampling))
+    if cp > 1:
+        everyone: list[list[Completion]] = [[] for _ in range(cp)]
+        dist.all_gather_object(everyone, found, group=topology.cp_group)
+        found = [completion for part in everyone for completion in part]
+    found.sort(key=lambda done: (done.request, done.sample))
+    return _as_rollouts(found, prompts, settings, topology)
+
+
+def _fingerprint(prompt: PromptInput) -> int:
+    """Return a number below 2^32 that follows from the prompt alone."""
+    return zlib.crc32(",".join(map(str, prompt.tokens)).encode())
+
+
+def _as_rollouts(
+    found: Sequence[Completion],
+    prompts: Sequence[PromptInput],
+    settings: AnswerSettings,
+    topology: Topology,
+) -> Rollouts:
+    tokens, logprobs = [], []
+    for done in found:
+        prompt = prompts[done.request].tokens
+        tokens += [*prompt, *done.tokens]
+        logprobs += [0.0] * len(prompt) + list(done.plain_logprobs)
+    used = tuple(prompts[done.request] for done in found)
+    return Rollouts(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64, device=topology.device),
+        lengths=tuple(
+            len(prompt.tokens) + len(done.tokens) for prompt, done in zip(used, found, strict=True)
+        ),
+        prompt_lengths=tuple(len(prompt.tokens) for prompt in used),
+        prompts=used,
+        is_finished=tuple(done.finish_reason == "stop" for done in found),
+        logprobs_T=torch.tensor(logprobs, dtype=torch.float32, device=topology.device),
+        temperature=settings.sampling.temperature,
+        indices=tuple(done.request * settings.num_samples + done.sample for done in found),
+        num_everywhere=len(prompts) * settings.num_samples,
+    )

@@ -1,0 +1,207 @@
+"""From rollouts to experience: rewards, logprobs and values, then advantages in one launch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.engine.stages.ppo_settings import PPOSettings
+from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
+from glm_rlhf.engine.types import Experience, Rollouts
+from glm_rlhf.kernels import ppo_advantages, whiten
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.heads import shift_to_tokens
+from glm_rlhf.parallel.scoring import score_rows, score_tokens
+from glm_rlhf.parallel.topology import Topology
+
+Rewarder = Callable[[Rollouts], torch.Tensor]
+"""Rewards of this rank's sequences less their baselines, fp32 [B]; all ranks that share them call."""
+
+
+def make_experience(
+    rollouts: Rollouts,
+    *,
+    policy: Sequence[GLMModel],
+    reference: Sequence[GLMModel],
+    critic: Sequence[GLMModel],
+    rewarder: Rewarder,
+    settings: PPOSettings,
+    kl_coef: float,
+    topology: Topology,
+) -> Experience:
+    """Return what an update needs of these rollouts; every rank of the topology calls this.
+
+    The policy's logprobs are the sampler's own where a forward pass over the first micro-batch shows that
+    they are the same, at temperature 1; else the pass goes over all of them.
+
+    Args:
+        rollouts: this data-parallel rank's.
+        policy, reference, critic: this rank's chunks.
+        rewarder: gives the rewards.
+        settings: of PPO.
+        kl_coef: the KL coefficient as it stands.
+        topology: layout and groups.
+
+    Raises:
+        FloatingPointError: a reward, logprob or value is not finite; the message names the role. On every
+            rank.
+    """
+    batches = stream_batches(
+        rollouts.tokens_T,
+        rollouts.lengths,
+        max_tokens=settings.micro_batch_tokens,
+        multiple=topology.layout.token_multiple,
+    )
+    mask_T = rollouts.action_mask_T
+    rewards_B = rewarder(rollouts)
+    ref_logprobs_T = _logprobs(reference, batches, mask_T, rollouts.temperature, topology)
+    old_logprobs_T, gap = _old_logprobs(policy, batches, rollouts, mask_T, settings, topology)
+    values_T = _values(critic, batches, mask_T, topology)
+    named = {
+        "rewards": rewards_B,
+        "the reference's logprobs": ref_logprobs_T,
+        "the policy's logprobs": old_logprobs_T,
+        "the critic's values": values_T,
+    }
+    _check_finite(named, topology)
+    estimate = ppo_advantages(
+        old_logprobs_T,
+        ref_logprobs_T,
+        values_T,
+        rewards_B,
+        rollouts.cu_seqlens,
+        mask_T,
+        kl_coef=kl_coef,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        kl_estimator=settings.kl_estimator,
+    )
+    advantages_T = estimate.advantages_T
+    if settings.whitens_advantages:
+        sums = estimate.whitening_sums()
+        dist.all_reduce(sums, group=topology.dp_group)
+        advantages_T = whiten(advantages_T, mask_T, sums)
+    return Experience(
+        rollouts=rollouts,
+        rewards_B=rewards_B,
+        old_logprobs_T=old_logprobs_T,
+        ref_logprobs_T=ref_logprobs_T,
+        values_T=values_T,
+        advantages_T=advantages_T,
+        returns_T=estimate.returns_T,
+        kl_T=estimate.kl_T,
+        metrics=_metrics(rollouts, rewards_B, estimate.kl_T, values_T, mask_T, gap, topology),
+    )
+
+
+def _logprobs(
+    chunks: Sequence[GLMModel],
+    batches: Sequence[StreamBatch],
+    mask_T: torch.Tensor,
+    temperature: float,
+    topology: Topology,
+) -> torch.Tensor:
+    """Return the logprobs of the tokens in `mask_T`, fp32 [T], 0 elsewhere."""
+    logprobs_T = torch.zeros(mask_T.shape, device=mask_T.device)
+    scored = score_tokens(
+        chunks,
+        [batch.packed for batch in batches],
+        topology=topology,
+        wanted=[batch.take(mask_T) for batch in batches],
+        temperature=temperature,
+    )
+    for batch, (found_T, _) in zip(batches, scored, strict=True):
+        batch.put(found_T, logprobs_T)
+    return logprobs_T
+
+
+def _old_logprobs(
+    policy: Sequence[GLMModel],
+    batches: Sequence[StreamBatch],
+    rollouts: Rollouts,
+    mask_T: torch.Tensor,
+    settings: PPOSettings,
+    topology: Topology,
+) -> tuple[torch.Tensor, float]:
+    """Return the policy's logprobs before the update, and the sampler's mean distance from them in nats.
+
+    The sampler's are those at temperature 1: at any other all are computed, and the gap is unknown (NaN).
+    """
+    if rollouts.temperature != 1.0:
+        return _logprobs(policy, batches, mask_T, rollouts.temperature, topology), float("nan")
+    first = batches[:1]
+    found_T = _logprobs(policy, first, mask_T, 1.0, topology)
+    compared_T = torch.zeros_like(mask_T)
+    for batch in first:
+        batch.put(batch.take(mask_T), compared_T)
+    distance = ((found_T - rollouts.logprobs_T).abs() * compared_T).sum()
+    sums = torch.stack((distance, compared_T.sum().float())).double()
+    dist.all_reduce(sums, group=topology.dp_group)
+    gap = (sums[0] / sums[1].clamp(min=1)).item()
+    if gap <= settings.max_logprob_gap:
+        return rollouts.logprobs_T * mask_T, gap
+    return found_T + _logprobs(policy, batches[1:], mask_T, 1.0, topology), gap
+
+
+def _values(
+    critic: Sequence[GLMModel], batches: Sequence[StreamBatch], mask_T: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    values_T = torch.zeros(mask_T.shape, device=mask_T.device)
+    scored = score_rows(critic, [batch.packed for batch in batches], topology=topology)
+    for batch, rows_T in zip(batches, scored, strict=True):
+        batch.put(shift_to_tokens(rows_T), values_T)
+    return values_T * mask_T
+
+
+def _check_finite(named: dict[str, torch.Tensor], topology: Topology) -> None:
+    """Stop all ranks together where one has a number that is none: one small all-reduce of the world."""
+    counts = torch.stack([(~values.isfinite()).sum() for values in named.values()])
+    mine = counts.tolist()
+    dist.all_reduce(counts)
+    for (name, _), here, everywhere in zip(named.items(), mine, counts.tolist(), strict=True):
+        if everywhere:
+            raise FloatingPointError(
+                f"{name} are not finite at {everywhere} places over all ranks, {here} of them on rank "
+                f"{topology.rank}: no update is made of them"
+            )
+
+
+def _metrics(
+    rollouts: Rollouts,
+    rewards_B: torch.Tensor,
+    kl_T: torch.Tensor,
+    values_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    gap: float,
+    topology: Topology,
+) -> dict[str, float]:
+    """Return means over the sequences and tokens of all data-parallel ranks."""
+    lengths = [
+        length - prompt for length, prompt in zip(rollouts.lengths, rollouts.prompt_lengths, strict=True)
+    ]
+    num_cut = sum(not is_finished for is_finished in rollouts.is_finished)
+    sums = torch.stack(
+        [
+            torch.tensor(float(rollouts.num_sequences), device=mask_T.device),
+            rewards_B.sum(),
+            rewards_B.square().sum(),
+            torch.tensor(float(sum(lengths)), device=mask_T.device),
+            torch.tensor(float(num_cut), device=mask_T.device),
+            mask_T.sum().float(),
+            (kl_T * mask_T).sum(),
+            values_T.sum(),
+        ]
+    ).double()
+    dist.all_reduce(sums, group=topology.dp_group)
+    count, rewards, squares, length, cut, tokens, kl, values = sums.tolist()
+    mean = rewards / max(count, 1)
+    return {
+        "critic/rewards/mean": mean,
+        "critic/rewards/std": max(squares / max(count, 1) - mean * mean, 0.0) ** 0.5,
+        "critic/values/mean": values / max(tokens, 1),
+        "objective/kl": kl / max(count, 1),
+        "objective/kl_per_token": kl / max(tokens, 1),
+        "response_length/mean": length / max(count, 1),
+        "response_length/cut_fraction": cut / max(count, 1),
+        "rollout/logprob_gap": gap,
+    }

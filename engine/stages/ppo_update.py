@@ -1,0 +1,182 @@
+"""One update: epochs of mini-batches through policy and critic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.engine.stages.ppo_settings import PPOSettings
+from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
+from glm_rlhf.engine.types import Experience
+from glm_rlhf.kernels import ppo_value_loss
+from glm_rlhf.kernels.reference.policy_loss import POLICY_SUMS, PolicyStatistics
+from glm_rlhf.kernels.reference.value_loss import VALUE_SUMS, ValueStatistics
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.heads import next_tokens, shift_to_rows, token_values
+from glm_rlhf.parallel.optimizer import StepResult, TrainingState
+from glm_rlhf.parallel.packing import PackedTokens, share
+from glm_rlhf.parallel.schedule import run_micro_batches
+from glm_rlhf.parallel.topology import Topology
+from glm_rlhf.parallel.vocab_loss import linear_ppo_loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniBatch:
+    """The sequences of one optimizer step on this rank."""
+
+    batches: tuple[StreamBatch, ...]
+    """Their micro-batches; none where this rank has no sequence in the step."""
+    num_actions: float
+    """Trained tokens of the step over all data-parallel ranks: the losses' denominator."""
+
+
+def mini_batches(
+    experience: Experience, settings: PPOSettings, *, seed: int, topology: Topology
+) -> list[MiniBatch]:
+    """Return one epoch's mini-batches: all ranks' sequences in random order, cut in even parts.
+
+    Which sequences form a mini-batch follows from the seed, not from the layout; a rank has those of its
+    share. Every rank of the topology calls this: the data-parallel group sums the denominators.
+    """
+    rollouts = experience.rollouts
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.randperm(rollouts.num_everywhere, generator=generator).tolist()
+    mask_T = rollouts.action_mask_T
+    parts, sizes = [], []
+    for part in range(settings.minibatches):
+        batches = stream_batches(
+            rollouts.tokens_T,
+            rollouts.lengths,
+            max_tokens=settings.micro_batch_tokens,
+            multiple=topology.layout.token_multiple,
+            indices=[
+                place
+                for place, index in enumerate(rollouts.indices)
+                if turn[index] % settings.minibatches == part
+            ],
+        )
+        parts.append(tuple(batches))
+        sizes.append(sum(int(batch.take(mask_T).sum()) for batch in batches))
+    totals = torch.tensor(sizes, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(totals, group=topology.dp_group)
+    return [
+        MiniBatch(batches=part, num_actions=max(total, 1.0))
+        for part, total in zip(parts, totals.tolist(), strict=True)
+    ]
+
+
+def policy_step(
+    state: TrainingState,
+    experience: Experience,
+    mini_batch: MiniBatch,
+    settings: PPOSettings,
+    *,
+    topology: Topology,
+) -> tuple[StepResult, PolicyStatistics]:
+    """Take one optimizer step of the policy; return its result and statistics over all ranks.
+
+    Loss: Σ over action tokens of the clipped objective - entropy_coef · entropy, divided by the action
+    tokens of the mini-batch over all data-parallel ranks.
+    """
+    packed = [batch.packed for batch in mini_batch.batches]
+    mask_T = experience.rollouts.action_mask_T
+
+    def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, PolicyStatistics]:
+        batch = mini_batch.batches[index]
+        rows = _RowsOf(batch, topology)
+        return linear_ppo_loss(
+            hidden_TD,
+            model.output_weight_VD,
+            rows.own(next_tokens(batch.packed, batch.take(mask_T))),
+            rows(experience.old_logprobs_T),
+            rows(experience.advantages_T),
+            rows(mask_T),
+            group=topology.tp_group,
+            clip_low=settings.clip,
+            clip_high=settings.clip,
+            entropy_coef=settings.entropy_coef,
+            temperature=experience.rollouts.temperature,
+            denominator=mini_batch.num_actions,
+            reduces_hidden_gradient=not model.config.sequence_parallel,
+        )
+
+    state.zero_grad()
+    found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
+    result = state.step()
+    sums = _summed([statistics.sums for statistics in found], len(POLICY_SUMS), topology)
+    maxima = _largest([statistics.maxima for statistics in found], topology)
+    return result, PolicyStatistics(sums=sums, maxima=maxima)
+
+
+def critic_step(
+    state: TrainingState,
+    experience: Experience,
+    mini_batch: MiniBatch,
+    settings: PPOSettings,
+    *,
+    topology: Topology,
+) -> tuple[StepResult, ValueStatistics]:
+    """Take one optimizer step of the critic; return its result and statistics over all ranks.
+
+    Loss: Σ over action tokens of ½ the squared error, clipped, divided as the policy's.
+    """
+    packed = [batch.packed for batch in mini_batch.batches]
+    mask_T = experience.rollouts.action_mask_T
+
+    def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, ValueStatistics]:
+        rows = _RowsOf(mini_batch.batches[index], topology)
+        return ppo_value_loss(
+            token_values(model, hidden_TD),
+            rows(experience.values_T),
+            rows(experience.returns_T),
+            rows(mask_T),
+            value_clip=settings.value_clip,
+            denominator=mini_batch.num_actions,
+        )
+
+    state.zero_grad()
+    found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
+    result = state.step()
+    sums = _summed([statistics.sums for statistics in found], len(VALUE_SUMS), topology)
+    return result, ValueStatistics(sums=sums)
+
+
+class _RowsOf:
+    """Per-token tensors of the experience, as the rows of one micro-batch on this rank want them."""
+
+    def __init__(self, batch: StreamBatch, topology: Topology) -> None:
+        self._batch = batch
+        packed: PackedTokens = batch.packed
+        self._share = share(packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
+
+    def __call__(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Return stream values at the rows that predict their tokens."""
+        return self.own(shift_to_rows(self._batch.take(values_T)))
+
+    def own(self, rows_T: torch.Tensor) -> torch.Tensor:
+        """Return this context-parallel rank's part of the micro-batch's rows."""
+        return self._share.take(rows_T)
+
+
+def _summed(found: Sequence[torch.Tensor], size: int, topology: Topology) -> torch.Tensor:
+    """Return sums over micro-batches and over dp × cp, known to the last stage, on every stage."""
+    sums = torch.zeros(size, device=topology.device)
+    for part in found:
+        sums = sums + part.float()
+    dist.all_reduce(sums, group=topology.dp_cp_group)
+    return _from_last_stage(sums, topology)
+
+
+def _largest(found: Sequence[torch.Tensor], topology: Topology) -> torch.Tensor:
+    maxima = torch.full((2,), -torch.inf, device=topology.device)
+    for part in found:
+        maxima = torch.maximum(maxima, part.float())
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
+    return _from_last_stage(maxima, topology)
+
+
+def _from_last_stage(values: torch.Tensor, topology: Topology) -> torch.Tensor:
+    if topology.layout.pp > 1:
+        dist.broadcast(values, topology.last_stage_rank, group=topology.pp_group)
+    return values

@@ -1,0 +1,218 @@
+"""The loop that supervised and preference training share: records in, checkpoints and metrics out."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from glm_rlhf.engine.data.sampler import BatchSampler
+from glm_rlhf.engine.observe.metrics import WriteMetrics
+from glm_rlhf.engine.stages.micro_batches import take_share
+from glm_rlhf.engine.stages.training_records import Records
+from glm_rlhf.engine.stages.update import Objective, UpdateResult, evaluate, update
+from glm_rlhf.parallel.optimizer import TrainingState
+from glm_rlhf.parallel.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """How long, in which portions, and what happens on the way."""
+
+    steps: int
+    """Optimizer steps of the run."""
+    micro_batch_tokens: int
+    """Tokens that go through the model at once."""
+    lr_of: Callable[[int], float]
+    """Learning rate of a step, from 0."""
+    save_every: int
+    """Steps between two checkpoints; 0 for one at the end only."""
+    eval_every: int
+    """Steps between two evaluations; 0 for one at either end only."""
+    max_nonfinite_steps: int
+    """Steps in a row whose loss or gradient is not finite, after which the run stops."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Records that are looked at, but not learned from."""
+
+    records: Records
+    """Where they are."""
+    objective: Objective
+    """What is measured on them."""
+    numbers: Sequence[int]
+    """Which of them count, the same at every evaluation."""
+    on_result: Callable[[int, Mapping[str, float]], None] | None = None
+    """Takes a step and the objective's sums, on the reporter only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopResult:
+    """What a run came to."""
+
+    first_loss: float
+    """Of the first step."""
+    last_loss: float
+    """Of the last step that was taken."""
+    num_skipped: int
+    """Steps that were not taken because something was not finite."""
+    num_tokens: int
+    """Tokens that went forward and backward, over all ranks."""
+    elapsed_s: float
+    """Seconds of the whole loop."""
+
+
+def train(
+    state: TrainingState,
+    objective: Objective,
+    records: Records,
+    sampler: BatchSampler,
+    settings: LoopSettings,
+    *,
+    place: Topology,
+    write: WriteMetrics,
+    save: Callable[[int], None],
+    held: Held | None = None,
+) -> LoopResult:
+    """Train to the end of the run; every rank calls this together.
+
+    Step n of the metrics is what the n-th update did, with the evaluation after it where one is due; an
+    evaluation before the first update stands at step 0.
+
+    Args:
+        state: model and optimizer.
+        objective: the loss.
+        records: what is learned from.
+        sampler: which of them each step takes, over all ranks.
+        settings: of the loop.
+        place: layout and groups.
+        write: metrics, on the reporter.
+        save: writes a checkpoint of a number of steps; every rank calls it.
+        held: records to evaluate on.
+
+    Raises:
+        ValueError: too many steps in a row were not finite; the message names ranks and records.
+    """
+    start = time.monotonic()
+    bar = tqdm(total=settings.steps, desc="train", unit=" steps", disable=None if place.is_reporter else True)
+    losses, num_skipped, num_in_a_row, num_tokens = [], 0, 0, 0
+    if held is not None:
+        write(0, _evaluate(state, held, 0, settings, place))
+    for index in range(settings.steps):
+        clock = _Clock()
+        numbers = sampler.batch(index)
+        batches = take_share(records, numbers, max_tokens=settings.micro_batch_tokens, place=place)
+        clock.lap("timing_s/data")
+        lr = settings.lr_of(index)
+        state.set_lr(lr)
+        result = update(state, objective, batches, objective.denominator(numbers), place=place)
+        clock.lap("timing_s/update")
+        step_tokens = int(records.lengths[numbers].sum())
+        num_tokens += step_tokens
+        metrics = _named(objective.metrics(result.sums), objective.prefix)
+        metrics |= _of_step(result, lr, step_tokens, clock.total_s, objective.prefix, place)
+        if result.is_applied:
+            losses.append(result.sums["loss"])
+            num_in_a_row = 0
+        else:
+            num_skipped += 1
+            num_in_a_row += 1
+        is_last = index + 1 == settings.steps
+        has_to_stop = num_in_a_row >= settings.max_nonfinite_steps
+        if held is not None and not has_to_stop and _is_due(index + 1, settings.eval_every, is_last):
+            metrics |= _evaluate(state, held, index + 1, settings, place)
+            clock.lap("timing_s/eval")
+        if not has_to_stop and _is_due(index + 1, settings.save_every, is_last):
+            state.gather_weights()
+            save(index + 1)
+            clock.lap("timing_s/save")
+        write(index + 1, metrics | clock.laps)
+        if has_to_stop:
+            bar.close()
+            raise ValueError(_why_stopped(result, num_in_a_row, index + 1, records))
+        bar.set_postfix(loss=f"{result.sums['loss']:.4f}", refresh=False)
+        bar.update()
+    bar.close()
+    return LoopResult(
+        first_loss=losses[0] if losses else math.nan,
+        last_loss=losses[-1] if losses else math.nan,
+        num_skipped=num_skipped,
+        num_tokens=num_tokens,
+        elapsed_s=time.monotonic() - start,
+    )
+
+
+def _evaluate(
+    state: TrainingState, held: Held, step: int, settings: LoopSettings, place: Topology
+) -> dict[str, float | None]:
+    state.gather_weights()
+    batches = take_share(
+        held.records, list(held.numbers), max_tokens=settings.micro_batch_tokens, place=place
+    )
+    sums = evaluate(
+        state.chunks, held.objective, batches, held.objective.denominator(held.numbers), place=place
+    )
+    if held.on_result is not None and place.is_reporter:
+        held.on_result(step, sums)
+    return _named(held.objective.metrics(sums), "eval")
+
+
+def _of_step(
+    result: UpdateResult, lr: float, num_tokens: int, elapsed_s: float, prefix: str, place: Topology
+) -> dict[str, float | None]:
+    speed = num_tokens / elapsed_s
+    return {
+        f"{prefix}/grad_norm": result.grad_norm,
+        f"{prefix}/lr": lr,
+        f"{prefix}/is_step_skipped": float(not result.is_applied),
+        "perf/tokens_per_s": speed,
+        "perf/tokens_per_s_per_gpu": speed / place.world_size,
+        "timing_s/step": elapsed_s,
+    }
+
+
+def _named(metrics: Mapping[str, float | None], prefix: str) -> dict[str, float | None]:
+    return {f"{prefix}/{name}": number for name, number in metrics.items()}
+
+
+def _is_due(step: int, every: int, is_last: bool) -> bool:
+    return is_last or (every > 0 and step % every == 0)
+
+
+def _why_stopped(result: UpdateResult, num_in_a_row: int, step: int, records: Records) -> str:
+    loss = result.sums["loss"]
+    if result.culprits:
+        what = f"the loss is {loss} at step {step}, " + "; ".join(
+            f"on rank {rank} with {', '.join(records.name(number) for number in numbers[:3])}"
+            + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
+            for rank, numbers in result.culprits[:3]
+        )
+    elif math.isfinite(loss):
+        what = f"the gradient's norm is {result.grad_norm} at step {step}, at a loss of {loss:.4g}"
+    else:
+        what = f"the loss is {loss} at step {step}, added up over micro-batches that are finite"
+    return (
+        f"stopped after {num_in_a_row} steps in a row without an update: {what}; lower optimizer.lr, look at "
+        "these records, or start from a checkpoint whose weights are finite"
+    )
+
+
+class _Clock:
+    """Seconds since it was made, and of each named lap."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap."""
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all laps."""
+        return self._last - self._start

@@ -1,0 +1,167 @@
+"""A training command from its run folder to its last checkpoint."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from glm_rlhf.engine.config_training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig, TrainSection
+from glm_rlhf.engine.data.sampler import BatchSampler
+from glm_rlhf.engine.observe.metrics import open_metrics
+from glm_rlhf.engine.stages.schedule_lr import cosine_lr
+from glm_rlhf.engine.stages.train_loop import Held, LoopResult, LoopSettings, train
+from glm_rlhf.engine.stages.training_records import Records
+from glm_rlhf.engine.stages.update import Objective
+from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.export import export_model
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.topology import Topology
+
+TrainingConfig = SFTConfig | RewardConfig | DPOConfig
+
+
+def claim_folder(config: TrainingConfig, place: Topology) -> None:
+    """Return nothing when the run folder has no checkpoint of an earlier run; every rank calls this, first.
+
+    Raises:
+        ValueError: it has one, which this run would have to mix with its own, or the folder cannot be made.
+    """
+    with agreed(f"claiming {config.run.output}"):
+        if place.is_reporter:
+            folder = checkpoints_of(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            earlier = sorted(path.name for path in folder.iterdir() if path.name.startswith("step_"))
+            if earlier:
+                raise ValueError(
+                    f"{folder} holds {', '.join(earlier[:3])} of an earlier run: give this one another "
+                    "run.name or run.output, or remove them"
+                )
+
+
+def checkpoints_of(config: TrainingConfig) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(config.run.output) / "checkpoints"
+
+
+def sampler_of(config: TrainingConfig, records: Records) -> BatchSampler:
+    """Return what decides which records each step of a run takes.
+
+    Raises:
+        ValueError: fewer records than a batch.
+    """
+    if len(records) < config.train.global_batch_size:
+        raise ValueError(
+            f"{config.data.path} gives {len(records)} records, train.global_batch_size is "
+            f"{config.train.global_batch_size}: lower it to {len(records)} or less, or give more records"
+        )
+    return BatchSampler(len(records), config.train.global_batch_size, seed=config.run.seed)
+
+
+def held_of(
+    config: TrainingConfig,
+    records: Records | None,
+    objective: Objective,
+    on_result: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> Held | None:
+    """Return what a run is evaluated on: the first `data.eval_records` of its held-out records, if any."""
+    if records is None:
+        return None
+    numbers = range(min(len(records), config.data.eval_records))
+    return Held(records=records, objective=objective, numbers=numbers, on_result=on_result)
+
+
+def run_training(
+    config: TrainingConfig,
+    chunks: Sequence[GLMModel],
+    objective: Objective,
+    records: Records,
+    *,
+    held: Held | None,
+    place: Topology,
+) -> None:
+    """Train `chunks` as the config says; every rank calls this, rank 0 tells how it went.
+
+    Raises:
+        ValueError: too few records, a run that stopped because its numbers were not finite, or a checkpoint
+            that could not be written.
+    """
+    sampler = sampler_of(config, records)
+    state = TrainingState(
+        chunks,
+        adam_of(config.optimizer),
+        topology=place,
+        overlap_communication=config.train.overlap_communication,
+    )
+
+    def save(step: int) -> None:
+        export_model(
+            chunks, checkpoints_of(config) / f"step_{step}", topology=place, source=config.model.path
+        )
+
+    with contextlib.ExitStack() as stack:
+        with agreed(f"writing to {config.run.output}"):
+            write = stack.enter_context(
+                open_metrics(
+                    config.run.output,
+                    is_owner=place.is_reporter,
+                    uses_tensorboard=config.observe.tensorboard,
+                    wandb_project=config.observe.wandb,
+                    run_name=config.run.name,
+                    config=dataclasses.asdict(config),
+                )
+            )
+        result = train(
+            state,
+            objective,
+            records,
+            sampler,
+            _loop_settings(config.train, config.optimizer),
+            place=place,
+            write=write,
+            save=save,
+            held=held,
+        )
+    if place.is_reporter:
+        sys.stderr.write(_in_words(config, result))
+
+
+def adam_of(optimizer: OptimizerSection) -> AdamSettings:
+    """Return the settings of an optimizer as the training state wants them."""
+    return AdamSettings(
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+    )
+
+
+def _loop_settings(settings: TrainSection, optimizer: OptimizerSection) -> LoopSettings:
+    return LoopSettings(
+        steps=settings.steps,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        lr_of=partial(
+            cosine_lr,
+            steps=settings.steps,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            warmup_steps=optimizer.warmup_steps,
+        ),
+        save_every=settings.save_every,
+        eval_every=settings.eval_every,
+        max_nonfinite_steps=settings.max_nonfinite_steps,
+    )
+
+
+def _in_words(config: TrainingConfig, result: LoopResult) -> str:
+    steps = config.train.steps
+    skipped = f", {result.num_skipped} of them not taken" if result.num_skipped else ""
+    loss = "" if math.isnan(result.first_loss) else f": loss {result.first_loss:.4f} → {result.last_loss:.4f}"
+    return (
+        f"trained {steps} steps{skipped} in {result.elapsed_s:.1f} s{loss}, "
+        f"{result.num_tokens / result.elapsed_s:.0f} tokens/s; written to "
+        f"{checkpoints_of(config) / f'step_{steps}'}\n"
+    )

@@ -1,0 +1,167 @@
+"""What the layers of a decoder do beside matrix products, for the rows of one step.
+
+`KernelOps` calls the kernels, `TorchOps` is bare torch for a CPU: there a decode step is so short that a
+call which checks and dispatches costs as much as its work, and what no layer changes is worked out once.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from glm_rlhf.kernels.attention import paged_attention
+from glm_rlhf.kernels.launch import uses_triton
+from glm_rlhf.kernels.paged_write import paged_write
+from glm_rlhf.kernels.reference.attention import visible_slots
+from glm_rlhf.kernels.reference.rope import rotate_in_place
+from glm_rlhf.kernels.rmsnorm import add_rms_norm, rms_norm
+from glm_rlhf.kernels.rope import rope_qkv_in_place
+from glm_rlhf.kernels.swiglu import swiglu
+from glm_rlhf.parallel.decode_batch import DecodeBatch
+
+Pools = tuple[torch.Tensor, torch.Tensor]
+
+
+class LayerOps(Protocol):
+    """The operations between a layer's matrix products; each has one numerical definition, the kernel's."""
+
+    def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+        """Return the RMSNorm of `hidden_TD`."""
+
+    def add_norm(
+        self, branch_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (RMSNorm of the sum, the sum)."""
+
+    def gate(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) · up."""
+
+    def rotate(self, heads_TGSH: torch.Tensor) -> None:
+        """Rotate all but the last head of each group by its row's position, in place; heads are contiguous."""
+
+    def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
+        """Store keys and values of all rows in the pools."""
+
+    def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
+        """Return the attention of the decoding rows over their pages, [B, N · H]."""
+
+
+def layer_ops(
+    batch: DecodeBatch, table: tuple[torch.Tensor, torch.Tensor], *, page_size: int, epsilon: float
+) -> LayerOps:
+    """Return the operations for one step.
+
+    Args:
+        batch: the rows.
+        table: cosines and sines [P, R] of all positions.
+        page_size: positions a page.
+        epsilon: of the norms.
+    """
+    cos_TR, sin_TR = (part.index_select(0, batch.positions_T) for part in table)
+    if uses_triton(batch.tokens_T):
+        return KernelOps(batch, cos_TR, sin_TR, epsilon)
+    return TorchOps(batch, cos_TR, sin_TR, epsilon, page_size)
+
+
+class KernelOps:
+    """The kernels."""
+
+    def __init__(
+        self, batch: DecodeBatch, cos_TR: torch.Tensor, sin_TR: torch.Tensor, epsilon: float
+    ) -> None:
+        self._batch, self._cos_TR, self._sin_TR, self._epsilon = batch, cos_TR, sin_TR, epsilon
+
+    def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_TD, weight_D, epsilon=self._epsilon)
+
+    def add_norm(
+        self, branch_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(branch_TD, residual_TD, weight_D, epsilon=self._epsilon)
+
+    def gate(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate_up_TF2)
+
+    def rotate(self, heads_TGSH: torch.Tensor) -> None:
+        num_groups, head_size = heads_TGSH.shape[1], heads_TGSH.shape[3]
+        rope_qkv_in_place(
+            heads_TGSH.flatten(1), self._cos_TR, self._sin_TR, num_groups=num_groups, head_size=head_size
+        )
+
+    def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
+        paged_write(key_TKH, value_TKH, *pools, self._batch.slots_T)
+
+    def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
+        batch = self._batch
+        context_BNH = paged_attention(query_BKGH.flatten(1, 2), *pools, batch.page_table_BP, batch.lengths_B)
+        return context_BNH.flatten(1)
+
+
+class TorchOps:
+    """The same in fp32 on a CPU, rounded where the kernels round."""
+
+    def __init__(
+        self,
+        batch: DecodeBatch,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        epsilon: float,
+        page_size: int,
+    ) -> None:
+        self._cos_TR, self._sin_TR = cos_TR, sin_TR
+        self._epsilon = torch.tensor(epsilon)
+        self._slots_T = batch.slots_T
+        is_written_T = batch.slots_T >= 0
+        self._written_rows = None if bool(is_written_T.all()) else is_written_T.nonzero().squeeze(1)
+        if batch.num_decodes:
+            slots_BL, bias_B1L = visible_slots(
+                batch.page_table_BP, batch.lengths_B, page_size=page_size, num_new=1
+            )
+            self._context_shape = slots_BL.shape
+            self._context_slots, self._bias_B11L = slots_BL.flatten(), bias_B1L[:, None]
+            is_empty_B = batch.lengths_B == 0
+            self._is_empty_B = is_empty_B if bool(is_empty_B.any()) else None
+
+    def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+        wide_TD = hidden_TD.float()
+        norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
+        rstd_T1 = torch.addcmul(self._epsilon, norm_T1, norm_T1, value=1.0 / hidden_TD.shape[-1]).rsqrt_()
+        return (wide_TD * rstd_T1).to(hidden_TD.dtype).mul_(weight_D)
+
+    def add_norm(
+        self, branch_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total_TD = branch_TD + residual_TD
+        return self.norm(total_TD, weight_D), total_TD
+
+    def gate(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        gate_TF, up_TF = gate_up_TF2.float().chunk(2, dim=-1)
+        return F.silu(gate_TF).mul_(up_TF).to(gate_up_TF2.dtype)
+
+    def rotate(self, heads_TGSH: torch.Tensor) -> None:
+        rotate_in_place(heads_TGSH[:, :, :-1], self._cos_TR, self._sin_TR)
+
+    def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
+        slots = self._slots_T
+        if self._written_rows is not None:
+            rows = self._written_rows
+            slots, key_TKH, value_TKH = slots[rows], key_TKH[rows], value_TKH[rows]
+        for pool, new in zip(pools, (key_TKH, value_TKH), strict=True):
+            pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
+
+    def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
+        num_kv_heads, head_size = pools[0].shape[2:]
+        key_BKLH, value_BKLH = (
+            pool.view(-1, num_kv_heads * head_size)
+            .index_select(0, self._context_slots)
+            .view(*self._context_shape, num_kv_heads, head_size)
+            .transpose(1, 2)
+            .float()
+            for pool in pools
+        )
+        context_BKGH = F.scaled_dot_product_attention(
+            query_BKGH.float(), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
+        )
+        if self._is_empty_B is not None:
+            context_BKGH[self._is_empty_B] = 0.0
+        return context_BKGH.flatten(1).to(query_BKGH.dtype)

@@ -1,0 +1,210 @@
+"""PPO: first-step identities, the same numbers in every layout, weights that never move."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_model, save_folder
+
+from glm_rlhf.engine.rollout.answers import AnswerSettings
+from glm_rlhf.engine.rollout.generation import BatchSettings
+from glm_rlhf.engine.rollout.rewards import RewardError
+from glm_rlhf.engine.stages.ppo import PPOEngine
+from glm_rlhf.engine.stages.ppo_settings import PPOSettings
+from glm_rlhf.engine.types import PromptInput
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.load import load_model
+from glm_rlhf.parallel.optimizer import AdamSettings
+from glm_rlhf.parallel.token_draw import SamplingSettings
+from glm_rlhf.parallel.topology import topology
+
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "tp4 sp": {"tp": 4, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "tp2 pp2": {"tp": 2, "pp": 2},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "cp2": {"cp": 2},
+}
+NUM_ITERATIONS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
+
+
+def share_of_low_ids(requests) -> list[float]:
+    """A rule: the share of ids below 48 in an answer."""
+    return [sum(t < 48 for t in r.response_tokens) / len(r.response_tokens) for r in requests]
+
+
+def prompts() -> list[PromptInput]:
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (3, 9, 1, 5, 14, 2, 7, 4)]
+    return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+
+
+def make_engine(folder: Path, place, function=share_of_low_ids, **changes) -> PPOEngine:
+    options = {"dtype": torch.float32, "seed": 7}
+    settings = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 40, "kl_target": 0.1, "kl_horizon": 100}
+    settings |= changes.pop("settings", {})
+    roles = {
+        "policy": load_model(folder, place, **options)[0],
+        "reference": load_model(folder, place, role="reference", **options)[0],
+        "critic": load_model(folder, place, role="critic", **options)[0],
+    }
+    return PPOEngine(
+        topology=place,
+        settings=PPOSettings(**settings),
+        answers=AnswerSettings(
+            sampling=SamplingSettings(temperature=changes.pop("temperature", 1.0)),
+            batch=BatchSettings(max_batch=8, max_step_tokens=64, page_size=4),
+            max_new_tokens=12,
+            stop_ids=frozenset({2}),
+            num_samples=2,
+        ),
+        policy_adam=AdamSettings(lr=1e-3),
+        critic_adam=AdamSettings(lr=1e-3),
+        seed=3,
+        reward_function=function,
+        **roles,
+        **changes,
+    )
+
+
+def iterate(engine: PPOEngine, count: int = NUM_ITERATIONS) -> list[dict[str, float]]:
+    metrics = []
+    for _ in range(count):
+        experience = engine.make_experience(engine.generate(prompts()))
+        metrics.append(engine.update(experience))
+    return metrics
+
+
+def run_iterations(folder: Path, axes: dict, options: dict) -> list[dict[str, float]]:
+    with topology(Layout(**axes)) as place:
+        return iterate(make_engine(folder, place, **options))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Metrics of one rank, without and with a reference baseline."""
+    return {
+        baseline: run_iterations(folder, {}, {"uses_reference_baseline": baseline})
+        for baseline in (False, True)
+    }
+
+
+@pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_gives_the_metrics_of_one_rank(ranks, folder, alone, axes):
+    """What a layout leaves of four ranks is data parallel: tp2, pp2 and cp2 run with dp 2."""
+    for baseline in (False, True) if axes == {"tp": 2, "pp": 2} else (False,):
+        for found in ranks.run(run_iterations, folder, axes, {"uses_reference_baseline": baseline}):
+            for one, expected in zip(found, alone[baseline], strict=True):
+                assert one.keys() == expected.keys()
+                for name in one.keys() - {"timing_s/update"}:
+                    # Sums in another order, grown through three updates; a wrong share gives 1e-2 and more.
+                    assert one[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), name
+
+
+def test_first_step_identities(alone):
+    first, *later = alone[False]
+    assert abs(first["actor/first_ppo_kl"]) < 1e-8
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["rollout/logprob_gap"] < 1e-5
+    assert first["actor/ppo_kl"] > 1e-7  # the second mini-batch and epoch see a changed policy
+    assert all(abs(metrics["objective/kl"]) > 1e-4 for metrics in later)
+    assert all(math.isfinite(value) for metrics in alone[False] for value in metrics.values())
+
+
+def test_the_reference_baseline_starts_near_zero(alone):
+    plain, with_baseline = alone[False][0], alone[True][0]
+    assert plain["critic/rewards/mean"] > 0.2
+    assert abs(with_baseline["critic/rewards/mean"]) < plain["critic/rewards/mean"] / 2
+
+
+def test_addresses_never_change_and_weights_do(folder):
+    with topology(Layout()) as place:
+        engine = make_engine(folder, place)
+        weights = dict(engine.policy[0].named_weights())
+        addresses = {name: weight.data_ptr() for name, weight in weights.items()}
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        iterate(engine)
+        assert {name: weight.data_ptr() for name, weight in weights.items()} == addresses
+        assert all(not torch.equal(before[name], weight) for name, weight in weights.items())
+        reference = dict(engine.reference[0].named_weights())
+        assert all(torch.equal(before[name], reference[name]) for name in before)
+
+
+def test_reward_rises_on_an_easy_rule(folder):
+    with topology(Layout()) as place:
+        metrics = iterate(make_engine(folder, place, settings={"kl_coef": 0.0, "kl_target": None}), 25)
+    rewards = [one["critic/rewards/mean"] for one in metrics]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_another_temperature_has_logprobs_of_its_own(folder):
+    with topology(Layout()) as place:
+        (metrics,) = iterate(make_engine(folder, place, temperature=0.7), 1)
+    assert math.isnan(metrics["rollout/logprob_gap"])
+    assert abs(metrics["actor/first_ppo_kl"]) < 1e-8
+
+
+def test_only_the_critic_learns_while_it_warms_up(folder):
+    with topology(Layout()) as place:
+        engine = make_engine(folder, place, settings={"critic_warmup_iterations": 1})
+        before = [p.detach().clone() for _, p in engine.policy[0].named_weights()]
+        first, second = iterate(engine, 2)
+    assert "actor/pg_loss" not in first
+    assert "critic/vf_loss" in first
+    assert "actor/pg_loss" in second
+    assert any(
+        not torch.equal(a, b) for a, (_, b) in zip(before, engine.policy[0].named_weights(), strict=True)
+    )
+
+
+def test_an_update_stops_early_when_the_policy_moves_too_far(folder):
+    with topology(Layout()) as place:
+        (metrics,) = iterate(make_engine(folder, place, settings={"epochs": 50, "max_kl": 1e-6}), 1)
+    assert metrics["actor/stopped_early"] == 1.0
+
+
+def broken_reward(requests) -> list[float]:
+    return [float("nan")] * len(requests)
+
+
+def run_with_a_broken_reward(folder: Path) -> str:
+    with topology(Layout(tp=2)) as place:
+        engine = make_engine(folder, place, function=broken_reward)
+        rollouts = engine.generate(prompts())
+        try:
+            engine.make_experience(rollouts)
+        except RewardError as error:
+            return str(error)
+    return ""
+
+
+def test_a_reward_that_is_no_number_stops_every_rank(ranks, folder):
+    for said in ranks.run(run_with_a_broken_reward, folder):
+        assert "reward 0" in said
+        assert "nan" in said
+
+
+def run_with_a_broken_critic(folder: Path) -> str:
+    with topology(Layout(pp=2)) as place:
+        engine = make_engine(folder, place)
+        rollouts = engine.generate(prompts())
+        if place.rank == 3:
+            with torch.no_grad():
+                engine.critic[0].value_head.weight.fill_(torch.inf)
+        try:
+            engine.make_experience(rollouts)
+        except FloatingPointError as error:
+            return str(error)
+    return ""
+
+
+def test_a_value_that_is_no_number_stops_every_rank_and_names_the_role(ranks, folder):
+    for said in ranks.run(run_with_a_broken_critic, folder):
+        assert "the critic's values are not finite" in said
