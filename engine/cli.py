@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
+from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.config_training import RewardConfig, SFTConfig
 
 PROGRAM = "glm-rlhf"
@@ -59,6 +60,12 @@ COMMANDS = (
         summary="a reward model learns to score the preferred answer of a pair above the other",
         config=RewardConfig,
         function="glm_rlhf.engine.stages.reward:run",
+    ),
+    Command(
+        name="ppo",
+        summary="a policy learns from rewards, generating and training on the same ranks and weights",
+        config=PPOConfig,
+        function="glm_rlhf.engine.stages.scheduler:run",
     ),
     Command(
         name="generate",

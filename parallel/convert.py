@@ -70,7 +70,7 @@ def convert_folder(
         if barrier is None
         else Writers(rank=rank, count=world, barrier=barrier)
     )
-    role = _role_of(origin, config)
+    role = role_of(origin, config)
     whole = iterate_shard(origin, config, tp_rank=0, tp_size=1, layers=range(config.num_layers), role=role)
     own = [shard for shard in whole.shards if writer_of(shard.ours, config, writers) == rank]
     export_tensors(
@@ -98,7 +98,12 @@ def _in_family(config: GLMConfig, family: Family) -> GLMConfig:
     return replace(config, family=family)
 
 
-def _role_of(folder: Path, config: GLMConfig) -> Role:
+def role_of(folder: Path, config: GLMConfig) -> Role:
+    """Return which head a folder holds: a policy's, or the scalar one of a reward model or critic.
+
+    Raises:
+        ModelFolderError: it holds both.
+    """
     there = list_tensors(folder)
     heads = {
         row.place: row.theirs[0]

@@ -114,7 +114,7 @@ class TokenStore:
         Of a prompt: its own; of a demonstration: prompt + response; of a pair: prompt + chosen and
         prompt + rejected, which are two sequences, so the prompt counts twice.
         """
-        return self._part_lengths.sum(1) + 0
+        return self._part_lengths.sum(1) + (len(self._answers) > 1) * self.prompt_lengths
 
     @property
     def prompt_lengths(self) -> np.ndarray:

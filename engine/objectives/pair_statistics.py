@@ -84,7 +84,7 @@ def pair_sums(
 
 
 def pair_metrics(sums: Mapping[str, float]) -> dict[str, float | None]:
-    """Return accuracy, margin, spread of scores and their tie to length; None where there is nothing to divide by.
+    """Return accuracy, margin, spread of scores and their tie to length; None for what is not defined.
 
     - `accuracy`: share of right pairs; `accuracy_shorter`: among pairs whose preferred answer is the shorter.
     - `margin`: mean of w − l. `score_mean`, `score_std`: over both answers.

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +35,7 @@ class RewardError(ValueError):
 
 
 def find_reward(name: str) -> RewardFunction:
-    """Return the function called `module:function`.
+    """Return the function called `module:function`, from an installed module or one in the current folder.
 
     Raises:
         RewardError: no such module or function; the message says which.
@@ -41,6 +43,8 @@ def find_reward(name: str) -> RewardFunction:
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise RewardError(f"a reward function is named module:function, {name!r} is not of that form")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there by itself
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

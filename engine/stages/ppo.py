@@ -44,6 +44,7 @@ class PPOEngine:
         tokenizer: Tokenizer | None = None,
         reward_model: Sequence[GLMModel] | None = None,
         reward_function: RewardFunction | None = None,
+        reward_function_weight: float = 1.0,
         uses_reference_baseline: bool = False,
     ) -> None:
         """Take the models, their weights in place, and make the optimizers.
@@ -57,6 +58,7 @@ class PPOEngine:
             seed: of answers and mini-batches.
             tokenizer: gives a reward function its texts.
             reward_function: judges answers, beside or in place of the reward model.
+            reward_function_weight: factor of its rewards.
             uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
 
         Raises:
@@ -75,6 +77,7 @@ class PPOEngine:
             tokenizer=tokenizer,
             model=reward_model,
             function=reward_function,
+            function_weight=reward_function_weight,
             answer_by_reference=self._answer_by_reference if uses_reference_baseline else None,
         )
 

@@ -1,4 +1,4 @@
-"""The command `score`: per-token log-probabilities of given responses under a policy."""
+"""The command `score`: per-token log-probabilities of given responses under a policy, or a reward's scores."""
 
 import contextlib
 import math
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,12 @@ from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
 from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.records import DemonstrationRecord, read_demonstrations
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.score_reward import score_answers
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.convert import role_of
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.hf_config import read_config
 from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.packing import pack
 from glm_rlhf.parallel.scoring import score_tokens
@@ -51,14 +55,19 @@ class Sample:
 def run(config: ScoreConfig) -> None:
     """Write one line a demonstration: `{"index", "tokens", "logprobs"}` of the response's tokens.
 
-    logprobs[i] = log p(tokens[i] | prompt, tokens[:i]), temperature 1. Every rank of the launch calls it;
-    rank 0 writes and says what was done.
+    logprobs[i] = log p(tokens[i] | prompt, tokens[:i]), temperature 1. A reward model writes one score an
+    answer instead, see `score_reward`. Every rank of the launch calls it; rank 0 writes and says what was
+    done.
 
     Raises:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
     with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+        with agreed(f"reading {config.model.path}"):
+            is_reward_model = _is_reward_model(config)
+        if is_reward_model:
+            return score_answers(config, place)
         chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
         with agreed("reading the tokenizer"):
             tokenizer = find_tokenizer(config, chunks[0].glm)
@@ -74,6 +83,17 @@ def run(config: ScoreConfig) -> None:
                 stack.close()
         if place.is_reporter:
             sys.stderr.write(f"{done}; written to {config.out_path}\n")
+
+
+def _is_reward_model(config: ScoreConfig) -> bool:
+    folder = Path(config.model.path)
+    is_reward_model = role_of(folder, read_config(folder)) == "reward"
+    if not is_reward_model and config.data.form != "demonstrations":
+        raise ValueError(
+            f"data.form is {config.data.form}, but {folder} is a policy, which scores demonstrations: give a "
+            "reward model"
+        )
+    return is_reward_model
 
 
 def _score_all(

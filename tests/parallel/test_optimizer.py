@@ -1,5 +1,7 @@
 """Training state: steps in bf16, overlap, clipping, faulty gradients, frozen weights, idle ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -71,7 +73,7 @@ def run_with_small_buckets(axes, cases):
 
 @pytest.mark.parametrize("axes", [{}, {"tp": 2}, {"pp": 2, "vpp": 2}, {"pp": 2, "cp": 2}], ids=str)
 def test_overlapped_communication_changes_nothing(ranks, axes):
-    alone = run_cases({}, [Case(**{**vars(case), "overlaps": False}) for case in OVERLAPPED])
+    alone = run_cases({}, [replace(case, overlaps=False) for case in OVERLAPPED])
     found = ranks.run(run_with_small_buckets, axes, OVERLAPPED)
     for index, expected in enumerate(alone):
         assert_equal([rank[index] for rank in found], expected)

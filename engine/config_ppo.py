@@ -1,0 +1,177 @@
+"""The settings of PPO."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from glm_rlhf.engine.config import (
+    Count,
+    GenerationSection,
+    ModelSection,
+    ParallelSection,
+    PathText,
+    RunSection,
+    TokenizerSection,
+    frozen_section,
+    tokenizer_path,
+)
+from glm_rlhf.engine.config_file import load_config
+from glm_rlhf.engine.config_training import (
+    CountOrZero,
+    NotNegative,
+    ObserveSection,
+    OptimizerSection,
+    OptionalModelSection,
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@frozen_section
+class CriticSection:
+    """The critic."""
+
+    path: PathText | None = None
+    """Hugging Face folder; null starts from the reward model, without one from the policy with a new head."""
+    lr: Positive = 5e-6
+    """Its learning rate, constant after the policy's warm-up."""
+    warmup_iterations: CountOrZero = 0
+    """First iterations in which only the critic learns."""
+
+
+@frozen_section
+class PPORewardSection:
+    """What an answer is worth: a reward model, a function, or their sum."""
+
+    path: PathText | None = None
+    """Hugging Face folder of a reward model; null for none."""
+    function: str | None = None
+    """`module:function` that takes a list of RewardRequest and returns a number each; null for none."""
+    function_weight: float = 1.0
+    """Factor of the function's reward."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.function is None:
+            raise ValueError(
+                "no reward is given: set reward.path to a reward model, or reward.function to module:function"
+            )
+
+
+@frozen_section
+class PPOPromptsSection:
+    """What is to be answered."""
+
+    path: PathText
+    """JSON lines of prompts; further fields of a record reach the reward function."""
+    max_prompt_tokens: Count = 4096
+    """Longest prompt, in tokens; a longer one is a bad record."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a bad record does: end the command, or be left out and counted."""
+
+
+@frozen_section
+class PPOTrainSection:
+    """How long, and in which portions."""
+
+    steps: Count
+    """Iterations: generate, score, estimate, update."""
+    global_batch_size: Count = 64
+    """Prompts an iteration, over all ranks."""
+    micro_batch_tokens: Count = 16384
+    """Tokens that go through a model at once, packed from whole sequences; a longer one goes alone."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations; the optimizers keep fp32 weights."""
+    recompute_layers: bool = False
+    """Whether backward runs each layer again in place of keeping its activations."""
+    save_every: CountOrZero = 0
+    """Iterations between two Hugging Face folders of the policy; 0: one after the last only."""
+    sample_every: CountOrZero = 10
+    """Iterations between two files of sample answers in <run.output>/samples; 0 for none."""
+
+
+@frozen_section
+class PPOSection:
+    """How experience is estimated and learned from. Values are ours; the paper does not name them."""
+
+    epochs: Count = 1
+    """Passes over an iteration's answers."""
+    minibatches: Count = 1
+    """Optimizer steps a pass."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio of new to old probability counts between 1 - clip and 1 + clip."""
+    value_clip: Positive | None = 0.2
+    """The critic may move this far from its old value, in units of reward; null does not clip."""
+    gamma: Fraction = 1.0
+    """Discount a token."""
+    lam: Fraction = 0.95
+    """GAE's lambda."""
+    kl_coef: NotNegative = 0.05
+    """Weight of the KL to the reference inside the reward; with kl_target its first value."""
+    kl_target: Positive | None = None
+    """KL a token, in nats, that the coefficient is steered towards; null keeps it fixed."""
+    kl_horizon: Count = 10_000
+    """Sequences over which a steered coefficient follows."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL inside the reward."""
+    entropy_coef: NotNegative = 0.0
+    """Weight of the entropy bonus."""
+    whiten: bool = False
+    """Whether advantages get mean 0 and variance 1 over the iteration."""
+    max_kl: Positive | None = None
+    """An update ends when a mini-batch's KL from the old policy, in nats a token, is above; null: never."""
+    max_logprob_gap: NotNegative = 1e-4
+    """The sampler's logprobs serve as the old ones up to this mean distance, in nats, from a forward pass."""
+    reference_baseline: bool = True
+    """Whether each reward has that of the reference's answer to the same prompt subtracted."""
+
+
+@frozen_section
+class PPOConfig:
+    """Settings of `ppo`."""
+
+    run: RunSection = Field(default_factory=partial(RunSection, name="ppo"))
+    """Where everything goes, and the seed."""
+    model: ModelSection
+    """The policy that is trained."""
+    critic: CriticSection = Field(default_factory=CriticSection)
+    """The critic that is trained beside it."""
+    reward: PPORewardSection
+    """The reward."""
+    reference: OptionalModelSection = Field(default_factory=OptionalModelSection)
+    """The policy that it is held to."""
+    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    """The tokenizer of all models."""
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    """The layout of all models."""
+    data: PPOPromptsSection
+    """The prompts."""
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    """How they are answered."""
+    optimizer: OptimizerSection = Field(default_factory=partial(OptimizerSection, lr=1e-6))
+    """How the policy learns; the critic differs in its learning rate."""
+    train: PPOTrainSection
+    """How long."""
+    ppo: PPOSection = Field(default_factory=PPOSection)
+    """The algorithm."""
+    observe: ObserveSection = Field(default_factory=ObserveSection)
+    """Who is told."""
+
+    from_yaml = classmethod(load_config)
+
+    def __post_init__(self) -> None:
+        if self.generation.stop:
+            raise ValueError(
+                "generation.stop holds texts, which ppo does not look for: give generation.stop_ids"
+            )
+        if self.generation.temperature == 0:
+            raise ValueError(
+                "generation.temperature is 0: PPO learns from answers that are drawn, set it above"
+            )
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder with the tokenizer's files."""
+        return tokenizer_path(self)

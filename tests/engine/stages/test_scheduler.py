@@ -1,0 +1,78 @@
+"""The command `ppo`: metrics, samples and an export that transformers loads, from torchrun's ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_model, save_folder
+from transformers import GlmForCausalLM
+
+from glm_rlhf.engine.cli import main
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("ppo")
+    generator = torch.Generator().manual_seed(4)
+    lines = [
+        json.dumps({"prompt_tokens": torch.randint(3, 96, (n,), generator=generator).tolist()})
+        for n in (3, 8, 2, 5, 12, 4, 6, 7, 3, 9)
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return save_folder(folder / "model", "glm", make_model("glm")), folder / "prompts.jsonl"
+
+
+def command(inputs: tuple[Path, Path], output: Path, *more: str) -> list[str]:
+    model, prompts = inputs
+    return [
+        "ppo",
+        f"model.path={model}",
+        f"data.path={prompts}",
+        f"run.output={output}",
+        "reward.function=reward_rules:share_of_low_ids",
+        "train.steps=3",
+        "train.global_batch_size=8",
+        "train.micro_batch_tokens=64",
+        "train.dtype=fp32",
+        "generation.max_new_tokens=8",
+        "generation.num_samples=2",
+        "optimizer.lr=1e-3",
+        "ppo.epochs=2",
+        "observe.tensorboard=false",
+        *more,
+    ]
+
+
+def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_path):
+    line = command(inputs, tmp_path, "parallel.tp=2", "parallel.pp=2")
+    assert ranks.run(main, line) == [0] * 4
+    metrics = [json.loads(text) for text in (tmp_path / "metrics.jsonl").open()]
+    assert [one["step"] for one in metrics] == [1, 2, 3]
+    assert abs(metrics[0]["actor/first_ppo_kl"]) < 1e-8
+    for name in ("actor/pg_loss", "critic/vf_loss", "objective/kl", "timing_s/generate", "actor/grad_norm"):
+        assert all(isinstance(one[name], float) for one in metrics), name
+    samples = [json.loads(text) for text in (tmp_path / "samples" / "step_3.jsonl").open()]
+    assert len(samples) == 16
+    assert all(1 <= len(sample["tokens"]) <= 8 for sample in samples)
+    exported = GlmForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step_3")
+    before = GlmForCausalLM.from_pretrained(inputs[0])
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), exported.parameters(), strict=True)]
+    assert all(changed)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("reward.function=reward_rules:missing", "reward_rules has no function 'missing'"),
+        ("reward.function=nowhere:at_all", "'nowhere'"),
+        ("reward.function=reward_rules", "not of that form"),
+        ("reward.function=reward_rules:too_few", "rewards for"),
+        ("train.global_batch_size=11", "11"),
+        ("generation.temperature=0", "temperature is 0"),
+        ("ppo.clip=0", "ppo.clip"),
+    ],
+)
+def test_what_cannot_work_ends_with_one_sentence(inputs, tmp_path, capsys, change, sentence):
+    assert main(command(inputs, tmp_path, change)) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
