@@ -25,6 +25,16 @@ lint: install
 demo: install
 	$(BIN)/glm-rlhf demo
 
+# Figures of this machine's CPU, into benchmarks/results.
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels --device cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convert_io
+	$(BIN)/python -m benchmarks.training
+
+# Where CUDA is, python3 with its own torch will do: nothing is installed, and one report comes out.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
 

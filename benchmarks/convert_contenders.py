@@ -1,7 +1,7 @@
 """Every way to read and to write the synthetic checkpoint, each made to be run in a fresh process.
 
-A contender takes the work folder and whether it has to compare bytes, and returns an `Outcome`. The work folder
-holds the checkpoint in `source`; exports go to `target`.
+A contender takes the work folder and whether it has to compare bytes, and returns an `Outcome`. The work
+folder holds the checkpoint in `source`; exports go to `target`.
 """
 
 import os
@@ -107,7 +107,7 @@ def import_safetensors(folder: Path, _checks: bool) -> Outcome:
     parameters = {}
     for file in files:
         with safe_open(file, framework="pt") as content:
-            for name in content.keys():  # noqa: SIM118  (no mapping)
+            for name in content.keys():
                 shape = content.get_slice(name).get_shape()
                 parameters[name] = torch.ones(shape, dtype=torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Import and export of a synthetic 2 GB checkpoint: GB/s and host memory, against safetensors and transformers.
+"""Import and export of a synthetic 2 GB checkpoint, against safetensors and transformers.
 
 python -m benchmarks.convert_io
 """
@@ -17,7 +17,7 @@ import torch
 from benchmarks import convert_contenders as contenders
 from benchmarks.fresh_process import PreparedProcesses
 from benchmarks.harness import Entry, summary
-from benchmarks.machine import description
+from benchmarks.machine import Rates, description, measured_rates
 from benchmarks.report import RESULTS, Report, Row, write
 from benchmarks.synthetic_checkpoint import config_of_size, write_checkpoint
 
@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_bytes = write_checkpoint(Path(folder) / "source", config)
         tasks = measured(Path(folder), options.rounds)
     command = f"python -m benchmarks.convert_io --gigabytes {options.gigabytes:g} --rounds {options.rounds}"
-    rows = [_row(task, command) for task in tasks]
-    write(report(rows, num_bytes, config.num_layers, parent), options.out)
+    rates = measured_rates(torch.device("cpu"))
+    rows = [_row(task, command, rates) for task in tasks]
+    write(report(rows, num_bytes, config.num_layers, parent, rates), options.out)
     print(f"{options.out}.md: {verdict(rows)}")
     return 1 if any(entry.status for row in rows for entry in row.entries) else 0
 
@@ -131,7 +132,7 @@ def measured(folder: Path, rounds: int) -> list[Task]:
     return tasks
 
 
-def report(rows: Sequence[Row], num_bytes: int, num_layers: int, folder: Path) -> Report:
+def report(rows: Sequence[Row], num_bytes: int, num_layers: int, folder: Path, rates: Rates) -> Report:
     """Return the report of all rows; `folder` is where the files lay."""
     in_memory = folder == MEMORY_FOLDER
     return Report(
@@ -140,16 +141,15 @@ def report(rows: Sequence[Row], num_bytes: int, num_layers: int, folder: Path) -
         machine=description(torch.device("cpu")),
         rows=rows,
         notes=(
-            f"checkpoint: GLM of {num_layers} layers, hidden 2048, bf16, {num_bytes / 1e9:.3f} GB in files of "
-            "0.5 GB, random, made for the run and deleted after it",
+            f"checkpoint: GLM of {num_layers} layers, hidden 2048, bf16, {num_bytes / 1e9:.3f} GB in files "
+            "of 0.5 GB, random, made for the run and deleted after it",
             "each run is a fresh process; runs are taken in turns",
             "files lie in memory (tmpfs): the figures say what the code costs, not a disk"
             if in_memory
             else "files lie on a disk: imports read from the page cache, exports end with fsync, for all",
             f"`{MEMORY_COLUMN}`: peak resident memory during the run less what was resident before it; for "
             "transformers less the model, too, which it allocates itself. Pages of a mapped file count",
-            "the limit of an import is the plain read of the same bytes into one buffer, of an export the "
-            "plain write, both measured in this run",
+            f"limit: every byte is read and written once; {rates.source}",
             "checked in the first round: every byte that was imported or exported equals the source's",
         ),
     )
@@ -175,7 +175,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _row(task: Task, command: str) -> Row:
+def _row(task: Task, command: str, rates: Rates) -> Row:
     entries = []
     for name, outcomes in task.outcomes.items():
         is_right = all(outcome.is_right for outcome in outcomes)
@@ -188,14 +188,13 @@ def _row(task: Task, command: str) -> Row:
             )
         )
     work_bytes = task.outcomes["ours"][0].work_bytes
-    plain = [e.timing.median_s for e in entries if e.name.startswith("plain") and e.timing is not None]
     return Row(
         row=task.row,
         what=task.what,
         shape=f"{work_bytes / 1e9:.3f} GB, bf16",
         command=command,
         entries=entries,
-        limit_s=plain[0] if plain else None,
+        limit_s=rates.limit_s(2.0 * work_bytes, 0.0),
         work=(work_bytes / 1e9, "GB"),
     )
 

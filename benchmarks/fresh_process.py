@@ -33,7 +33,7 @@ class PreparedProcesses:
         self._context.set_forkserver_preload(list(modules))
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `function(*arguments)` from such a process; arguments and errors as of `in_fresh_process`."""
+        """Return `function(*arguments)` from such a process; otherwise as `in_fresh_process`."""
         return _result(self._context, function, arguments)
 
 

@@ -153,7 +153,7 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 
 def relative_error(answer: Answer, expected: Answer) -> float:
-    """Return the largest of ‖a − e‖ / ‖e‖ over the tensors that there are; infinite where one is not finite."""
+    """Return the largest of ‖a − e‖ / ‖e‖ over the tensors that there are, infinite for one not finite."""
     worst = 0.0 if any(found is not None for found in answer) else math.inf
     for found, wanted in zip(answer, expected, strict=True):
         if found is None:

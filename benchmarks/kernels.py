@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         print(f"there is no row {' '.join(options.rows)}; --list shows the rows", file=sys.stderr)
         return 2
+    torch.set_num_threads(options.threads)
     rates = measured_rates(device)
     deadline = time.monotonic() + options.deadline_s
     rows = []
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1e9,
         help="seconds after which no further row begins; a third of it in, nothing more is compiled",
     )
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, default 1")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, help="report, without its suffix")
     parser.add_argument("--list", action="store_true", help="print the rows and end")
@@ -112,6 +114,7 @@ def report(rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_ful
         notes += [
             "on a CPU `ours` is the fp32 torch reference that runs where there is no CUDA, not the Triton "
             "kernels: these rows say what a CPU user gets, and nothing about a GPU",
+            f"torch uses {torch.get_num_threads()} thread(s)",
         ]
     if lists_full_shapes:
         notes.append(

@@ -42,21 +42,27 @@ def measured_rates(device: torch.device) -> Rates:
     num_elements, size, dtype = 2**26, 1024, torch.float32
     if device.type == "cuda":
         num_elements, size, dtype = 2**30, 8192, torch.bfloat16
-    source = torch.rand(num_elements, device=device)
-    target = torch.empty_like(source)
-    copy = interleaved(
-        [Contender(name="copy", run=lambda: target.copy_(source))], device=device, budget_s=1.0
+    rates = interleaved(
+        [_copy(num_elements, device), _product(size, dtype, device)], device=device, budget_s=2.0
     )
-    del source, target
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = interleaved([Contender(name="product", run=lambda: left @ right)], device=device, budget_s=1.0)
-    bytes_per_s = 2 * 4 * num_elements / copy["copy"].median_s
-    flop_per_s = 2 * size**3 / product["product"].median_s
+    bytes_per_s = 2 * 4 * num_elements / rates["copy"].median_s
+    flop_per_s = 2 * size**3 / rates["product"].median_s
     source_text = (
         f"measured in this run: {flop_per_s / 1e12:.3g} TFLOP/s ({str(dtype).removeprefix('torch.')} "
         f"product of {size}³), {bytes_per_s / 1e9:.4g} GB/s (copy, read + write)"
     )
     return Rates(bytes_per_s=bytes_per_s, flop_per_s=flop_per_s, source=source_text)
+
+
+def _copy(num_elements: int, device: torch.device) -> Contender:
+    source = torch.rand(num_elements, device=device)
+    target = torch.empty_like(source)
+    return Contender(name="copy", run=lambda: target.copy_(source))
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Contender:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return Contender(name="product", run=lambda: left @ right)
 
 
 def description(device: torch.device) -> dict[str, str]:
@@ -67,7 +73,7 @@ def description(device: torch.device) -> dict[str, str]:
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
         "device": _device_name(device),
-        "processor": f"{_processor_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}",
+        "processor": f"{_processor_name()}, {os.cpu_count()} cores",
     }
     if device.type != "cuda":
         facts["CUDA"] = "no CUDA device was at hand: every CUDA column is empty"

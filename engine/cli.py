@@ -16,7 +16,7 @@ from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, Gene
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
 from glm_rlhf.engine.config_ppo import PPOConfig
-from glm_rlhf.engine.config_training import RewardConfig, SFTConfig
+from glm_rlhf.engine.config_training import DPOConfig, RewardConfig, SFTConfig
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -68,6 +68,12 @@ COMMANDS = (
         function="glm_rlhf.engine.stages.scheduler:run",
     ),
     Command(
+        name="dpo",
+        summary="a policy learns to prefer the chosen answer of a pair, tied to a reference",
+        config=DPOConfig,
+        function="glm_rlhf.engine.stages.dpo:run",
+    ),
+    Command(
         name="generate",
         summary="answers for a prompts file, JSON lines out",
         config=GenerateConfig,
@@ -75,7 +81,7 @@ COMMANDS = (
     ),
     Command(
         name="score",
-        summary="per-token logprobs of a policy for demonstrations, JSON lines out",
+        summary="per-token logprobs of a policy, or scores of a reward model, JSON lines out",
         config=ScoreConfig,
         function="glm_rlhf.engine.stages.score:run",
     ),

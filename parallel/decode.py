@@ -97,7 +97,11 @@ class ChunkDecoder:
         )
         normed = ops.norm(residual, self.layers[0].input_norm)
         for index, (layer, pools) in enumerate(zip(self.layers, self.pools, strict=True)):
-            branch = self._attention(normed, layer, pools, batch, ops)
+            context = self._attention(normed, layer, pools, batch, ops)
+            if self.chunk.post_process and index + 1 == len(self.layers) and batch.sampled_rows is not None:
+                # Behind the last attention only those rows matter whose next token is drawn.
+                context, residual = context[batch.sampled_rows], residual[batch.sampled_rows]
+            branch = self._reduce(F.linear(context, layer.output))
             if layer.attention_norm is not None:
                 branch = ops.norm(branch, layer.attention_norm)
             normed, residual = ops.add_norm(branch, residual, layer.mlp_norm)
@@ -108,8 +112,6 @@ class ChunkDecoder:
                 normed, residual = ops.add_norm(branch, residual, self.layers[index + 1].input_norm)
         if not self.chunk.post_process:
             return residual + branch
-        if batch.sampled_rows is not None:
-            branch, residual = branch[batch.sampled_rows], residual[batch.sampled_rows]
         return ops.add_norm(branch, residual, self.chunk.decoder.final_layernorm.weight)[0]
 
     @torch.inference_mode()
@@ -125,7 +127,10 @@ class ChunkDecoder:
     def _attention(
         self, normed_TD: torch.Tensor, layer: LayerWeights, pools: Pools, batch: DecodeBatch, ops: LayerOps
     ) -> torch.Tensor:
-        """Return the attention branch. A group of heads is its queries, its key and its value, in this order."""
+        """Return the attention of every row, [T, N · H].
+
+        A group of heads is its queries, its key and its value, in this order.
+        """
         parts = [F.linear(normed_TD, weight, bias) for weight, bias in layer.projections]
         mixed_TM = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mixed_TGSH = mixed_TM.view(len(mixed_TM), self.num_kv_heads, -1, self.chunk.glm.head_size)
@@ -141,8 +146,7 @@ class ChunkDecoder:
                 key, value = (pool.flatten(0, 1)[batch.key_slots_S] for pool in pools)
             query_TNH = query_TKGH[num_decodes:].flatten(1, 2)
             outputs.append(packed_attention(query_TNH, key, value, (batch.prefill,)).flatten(1))
-        context = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._reduce(F.linear(context, layer.output))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         embedding = self.chunk.embedding.word_embeddings
@@ -154,7 +158,7 @@ class ChunkDecoder:
         return self._reduce(hidden_TD * is_here_T.unsqueeze(1))
 
     def _reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        if self.tp_group is not None:
+        if self.tp_group is not None and partial.numel():  # the same on every rank
             dist.all_reduce(partial, group=self.tp_group)
         return partial
 

@@ -3,6 +3,7 @@
 All numbers of a step are laid end to end on the host, so that one copy brings them to the device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +14,8 @@ import torch
 
 from glm_rlhf.parallel.packing import Segment
 
-_WORD_BYTES = 8
+Shape = tuple[tuple[int, ...], type]
+"""Sizes of an array, and its type: np.int64 or np.int32."""
 
 
 class Work(Protocol):
@@ -78,18 +80,26 @@ def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBat
     """
     decodes, prefills = plan.decodes, plan.prefills
     width = max((len(work.pages) for work in decodes), default=0)
-    numbers = decode_numbers(decodes, page_size=page_size, num_rows=len(decodes), table_width=width)
     if not prefills:
-        return decode_batch(_on_device(numbers, device))
+        numbers = HostNumbers(decode_shapes(len(decodes), width))
+        fill_decodes(numbers.arrays, decodes, page_size)
+        return decode_batch(numbers.to(device))
     query_lengths = tuple(len(work.tokens) for work in prefills)
     key_lengths = tuple(work.start + len(work.tokens) for work in prefills)
-    numbers = _with_prefills(numbers, prefills, page_size)
-    numbers += [np.cumsum((0, *lengths), dtype=np.int32) for lengths in (query_lengths, key_lengths)]
-    has_context = any(work.start for work in prefills)
-    if has_context:
-        of_all_keys = zip(prefills, map(np.arange, key_lengths), strict=True)
-        numbers.append(np.concatenate([_slots(work, span, page_size) for work, span in of_all_keys]))
-    tensors = _on_device(numbers, device)
+    num_drawn = len(decodes) + sum(work.samples for work in prefills)
+    num_context = sum(key_lengths) if any(work.start for work in prefills) else 0
+    numbers = HostNumbers(
+        [
+            *decode_shapes(len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_drawn=num_drawn),
+            ((num_drawn,), np.int64),
+            ((len(prefills) + 1,), np.int32),
+            ((len(prefills) + 1,), np.int32),
+            ((num_context,), np.int64),
+        ]
+    )
+    fill_decodes(numbers.arrays, decodes, page_size)
+    _fill_prefills(numbers.arrays, prefills, len(decodes), page_size)
+    *tensors, sampled_rows, query_cu_seqlens, key_cu_seqlens, key_slots_S = numbers.to(device)
     segment = Segment(
         query_start=0,
         query_end=sum(query_lengths),
@@ -97,73 +107,81 @@ def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBat
         key_end=sum(key_lengths),
         query_lengths=query_lengths,
         key_lengths=key_lengths,
-        query_cu_seqlens=tensors[8],
-        key_cu_seqlens=tensors[9],
+        query_cu_seqlens=query_cu_seqlens,
+        key_cu_seqlens=key_cu_seqlens,
     )
     return decode_batch(
-        tensors[:7],
-        sampled_rows=tensors[7],
-        prefill=segment,
-        key_slots_S=tensors[10] if has_context else None,
+        tensors, sampled_rows=sampled_rows, prefill=segment, key_slots_S=key_slots_S if num_context else None
     )
 
 
-def _with_prefills(numbers: list[np.ndarray], prefills: Sequence[Work], page_size: int) -> list[np.ndarray]:
-    """Return the numbers of decodes with the rows of prefills behind them, and the rows that are drawn."""
-    tokens, positions, slots, seeds, steps, lengths, table = numbers
-    spans = [np.arange(work.start, work.start + len(work.tokens)) for work in prefills]
-    last_rows = len(tokens) - 1 + np.cumsum([len(span) for span in spans])
-    drawn = [work for work in prefills if work.samples]
+def decode_shapes(
+    num_decodes: int, table_width: int, *, num_rows: int | None = None, num_drawn: int | None = None
+) -> list[Shape]:
+    """Return shape and type of tokens, positions, slots, seeds, steps, lengths and page table.
+
+    Args:
+        num_decodes: rows that attend over pages.
+        table_width: columns of the page table.
+        num_rows: all rows, when there are others.
+        num_drawn: rows whose next token is drawn, when it is not every row.
+    """
+    by_row = ((num_decodes if num_rows is None else num_rows,), np.int64)
+    by_draw = ((num_decodes if num_drawn is None else num_drawn,), np.int64)
     return [
-        np.concatenate([tokens, *(work.tokens for work in prefills)]),
-        np.concatenate([positions, *spans]),
-        np.concatenate([slots, *(_slots(w, span, page_size) for w, span in zip(prefills, spans, strict=True))]),
-        np.concatenate([seeds, [work.seed for work in drawn]]).astype(np.int64),
-        np.concatenate([steps, [work.num_generated for work in drawn]]).astype(np.int64),
-        lengths,
-        table,
-        np.concatenate([np.arange(len(tokens)), last_rows[[work.samples for work in prefills]]]),
+        *(by_row, by_row, by_row, by_draw, by_draw),
+        ((num_decodes,), np.int32),
+        ((num_decodes, table_width), np.int32),
     ]
 
 
-def decode_numbers(
-    works: Sequence[Work], *, page_size: int, num_rows: int, table_width: int
-) -> list[np.ndarray]:
-    """Return what `decode_batch` wants to know of decoding sequences, filled up to `num_rows` rows.
+def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[Work], page_size: int) -> None:
+    """Write decoding sequences into the first rows of arrays that have `decode_shapes` and hold zeros."""
+    if not works:
+        return
+    count = len(works)
+    rows = (
+        (work.tokens[0], work.start, work.pages[-1], work.seed, work.num_generated, len(work.pages))
+        for work in works
+    )
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=6 * count).reshape(count, 6)
+    tokens, positions, last_pages, seeds, steps, num_pages = numbers.T
+    slots = last_pages * page_size + positions % page_size
+    columns = (tokens, positions, slots, seeds, steps, positions + 1)
+    for array, column in zip(arrays, columns, strict=False):
+        array[:count] = column
+    table = arrays[6][:count]
+    pages = np.fromiter(chain.from_iterable(work.pages for work in works), dtype=np.int32)
+    table[np.arange(table.shape[1]) < num_pages[:, None]] = pages
 
-    A row that fills up writes no key, sees no position and draws a token that nobody reads.
 
-    Args:
-        works: one token each.
-        page_size: positions a page.
-        num_rows: at least as many as there are works.
-        table_width: columns of the page table, at least the most pages of a work.
-    """
-    num_works = len(works)
-    by_row = np.zeros((5, num_rows), dtype=np.int64)
-    tokens, positions, slots, seeds, steps = by_row
-    lengths = np.zeros(num_rows, dtype=np.int32)
-    table = np.zeros((num_rows, table_width), dtype=np.int32)
-    slots[num_works:] = -1
-    if num_works:
-        starts = positions[:num_works]
-        last_pages = slots[:num_works]
-        num_pages = np.empty(num_works, dtype=np.int64)
-        for values, of in (
-            (tokens, [work.tokens[0] for work in works]),
-            (starts, [work.start for work in works]),
-            (last_pages, [work.pages[-1] for work in works]),
-            (seeds, [work.seed for work in works]),
-            (steps, [work.num_generated for work in works]),
-            (num_pages, [len(work.pages) for work in works]),
-        ):
-            values[:num_works] = of
-        last_pages *= page_size
-        last_pages += starts % page_size
-        lengths[:num_works] = starts + 1
-        pages = np.fromiter(chain.from_iterable(work.pages for work in works), dtype=np.int32)
-        table[:num_works][np.arange(table_width) < num_pages[:, None]] = pages
-    return [tokens, positions, slots, seeds, steps, lengths, table]
+def _fill_prefills(
+    arrays: Sequence[np.ndarray], works: Sequence[Work], num_decodes: int, page_size: int
+) -> None:
+    """Write prefilled sequences behind the decoding ones."""
+    tokens, positions, slots, seeds, steps, _, _, sampled_rows, query_cu, key_cu, key_slots = arrays
+    sampled_rows[:num_decodes] = np.arange(num_decodes)
+    row = drawn = num_decodes
+    num_keys = 0
+    for place, work in enumerate(works, 1):
+        first, row, end = row, row + len(work.tokens), work.start + len(work.tokens)
+        of_sequence = _slots(work, end, page_size)
+        tokens[first:row] = work.tokens
+        positions[first:row] = np.arange(work.start, end)
+        slots[first:row] = of_sequence[work.start :]
+        if work.samples:
+            sampled_rows[drawn], seeds[drawn], steps[drawn] = row - 1, work.seed, work.num_generated
+            drawn += 1
+        if len(key_slots):
+            key_slots[num_keys : num_keys + end] = of_sequence
+        num_keys += end
+        query_cu[place], key_cu[place] = row - num_decodes, num_keys
+
+
+def _slots(work: Work, num_positions: int, page_size: int) -> np.ndarray:
+    """Return where the first positions of a sequence lie."""
+    first_slots = np.array(work.pages, dtype=np.int64)[:, None] * page_size
+    return (first_slots + np.arange(page_size)).reshape(-1)[:num_positions]
 
 
 def decode_batch(
@@ -173,7 +191,7 @@ def decode_batch(
     sampled_rows: torch.Tensor | None = None,
     key_slots_S: torch.Tensor | None = None,
 ) -> DecodeBatch:
-    """Return the batch of tensors that stand in the order of `decode_numbers`."""
+    """Return the batch of tensors that stand in the order of `decode_shapes`."""
     tokens_T, positions_T, slots_T, seeds_B, steps_B, lengths_B, page_table_BP = tensors
     return DecodeBatch(
         tokens_T=tokens_T,
@@ -190,42 +208,36 @@ def decode_batch(
     )
 
 
-def pack(numbers: Sequence[np.ndarray]) -> torch.Tensor:
-    """Return arrays of int64 and int32 laid end to end in one host tensor of int64 words.
+class HostNumbers:
+    """Arrays of int64 and int32 that lie end to end in one tensor of the host.
 
-    The tensor is pinned where there is CUDA: a copy from it need not be waited for, and its memory is not
-    given to another tensor before the copy is done.
+    The memory is pinned where there is CUDA: a copy from it is not waited for, and it is given to no other
+    tensor before the copy is done.
     """
-    num_words = sum(_num_words(array) for array in numbers)
-    words = torch.empty(num_words, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-    on_host, end = words.numpy(), 0
-    for array in numbers:
-        start, end = end, end + _num_words(array)
-        on_host[start:end].view(array.dtype)[: array.size] = array.reshape(-1)
-    return words
 
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        """Make arrays of zeros."""
+        self._shapes = shapes
+        self._num_words = [-(-math.prod(shape) // (2 if dtype is np.int32 else 1)) for shape, dtype in shapes]
+        self.words = torch.zeros(
+            sum(self._num_words), dtype=torch.int64, pin_memory=torch.cuda.is_available()
+        )
+        self.arrays = []
+        """To be filled."""
+        words, end = self.words.numpy(), 0
+        for (shape, dtype), num_words in zip(shapes, self._num_words, strict=True):
+            start, end = end, end + num_words
+            self.arrays.append(words[start:end].view(dtype)[: math.prod(shape)].reshape(shape))
 
-def unpack(words: torch.Tensor, like: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """Return views of packed words with the shapes and types of the arrays that were packed."""
-    tensors, end = [], 0
-    for array in like:
-        start, end = end, end + _num_words(array)
-        part = words[start:end]
-        if array.dtype == np.int32:
-            part = part.view(torch.int32)[: array.size]
-        tensors.append(part.view(array.shape))
-    return tensors
+    def to(self, device: torch.device) -> list[torch.Tensor]:
+        """Return the arrays as tensors of the device, by one copy."""
+        return self.views(self.words.to(device, non_blocking=True))
 
-
-def _on_device(numbers: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    return unpack(pack(numbers).to(device, non_blocking=True), numbers)
-
-
-def _num_words(array: np.ndarray) -> int:
-    return -(-array.nbytes // _WORD_BYTES)
-
-
-def _slots(work: Work, positions: np.ndarray, page_size: int) -> np.ndarray:
-    """Return where these positions of a sequence lie."""
-    pages, offsets = np.divmod(positions, page_size)
-    return np.array(work.pages, dtype=np.int64)[pages] * page_size + offsets
+    def views(self, words: torch.Tensor) -> list[torch.Tensor]:
+        """Return tensors of the arrays' shapes and types in the memory of `words`."""
+        tensors = []
+        for part, (shape, dtype) in zip(words.split(self._num_words), self._shapes, strict=True):
+            if dtype is np.int32:
+                part = part.view(torch.int32)[: math.prod(shape)]
+            tensors.append(part if len(shape) == 1 else part.view(shape))
+        return tensors

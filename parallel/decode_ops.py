@@ -111,16 +111,15 @@ class TorchOps:
         self._cos_TR, self._sin_TR = cos_TR, sin_TR
         self._epsilon = torch.tensor(epsilon)
         self._slots_T = batch.slots_T
-        is_written_T = batch.slots_T >= 0
-        self._written_rows = None if bool(is_written_T.all()) else is_written_T.nonzero().squeeze(1)
+        self._filler_rows = None
         if batch.num_decodes:
             slots_BL, bias_B1L = visible_slots(
                 batch.page_table_BP, batch.lengths_B, page_size=page_size, num_new=1
             )
             self._context_shape = slots_BL.shape
             self._context_slots, self._bias_B11L = slots_BL.flatten(), bias_B1L[:, None]
-            is_empty_B = batch.lengths_B == 0
-            self._is_empty_B = is_empty_B if bool(is_empty_B.any()) else None
+            if int(batch.lengths_B.min()) == 0:
+                self._filler_rows = (batch.lengths_B == 0).nonzero()[:, 0]
 
     def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         wide_TD = hidden_TD.float()
@@ -143,8 +142,8 @@ class TorchOps:
 
     def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
         slots = self._slots_T
-        if self._written_rows is not None:
-            rows = self._written_rows
+        if self._filler_rows is not None:
+            rows = (slots >= 0).nonzero()[:, 0]
             slots, key_TKH, value_TKH = slots[rows], key_TKH[rows], value_TKH[rows]
         for pool, new in zip(pools, (key_TKH, value_TKH), strict=True):
             pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
@@ -162,6 +161,6 @@ class TorchOps:
         context_BKGH = F.scaled_dot_product_attention(
             query_BKGH.float(), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
         )
-        if self._is_empty_B is not None:
-            context_BKGH[self._is_empty_B] = 0.0
+        if self._filler_rows is not None:
+            context_BKGH[self._filler_rows] = 0.0
         return context_BKGH.flatten(1).to(query_BKGH.dtype)

@@ -12,7 +12,7 @@ TOLERANCE = 1e-5
 
 
 def cases(sizes: dict[str, tuple[int, int]], models: str) -> list[Case]:
-    """Return a row a size (sequences, tokens of each); limits: three fp32 and a mask read, four fp32 written."""
+    """Return a row a size (sequences, tokens of each). Limit: three fp32 and a mask read, four written."""
     targets = {(64, 8192): 15e-6, (512, 4096): 12e-6}
     notes = {(512, 4096): " (the target is for GAE alone, of 12 bytes a token)"}
     return [

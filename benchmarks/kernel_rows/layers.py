@@ -26,15 +26,15 @@ def cases(
     rotated_bytes = float(num_tokens * NUM_GROUPS * (QUERIES_A_GROUP + 1) * ROTARY_SIZE * dtype.itemsize)
     norm, gate = f"T {num_tokens}, D {width}, {name}", f"T {num_tokens}, F {ffn_size}, {name}"
     rope = f"T {num_tokens}, {NUM_GROUPS} groups of {QUERIES_A_GROUP} + 2 heads of {HEAD_SIZE}, {name}"
-    both = "forward + backward"
-    size = (num_tokens, width)
+    both, tokens = "forward + backward", (dtype, num_tokens)
+    add, gated = "residual add + RMSNorm; ", "SwiGLU; "
     table: list[tuple[str, str, str, float, float | None, Callable]] = [
-        ("e1", "residual add + RMSNorm; forward", norm, 4 * row_bytes, 70e-6, lambda d: _norm(d, dtype, *size)),
-        ("e2", f"residual add + RMSNorm; {both}", norm, 8 * row_bytes, None, lambda d: _norm_both(d, dtype, *size)),
-        ("f1", "SwiGLU; forward", gate, 3 * ffn_bytes, 175e-6, lambda d: _gate(d, dtype, num_tokens, ffn_size)),
-        ("f2", f"SwiGLU; {both}", gate, 8 * ffn_bytes, 465e-6, lambda d: _gate_both(d, dtype, num_tokens, ffn_size)),
-        ("g", "RoPE on queries and keys; forward", rope, 2 * rotated_bytes, 25e-6, lambda d: _rope(d, dtype, num_tokens)),
-    ]  # fmt: skip
+        ("e1", f"{add}forward", norm, 4 * row_bytes, 70e-6, lambda d: _norm(d, *tokens, width)),
+        ("e2", add + both, norm, 8 * row_bytes, None, lambda d: _norm_both(d, *tokens, width)),
+        ("f1", f"{gated}forward", gate, 3 * ffn_bytes, 175e-6, lambda d: _gate(d, *tokens, ffn_size)),
+        ("f2", gated + both, gate, 8 * ffn_bytes, 465e-6, lambda d: _gate_both(d, *tokens, ffn_size)),
+        ("g", "RoPE on queries and keys", rope, 2 * rotated_bytes, 25e-6, lambda d: _rope(d, *tokens)),
+    ]
     return [
         Case(
             row=row,

@@ -35,8 +35,8 @@ def small_cases() -> list[Case]:
     """Return the same rows in fp32 at shapes for a CPU; the head at two vocabularies, to show its memory."""
     fp32, small = torch.float32, "small"
     return [
-        *vocabulary_head.cases({small: (512, 8192, 256)}, fp32),
-        *(c for c in vocabulary_head.cases({"small, 4 V": (512, 32768, 256)}, fp32) if c.row == "a2"),
+        *vocabulary_head.cases({small: (512, 16384, 128)}, fp32),
+        *(c for c in vocabulary_head.cases({"small, 2 V": (512, 32768, 128)}, fp32) if c.row == "a2"),
         *logits.cases({small: (512, 8192)}, fp32),
         *advantages.cases({"c1": (16, 512), "c2": (64, 256)}, small),
         *optimizer.cases({small: ([(1024, 1024), (2048, 1024), (1024,)], 0.0, None)}),

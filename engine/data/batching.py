@@ -102,7 +102,7 @@ def _split_to(groups: list[tuple[int, ...]], count: int, lengths: Sequence[int])
     waiting = [(-sum(lengths[i] for i in group), group) for group in groups if len(group) > 1]
     heapq.heapify(waiting)
     done = [group for group in groups if len(group) == 1]
-    while waiting and len(waiting) + len(done) <= count:
+    while waiting and len(waiting) + len(done) < count:
         _, group = heapq.heappop(waiting)
         for half in deal_by_tokens([lengths[i] for i in group], 2):
             part = tuple(group[i] for i in half)

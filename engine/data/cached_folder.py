@@ -24,9 +24,10 @@ def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> d
     """Return the facts of a cached folder, which is filled now unless a whole one stands there.
 
     The files are written to a folder beside, which takes its name when it is complete, so a kill at any time
-    leaves at most a `.partial` folder; the next build on that host removes it. A folder that stands there is believed only
-    when its identity is equal and every file has the size and the checksum its manifest names. Processes that
-    come here at once take turns by a `.lock` file, which stays, and the later ones find the work done.
+    leaves at most a `.partial` folder; the next build on that host removes it. A folder that stands there is
+    believed only when its identity is equal and every file has the size and the checksum its manifest names.
+    Processes that come here at once take turns by a `.lock` file, which stays, and the later ones find the
+    work done.
 
     Args:
         path: the folder; its parents are made.

@@ -86,6 +86,7 @@ def pair_sums(
 def pair_metrics(sums: Mapping[str, float]) -> dict[str, float | None]:
     """Return accuracy, margin, spread of scores and their tie to length; None for what is not defined.
 
+    - `num_pairs`: how many there are.
     - `accuracy`: share of right pairs; `accuracy_shorter`: among pairs whose preferred answer is the shorter.
     - `margin`: mean of w − l. `score_mean`, `score_std`: over both answers.
     - `corr_score_length`: Pearson's correlation of an answer's score with its length in tokens.
@@ -93,7 +94,7 @@ def pair_metrics(sums: Mapping[str, float]) -> dict[str, float | None]:
     """
     pairs, answers = sums["num_pairs"], 2 * sums["num_pairs"]
     if not pairs:
-        return dict.fromkeys(METRICS)
+        return {**dict.fromkeys(METRICS), "num_pairs": 0.0}
     mean, mean_length = sums["score"] / answers, sums["length"] / answers
     variance = _variance(sums["score_squared"] / answers, mean)
     length_variance = _variance(sums["length_squared"] / answers, mean_length)
@@ -103,6 +104,7 @@ def pair_metrics(sums: Mapping[str, float]) -> dict[str, float | None]:
         abs(sums[f"bin_right_{index}"] - sums[f"bin_confidence_{index}"]) for index in range(NUM_BINS)
     )
     return {
+        "num_pairs": pairs,
         "accuracy": sums["num_right"] / pairs,
         "accuracy_shorter": sums["num_shorter_right"] / sums["num_shorter"] if sums["num_shorter"] else None,
         "margin": sums["margin"] / pairs,
@@ -114,6 +116,7 @@ def pair_metrics(sums: Mapping[str, float]) -> dict[str, float | None]:
 
 
 METRICS = (
+    "num_pairs",
     "accuracy",
     "accuracy_shorter",
     "margin",

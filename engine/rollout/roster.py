@@ -83,14 +83,13 @@ class Roster:
         return sum(len(running) for running in self._groups)
 
     def send(self, group: int) -> tuple[list[Planned], list[tuple[int, int]]]:
-        """Return what `group` does now, earliest started first, and the copies of pages before it.
+        """Return what `group` does now and the copies of pages before it.
 
         If it does anything, its step is in flight until `bring_back`.
         """
         planned = self._continue_running(group)
         copies = self._start_waiting(group, planned)
         if planned:
-            planned.sort(key=lambda one: one.sequence.started)
             self._in_flight[group] = planned
             self._count(num_steps=1, num_tokens=sum(one.num_tokens for one in planned))
         elif self.num_unfinished:
@@ -111,6 +110,7 @@ class Roster:
         prompt = sequence.prompt
         self._leave(sequence)
         self.num_unfinished -= 1
+        prompt.num_unfinished -= 1
         num_held = 0
         if prompt.num_waiting > 0 and prompt.num_prompt_pages > 0 and prompt.source is None:
             num_held = prompt.num_prompt_pages
@@ -170,7 +170,7 @@ class Roster:
         return True
 
     def _victim(self, sequence: SequenceState) -> SequenceState | None:
-        """Return the most recently started of the groups without a step in flight, None if it is `sequence`."""
+        """Return the last started of the groups without a step in flight, or None if that is `sequence`."""
         last = [
             running[-1]
             for running, in_flight in zip(self._groups, self._in_flight, strict=True)
@@ -188,7 +188,6 @@ class Roster:
         sequence.pages, sequence.num_cached = (), 0
         sequence.rank = (0, sequence.started)
         heapq.heappush(self._waiting, (sequence.rank, sequence))
-        prompt.num_waiting += 1
         if prompt.prefiller is sequence:
             self._end_prefill(prompt)
         self._count(num_preemptions=1)
@@ -213,7 +212,6 @@ class Roster:
             sequence.group = group
             insort(self._groups[group], sequence, key=_started)
             prompt.running.append(sequence)
-            prompt.num_waiting -= 1
             num_tokens = min(sequence.num_unfed, budget)
             budget -= num_tokens
             planned.append(Planned(sequence, num_tokens, samples=num_tokens == sequence.num_unfed))

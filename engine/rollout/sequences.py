@@ -17,16 +17,21 @@ class PromptState:
     """Pages before the one that holds the last prompt token: samples share them."""
     copies_page: bool
     """Whether the page of the last prompt token holds other prompt tokens: siblings get a copy of it."""
-    num_waiting: int
-    """Samples that have not started or were preempted."""
+    num_unfinished: int
+    """Samples that have not ended."""
     running: list["SequenceState"] = field(default_factory=list)
     """Samples that own pages, in the order in which they got them."""
     prefiller: "SequenceState | None" = None
     """The sample that computes the prompt now."""
     parked: list["SequenceState"] = field(default_factory=list)
-    """Samples whose turn came while the prefiller was at work; all others that wait are in the roster's heap."""
+    """Samples whose turn came while the prefiller was at work; the roster has all others that wait."""
     held_pages: tuple[int, ...] = ()
     """Prompt pages of a finished sample, kept for the next one to start."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that have not started or were preempted."""
+        return self.num_unfinished - len(self.running)
 
     @property
     def num_reused(self) -> int:
@@ -91,7 +96,9 @@ def states_of(requests: Sequence[GenerationRequest], page_size: int) -> list[Seq
     sequences = []
     for request in requests:
         num_full_pages, rest = divmod(len(request.prompt) - 1, page_size)
-        prompt = PromptState(request, num_full_pages, copies_page=rest > 0, num_waiting=request.num_samples)
+        prompt = PromptState(
+            request, num_full_pages, copies_page=rest > 0, num_unfinished=request.num_samples
+        )
         for sample in range(request.num_samples):
             seed = sample_seed(request.seed, sample)
             sequences.append(SequenceState(len(sequences), prompt, sample, seed, rank=(1, len(sequences))))

@@ -67,10 +67,10 @@ class Step:
     """(source page, target page). No page is a target twice, and none is both source and target, so the
     copies may run in any order. A source may be written later in the same step."""
     decodes: tuple[SequenceWork, ...]
-    """Those that feed one token and draw the next, earliest started first. The token is the one drawn last,
-    or the last of a prompt whose rest is in the cache."""
+    """Those that feed one token and draw the next. The token is the one drawn last, or the last of a prompt
+    whose rest is in the cache."""
     prefills: tuple[SequenceWork, ...]
-    """All others, earliest started first: chunks; those that reach the end of their sequence sample."""
+    """All others: chunks, of which those that reach the end of their sequence sample."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The command `score`: per-token log-probabilities of given responses under a policy, or a reward's scores."""
+"""The command `score`: per-token logprobs of given answers under a policy, or a reward model's scores."""
 
 import contextlib
 import math
@@ -67,7 +67,8 @@ def run(config: ScoreConfig) -> None:
         with agreed(f"reading {config.model.path}"):
             is_reward_model = _is_reward_model(config)
         if is_reward_model:
-            return score_answers(config, place)
+            score_answers(config, place)
+            return
         chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
         with agreed("reading the tokenizer"):
             tokenizer = find_tokenizer(config, chunks[0].glm)

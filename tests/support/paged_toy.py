@@ -150,6 +150,9 @@ class Simulation:
             for work in (*flying.decodes, *flying.prefills)
         ]
         assert len(running) == len(set(running)), "a sequence in two places at once"
+        for members in self.queue._roster._groups:
+            started = [member.started for member in members]
+            assert started == sorted(started), "the last of a group is not the one to be preempted first"
         self._check_pages(group, step)
 
     def _check_pages(self, group: int, step: Step) -> None:

@@ -46,7 +46,7 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
         records.append(
             {
                 "prompt_tokens": token_ids(generator, 1, 10),
-                "chosen_tokens": [token - token % 2 + 2 for token in chosen],
+                "chosen_tokens": [token - token % 2 for token in chosen],
                 "rejected_tokens": [token - token % 2 + 1 for token in rejected],
             }
         )

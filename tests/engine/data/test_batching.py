@@ -39,8 +39,8 @@ def test_dealing_worked_by_hand():
 
 
 def test_equal_loads_go_to_the_rank_with_fewer_sequences():
-    # 4 | 2 2, then a 0 to rank 0, which has one sequence; the other finds 2 and 2 and goes to rank 0.
-    assert deal_by_tokens([4, 2, 2, 0, 0], 2) == [[0, 3, 4], [1, 2]]
+    assert deal_by_tokens([3, 3, 0, 0], 2) == [[0, 2], [1, 3]]
+    assert deal_by_tokens([0, 0, 0], 3) == [[0], [1], [2]]
 
 
 @settings(deadline=None, max_examples=50)

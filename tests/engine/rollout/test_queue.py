@@ -227,6 +227,22 @@ def test_kept_prompt_pages_are_given_up_to_what_starts_before_the_next_sample():
     assert (queue.num_waiting, queue.pool.num_free) == (1, 1)
 
 
+def test_a_preempted_sample_takes_over_the_prompt_of_one_that_ended():
+    queue = queue_of(request(0, [5, 6, 7], max_new_tokens=5, num_samples=2), num_pages=4, page_size=2)
+    queue.next(0)
+    take(queue, 0, 10)
+    assert [work.pages for work in queue.next(0).decodes] == [(0, 1), (0, 2)]
+    take(queue, 0, 11, 20)
+    assert [work.pages for work in queue.next(0).decodes] == [(0, 1, 3), (0, 2)]
+    take(queue, 0, 12, 21)
+    assert [work.pages for work in queue.next(0).decodes] == [(0, 1, 3)]  # sample 1 sits out
+    take(queue, 0, 13)
+    assert [work.pages for work in queue.next(0).decodes] == [(0, 1, 3, 2)]  # and is preempted
+    (done,) = take(queue, 0, 14)
+    assert done.tokens == (10, 11, 12, 13, 14)
+    assert shape(queue.next(0).prefills) == [(1, (7, 20, 21), 2, (0, 1, 2), True, 2)]
+
+
 def test_the_most_recent_start_yields_and_resumes_where_it_was():
     # 2 sequences, 4 pages of 2. Both start with 1 page each for 2 tokens and one left for each.
     queue = queue_of(

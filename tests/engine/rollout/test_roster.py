@@ -8,6 +8,7 @@ from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 from paged_toy import VOCABULARY, PagedMemory, Simulation, answer_alone
 
+from glm_rlhf.engine.rollout import roster
 from glm_rlhf.engine.rollout.pages import PagePool
 from glm_rlhf.engine.rollout.queue import GenerationQueue, GenerationRequest
 from glm_rlhf.engine.rollout.roster import Roster
@@ -127,8 +128,6 @@ def test_ranks_agree_and_the_order_of_requests_changes_no_answer(case, seed):
 
 
 def earliest_started(queue):
-    groups = [[sequence.started for sequence in group] for group in queue._roster._groups]
-    assert groups == [sorted(group) for group in groups]
     running = [sequence for group in queue._roster._groups for sequence in group]
     return min(running, key=lambda sequence: sequence.started, default=None)
 
@@ -163,8 +162,8 @@ def forget_owner(pool, pages):
     pass
 
 
-def victim_in_flight(roster, sequence):
-    last = [running[-1] for running in roster._groups if running]
+def victim_in_flight(self, sequence):
+    last = [running[-1] for running in self._groups if running]
     victim = max(last, key=lambda one: one.started)
     return victim if victim.started > sequence.started else None
 
@@ -174,18 +173,24 @@ def prompt_only(sequence, count):
     return tokens[sequence.num_cached : sequence.num_cached + count]
 
 
-def lose_pages(roster, sequence):
-    roster._leave(sequence)
-    roster.num_unfinished -= 1
+def lose_pages(self, sequence):
+    self._leave(sequence)
+    self.num_unfinished -= 1
+    sequence.prompt.num_unfinished -= 1
+
+
+def put_last(group, sequence, key):
+    group.append(sequence)
 
 
 @pytest.mark.parametrize(
     "owner, name, mistake",
     [
+        (roster, "insort", put_last),
         (PagedMemory, "copy", no_copies),
         (PagePool, "share", forget_owner),
         (Roster, "_victim", victim_in_flight),
-        (Roster, "_has_room", lambda roster, group: True),
+        (Roster, "_has_room", lambda self, group: True),
         (Roster, "finish", lose_pages),
         (SequenceState, "unfed_tokens", prompt_only),
         (PromptState, "num_reused", property(lambda prompt: len(prompt.request.prompt))),
