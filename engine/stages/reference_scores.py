@@ -65,8 +65,8 @@ def score_reference(
         scores = everyone.cpu()
     for number in (~scores.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
         raise ValueError(
-            f"the reference gives {records.name(number)} the log-probabilities {scores[number].tolist()}: its "
-            "weights may be damaged"
+            f"the reference gives {records.name(number)} the log-probabilities {scores[number].tolist()}: "
+            "its weights may be damaged"
         )
     is_wanted = torch.zeros(len(records), dtype=torch.bool)
     is_wanted[list(numbers)] = True
