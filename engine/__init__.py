@@ -1,1 +1,22 @@
 """The RLHF engine: data, rollouts, objectives, stages."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from glm_rlhf.engine.config_ppo import PPOConfig
+    from glm_rlhf.engine.stages.ppo import PPOEngine
+
+__all__ = ["PPOConfig", "PPOEngine"]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is public when it is asked for: the command line's help must not import torch."""
+    if name == "PPOConfig":
+        from glm_rlhf.engine.config_ppo import PPOConfig
+
+        return PPOConfig
+    if name == "PPOEngine":
+        from glm_rlhf.engine.stages.ppo import PPOEngine
+
+        return PPOEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, Gene
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
 from glm_rlhf.engine.config_ppo import PPOConfig
-from glm_rlhf.engine.config_training import DPOConfig, RewardConfig, SFTConfig
+from glm_rlhf.engine.config_training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -72,6 +72,12 @@ COMMANDS = (
         summary="a policy learns to prefer the chosen answer of a pair, tied to a reference",
         config=DPOConfig,
         function="glm_rlhf.engine.stages.dpo:run",
+    ),
+    Command(
+        name="label",
+        summary="pairs from a policy's answers: K to each prompt, the best and the worst by a reward model",
+        config=LabelConfig,
+        function="glm_rlhf.engine.stages.label:run",
     ),
     Command(
         name="generate",

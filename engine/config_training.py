@@ -181,6 +181,10 @@ class LabelSection:
 
     min_margin: NotNegative = 0.0
     """Smallest difference of best and worst score; a prompt below it, or with equal scores, gives no pair."""
+    prompts_out: PathText | None = None
+    """JSON lines to write the prompts to whose scores vary, as they came, for PPO; null for none."""
+    min_variance: NotNegative = 0.01
+    """Smallest variance of a prompt's scores that counts as varying there."""
 
 
 @frozen_section
@@ -311,6 +315,9 @@ class LabelConfig:
 
     def __post_init__(self) -> None:
         check_apart("data.out", self.out_path, "data.path", self.data.path)
+        if self.label.prompts_out is not None:
+            check_apart("label.prompts_out", self.label.prompts_out, "data.path", self.data.path)
+            check_apart("label.prompts_out", self.label.prompts_out, "data.out", self.out_path)
         if self.generation.num_samples < 2:
             raise ValueError(
                 f"generation.num_samples is {self.generation.num_samples}: a pair needs at least 2 answers"

@@ -90,7 +90,9 @@ def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBat
     num_context = sum(key_lengths) if any(work.start for work in prefills) else 0
     numbers = HostNumbers(
         [
-            *decode_shapes(len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_drawn=num_drawn),
+            *decode_shapes(
+                len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_drawn=num_drawn
+            ),
             ((num_drawn,), np.int64),
             ((len(prefills) + 1,), np.int32),
             ((len(prefills) + 1,), np.int32),

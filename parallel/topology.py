@@ -1,6 +1,8 @@
 """From a launch (torchrun, a larger stack, or one process) to Megatron-core's process groups."""
 
 import contextlib
+import functools
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from glm_rlhf.parallel import cpu
 from glm_rlhf.parallel.layout import Layout
 
 DEFAULT_TIMEOUT_S = 600.0
+_world_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +124,19 @@ def _start_world(timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = _meeting_point()
+        store.set_timeout(timeout)
+    # The store outlives a world and remembers where its ranks were: each world has names of its own.
+    store = dist.PrefixStore(f"world_{next(_world_numbers)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+@functools.cache
+def _meeting_point() -> tuple[dist.Store, int, int]:
+    """Return the launcher's store, this process's rank, and the world's size."""
+    return next(dist.rendezvous("env://"))
 
 
 def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from glm_rlhf.engine.config import GenerateConfig
+from glm_rlhf.engine.config_training import LabelConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
@@ -53,27 +54,37 @@ def run(config: GenerateConfig) -> None:
         report = ReadReport()
         with agreed("reading tokenizer and prompts"):
             tokenizer = find_tokenizer(config, chunks[0].glm)
-            prompts = _read(config, tokenizer, chunks[0], report)
+            prompts = read_prompt_ids(config, tokenizer, chunks[0], report)
         with contextlib.ExitStack() as stack:
             write = None
             with agreed(f"writing {config.out_path}"):
                 if place.is_reporter:
                     write = stack.enter_context(json_lines(config.out_path))
             start = time.monotonic()
-            completions = _generate(config, prompts, tokenizer, chunks, place)
+            completions = generate_answers(config, prompts, tokenizer, chunks, place)
             if write is not None:
                 _write_all(write, prompts, completions, tokenizer)
                 _say(config, report, completions, time.monotonic() - start)
 
 
-def _generate(
-    config: GenerateConfig,
+def generate_answers(
+    config: GenerateConfig | LabelConfig,
     prompts: list[Prompt],
     tokenizer: Tokenizer | None,
     chunks: list[GLMModel],
     place: Topology,
 ) -> list[Completion]:
-    """Return all completions on rank 0; each copy of the model answers its share of the prompts."""
+    """Return all completions, in no order, on rank 0; each copy of the model answers its share of prompts.
+
+    Every rank of the topology calls this.
+
+    Args:
+        config: how answers are drawn.
+        prompts: of the whole launch; a completion's `request` is the place of its prompt among them.
+        tokenizer: masks ids without a token, and knows what ends an answer; may be None.
+        chunks: this rank's chunks of the policy.
+        place: layout and groups.
+    """
     settings, glm = config.generation, chunks[0].glm
     stop_ids = stop_ids_of(config.model.path, tokenizer) | set(settings.stop_ids)
     requests = [
@@ -125,9 +136,14 @@ def _generate(
     return found
 
 
-def _read(
-    config: GenerateConfig, tokenizer: Tokenizer | None, model: GLMModel, report: ReadReport
+def read_prompt_ids(
+    config: GenerateConfig | LabelConfig, tokenizer: Tokenizer | None, model: GLMModel, report: ReadReport
 ) -> list[Prompt]:
+    """Return the prompts of `data.path` as ids, each of which leaves room for an answer.
+
+    Raises:
+        RecordError: a bad file or record.
+    """
     data, glm = config.data, model.glm
     to_prompt = partial(
         _prompt, tokenizer=tokenizer, longest=data.max_prompt_tokens, max_positions=glm.max_positions

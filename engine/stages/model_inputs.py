@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from glm_rlhf.engine.config import GenerateConfig, ParallelSection, ScoreConfig
+from glm_rlhf.engine.config import ParallelSection, TokenizerSection
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer import has_tokenizer, load_tokenizer
 from glm_rlhf.parallel.glm_config import GLMConfig
@@ -15,12 +16,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Types by the names that configs use."""
 
 
+class ReadsText(Protocol):
+    """A root config of a command whose model may have a tokenizer."""
+
+    tokenizer: TokenizerSection
+    """What the user says about it."""
+    tokenizer_path: Path
+    """Where it is looked for."""
+
+
 def layout_of(axes: ParallelSection) -> Layout:
     """Return the layout that a config asks for."""
     return Layout(tp=axes.tp, pp=axes.pp, vpp=axes.vpp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)
 
 
-def find_tokenizer(config: ScoreConfig | GenerateConfig, glm: GLMConfig) -> Tokenizer | None:
+def find_tokenizer(config: ReadsText, glm: GLMConfig) -> Tokenizer | None:
     """Return the tokenizer, or None where none is named and none lies beside the model: ids need none.
 
     Raises:

@@ -1,96 +1,73 @@
-"""PPO on the ranks that generate: the engine that a larger stack drives step by step."""
+"""PPO as a larger stack drives it: one object, from a config, inside any torch.distributed world."""
 
-import time
+import contextlib
+import dataclasses
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-
+from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
-from glm_rlhf.engine.rollout.rewards import RewardFunction
-from glm_rlhf.engine.stages.experience import make_experience
+from glm_rlhf.engine.data.messages import Message
+from glm_rlhf.engine.rollout.answers import AnswerSettings
+from glm_rlhf.engine.rollout.generation import BatchSettings
+from glm_rlhf.engine.rollout.rewards import find_reward
+from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
-from glm_rlhf.engine.stages.ppo_update import critic_step, mini_batches, policy_step
-from glm_rlhf.engine.stages.reward_terms import RewardTerms
+from glm_rlhf.engine.stages.training_run import adam_of
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
-from glm_rlhf.parallel.export import export_model
-from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
-from glm_rlhf.parallel.topology import Topology
+from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.load import load_model
+from glm_rlhf.parallel.token_draw import SamplingSettings
+from glm_rlhf.parallel.topology import Topology, topology
 
 
 class PPOEngine:
-    """Owns the four roles on this rank, and the state that PPO carries from one iteration to the next.
+    """Owns a topology, the four roles in it, and what PPO carries between iterations.
 
-    An iteration is `generate`, `make_experience`, `update`. Every rank of the topology calls each of them
-    with the same arguments, its own rollouts and experience apart. Nothing is written or reloaded between
-    them, and no weight moves: the policy generates on the tensors that its optimizer changes.
+        engine = PPOEngine(PPOConfig.from_yaml("ppo.yaml"))
+        rollouts = engine.generate(prompts)
+        experience = engine.make_experience(rollouts)
+        metrics = engine.update(experience)
+
+    Every rank of the world makes one and calls the same methods in the same order. A world that exists
+    already is used and left alone. A context manager; or call `close`.
     """
 
-    def __init__(
-        self,
-        *,
-        topology: Topology,
-        policy: Sequence[GLMModel],
-        critic: Sequence[GLMModel],
-        reference: Sequence[GLMModel],
-        settings: PPOSettings,
-        answers: AnswerSettings,
-        policy_adam: AdamSettings,
-        critic_adam: AdamSettings,
-        seed: int,
-        tokenizer: Tokenizer | None = None,
-        reward_model: Sequence[GLMModel] | None = None,
-        reward_function: RewardFunction | None = None,
-        reward_function_weight: float = 1.0,
-        uses_reference_baseline: bool = False,
-    ) -> None:
-        """Take the models, their weights in place, and make the optimizers.
-
-        Args:
-            topology: layout and groups of all roles.
-            policy, critic, reference, reward_model: this rank's chunks.
-            settings: of PPO.
-            answers: how prompts are answered.
-            policy_adam, critic_adam: of the optimizers.
-            seed: of answers and mini-batches.
-            tokenizer: gives a reward function its texts.
-            reward_function: judges answers, beside or in place of the reward model.
-            reward_function_weight: factor of its rewards.
-            uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
+    def __init__(self, config: PPOConfig) -> None:
+        """Enter the layout and load the models.
 
         Raises:
-            ValueError: no reward.
+            ValueError: a folder, a tokenizer, a layout or a reward function that the user has to mend.
         """
-        self.topology, self.settings, self.answers, self.seed = topology, settings, answers, seed
-        self.policy, self.reference, self.critic = list(policy), list(reference), list(critic)
-        self.policy_state = TrainingState(self.policy, policy_adam, topology=topology)
-        self.critic_state = TrainingState(self.critic, critic_adam, topology=topology)
-        self.kl_coef = settings.kl_coef
-        self.iteration = 0
-        self._num_answered = 0
-        self.rewards = RewardTerms(
-            topology=topology,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            tokenizer=tokenizer,
-            model=reward_model,
-            function=reward_function,
-            function_weight=reward_function_weight,
-            answer_by_reference=self._answer_by_reference if uses_reference_baseline else None,
-        )
+        self.config = config
+        axes = config.parallel
+        with contextlib.ExitStack() as stack:
+            self.topology: Topology = stack.enter_context(
+                topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed)
+            )
+            self.roles, self.tokenizer = _build(config, self.topology)
+            self._stack = stack.pop_all()
 
-    def generate(self, prompts: Sequence[PromptInput]) -> Rollouts:
-        """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank."""
-        self._num_answered += 1
-        return answer_prompts(
-            self.policy,
-            prompts,
-            self.answers,
-            seed=(self.seed << 20) + self._num_answered,
-            topology=self.topology,
-        )
+    @property
+    def model_config(self) -> GLMConfig:
+        """Shape of the policy."""
+        return self.roles.policy[0].glm
+
+    def generate(self, prompts: Sequence[str | Sequence[int] | PromptInput]) -> Rollouts:
+        """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank.
+
+        Args:
+            prompts: a text is one user's turn, ids are used as they are; `PromptInput` carries fields for
+                the reward function too.
+
+        Raises:
+            ValueError: a text without a tokenizer, or a prompt that leaves no room for an answer.
+        """
+        return self.roles.generate([self._as_input(prompt) for prompt in prompts])
 
     def make_experience(self, rollouts: Rollouts) -> Experience:
         """Return rollouts with rewards, logprobs, values and advantages.
@@ -98,16 +75,7 @@ class PPOEngine:
         Raises:
             RewardError, FloatingPointError: a reward failed, or a number is none; on every rank.
         """
-        return make_experience(
-            rollouts,
-            policy=self.policy,
-            reference=self.reference,
-            critic=self.critic,
-            rewarder=self.rewards,
-            settings=self.settings,
-            kl_coef=self.kl_coef,
-            topology=self.topology,
-        )
+        return self.roles.make_experience(rollouts)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Learn from an iteration's experience; return its metrics, the same on every rank.
@@ -115,91 +83,109 @@ class PPOEngine:
         Raises:
             FloatingPointError: a gradient was not finite, so that no step was taken; on every rank.
         """
-        start = time.monotonic()
-        policies, critics, is_stopped = [], [], False
-        trains_policy = self.iteration >= self.settings.critic_warmup_iterations
-        for epoch in range(self.settings.epochs):
-            seed = (self.seed << 20) + self.iteration * 1000 + epoch
-            for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
-                options = {"topology": self.topology}
-                critics.append(critic_step(self.critic_state, experience, part, self.settings, **options))
-                self._check("critic", critics[-1][0].grad_norm)
-                if not trains_policy:
-                    continue
-                policies.append(policy_step(self.policy_state, experience, part, self.settings, **options))
-                self._check("policy", policies[-1][0].grad_norm)
-                limit = self.settings.max_kl
-                is_stopped = limit is not None and policies[-1][1].approximate_kl.item() > limit
-                if is_stopped:
-                    break
-            if is_stopped:
-                break
-        self.iteration += 1
-        metrics = dict(experience.metrics) | _critic_metrics(critics) | _policy_metrics(policies)
-        metrics["actor/kl_coef"] = self.kl_coef
-        metrics["actor/stopped_early"] = float(is_stopped)
-        self._steer_kl(experience)
-        metrics["timing_s/update"] = time.monotonic() - start
-        return metrics
+        return self.roles.update(experience)
 
-    def export_hf(self, path: str | Path, *, source: str | Path | None = None) -> None:
-        """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""
-        export_model(self.policy, path, topology=self.topology, source=source)
+    def set_lr(self, lr: float) -> None:
+        """Use learning rate `lr` for the policy from the next update on."""
+        self.roles.policy_state.set_lr(lr)
 
-    def _check(self, role: str, grad_norm: float) -> None:
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            raise FloatingPointError(
-                f"the {role}'s gradient has the norm {grad_norm} in iteration {self.iteration}: "
-                "no step was taken"
-            )
+    def export_hf(self, path: str | Path) -> None:
+        """Write the policy as a Hugging Face folder, with the tokenizer of the one it was loaded from."""
+        self.roles.export_hf(path, source=self.config.model.path)
 
-    def _steer_kl(self, experience: Experience) -> None:
-        """Move the KL coefficient towards its target, at most by a fifth of the way of one horizon."""
-        target = self.settings.kl_target
-        if target is None:
-            return
-        error = experience.metrics["objective/kl_per_token"] / target - 1.0
-        share = experience.rollouts.num_everywhere / self.settings.kl_horizon
-        self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share
+    def close(self) -> None:
+        """Leave the layout; the engine is of no use afterwards."""
+        self._stack.close()
 
-    def _answer_by_reference(self, prompts: Sequence[PromptInput]) -> Rollouts:
-        """Answer this data-parallel rank's own prompts once each by the reference."""
-        settings = replace(self.answers, num_samples=1)
-        return answer_prompts(
-            self.reference,
-            prompts,
-            settings,
-            seed=self.seed,
-            topology=self.topology,
-            is_share=True,
-        )
+    def __enter__(self) -> "PPOEngine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.__exit__(*exception)
+
+    def _as_input(self, prompt: str | Sequence[int] | PromptInput) -> PromptInput:
+        if isinstance(prompt, PromptInput):
+            return prompt
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a prompt is a text, but the model has no tokenizer: give token ids")
+            turns = [Message(role="user", content=prompt)]
+            prompt = self.tokenizer.render(turns, add_generation_prompt=True)
+        return PromptInput(tokens=tuple(prompt), extra={})
 
 
-def _policy_metrics(steps: Sequence[tuple]) -> dict[str, float]:
-    """Return means over the mini-batches' steps; extremes are over all."""
-    if not steps:
-        return {}
-    return {
-        "actor/pg_loss": _mean(statistics.policy_loss for _, statistics in steps),
-        "actor/ppo_kl": _mean(statistics.approximate_kl for _, statistics in steps),
-        "actor/first_ppo_kl": steps[0][1].approximate_kl.item(),
-        "actor/pg_clipfrac": _mean(statistics.clip_fraction for _, statistics in steps),
-        "actor/entropy": _mean(statistics.entropy for _, statistics in steps),
-        "actor/ratio_max": max(statistics.ratio_max.item() for _, statistics in steps),
-        "actor/ratio_min": min(statistics.ratio_min.item() for _, statistics in steps),
-        "actor/grad_norm": _mean(result.grad_norm for result, _ in steps),
-    }
+def _build(config: PPOConfig, place: Topology) -> tuple[PPORoles, Tokenizer | None]:
+    """Return the roles with their models loaded, and the tokenizer."""
+    load = partial(load_model, topology=place, dtype=DTYPES[config.train.dtype], seed=config.run.seed)
+    trained = {"recompute_layers": config.train.recompute_layers}
+    with agreed("finding the reward function"):
+        function = None if config.reward.function is None else find_reward(config.reward.function)
+    policy, _ = load(config.model.path, **trained)
+    glm = policy[0].glm
+    with agreed("reading the tokenizer"):
+        tokenizer = find_tokenizer(config, glm)
+    reward_path = config.reward.path
+    critic_path = config.critic.path or reward_path or config.model.path
+    critic, created = load(critic_path, role="critic", **trained)
+    if created and place.is_reporter:
+        sys.stderr.write(f"{critic_path} has no scalar head: the critic starts with a new one\n")
+    roles = PPORoles(
+        topology=place,
+        policy=policy,
+        critic=critic,
+        reference=load(config.reference.path or config.model.path, role="reference")[0],
+        reward_model=None if reward_path is None else load(reward_path, role="reward")[0],
+        reward_function=function,
+        reward_function_weight=config.reward.function_weight,
+        uses_reference_baseline=config.ppo.reference_baseline,
+        settings=_settings(config),
+        answers=_answer_settings(config, tokenizer, glm, place),
+        policy_adam=adam_of(config.optimizer),
+        critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
+        seed=config.run.seed,
+        tokenizer=tokenizer,
+    )
+    return roles, tokenizer
 
 
-def _critic_metrics(steps: Sequence[tuple]) -> dict[str, float]:
-    return {
-        "critic/vf_loss": _mean(statistics.value_loss for _, statistics in steps),
-        "critic/vf_clipfrac": _mean(statistics.clip_fraction for _, statistics in steps),
-        "critic/vf_explained_var": steps[-1][1].explained_variance.item(),
-        "critic/grad_norm": _mean(result.grad_norm for result, _ in steps),
-    }
+def _settings(config: PPOConfig) -> PPOSettings:
+    ppo = config.ppo
+    return PPOSettings(
+        epochs=ppo.epochs,
+        minibatches=ppo.minibatches,
+        clip=ppo.clip,
+        value_clip=ppo.value_clip,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        kl_coef=ppo.kl_coef,
+        kl_target=ppo.kl_target,
+        kl_horizon=ppo.kl_horizon,
+        kl_estimator=ppo.kl_estimator,
+        entropy_coef=ppo.entropy_coef,
+        whitens_advantages=ppo.whiten,
+        max_kl=ppo.max_kl,
+        critic_warmup_iterations=config.critic.warmup_iterations,
+        max_logprob_gap=ppo.max_logprob_gap,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+    )
 
 
-def _mean(values: object) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers)
+def _answer_settings(
+    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+) -> AnswerSettings:
+    given = config.generation
+    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(glm.vocab_size).to(place.device)
+    return AnswerSettings(
+        sampling=SamplingSettings(
+            temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, masked_ids_V=masked_V
+        ),
+        batch=BatchSettings(
+            max_batch=given.max_batch,
+            max_step_tokens=given.max_step_tokens,
+            page_size=given.page_size,
+            cache_bytes=given.cache_bytes,
+        ),
+        max_new_tokens=given.max_new_tokens,
+        stop_ids=frozenset(stop_ids_of(config.model.path, tokenizer) | set(given.stop_ids)),
+        num_samples=given.num_samples,
+    )

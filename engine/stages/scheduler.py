@@ -18,20 +18,12 @@ from glm_rlhf.engine.data.record_ids import prompt_ids
 from glm_rlhf.engine.data.records import PromptRecord, read_prompts
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
-from glm_rlhf.engine.rollout.answers import AnswerSettings
-from glm_rlhf.engine.rollout.generation import BatchSettings
-from glm_rlhf.engine.rollout.rewards import find_reward
-from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.engine.stages.ppo import PPOEngine
-from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
-from glm_rlhf.engine.stages.training_run import adam_of, claim_folder
+from glm_rlhf.engine.stages.training_run import claim_folder
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.load import load_model
-from glm_rlhf.parallel.token_draw import SamplingSettings
-from glm_rlhf.parallel.topology import Topology, topology
 
 _NUM_SAMPLES_SHOWN = 16
 
@@ -44,13 +36,12 @@ def run(config: PPOConfig) -> None:
     Raises:
         ValueError: anything that the user has to mend.
     """
-    axes = config.parallel
-    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+    with PPOEngine(config) as engine:
+        place = engine.topology
         claim_folder(config, place)
-        engine, tokenizer, glm = build_engine(config, place)
         report = ReadReport()
         with agreed("reading the prompts"):
-            prompts = _read(config, tokenizer, glm, report)
+            prompts = _read(config, engine.tokenizer, engine.model_config, report)
             sampler = BatchSampler(len(prompts), config.train.global_batch_size, seed=config.run.seed)
         with contextlib.ExitStack() as stack:
             with agreed(f"writing to {config.run.output}"):
@@ -74,7 +65,7 @@ def run(config: PPOConfig) -> None:
             )
             for step in range(config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
-                metrics = _iterate(engine, batch, step, config, place, tokenizer)
+                metrics = _iterate(engine, batch, step)
                 write(step + 1, metrics)
                 bar.update()
                 bar.set_postfix(
@@ -84,57 +75,10 @@ def run(config: PPOConfig) -> None:
                     sys.stderr.write(_in_words(step + 1, config.train.steps, metrics))
 
 
-def build_engine(config: PPOConfig, place: Topology) -> tuple[PPOEngine, Tokenizer | None, GLMConfig]:
-    """Return the engine with its models loaded, the tokenizer, and the policy's shape.
-
-    Every rank of the topology calls this.
-
-    Raises:
-        ValueError: a folder, a tokenizer, a layout or a reward function that the user has to mend.
-    """
-    load = partial(load_model, topology=place, dtype=DTYPES[config.train.dtype], seed=config.run.seed)
-    trained = {"recompute_layers": config.train.recompute_layers}
-    with agreed("finding the reward function"):
-        function = None if config.reward.function is None else find_reward(config.reward.function)
-    policy, _ = load(config.model.path, **trained)
-    glm = policy[0].glm
-    with agreed("reading the tokenizer"):
-        tokenizer = find_tokenizer(config, glm)
-    reward_path = config.reward.path
-    critic_path = config.critic.path or reward_path or config.model.path
-    critic, created = load(critic_path, role="critic", **trained)
-    if created and place.is_reporter:
-        sys.stderr.write(f"{critic_path} has no scalar head: the critic starts with a new one\n")
-    engine = PPOEngine(
-        topology=place,
-        policy=policy,
-        critic=critic,
-        reference=load(config.reference.path or config.model.path, role="reference")[0],
-        reward_model=None if reward_path is None else load(reward_path, role="reward")[0],
-        reward_function=function,
-        reward_function_weight=config.reward.function_weight,
-        uses_reference_baseline=config.ppo.reference_baseline,
-        settings=_settings(config),
-        answers=_answer_settings(config, tokenizer, glm, place),
-        policy_adam=adam_of(config.optimizer),
-        critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
-        seed=config.run.seed,
-        tokenizer=tokenizer,
-    )
-    return engine, tokenizer, glm
-
-
-def _iterate(
-    engine: PPOEngine,
-    prompts: Sequence[PromptInput],
-    step: int,
-    config: PPOConfig,
-    place: Topology,
-    tokenizer: Tokenizer | None,
-) -> dict[str, float]:
+def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> dict[str, float]:
     """Run one iteration and return its metrics with the time of each phase."""
-    start = time.monotonic()
-    engine.policy_state.set_lr(
+    config, place, start = engine.config, engine.topology, time.monotonic()
+    engine.set_lr(
         cosine_lr(
             step,
             steps=config.train.steps,
@@ -158,10 +102,12 @@ def _iterate(
     }
     is_last = step + 1 == config.train.steps
     if config.train.sample_every and (step % config.train.sample_every == 0 or is_last) and place.is_reporter:
-        _write_samples(Path(config.run.output), step + 1, rollouts, experience.rewards_B.tolist(), tokenizer)
+        _write_samples(
+            Path(config.run.output), step + 1, rollouts, experience.rewards_B.tolist(), engine.tokenizer
+        )
     if is_last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
         folder = Path(config.run.output) / "checkpoints" / f"step_{step + 1}"
-        engine.export_hf(folder, source=config.model.path)
+        engine.export_hf(folder)
     return metrics
 
 
@@ -212,49 +158,6 @@ def _prompt_input(
             f"{max_prompt_tokens}, the model's context {max_positions}"
         )
     return PromptInput(tokens=tuple(ids), extra=record.extra)
-
-
-def _settings(config: PPOConfig) -> PPOSettings:
-    ppo = config.ppo
-    return PPOSettings(
-        epochs=ppo.epochs,
-        minibatches=ppo.minibatches,
-        clip=ppo.clip,
-        value_clip=ppo.value_clip,
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        kl_coef=ppo.kl_coef,
-        kl_target=ppo.kl_target,
-        kl_horizon=ppo.kl_horizon,
-        kl_estimator=ppo.kl_estimator,
-        entropy_coef=ppo.entropy_coef,
-        whitens_advantages=ppo.whiten,
-        max_kl=ppo.max_kl,
-        critic_warmup_iterations=config.critic.warmup_iterations,
-        max_logprob_gap=ppo.max_logprob_gap,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-    )
-
-
-def _answer_settings(
-    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
-) -> AnswerSettings:
-    given = config.generation
-    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(glm.vocab_size).to(place.device)
-    return AnswerSettings(
-        sampling=SamplingSettings(
-            temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, masked_ids_V=masked_V
-        ),
-        batch=BatchSettings(
-            max_batch=given.max_batch,
-            max_step_tokens=given.max_step_tokens,
-            page_size=given.page_size,
-            cache_bytes=given.cache_bytes,
-        ),
-        max_new_tokens=given.max_new_tokens,
-        stop_ids=frozenset(stop_ids_of(config.model.path, tokenizer) | set(given.stop_ids)),
-        num_samples=given.num_samples,
-    )
 
 
 def _in_words(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -57,11 +57,18 @@ def test_nothing_happens_where_nothing_is_wrong(ranks):
 
 
 def test_alone_an_exception_is_as_it_is():
-    with pytest.raises(ValueError, match="^only here$"), agreed("reading"):
+    with pytest.raises(ValueError, match=r"^only here$"), agreed("reading"):
         raise ValueError("only here")
-    with pytest.raises(Unforeseen), meetings("writing") as barrier:
-        barrier()
-        raise Unforeseen
+    assert meet_alone() == ("Unforeseen", "")
+
+
+def meet_alone():
+    def work():
+        with meetings("writing") as barrier:
+            barrier()
+            raise Unforeseen
+
+    return raised(work)
 
 
 def meet(num_barriers, failing, after):

@@ -1,4 +1,4 @@
-"""Attention over packed sequences equals softmax attention of each; the fast paths are asked for just that."""
+"""Attention over packed sequences equals softmax attention of each, and fast paths are asked for it."""
 
 import inspect
 import sys

@@ -28,9 +28,7 @@ def random_pieces(axes):
         return answers
 
 
-@pytest.mark.parametrize(
-    "axes", [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}], ids=str
-)
+@pytest.mark.parametrize("axes", [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}], ids=str)
 def test_random_weights_do_not_depend_on_the_layout(ranks, axes):
     for index, (alone, found) in enumerate(
         zip(random_pieces({}), zip(*ranks.run(random_pieces, axes), strict=True), strict=True)

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from glm_rlhf.engine.observe.calibration import write_calibration
 from glm_rlhf.engine.objectives.pair_statistics import CalibrationBin
+from glm_rlhf.engine.observe.calibration import write_calibration
 
 TABLE = [
     CalibrationBin(start=0.5, end=0.75, num_pairs=4, mean_confidence=0.6, accuracy=0.5),

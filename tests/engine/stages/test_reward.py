@@ -1,5 +1,6 @@
 """`reward`: the same loss curve in every layout, equal to a plain loop over transformers' trunk."""
 
+import gzip
 import json
 import math
 import re
@@ -254,3 +255,32 @@ def test_a_policy_scores_no_pairs(folder, data, tmp_path):
     code, said = run_main([*line, "data.form=pairs"])
     assert code == 2
     assert "is a policy, which scores demonstrations" in said
+
+
+def test_real_pairs_train_alike_on_one_rank_and_at_tp_2_pp_2(ranks, shared_data, tmp_path):
+    """A tiny random ChatGLM3 with the real vocabulary on short dialogues of hh-rlhf."""
+    shape = {"vocab_size": 65024, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    folder = save_folder(tmp_path / "model", "chatglm", make_model("chatglm", **shape))
+    with gzip.open(shared_data / "hh-rlhf" / "harmless-base-test.jsonl.gz", "rt", encoding="utf-8") as file:
+        short = [line for line in file if len(line) < 500]
+    assert len(short) > 60
+    data = tmp_path / "short.jsonl"
+    data.write_text("".join(short[:60]), encoding="utf-8")
+    options = [
+        "data.form=hh-rlhf",
+        f"tokenizer.path={shared_data / 'chatglm3'}",
+        "train.steps=20",
+        "train.global_batch_size=4",
+        "train.micro_batch_tokens=400",
+        "data.eval_records=1",
+        "optimizer.lr=1e-3",
+    ]
+    assert main(command(folder, (data, data), tmp_path / "one", *options)) == 0
+    layout = ["parallel.tp=2", "parallel.pp=2"]
+    answers = ranks.run(run_main, command(folder, (data, data), tmp_path / "four", *options, *layout))
+    assert {code for code, _ in answers} == {0}
+    found, expected = (curve(tmp_path / name, "reward/loss") for name in ("four", "one"))
+    assert len(expected) == 20
+    # The contract: fp32, 1e-4 over twenty steps.
+    assert largest_difference(found, expected) <= 1e-4
+    assert len(set(expected)) == 20

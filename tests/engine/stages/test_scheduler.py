@@ -76,3 +76,27 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
 def test_what_cannot_work_ends_with_one_sentence(inputs, tmp_path, capsys, change, sentence):
     assert main(command(inputs, tmp_path, change)) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def drive_from_another_loop(config_path: Path) -> list[float]:
+    from glm_rlhf.engine import PPOConfig, PPOEngine
+
+    with PPOEngine(PPOConfig.from_yaml(config_path)) as engine:
+        rewards = []
+        for _ in range(2):
+            experience = engine.make_experience(engine.generate([[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]))
+            rewards.append(engine.update(experience)["critic/rewards/mean"])
+        return rewards
+
+
+def test_another_programs_loop_drives_the_engine_from_a_config(ranks, inputs, tmp_path):
+    (tmp_path / "ppo.yaml").write_text(
+        f"model: {{path: {inputs[0]}}}\n"
+        f"data: {{path: {inputs[1]}}}\n"
+        "reward: {function: reward_rules:share_of_low_ids}\n"
+        "parallel: {tp: 2}\n"
+        "train: {steps: 1, dtype: fp32}\n"
+        "generation: {max_new_tokens: 6}\n"
+    )
+    found = ranks.run(drive_from_another_loop, tmp_path / "ppo.yaml")
+    assert all(rewards == found[0] and len(rewards) == 2 for rewards in found)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,24 @@ def test_answers_are_cut_at_the_limit_only_when_asked_for(folder, tmp_path):
     assert curve(tmp_path / "cut", "actor/num_answer_tokens") == [11.0]
     report = json.loads((tmp_path / "cut" / "data.json").read_text())
     assert report[str(long)]["records"]["num_truncated"] == 1
+
+
+def test_the_loss_falls_on_real_questions_held_out(shared_data, tmp_path):
+    """A tiny random model on short questions of gsm8k, with the tiny tokenizer."""
+    shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    folder = save_folder(tmp_path / "model", "chatglm", make_model("chatglm", **shape))
+    files = []
+    for name, count in (("train", 160), ("test", 24)):
+        records = [json.loads(line) for line in (shared_data / "gsm8k" / f"{name}.jsonl").open()]
+        short = [record for record in records if len(record["question"] + record["answer"]) < 260][:count]
+        assert len(short) == count
+        lines = [{"prompt": record["question"], "response": record["answer"]} for record in short]
+        files.append(write_lines(tmp_path / f"{name}.jsonl", lines))
+    tokenizer = Path(__file__).parents[3] / "examples" / "tiny_tokenizer"
+    options = ["train.steps=30", "train.global_batch_size=16", "train.micro_batch_tokens=4096"]
+    options += [f"tokenizer.path={tokenizer}", "optimizer.lr=5e-3", "train.eval_every=10"]
+    assert main(command(folder, tuple(files), tmp_path / "run", *options)) == 0
+    losses = curve(tmp_path / "run", "eval/loss")
+    assert all(later < earlier for earlier, later in pairwise(losses)), losses
+    # Below log 640 = 6.46, what a model that knows nothing gets at best, and well below its own beginning.
+    assert losses[-1] < 4.5 < losses[0], losses

@@ -10,7 +10,7 @@ from tiny_models import make_model, save_folder
 from glm_rlhf.engine.rollout.answers import AnswerSettings
 from glm_rlhf.engine.rollout.generation import BatchSettings
 from glm_rlhf.engine.rollout.rewards import RewardError
-from glm_rlhf.engine.stages.ppo import PPOEngine
+from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.layout import Layout
@@ -46,7 +46,7 @@ def prompts() -> list[PromptInput]:
     return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
 
 
-def make_engine(folder: Path, place, function=share_of_low_ids, **changes) -> PPOEngine:
+def make_engine(folder: Path, place, function=share_of_low_ids, **changes) -> PPORoles:
     options = {"dtype": torch.float32, "seed": 7}
     settings = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 40, "kl_target": 0.1, "kl_horizon": 100}
     settings |= changes.pop("settings", {})
@@ -55,7 +55,7 @@ def make_engine(folder: Path, place, function=share_of_low_ids, **changes) -> PP
         "reference": load_model(folder, place, role="reference", **options)[0],
         "critic": load_model(folder, place, role="critic", **options)[0],
     }
-    return PPOEngine(
+    return PPORoles(
         topology=place,
         settings=PPOSettings(**settings),
         answers=AnswerSettings(
@@ -74,7 +74,7 @@ def make_engine(folder: Path, place, function=share_of_low_ids, **changes) -> PP
     )
 
 
-def iterate(engine: PPOEngine, count: int = NUM_ITERATIONS) -> list[dict[str, float]]:
+def iterate(engine: PPORoles, count: int = NUM_ITERATIONS) -> list[dict[str, float]]:
     metrics = []
     for _ in range(count):
         experience = engine.make_experience(engine.generate(prompts()))

@@ -1,0 +1,205 @@
+"""The four roles of PPO on this rank, and the steps of an iteration."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
+from glm_rlhf.engine.rollout.rewards import RewardFunction
+from glm_rlhf.engine.stages.experience import make_experience
+from glm_rlhf.engine.stages.ppo_settings import PPOSettings
+from glm_rlhf.engine.stages.ppo_update import critic_step, mini_batches, policy_step
+from glm_rlhf.engine.stages.reward_terms import RewardTerms
+from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
+from glm_rlhf.parallel.export import export_model
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.topology import Topology
+
+
+class PPORoles:
+    """Owns the four roles on this rank, and the state that PPO carries from one iteration to the next.
+
+    An iteration is `generate`, `make_experience`, `update`. Every rank of the topology calls each of them
+    with the same arguments, its own rollouts and experience apart. Nothing is written or reloaded between
+    them, and no weight moves: the policy generates on the tensors that its optimizer changes.
+    """
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        policy: Sequence[GLMModel],
+        critic: Sequence[GLMModel],
+        reference: Sequence[GLMModel],
+        settings: PPOSettings,
+        answers: AnswerSettings,
+        policy_adam: AdamSettings,
+        critic_adam: AdamSettings,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+        reward_model: Sequence[GLMModel] | None = None,
+        reward_function: RewardFunction | None = None,
+        reward_function_weight: float = 1.0,
+        uses_reference_baseline: bool = False,
+    ) -> None:
+        """Take the models, their weights in place, and make the optimizers.
+
+        Args:
+            topology: layout and groups of all roles.
+            policy, critic, reference, reward_model: this rank's chunks.
+            settings: of PPO.
+            answers: how prompts are answered.
+            policy_adam, critic_adam: of the optimizers.
+            seed: of answers and mini-batches.
+            tokenizer: gives a reward function its texts.
+            reward_function: judges answers, beside or in place of the reward model.
+            reward_function_weight: factor of its rewards.
+            uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
+
+        Raises:
+            ValueError: no reward.
+        """
+        self.topology, self.settings, self.answers, self.seed = topology, settings, answers, seed
+        self.policy, self.reference, self.critic = list(policy), list(reference), list(critic)
+        self.policy_state = TrainingState(self.policy, policy_adam, topology=topology)
+        self.critic_state = TrainingState(self.critic, critic_adam, topology=topology)
+        self.kl_coef = settings.kl_coef
+        self.iteration = 0
+        self._num_answered = 0
+        self.rewards = RewardTerms(
+            topology=topology,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            tokenizer=tokenizer,
+            model=reward_model,
+            function=reward_function,
+            function_weight=reward_function_weight,
+            answer_by_reference=self._answer_by_reference if uses_reference_baseline else None,
+        )
+
+    def generate(self, prompts: Sequence[PromptInput]) -> Rollouts:
+        """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank."""
+        self._num_answered += 1
+        return answer_prompts(
+            self.policy,
+            prompts,
+            self.answers,
+            seed=(self.seed << 20) + self._num_answered,
+            topology=self.topology,
+        )
+
+    def make_experience(self, rollouts: Rollouts) -> Experience:
+        """Return rollouts with rewards, logprobs, values and advantages.
+
+        Raises:
+            RewardError, FloatingPointError: a reward failed, or a number is none; on every rank.
+        """
+        return make_experience(
+            rollouts,
+            policy=self.policy,
+            reference=self.reference,
+            critic=self.critic,
+            rewarder=self.rewards,
+            settings=self.settings,
+            kl_coef=self.kl_coef,
+            topology=self.topology,
+        )
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Learn from an iteration's experience; return its metrics, the same on every rank.
+
+        Raises:
+            FloatingPointError: a gradient was not finite, so that no step was taken; on every rank.
+        """
+        start = time.monotonic()
+        policies, critics, is_stopped = [], [], False
+        trains_policy = self.iteration >= self.settings.critic_warmup_iterations
+        for epoch in range(self.settings.epochs):
+            seed = (self.seed << 20) + self.iteration * 1000 + epoch
+            for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
+                options = {"topology": self.topology}
+                critics.append(critic_step(self.critic_state, experience, part, self.settings, **options))
+                self._check("critic", critics[-1][0].grad_norm)
+                if not trains_policy:
+                    continue
+                policies.append(policy_step(self.policy_state, experience, part, self.settings, **options))
+                self._check("policy", policies[-1][0].grad_norm)
+                limit = self.settings.max_kl
+                is_stopped = limit is not None and policies[-1][1].approximate_kl.item() > limit
+                if is_stopped:
+                    break
+            if is_stopped:
+                break
+        self.iteration += 1
+        metrics = dict(experience.metrics) | _critic_metrics(critics) | _policy_metrics(policies)
+        metrics["actor/kl_coef"] = self.kl_coef
+        metrics["actor/stopped_early"] = float(is_stopped)
+        self._steer_kl(experience)
+        metrics["timing_s/update"] = time.monotonic() - start
+        return metrics
+
+    def export_hf(self, path: str | Path, *, source: str | Path | None = None) -> None:
+        """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""
+        export_model(self.policy, path, topology=self.topology, source=source)
+
+    def _check(self, role: str, grad_norm: float) -> None:
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            raise FloatingPointError(
+                f"the {role}'s gradient has the norm {grad_norm} in iteration {self.iteration}: "
+                "no step was taken"
+            )
+
+    def _steer_kl(self, experience: Experience) -> None:
+        """Move the KL coefficient towards its target, at most by a fifth of the way of one horizon."""
+        target = self.settings.kl_target
+        if target is None:
+            return
+        error = experience.metrics["objective/kl_per_token"] / target - 1.0
+        share = experience.rollouts.num_everywhere / self.settings.kl_horizon
+        self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share
+
+    def _answer_by_reference(self, prompts: Sequence[PromptInput]) -> Rollouts:
+        """Answer this data-parallel rank's own prompts once each by the reference."""
+        settings = replace(self.answers, num_samples=1)
+        return answer_prompts(
+            self.reference,
+            prompts,
+            settings,
+            seed=self.seed,
+            topology=self.topology,
+            is_share=True,
+        )
+
+
+def _policy_metrics(steps: Sequence[tuple]) -> dict[str, float]:
+    """Return means over the mini-batches' steps; extremes are over all."""
+    if not steps:
+        return {}
+    return {
+        "actor/pg_loss": _mean(statistics.policy_loss for _, statistics in steps),
+        "actor/ppo_kl": _mean(statistics.approximate_kl for _, statistics in steps),
+        "actor/first_ppo_kl": steps[0][1].approximate_kl.item(),
+        "actor/pg_clipfrac": _mean(statistics.clip_fraction for _, statistics in steps),
+        "actor/entropy": _mean(statistics.entropy for _, statistics in steps),
+        "actor/ratio_max": max(statistics.ratio_max.item() for _, statistics in steps),
+        "actor/ratio_min": min(statistics.ratio_min.item() for _, statistics in steps),
+        "actor/grad_norm": _mean(result.grad_norm for result, _ in steps),
+    }
+
+
+def _critic_metrics(steps: Sequence[tuple]) -> dict[str, float]:
+    return {
+        "critic/vf_loss": _mean(statistics.value_loss for _, statistics in steps),
+        "critic/vf_clipfrac": _mean(statistics.clip_fraction for _, statistics in steps),
+        "critic/vf_explained_var": steps[-1][1].explained_variance.item(),
+        "critic/grad_norm": _mean(result.grad_norm for result, _ in steps),
+    }
+
+
+def _mean(values: object) -> float:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers)
