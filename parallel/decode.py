@@ -1,78 +1,36 @@
 """A forward pass for generation: plain tensor operations over the training module's own parameters.
 
 No copies of weights, no autograd, no module calls: Megatron-core's wrappers cost more than the
-mathematics of a decode step. The same function runs eagerly on a CPU and can be captured on CUDA.
+mathematics of a decode step. The same function runs eagerly on a CPU and is captured on CUDA.
 Tensor-parallel ranks hold all rows (sequence parallelism saves nothing at a token a sequence); the
 model's layout is otherwise the one it trains in.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from glm_rlhf.kernels.rope import rope_table
 from glm_rlhf.parallel.core_attention import packed_attention
 from glm_rlhf.parallel.decode_batch import DecodeBatch
 from glm_rlhf.parallel.decode_ops import LayerOps, Pools, layer_ops
-from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.decode_weights import ChunkWeights, LayerWeights
 from glm_rlhf.parallel.kv_cache import KVCache
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """The parameters of one layer, as they stand in the module: an optimizer step changes them in place."""
-
-    input_norm: torch.Tensor
-    projections: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
-    """(weight, bias) of the joint query-key-value projection, or of query and of key-value apart."""
-    output: torch.Tensor
-    attention_norm: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    branch_norm: torch.Tensor | None
-
-    @classmethod
-    def of(cls, layer: TransformerLayer) -> "LayerWeights":
-        """Return the parameters of a training layer."""
-        attention = layer.self_attention
-        linears = (
-            (attention.linear_q, attention.linear_kv)
-            if attention.has_replicated_kv
-            else (attention.linear_qkv,)
-        )
-        norms = [add.norm for add in (layer.self_attn_bda, layer.mlp_bda)]
-        attention_norm, branch_norm = [None if norm is None else norm.weight for norm in norms]
-        return cls(
-            input_norm=layer.input_layernorm.weight,
-            projections=tuple((linear.weight, linear.bias) for linear in linears),
-            output=attention.linear_proj.weight,
-            attention_norm=attention_norm,
-            mlp_norm=layer.pre_mlp_layernorm.weight,
-            gate_up=layer.mlp.linear_fc1.weight,
-            down=layer.mlp.linear_fc2.weight,
-            branch_norm=branch_norm,
-        )
 
 
 class ChunkDecoder:
     """One model chunk, ready to generate over a cache."""
 
-    def __init__(self, chunk: GLMModel, cache: KVCache, first_layer: int) -> None:
-        """Take the parameters of `chunk`, whose layers use the cache's from `first_layer` on."""
-        attention = chunk.decoder.layers[0].self_attention
-        self.chunk, self.cache = chunk, cache
-        self.layers = [LayerWeights.of(layer) for layer in chunk.decoder.layers]
-        self.pools = [cache.layer(first_layer + i) for i in range(len(self.layers))]
-        self.tp_group = chunk.topology.tp_group if chunk.topology.layout.tp > 1 else None
-        self.num_kv_heads = attention.num_kv_heads
-        # Here, not in a step: a later step may be captured, or the table be kept for training.
-        self.rotary_table = chunk.rotary_table(
-            min(chunk.glm.max_positions, cache.page_size * cache.num_pages)
-        )
+    def __init__(self, weights: ChunkWeights, cache: KVCache, first_layer: int) -> None:
+        """Take a chunk's parameters; its layers use the cache's from `first_layer` on."""
+        glm, topology = weights.glm, weights.topology
+        self.weights, self.cache = weights, cache
+        self.pools = [cache.layer(first_layer + index) for index in range(len(weights.layers))]
+        self.tp_group = topology.tp_group if topology.layout.tp > 1 else None
+        longest = min(glm.max_positions, cache.page_size * cache.num_pages)
+        self.rotary_table = rope_table(longest, glm.rotary_size, glm.rope_theta, device=topology.device)
 
     @torch.inference_mode()
     def forward(self, batch: DecodeBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
@@ -93,12 +51,14 @@ class ChunkDecoder:
             batch,
             self.rotary_table,
             page_size=self.cache.page_size,
-            epsilon=self.chunk.glm.norm_epsilon,
+            epsilon=self.weights.glm.norm_epsilon,
         )
-        normed = ops.norm(residual, self.layers[0].input_norm)
-        for index, (layer, pools) in enumerate(zip(self.layers, self.pools, strict=True)):
+        layers, final_norm_D = self.weights.layers, self.weights.final_norm_D
+        normed = ops.norm(residual, layers[0].input_norm)
+        for index, (layer, pools) in enumerate(zip(layers, self.pools, strict=True)):
+            is_last = index + 1 == len(layers)
             context = self._attention(normed, layer, pools, batch, ops)
-            if self.chunk.post_process and index + 1 == len(self.layers) and batch.sampled_rows is not None:
+            if is_last and final_norm_D is not None and batch.sampled_rows is not None:
                 # Behind the last attention only those rows matter whose next token is drawn.
                 context, residual = context[batch.sampled_rows], residual[batch.sampled_rows]
             branch = self._reduce(F.linear(context, layer.output))
@@ -108,16 +68,16 @@ class ChunkDecoder:
             branch = self._reduce(F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down))
             if layer.branch_norm is not None:
                 branch = ops.norm(branch, layer.branch_norm)
-            if index + 1 < len(self.layers):
-                normed, residual = ops.add_norm(branch, residual, self.layers[index + 1].input_norm)
-        if not self.chunk.post_process:
+            if not is_last:
+                normed, residual = ops.add_norm(branch, residual, layers[index + 1].input_norm)
+        if final_norm_D is None:
             return residual + branch
-        return ops.add_norm(branch, residual, self.chunk.decoder.final_layernorm.weight)[0]
+        return ops.add_norm(branch, residual, final_norm_D)[0]
 
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """Return this rank's columns of the logits, fp32 [B, V / tp]: never rounded to bf16."""
-        weight_VD = self.chunk.output_weight_VD
+        weight_VD = self.weights.head_VD
         if hidden_BD.dtype == torch.float32:
             return F.linear(hidden_BD, weight_VD)
         if hidden_BD.is_cuda:
@@ -133,7 +93,7 @@ class ChunkDecoder:
         """
         parts = [F.linear(normed_TD, weight, bias) for weight, bias in layer.projections]
         mixed_TM = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        mixed_TGSH = mixed_TM.view(len(mixed_TM), self.num_kv_heads, -1, self.chunk.glm.head_size)
+        mixed_TGSH = mixed_TM.view(len(mixed_TM), self.weights.num_kv_heads, -1, self.weights.glm.head_size)
         ops.rotate(mixed_TGSH)
         query_TKGH, key_TKH, value_TKH = mixed_TGSH[:, :, :-2], mixed_TGSH[:, :, -2], mixed_TGSH[:, :, -1]
         ops.write(key_TKH, value_TKH, pools)
@@ -149,12 +109,12 @@ class ChunkDecoder:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        embedding = self.chunk.embedding.word_embeddings
+        weight_VD = self.weights.embedding_VD
         if self.tp_group is None:
-            return F.embedding(tokens_T, embedding.weight)
-        local_T = tokens_T - embedding.vocab_start_index
-        is_here_T = (local_T >= 0) & (local_T < embedding.weight.shape[0])
-        hidden_TD = F.embedding(local_T.where(is_here_T, 0), embedding.weight)
+            return F.embedding(tokens_T, weight_VD)
+        local_T = tokens_T - self.tp_group.rank() * len(weight_VD)
+        is_here_T = (local_T >= 0) & (local_T < len(weight_VD))
+        hidden_TD = F.embedding(local_T.where(is_here_T, 0), weight_VD)
         return self._reduce(hidden_TD * is_here_T.unsqueeze(1))
 
     def _reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -163,10 +123,10 @@ class ChunkDecoder:
         return partial
 
 
-def chunk_decoders(chunks: Sequence[GLMModel], cache: KVCache) -> list[ChunkDecoder]:
+def chunk_decoders(chunks: Sequence[ChunkWeights], cache: KVCache) -> list[ChunkDecoder]:
     """Return a decoder for each of this rank's chunks, in order, sharing the cache's layers out."""
     decoders, first_layer = [], 0
     for chunk in chunks:
         decoders.append(ChunkDecoder(chunk, cache, first_layer))
-        first_layer += len(chunk.decoder.layers)
+        first_layer += len(chunk.layers)
     return decoders

@@ -138,10 +138,15 @@ def decode_shapes(
 
 
 def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[Work], page_size: int) -> None:
-    """Write decoding sequences into the first rows of arrays that have `decode_shapes` and hold zeros."""
+    """Write decoding sequences into the first rows of arrays that have `decode_shapes` and hold zeros.
+
+    Rows of decodes behind them fill up the batch: they write no key, see no position, and draw a token that
+    nobody reads.
+    """
+    count = len(works)
+    arrays[2][count : len(arrays[5])] = -1
     if not works:
         return
-    count = len(works)
     rows = (
         (work.tokens[0], work.start, work.pages[-1], work.seed, work.num_generated, len(work.pages))
         for work in works

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.decode_weights import ChunkWeights
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
 
@@ -12,11 +12,11 @@ from glm_rlhf.parallel.layout import Layout
 class KVCache:
     """Owns the pools of the layers that this rank holds; which page is whose is decided elsewhere."""
 
-    def __init__(self, chunks: Sequence[GLMModel], *, num_pages: int, page_size: int) -> None:
+    def __init__(self, chunks: Sequence[ChunkWeights], *, num_pages: int, page_size: int) -> None:
         """Allocate the pools, uninitialised.
 
         Args:
-            chunks: this rank's model chunks.
+            chunks: parameters of this rank's model chunks.
             num_pages: pages in every layer's pool.
             page_size: positions a page.
 
@@ -25,12 +25,11 @@ class KVCache:
         """
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"a cache needs pages: num_pages is {num_pages}, page_size is {page_size}")
-        glm, layout = chunks[0].glm, chunks[0].topology.layout
         self.num_pages, self.page_size = num_pages, page_size
-        num_layers = sum(len(chunk.decoder.layers) for chunk in chunks)
+        num_layers = sum(len(chunk.layers) for chunk in chunks)
         self._pools = torch.empty(
-            (num_layers, 2, num_pages, page_size, _heads_here(glm, layout), glm.head_size),
-            dtype=chunks[0].config.params_dtype,
+            (num_layers, 2, num_pages, page_size, chunks[0].num_kv_heads, chunks[0].glm.head_size),
+            dtype=chunks[0].dtype,
             device=chunks[0].topology.device,
         )
 
@@ -46,7 +45,8 @@ class KVCache:
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages in every layer, source to target; no page is both."""
         if copies:
-            sources, targets = torch.tensor(copies, device=self._pools.device).unbind(1)
+            pairs = torch.tensor(copies, pin_memory=self._pools.is_cuda)
+            sources, targets = pairs.to(self._pools.device, non_blocking=True).unbind(1)
             self._pools[:, :, targets] = self._pools[:, :, sources]
 
 
@@ -61,12 +61,9 @@ def num_pages_within(
     Raises:
         ValueError: not one page fits; the message says how much one takes.
     """
-    elements = 2 * (glm.num_layers // layout.pp) * page_size * _heads_here(glm, layout) * glm.head_size
-    page_bytes = elements * torch.empty((), dtype=dtype).element_size()
+    num_kv_heads = max(1, glm.num_kv_heads // layout.tp)
+    elements = 2 * (glm.num_layers // layout.pp) * page_size * num_kv_heads * glm.head_size
+    page_bytes = elements * dtype.itemsize
     if budget_bytes < page_bytes:
         raise ValueError(f"a budget of {budget_bytes} bytes holds no page: one takes {page_bytes} bytes")
     return budget_bytes // page_bytes
-
-
-def _heads_here(glm: GLMConfig, layout: Layout) -> int:
-    return max(1, glm.num_kv_heads // layout.tp)

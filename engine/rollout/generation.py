@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from glm_rlhf.engine.rollout.queue import Completion, GenerationQueue, GenerationRequest
+from glm_rlhf.parallel.decode_graph import Record, record_cuda_graph
+from glm_rlhf.parallel.decode_weights import ChunkWeights, chunk_weights
 from glm_rlhf.parallel.generation import TickCount, run_queue
+from glm_rlhf.parallel.generation_stage import GenerationStage
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.kv_cache import KVCache, num_pages_within
 from glm_rlhf.parallel.token_draw import SamplingSettings
@@ -31,39 +34,47 @@ class BatchSettings:
 
 
 class GenerationPhase:
-    """Owns what generation needs beside the weights, the cache above all, while it lasts.
+    """Owns what generation needs beside the weights while it lasts: the cache, and recorded decode steps.
 
-    A context manager: training may have the memory again after it. The weights stay where they are.
+    A context manager: training may have the memory again after it. The weights stay where they are, and may
+    be updated in place while the phase lasts.
     """
 
     def __init__(
         self,
-        chunks: Sequence[GLMModel],
+        chunks: Sequence[GLMModel | ChunkWeights],
         *,
         topology: Topology,
         batch: BatchSettings,
         longest: int,
+        record: Record | None = None,
     ) -> None:
         """Plan a phase on a policy.
 
         Args:
-            chunks: this rank's chunks of the policy.
-            topology: layout and groups.
+            chunks: this rank's chunks of the policy, or their parameters in a second layout.
+            topology: layout and groups of the chunks.
             batch: how much at once.
             longest: positions of the longest sequence that may come, prompt and answer.
+            record: how decode steps are recorded; None for CUDA graphs on CUDA, and not at all on a CPU.
         """
-        self.chunks, self.topology, self.batch = chunks, topology, batch
+        self.topology, self.batch = topology, batch
         self.num_groups = topology.layout.pp
-        self.num_pages = self._plan_pages(longest)
         self.ticks = TickCount()
+        is_cuda = topology.device.type == "cuda"
+        self._record = record_cuda_graph if record is None and is_cuda else record
+        self._longest = longest
+        self._chunks = chunk_weights(chunks)
+        self.num_pages = self._plan_pages(longest)
         self._cache: KVCache | None = None
+        self._stage: GenerationStage | None = None
 
     def __enter__(self) -> "GenerationPhase":
-        self._cache = KVCache(self.chunks, num_pages=self.num_pages, page_size=self.batch.page_size)
+        self._cache = KVCache(self._chunks, num_pages=self.num_pages, page_size=self.batch.page_size)
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._cache = None
+        self._cache = self._stage = None
 
     def run(
         self,
@@ -96,21 +107,23 @@ class GenerationPhase:
         )
         try:
             yield from run_queue(
-                self.chunks,
-                self._cache,
-                queue,
-                sampling,
-                topology=self.topology,
-                num_groups=self.num_groups,
-                ticks=self.ticks,
+                self._stage_for(sampling), queue, num_groups=self.num_groups, ticks=self.ticks
             )
         finally:
             queue.close()
 
+    def _stage_for(self, sampling: SamplingSettings) -> GenerationStage:
+        """Return the stage that draws from a distribution; recorded steps are kept while it is the same."""
+        if self._stage is None or self._stage.settings is not sampling:
+            self._stage = GenerationStage(
+                self._chunks, self._cache, sampling, longest=self._longest, record=self._record
+            )
+        return self._stage
+
     def _plan_pages(self, longest: int) -> int:
         """Return the pages of the pool, the same on every rank that shares the queue."""
-        glm, layout = self.chunks[0].glm, self.topology.layout
-        options = {"page_size": self.batch.page_size, "dtype": self.chunks[0].config.params_dtype}
+        glm, layout = self._chunks[0].glm, self.topology.layout
+        options = {"page_size": self.batch.page_size, "dtype": self._chunks[0].dtype}
         # One page a sequence more than it fills: shared prompts are copied on write.
         wanted = self.batch.max_batch * (-(-longest // self.batch.page_size) + 1)
         if self.batch.cache_bytes is not None:

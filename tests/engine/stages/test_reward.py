@@ -273,7 +273,7 @@ def test_real_pairs_train_alike_on_one_rank_and_at_tp_2_pp_2(ranks, shared_data,
         "train.global_batch_size=4",
         "train.micro_batch_tokens=400",
         "data.eval_records=1",
-        "optimizer.lr=1e-3",
+        "optimizer.lr=5e-3",
     ]
     assert main(command(folder, (data, data), tmp_path / "one", *options)) == 0
     layout = ["parallel.tp=2", "parallel.pp=2"]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -215,3 +216,48 @@ def test_a_bad_record_names_file_and_line_or_is_counted(models, tmp_path, record
     assert "scored 1 records, 1 bad ones skipped" in said
     (written,) = (tmp_path / "score.jsonl").open()
     assert json.loads(written)["index"] == 1
+
+
+def test_weights_that_are_not_finite_end_every_rank_and_name_the_record(ranks, demonstrations, tmp_path):
+    model = make_model("glm")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[5, 7] = torch.nan
+    folder = save_folder(tmp_path / "model", "glm", model)
+    line = command(folder, demonstrations[0], tmp_path, "parallel.pp=2")
+    check_refusal(ranks, line, "record 0 has a logprob that is not finite.*train.dtype=fp32")
+    assert not (tmp_path / "score.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written_ends_every_rank(ranks, models, demonstrations, tmp_path):
+    (tmp_path / "folder").mkdir()
+    line = command(models["glm"][0], demonstrations[0], tmp_path, f"data.out={tmp_path / 'folder'}")
+    check_refusal(ranks, line, "folder.* is a folder, lines need a file")
+    line = command(models["glm"][0], demonstrations[0], tmp_path)
+    answers = ranks.run(run_with_little_disk_on_rank_0, line)
+    assert [code for code, _ in answers] == [2] * 4
+    assert "score.jsonl.partial: File too large" in answers[0][1]
+    assert all("failed on rank 0: " in said for _, said in answers[1:])
+    assert not (tmp_path / "score.jsonl").exists()
+
+
+def run_with_little_disk_on_rank_0(arguments: list[str]) -> tuple[int, str]:
+    from glm_rlhf.engine.stages import score
+
+    original = score.json_lines
+    if torch.distributed.get_rank() == 0:
+        score.json_lines = lambda path: with_little_disk(original(path))
+    try:
+        return run_main(arguments)
+    finally:
+        score.json_lines = original
+
+
+@contextlib.contextmanager
+def with_little_disk(lines):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the kernel then refuses as a disk does
+    try:
+        with lines as write:
+            yield write
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

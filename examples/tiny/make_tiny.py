@@ -1,0 +1,77 @@
+"""A tiny random ChatGLM3 with its data: sums in words, wrong and right, for the configs beside this file.
+
+    python examples/tiny/make_tiny.py [folder, by default outputs/tiny]
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.engine.data.arithmetic import ArithmeticTask, arithmetic_tasks
+from glm_rlhf.engine.data.tiny_tokenizer import NUM_IDS, write_tiny_tokenizer
+from glm_rlhf.parallel.export import export_model
+from glm_rlhf.parallel.glm import build_model
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.topology import topology
+from glm_rlhf.parallel.weights import randomize_weights
+
+SEED = 1234
+NUM_HELD_OUT = 200
+SHAPE = GLMConfig(
+    family="chatglm",
+    num_layers=4,
+    hidden_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    ffn_size=256,
+    vocab_size=NUM_IDS + 64,  # like the real one, more rows than ids
+    norm_epsilon=1e-5,
+    rope_theta=10000.0,
+    max_positions=256,
+    init_std=0.05,
+)
+
+
+def make_tiny(folder: Path) -> None:
+    """Write `model/`, `sft.jsonl`, `pairs.jsonl`, their `eval_*.jsonl`, and `prompts.jsonl` into a folder.
+
+    Raises:
+        ValueError: the folder holds a model already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with topology(Layout(), seed=SEED) as place:
+        chunks = build_model(SHAPE, place, dtype=torch.float32)
+        randomize_weights(chunks, seed=SEED)
+        export_model(chunks, folder / "model", topology=place)
+    write_tiny_tokenizer(folder / "model")
+    learned, held_out = arithmetic_tasks(num_held_out=NUM_HELD_OUT, seed=SEED)
+    for prefix, tasks in (("", learned), ("eval_", held_out)):
+        _write(folder / f"{prefix}sft.jsonl", ({"prompt": t.prompt, "response": t.answer} for t in tasks))
+        _write(folder / f"{prefix}pairs.jsonl", _pairs(tasks))
+    _write(folder / "prompts.jsonl", ({"prompt": task.prompt} for task in learned[:512]))
+
+
+def _pairs(tasks: Iterable[ArithmeticTask]) -> Iterable[dict]:
+    """Yield the right sum preferred to a wrong one nearby."""
+    generator = random.Random(SEED)
+    for task in tasks:
+        wrong = max(0, int(task.answer) + generator.choice((-10, -2, -1, 1, 2, 10)))
+        if str(wrong) != task.answer:
+            yield {"prompt": task.prompt, "chosen": task.answer, "rejected": str(wrong)}
+
+
+def _write(path: Path, records: Iterable[dict]) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/tiny")
+    make_tiny(target)
+    print(f"wrote {target}")
