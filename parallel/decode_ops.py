@@ -37,7 +37,7 @@ class LayerOps(Protocol):
         """Return silu(gate) · up."""
 
     def rotate(self, heads_TGSH: torch.Tensor) -> None:
-        """Rotate all but the last head of each group by its row's position, in place; heads are contiguous."""
+        """Rotate all but the last head of each group by its row's position, in place (contiguous)."""
 
     def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
         """Store keys and values of all rows in the pools."""

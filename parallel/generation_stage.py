@@ -34,7 +34,7 @@ class Turn:
 
 
 class GenerationStage:
-    """Owns what a stage needs over a cache: the decoders of its chunks, recorded steps, messages on their way."""
+    """Owns what a stage needs over a cache: its decoders, recorded steps, messages on their way."""
 
     def __init__(
         self,

@@ -109,6 +109,12 @@ def definition(
     return logprobs_T, -(log_probability_TV.exp() * log_probability_TV).sum(-1)
 
 
+def eager_logprobs(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """Return the logprobs alone: what a loss without an entropy term needs."""
+    log_probability_TV = (hidden_TD @ weight_VD.t()).float().log_softmax(-1)
+    return log_probability_TV.gather(1, targets_T[:, None]).squeeze(1)
+
+
 def eager_ppo_loss(
     logprobs_T: torch.Tensor, inputs: _Inputs, kl_coef: float, rows: slice = slice(None)
 ) -> torch.Tensor:
@@ -193,7 +199,7 @@ def _loss_problem(inputs: _Inputs, kl_coef: float) -> Problem:
         return ppo_policy_loss(logprobs_T, *policy, ref_logprobs_T=inputs.ref_logprobs_T, **settings)[0]
 
     def eager(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-        return eager_ppo_loss(definition(hidden_TD, weight_VD, targets_T)[0], inputs, kl_coef)
+        return eager_ppo_loss(eager_logprobs(hidden_TD, weight_VD, targets_T), inputs, kl_coef)
 
     def through(name: str, module: str, symbol: str) -> Contender:
         arguments = (hidden_TD, weight_VD, targets_T)
@@ -235,7 +241,7 @@ def _defined_loss(inputs: _Inputs, kl_coef: float) -> list[torch.Tensor]:
     for start in range(0, inputs.targets_T.shape[0], SLICE):
         rows = slice(start, start + SLICE)
         hidden_TD = inputs.hidden_TD[rows].detach().float().requires_grad_()
-        logprobs_T, _ = definition(hidden_TD, weight_VD, inputs.targets_T[rows])
+        logprobs_T = eager_logprobs(hidden_TD, weight_VD, inputs.targets_T[rows])
         loss = eager_ppo_loss(logprobs_T, inputs, kl_coef, rows)
         loss.backward()
         losses.append(loss.detach())

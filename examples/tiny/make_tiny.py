@@ -1,6 +1,6 @@
 """A tiny random ChatGLM3 with its data: sums in words, wrong and right, for the configs beside this file.
 
-    python examples/tiny/make_tiny.py [folder, by default outputs/tiny]
+python examples/tiny/make_tiny.py [folder, by default outputs/tiny]
 """
 
 import json
@@ -58,12 +58,12 @@ def make_tiny(folder: Path) -> None:
 
 
 def _pairs(tasks: Iterable[ArithmeticTask]) -> Iterable[dict]:
-    """Yield the right sum preferred to a wrong one nearby."""
+    """Yield the right sum preferred to any other."""
     generator = random.Random(SEED)
     for task in tasks:
-        wrong = max(0, int(task.answer) + generator.choice((-10, -2, -1, 1, 2, 10)))
-        if str(wrong) != task.answer:
-            yield {"prompt": task.prompt, "chosen": task.answer, "rejected": str(wrong)}
+        wrong = str(generator.randrange(199))
+        if wrong != task.answer:
+            yield {"prompt": task.prompt, "chosen": task.answer, "rejected": wrong}
 
 
 def _write(path: Path, records: Iterable[dict]) -> None:

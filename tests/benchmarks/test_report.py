@@ -1,0 +1,79 @@
+"""A report has a line a contender, ratios from the same run, and empty cells where nothing was measured."""
+
+import json
+
+from benchmarks.harness import Entry, Timing
+from benchmarks.report import Report, Row, as_json, as_markdown, write
+
+
+def timing(median_s: float) -> Timing:
+    return Timing(median_s=median_s, low_s=median_s / 2, high_s=2 * median_s, repetitions=7)
+
+
+REPORT = Report(
+    title="Title",
+    claim="Claim.",
+    machine={"device": "CPU"},
+    rows=[
+        Row(
+            row="a1",
+            what="task",
+            shape="T 4",
+            command="python -m benchmarks.x --rows a1",
+            entries=[
+                Entry(name="ours", timing=timing(0.002), error=1e-7, figures={"extra MB": 3.0}),
+                Entry(name="other", timing=timing(0.003)),
+                Entry(name="peer", status="absent: not installed"),
+            ],
+            limit_s=0.001,
+            work=(10.0, "tokens"),
+        ),
+        Row(row="a2", what="unmeasured", shape="T 8", command="c", entries=[], limit_s=0.004),
+    ],
+)
+
+
+def cells(contender: str) -> dict[str, str]:
+    table = [line for line in as_markdown(REPORT).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    header = rows[0]
+    (found,) = [row for row in rows[2:] if row[header.index("contender")] == contender]
+    return dict(zip(header, found, strict=True))
+
+
+def test_ratio_share_and_rate_come_from_the_rows_own_medians():
+    ours, other = cells("ours"), cells("other")
+    assert ours["median ms"] == "2"
+    assert ours["quartiles ms"] == "1–4"
+    assert ours["share of limit"] == "0.50"
+    assert ours["tokens/s"] == "5000"
+    assert ours["extra MB"] == "3"
+    assert other["ours is … × as fast"] == "1.50"
+
+
+def test_what_was_not_measured_is_empty():
+    peer, row = cells("peer"), cells("")
+    assert peer["status"] == "absent: not installed"
+    for column in (
+        "median ms",
+        "quartiles ms",
+        "runs",
+        "tokens/s",
+        "extra MB",
+        "ours is … × as fast",
+        "error",
+    ):
+        assert peer[column] == ""
+        assert row[column] == ""
+    assert row["limit ms"] == "4"
+
+
+def test_both_files_are_written_and_json_keeps_every_number(tmp_path):
+    write(REPORT, tmp_path / "new" / "name")
+    data = json.loads((tmp_path / "new" / "name.json").read_text())
+    assert data == json.loads(as_json(REPORT))
+    ours, _, peer = data["rows"][0]["entries"]
+    assert ours["timing"]["median_s"] == 0.002
+    assert peer["timing"] is None
+    text = (tmp_path / "new" / "name.md").read_text()
+    assert "python -m benchmarks.x --rows a1" in text
