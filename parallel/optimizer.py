@@ -1,8 +1,10 @@
 """Training state of a sharded model: gradient buffers, their reductions, and the distributed optimizer."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -105,7 +107,8 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-        megatron.finalize_model_grads_func = self._finalize
+        megatron.finalize_model_grads_func = partial(_finalize, topology)
+        weakref.finalize(self, _forget_hooks, [chunk.grad_accs for chunk in self.chunks])
         if overlap_communication:
             functions = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = functions if len(functions) > 1 else functions[0]
@@ -131,9 +134,10 @@ class TrainingState:
         grad_norm = float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
         if not math.isfinite(grad_norm):
             return StepResult(is_applied=False, grad_norm=grad_norm)
-        if self.clip_grad > 0.0:
+        parameters = self.optimizer.get_parameters()
+        if self.clip_grad > 0.0 and parameters:  # a rank may own no weight that is trained
             with cuda_type_names():  # it asserts the type's name
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         return StepResult(is_applied=True, grad_norm=grad_norm)
 
@@ -148,10 +152,23 @@ class TrainingState:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
-    def _finalize(self, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object) -> None:
-        """Reduce gradients at the end of a schedule; our losses are divided by tokens already."""
-        finalize_model_grads(chunks, None, **kwargs)
-        sum_replicated_gradients(chunks, self.topology)
+
+def _finalize(
+    topology: Topology, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object
+) -> None:
+    """Reduce gradients at the end of a schedule; our losses are divided by tokens already."""
+    finalize_model_grads(chunks, None, **kwargs)
+    sum_replicated_gradients(chunks, topology)
+
+
+def _forget_hooks(hooked: list[list[object]]) -> None:
+    """Let go of the nodes of autograd on which Megatron-core hangs its hooks.
+
+    A node's hook holds the model, and the model the node: a circle through C++ that no collector sees. It
+    would keep weights, gradients and process groups of every training state until the process ends.
+    """
+    for nodes in hooked:
+        nodes.clear()
 
 
 def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topology) -> None:

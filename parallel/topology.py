@@ -97,7 +97,8 @@ def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int 
         seed: seed of Megatron-core's random state, the same on every rank.
 
     Raises:
-        ValueError: the layout does not divide the world, or another topology is active.
+        ValueError: the layout does not divide the world, another topology is active, or a host has more
+            ranks than CUDA devices.
     """
     if parallel_state.model_parallel_is_initialized():
         raise ValueError("a topology is active already in this process: leave it before entering another")
@@ -123,7 +124,13 @@ def _start_world(timeout_s: float) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank} on a host with {num_devices} CUDA devices: start at most that "
+                "many ranks a host (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
     store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = _meeting_point()

@@ -147,6 +147,15 @@ def test_one_process_makes_a_world_of_its_own_and_takes_it_down(monkeypatch):
     assert not dist.is_initialized()
 
 
+def test_more_ranks_than_devices_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is 2 on a host with 2 CUDA devices.*nproc-per-node"):
+        topology(Layout()).__enter__()
+    assert not dist.is_initialized()
+
+
 LAUNCHED = """
     import sys, torch, torch.distributed as dist
     from glm_rlhf.parallel.layout import Layout

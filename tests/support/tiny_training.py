@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 
 from glm_rlhf.parallel.glm import SCALAR_ROLES, build_model
@@ -36,6 +37,8 @@ LENGTHS = ((5, 1, 9), (17,), (3, 12, 2), (6, 7))
 
 # Adam's first step under these settings is g / (|g| + 1), so that the gradient can be read off the weights.
 READS_GRADIENT = AdamSettings(lr=1.0, betas=(0.0, 0.0), epsilon=1.0, clip_grad=0.0)
+# Several steps of about the gradient's size: roundings of it stay roundings of the weights.
+SMALL_STEPS = AdamSettings(lr=0.1, betas=(0.0, 0.0), epsilon=1.0, clip_grad=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +229,18 @@ def differences(found: list[dict[str, Any]], expected: dict[str, Any]) -> dict[s
         "gradient": worst_difference(gradients(whole), gradients(wanted)),
         "copies": copies,
     }
+
+
+def assert_same_training(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Check that several `SMALL_STEPS` of a case go on all ranks of a layout, in fp32, as on one rank."""
+    assert len(expected["losses"]) > 1
+    for rank in found:
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)  # fp32 in another order
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    (whole, copies), (wanted, _) = (assemble([r["pieces"] for r in ranks]) for ranks in (found, [expected]))
+    assert copies == 0
+    # Relative to a weight's largest change; each step adds the rounding of the one before.
+    assert worst_difference(whole, wanted) <= 1e-3
 
 
 def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
