@@ -61,8 +61,9 @@ def run(config: RewardConfig) -> None:
 class PairPreference:
     """The loss of a reward model, `losses.pairwise_loss`, divided by the pairs of the step.
 
-    The score of an answer is the scalar at its last token: its end id, or where it was cut the last token
-    that is left. Both answers of a pair lie in one micro-batch, as two sequences that do not see each other.
+    The score of an answer is the scalar at its last token: its end id, also of an empty text, or where it was
+    cut the last token that is left. Both answers of a pair lie in one micro-batch, as two sequences that do
+    not see each other. Two equal answers have equal scores and teach nothing but the anchor at zero.
     """
 
     prefix = "reward"

@@ -21,7 +21,9 @@ from glm_rlhf.parallel.topology import topology
 from glm_rlhf.parallel.weights import randomize_weights
 
 SEED = 1234
-NUM_HELD_OUT = 200
+LARGEST = 29
+"""Numbers that are added go up to it: few enough that a model this small learns them in a minute."""
+NUM_HELD_OUT = 100
 SHAPE = GLMConfig(
     family="chatglm",
     num_layers=4,
@@ -50,7 +52,7 @@ def make_tiny(folder: Path) -> None:
         randomize_weights(chunks, seed=SEED)
         export_model(chunks, folder / "model", topology=place)
     write_tiny_tokenizer(folder / "model")
-    learned, held_out = arithmetic_tasks(num_held_out=NUM_HELD_OUT, seed=SEED)
+    learned, held_out = arithmetic_tasks(num_held_out=NUM_HELD_OUT, seed=SEED, largest=LARGEST)
     for prefix, tasks in (("", learned), ("eval_", held_out)):
         _write(folder / f"{prefix}sft.jsonl", ({"prompt": t.prompt, "response": t.answer} for t in tasks))
         _write(folder / f"{prefix}pairs.jsonl", _pairs(tasks))
@@ -61,7 +63,7 @@ def _pairs(tasks: Iterable[ArithmeticTask]) -> Iterable[dict]:
     """Yield the right sum preferred to any other."""
     generator = random.Random(SEED)
     for task in tasks:
-        wrong = str(generator.randrange(199))
+        wrong = str(generator.randrange(2 * LARGEST + 1))
         if wrong != task.answer:
             yield {"prompt": task.prompt, "chosen": task.answer, "rejected": wrong}
 
