@@ -149,18 +149,16 @@ class TorchOps:
             pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
 
     def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
-        num_kv_heads, head_size = pools[0].shape[2:]
-        key_BKLH, value_BKLH = (
-            pool.view(-1, num_kv_heads * head_size)
-            .index_select(0, self._context_slots)
-            .view(*self._context_shape, num_kv_heads, head_size)
-            .transpose(1, 2)
-            .float()
-            for pool in pools
-        )
+        key_BKLH, value_BKLH = self._gather(pools[0]), self._gather(pools[1])
         context_BKGH = F.scaled_dot_product_attention(
             query_BKGH.float(), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
         )
         if self._filler_rows is not None:
             context_BKGH[self._filler_rows] = 0.0
         return context_BKGH.flatten(1).to(query_BKGH.dtype)
+
+    def _gather(self, pool: torch.Tensor) -> torch.Tensor:
+        """Return what lies at every position of the decoding sequences, fp32 [B, K, L, H]."""
+        _, _, num_kv_heads, head_size = pool.shape
+        rows = pool.view(-1, num_kv_heads * head_size).index_select(0, self._context_slots)
+        return rows.view(*self._context_shape, num_kv_heads, head_size).transpose(1, 2).float()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm_rlhf.parallel.heads import next_tokens
 from glm_rlhf.parallel.packing import pack, share
 
 
@@ -68,12 +69,26 @@ def test_work_of_one_long_sequence_is_even_over_context_parallel_ranks():
         ([], "0 sequences without a single token"),
         ([torch.zeros(0, dtype=torch.int64)], "1 sequences without a single token"),
         ([torch.zeros(2)], "1-D tensor of torch.float32"),
+        ([torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.bool)], "sequence 1 .* torch.bool"),
         ([torch.zeros(2, 2, dtype=torch.int64)], "2-D tensor"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(sequences, message):
     with pytest.raises(ValueError, match=message):
         pack(sequences)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_what_belongs_to_a_stream_is_on_its_device(cp_size):
+    packed = pack(sequences_of([3, 0, 6]), multiple=8)
+    there = packed.to(torch.device("meta"))  # a device without data, so that nothing is read from it either
+    assert (there.lengths, there.num_filler) == (packed.lengths, packed.num_filler)
+    part = share(there, cp_rank=cp_size - 1, cp_size=cp_size)
+    tensors = [there.tokens_T, part.positions_T, part.take(there.tokens_T), next_tokens(there)]
+    tensors += [t for s in part.segments for t in (s.query_cu_seqlens, s.key_cu_seqlens)]
+    tensors += [part.rows, part.stream_order] if cp_size > 1 else []
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {s.query_cu_seqlens.dtype for s in part.segments} == {torch.int32}
 
 
 def test_a_stream_that_does_not_split_is_refused():
