@@ -9,7 +9,7 @@ import torch
 
 from glm_rlhf.kernels.reference.linear_logprob import (
     TILE_COLUMNS,
-    logits_gradient_,
+    exponentials_gradient_,
     math_dtype,
     scaled,
     slices,
@@ -23,10 +23,12 @@ CHUNK_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptLogits:
-    """Tempered logits of some rows."""
+    """Exponentials of the tempered logits z of some rows, in tiles of `TILE_COLUMNS` columns."""
 
-    logits_TV: torch.Tensor
-    """`[T, V]`, float32 or float64."""
+    exp_TV: torch.Tensor
+    """`[T, V]`, exp(z - the row's maximum in the tile), float32 or float64."""
+    max_ST: torch.Tensor
+    """`[tiles, T]`, the row's maximum in each tile."""
 
 
 def keep_logits(
@@ -40,16 +42,18 @@ def keep_logits(
     """Return the statistics of the rows and what `dlogits_of_kept` makes their gradient of."""
     dtype = math_dtype(hidden_TD)
     hidden_TD = scaled(hidden_TD.to(dtype), temperature)
-    logits_TV = hidden_TD.new_empty(hidden_TD.shape[0], weight_VD.shape[0])
-    statistics = None
+    exp_TV = hidden_TD.new_empty(hidden_TD.shape[0], weight_VD.shape[0])
+    statistics, maxima = None, []
     for columns in slices(weight_VD.shape[0], TILE_COLUMNS):
-        torch.mm(hidden_TD, weight_VD[columns].to(dtype).t(), out=logits_TV[:, columns])
+        torch.mm(hidden_TD, weight_VD[columns].to(dtype).t(), out=exp_TV[:, columns])
         local_targets_T = targets_T - (vocab_offset + columns.start)
-        tile = statistics_of_logits(logits_TV[:, columns].clone(), local_targets_T)
+        tile = statistics_of_logits(exp_TV[:, columns], local_targets_T)
+        maxima.append(tile.max_T)
         statistics = tile if statistics is None else statistics.merged(tile)
     if statistics is None:
         statistics = SoftmaxStatistics.empty(hidden_TD.shape[0], hidden_TD)
-    return statistics, KeptLogits(logits_TV=logits_TV)
+        return statistics, KeptLogits(exp_TV=exp_TV, max_ST=statistics.max_T[None])
+    return statistics, KeptLogits(exp_TV=exp_TV, max_ST=torch.stack(maxima))
 
 
 def dlogits_of_kept(
@@ -64,16 +68,17 @@ def dlogits_of_kept(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return `(dlogits_LV, order)`: the gradient of the rows `live` (None: all); row k is `order[k]`."""
-    if kept.logits_TV.shape[1] == 0:  # a shard that is padding only
-        return kept.logits_TV if live is None else kept.logits_TV[live], live
     rows = slice(None) if live is None else live
-    dlogits_LV = logits_gradient_(
-        kept.logits_TV[rows],
-        targets_T[rows] - vocab_offset,
-        distribution.taken(live),
-        dlogprob_T[rows],
-        None if dentropy_T is None else dentropy_T[rows],
-    )
+    dlogits_LV, distribution = kept.exp_TV[rows], distribution.taken(live)
+    for index, columns in enumerate(slices(dlogits_LV.shape[1], TILE_COLUMNS)):
+        exponentials_gradient_(
+            dlogits_LV[:, columns],
+            kept.max_ST[index, rows],
+            targets_T[rows] - (vocab_offset + columns.start),
+            distribution,
+            dlogprob_T[rows],
+            None if dentropy_T is None else dentropy_T[rows],
+        )
     return scaled(dlogits_LV, temperature), live
 
 

@@ -126,7 +126,7 @@ def test_same_inputs_give_the_same_bits(implementation):
 def test_peak_memory_does_not_depend_on_the_vocabulary_but_for_the_weight_gradient(monkeypatch):
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1 << 20)  # 4 MB
     peaks = []
-    for vocab_size in (8192, 32768):
+    for vocab_size in (16384, 65536):
         hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(
             256, vocab_size, 32, torch.float32, PLAIN, device="cpu"
         )
@@ -136,6 +136,6 @@ def test_peak_memory_does_not_depend_on_the_vocabulary_but_for_the_weight_gradie
             linear_ppo_loss(*inputs, **arguments)[0].backward()
 
         peaks.append(peak_bytes(run) - weight_VD.numel() * weight_VD.element_size())
-    # The logits would be 8 and 32 MiB; what is kept is a few buffers of up to 4 MiB either way.
-    assert peaks[1] < 1.3 * peaks[0]
-    assert max(peaks) < 5 * (4 << 20)
+    # The logits would be 16 and 64 MiB; what is kept is two chunks of up to 4 MiB, and small tiles.
+    assert peaks[1] < 1.1 * peaks[0]
+    assert max(peaks) < 3 * (4 << 20)
