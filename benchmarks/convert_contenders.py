@@ -61,8 +61,7 @@ def _import_ours(folder: Path, checks: bool, tp_size: int) -> Outcome:
     parameters = _parameters(_stream(folder, 0, tp_size))
 
     def load() -> None:
-        for name, tensor in _stream(folder, 0, tp_size):
-            parameters[name].copy_(tensor)
+        _stream(folder, 0, tp_size).read_into(parameters)
 
     seconds, above = _timed(load)
     return Outcome(seconds, above, _nbytes(parameters), not checks or _is_source(folder, parameters, tp_size))

@@ -1,17 +1,17 @@
 """One rank's weights, streamed out of a Hugging Face folder.
 
     stream = iterate_shard(folder, config, tp_rank=0, tp_size=2, layers=range(28), dtype=torch.bfloat16)
-    for name, tensor in stream:
-        parameters[name].copy_(tensor)
+    stream.read_into(parameters)
     for name in stream.missing:  # a scalar head that the folder has not: create it
         ...
 
-Everything is checked on headers before the first tensor is read. At any time only the tensor at hand is in
-memory, besides what the caller keeps.
+Everything is checked on headers before the first tensor is read. Bytes are read straight into a parameter in
+host memory of the stored type; otherwise only the tensor at hand is in memory, besides what the caller keeps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.model_folder import ModelFolderError, open_folder
 from glm_rlhf.parallel.names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
 from glm_rlhf.parallel.safetensors_header import check_float
-from glm_rlhf.parallel.sharding import Piece, Shard, read_shard, shards_of
+from glm_rlhf.parallel.sharding import Piece, Shard, read_shard, read_shard_into, shards_of
 from glm_rlhf.parallel.weight_files import StoredTensor, list_tensors, read_slice
 
 
@@ -41,6 +41,28 @@ class ShardStream:
         """Yield (our name, new CPU tensor)."""
         for shard in self.shards:
             yield shard.ours, read_shard(shard, self._read, dtype=self.dtypes[shard.ours])
+
+    def read_into(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Fill one tensor a shard, given by our name, on any device; each may be of another type.
+
+        Raises:
+            KeyError: a shard's parameter is not among them.
+            ModelFolderError: a file has become shorter since its header was read.
+            ValueError: a parameter has another shape, or a value does not fit its type.
+        """
+        staging = torch.empty(0, dtype=torch.uint8)
+        for shard in self.shards:
+            parameter = parameters[shard.ours].detach()
+            if parameter.device.type == "cpu":
+                read_shard_into(shard, self._read, parameter)
+                continue
+            dtype = self.dtypes[shard.ours]
+            num_bytes = prod(shard.shape) * dtype.itemsize
+            if staging.numel() < num_bytes:
+                staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=parameter.is_cuda)
+            host = staging[:num_bytes].view(dtype).view(shard.shape)
+            read_shard_into(shard, self._read, host)
+            parameter.copy_(host)
 
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         read_slice(self.tensors[piece.name], piece.dim, piece.start, piece.stop, out)

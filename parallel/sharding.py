@@ -134,9 +134,18 @@ def read_shard(
         dtype: of the result.
     """
     out = torch.empty(shard.shape, dtype=dtype)
-    for piece, part in zip(shard.pieces, _parts(shard, out), strict=True):
-        read(piece, part)
+    read_shard_into(shard, read, out)
     return out
+
+
+def read_shard_into(shard: Shard, read: Callable[[Piece, torch.Tensor], None], out: torch.Tensor) -> None:
+    """Fill a rank's parameter, or another tensor of its shape.
+
+    Raises:
+        ValueError: `out` has another shape than the layout says.
+    """
+    for piece, part in place_shard(shard, out):
+        read(piece, part)
 
 
 def place_shard(shard: Shard, tensor: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:

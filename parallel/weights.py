@@ -47,8 +47,9 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
                 dtype=chunk.config.params_dtype,
                 **_part(chunk),
             )
-            for name, tensor in stream:
-                parameters.pop(name).copy_(tensor)
+            stream.read_into(parameters)
+            for shard in stream.shards:
+                del parameters[shard.ours]
             for name in stream.missing:
                 _create_head(name, parameters.pop(name), seed)
                 created.append(name)

@@ -239,6 +239,27 @@ def test_headers_alone_are_read_by_the_check(folder, monkeypatch):
     check_weights(folder, read_config(folder), role="policy")
 
 
+@pytest.mark.parametrize("tp_size", [1, 4])
+def test_parameters_are_filled_in_place_and_cast(folders, tp_size):
+    source = stream(folders["glm"], tp_rank=tp_size - 1, tp_size=tp_size)
+    expected = dict(source)
+    for dtype in (torch.float32, torch.bfloat16):
+        parameters = {
+            name: torch.nn.Parameter(torch.full(tensor.shape, torch.nan, dtype=dtype))
+            for name, tensor in expected.items()
+        }
+        places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+        source.read_into(parameters)
+        for name, parameter in parameters.items():
+            assert parameter.data_ptr() == places[name]
+            assert torch.equal(parameter, expected[name].to(dtype)), name
+    on_device = {name: torch.empty(tensor.shape, device="meta") for name, tensor in expected.items()}
+    source.read_into(on_device)  # through memory of the host
+    first = next(iter(expected))
+    with pytest.raises(ValueError, match=rf"{first} has the shape \[3\] where"):
+        source.read_into(parameters | {first: torch.empty(3)})
+
+
 MEASURE = """
 import json, sys, torch
 from glm_rlhf.parallel.hf_config import read_config
@@ -256,8 +277,7 @@ for tensor in parameters.values():
     tensor.fill_(1.0)
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of what came before
 before = status("VmRSS")
-for name, tensor in stream:
-    parameters[name].copy_(tensor)
+stream.read_into(parameters)
 shard = sum(t.numel() * 4 for t in parameters.values())
 largest = max(t.numel() * 4 for t in parameters.values())
 print(json.dumps([before, status("VmHWM"), shard, largest]))
