@@ -190,10 +190,11 @@ def _metrics(
             mask_T.sum().float(),
             (kl_T * mask_T).sum(),
             values_T.sum(),
+            torch.tensor(float(sum(rollouts.prompt_lengths)), device=mask_T.device),
         ]
     ).double()
     dist.all_reduce(sums, group=topology.dp_group)
-    count, rewards, squares, length, cut, tokens, kl, values = sums.tolist()
+    count, rewards, squares, length, cut, tokens, kl, values, prompt = sums.tolist()
     mean = rewards / max(count, 1)
     return {
         "critic/rewards/mean": mean,
@@ -201,6 +202,7 @@ def _metrics(
         "critic/values/mean": values / max(tokens, 1),
         "objective/kl": kl / max(count, 1),
         "objective/kl_per_token": kl / max(tokens, 1),
+        "prompt_length/mean": prompt / max(count, 1),
         "response_length/mean": length / max(count, 1),
         "response_length/cut_fraction": cut / max(count, 1),
         "rollout/logprob_gap": gap,

@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
-import sys
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
@@ -18,20 +15,21 @@ from glm_rlhf.engine.data.record_ids import prompt_ids
 from glm_rlhf.engine.data.records import PromptRecord, read_prompts
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
+from glm_rlhf.engine.observe.progress import ProgressLine
+from glm_rlhf.engine.observe.report import SAMPLES_AFTER, SAMPLES_FOLDER, tell_report
 from glm_rlhf.engine.stages.ppo import PPOEngine
+from glm_rlhf.engine.stages.ppo_samples import NUM_SHOWN, write_samples
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.stages.training_run import claim_folder
-from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm_config import GLMConfig
-
-_NUM_SAMPLES_SHOWN = 16
 
 
 def run(config: PPOConfig) -> None:
     """Train a policy by PPO; every rank of the launch calls it.
 
-    The run folder gets metrics, sample answers, and the policy as Hugging Face folders.
+    The run folder gets metrics, sample answers, a report, and the policy as Hugging Face folders.
 
     Raises:
         ValueError: anything that the user has to mend.
@@ -55,24 +53,13 @@ def run(config: PPOConfig) -> None:
                         config=dataclasses.asdict(config),
                     )
                 )
-            bar = stack.enter_context(
-                tqdm(
-                    total=config.train.steps,
-                    desc="ppo",
-                    unit=" iterations",
-                    disable=None if place.is_reporter else True,
-                )
-            )
+            progress = stack.enter_context(ProgressLine(steps=config.train.steps, is_shown=place.is_reporter))
             for step in range(config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 metrics = _iterate(engine, batch, step)
                 write(step + 1, metrics)
-                bar.update()
-                bar.set_postfix(
-                    reward=f"{metrics['critic/rewards/mean']:.3f}", kl=f"{metrics['objective/kl']:.3f}"
-                )
-                if place.is_reporter and bar.disable:
-                    sys.stderr.write(_in_words(step + 1, config.train.steps, metrics))
+                progress.show(step + 1, metrics)
+        _close(engine, [prompts[number] for number in sampler.batch(0)])
 
 
 def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> dict[str, float]:
@@ -93,43 +80,42 @@ def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> di
     scored = time.monotonic()
     metrics = engine.update(experience)
     end = time.monotonic()
-    num_tokens = metrics["response_length/mean"] * rollouts.num_everywhere
+    num_answer_tokens = metrics["response_length/mean"] * rollouts.num_everywhere
+    num_tokens = num_answer_tokens + metrics["prompt_length/mean"] * rollouts.num_everywhere
     metrics |= {
         "timing_s/generate": generated - start,
         "timing_s/experience": scored - generated,
         "timing_s/iteration": end - start,
-        "perf/response_tokens_per_s_per_gpu": num_tokens / (end - start) / place.world_size,
+        "perf/tokens_per_s": num_tokens / (end - start),
+        "perf/tokens_per_s_per_gpu": num_tokens / (end - start) / place.world_size,
+        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / (end - start) / place.world_size,
     }
     is_last = step + 1 == config.train.steps
-    if config.train.sample_every and (step % config.train.sample_every == 0 or is_last) and place.is_reporter:
-        _write_samples(
-            Path(config.run.output), step + 1, rollouts, experience.rewards_B.tolist(), engine.tokenizer
-        )
+    if config.train.sample_every and (step % config.train.sample_every == 0 or is_last):
+        path = Path(config.run.output) / SAMPLES_FOLDER / f"step_{step + 1}.jsonl"
+        write_samples(path, rollouts, experience.rewards_B, engine.tokenizer, place)
     if is_last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
         folder = Path(config.run.output) / "checkpoints" / f"step_{step + 1}"
         engine.export_hf(folder)
     return metrics
 
 
-def _write_samples(
-    folder: Path, step: int, rollouts: Rollouts, rewards: Sequence[float], tokenizer: Tokenizer | None
-) -> None:
-    """Write some of rank 0's answers with their rewards, the first of the iteration's prompts."""
-    path = folder / "samples" / f"step_{step}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for index in range(min(_NUM_SAMPLES_SHOWN, rollouts.num_sequences)):
-            answer = rollouts.answer(index).tolist()
-            prompt = rollouts.prompts[index].tokens
-            line = {
-                "prompt_tokens": list(prompt),
-                "tokens": answer,
-                "prompt": tokenizer and tokenizer.decode(prompt, unknown="replace"),
-                "text": tokenizer and tokenizer.decode_response(answer, unknown="replace"),
-                "reward": rewards[index],
-                "is_finished": rollouts.is_finished[index],
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
+    """Answer the first iteration's sample prompts once more, and write the report."""
+    config, place = engine.config, engine.topology
+    folder = Path(config.run.output)
+    if config.train.sample_every:
+        num_prompts = max(math.ceil(NUM_SHOWN / config.generation.num_samples), place.dp)
+        rollouts = engine.generate(first_prompts[:num_prompts])
+        write_samples(
+            folder / SAMPLES_FOLDER / SAMPLES_AFTER,
+            rollouts,
+            engine.roles.rewards(rollouts),
+            engine.tokenizer,
+            place,
+        )
+    if place.is_reporter:
+        tell_report(folder, title=config.run.name)
 
 
 def _read(
@@ -158,11 +144,3 @@ def _prompt_input(
             f"{max_prompt_tokens}, the model's context {max_positions}"
         )
     return PromptInput(tokens=tuple(ids), extra=record.extra)
-
-
-def _in_words(step: int, steps: int, metrics: dict[str, float]) -> str:
-    return (
-        f"iteration {step} of {steps}: reward {metrics['critic/rewards/mean']:.4f}, KL "
-        f"{metrics['objective/kl']:.4f}, length {metrics['response_length/mean']:.1f}, "
-        f"{metrics['timing_s/iteration']:.1f} s\n"
-    )

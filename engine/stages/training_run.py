@@ -11,6 +11,7 @@ from pathlib import Path
 from glm_rlhf.engine.config_training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig, TrainSection
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
+from glm_rlhf.engine.observe.report import tell_report
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.stages.train_loop import Held, LoopResult, LoopSettings, train
 from glm_rlhf.engine.stages.training_records import Records
@@ -126,6 +127,7 @@ def run_training(
             held=held,
         )
     if place.is_reporter:
+        tell_report(config.run.output, title=config.run.name)
         sys.stderr.write(_in_words(config, result))
 
 

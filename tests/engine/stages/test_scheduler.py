@@ -55,6 +55,15 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
     samples = [json.loads(text) for text in (tmp_path / "samples" / "step_3.jsonl").open()]
     assert len(samples) == 16
     assert all(1 <= len(sample["tokens"]) <= 8 for sample in samples)
+    first, after = (
+        [json.loads(text) for text in (tmp_path / "samples" / f"{name}.jsonl").open()]
+        for name in ("step_1", "after")
+    )
+    assert [one["prompt_tokens"] for one in first] == [one["prompt_tokens"] for one in after]
+    assert [one["tokens"] for one in first] != [one["tokens"] for one in after]
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Samples</h2>" in page
+    assert page.count("<svg") == len(metrics[0]) - 1
     exported = GlmForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step_3")
     before = GlmForCausalLM.from_pretrained(inputs[0])
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), exported.parameters(), strict=True)]

@@ -1,0 +1,295 @@
+"""What a run did, as one HTML file that needs nothing else."""
+
+import html
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_rlhf.engine.observe.charts import Point, line_chart, number
+from glm_rlhf.engine.observe.metrics import FILE_NAME as METRICS_NAME
+
+FILE_NAME = "report.html"
+SAMPLES_FOLDER = "samples"
+SAMPLES_AFTER = "after.jsonl"
+"""Answers, after the last iteration, to the prompts of the first one's samples."""
+
+_TOTALS = ("timing_s/iteration", "timing_s/step")
+_MAX_SAMPLES = 24
+_GROUPS = (
+    ("Reward", lambda name: "rewards/" in name and not name.startswith("eval")),
+    ("Evaluation", lambda name: name.startswith("eval")),
+    ("KL", lambda name: "kl" in name.rpartition("/")[2].split("_")),
+    ("Length", lambda name: "length" in name),
+    ("Loss", lambda name: name.endswith("loss")),
+    ("Gradient", lambda name: name.endswith(("grad_norm", "lr", "is_step_skipped"))),
+    ("Speed", lambda name: name.startswith("perf/")),
+    ("Seconds", lambda name: name.startswith("timing_s/")),
+    ("Others", lambda name: True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportTable:
+    """Results that are no metric of a step, such as an evaluation's."""
+
+    title: str
+    """Stands above."""
+    columns: tuple[str, ...]
+    """Heads of the columns."""
+    rows: tuple[tuple[object, ...], ...]
+    """Cells: floats are shown in four digits, other things as `str` has them."""
+    note: str = ""
+    """Stands below."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"a row of {self.title!r} has {len(row)} cells for {len(self.columns)} columns"
+                )
+
+
+def write_report(
+    run_folder: str | Path, *, title: str | None = None, tables: Sequence[ReportTable] = ()
+) -> Path:
+    """Write `<run_folder>/report.html` from what the folder holds, and return its path.
+
+    Shown is what there is of: curves of `metrics.jsonl`, seconds of each phase, answers before and after of
+    `samples/`, the settings of `config.yaml`. The file refers to no other one and runs no script.
+
+    Args:
+        run_folder: of a run; a line of the metrics that was cut by a kill is left out, and of a step that
+            was done twice the last counts.
+        title: of the page; None is the folder's name.
+        tables: shown first.
+
+    Raises:
+        ValueError: no metrics in the folder.
+        OSError: something cannot be read or written.
+    """
+    folder = Path(run_folder)
+    curves = _curves(folder / METRICS_NAME)
+    if title is None:
+        title = folder.resolve().name
+    config = folder / "config.yaml"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        _summary(curves),
+        *(_table(table) for table in tables),
+        _curve_groups(curves),
+        _phases(curves),
+        _samples(folder / SAMPLES_FOLDER),
+        _details("Settings", f"<pre>{html.escape(config.read_text('utf-8'))}</pre>")
+        if config.exists()
+        else "",
+    ]
+    path = folder / FILE_NAME
+    page = _PAGE.format(
+        title=html.escape(title), style=_STYLE, body="\n".join(part for part in parts if part)
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def tell_report(run_folder: str | Path, *, title: str) -> None:
+    """Write the report at the end of a run, and say where it is; a run that is done does not fail by it."""
+    try:
+        sys.stderr.write(f"report: {write_report(run_folder, title=title)}\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"no report was written: {error}\n")
+
+
+def _curves(path: Path) -> dict[str, list[Point]]:
+    """Return the numbers of each metric by ascending step."""
+    by_step: dict[int, Mapping[str, float | None]] = {}
+    for line in _lines(path):
+        by_step[line["step"]] = line
+    if not by_step:
+        raise ValueError(f"{path} has no complete line: there is nothing to report")
+    curves: dict[str, list[Point]] = {}
+    for step, line in sorted(by_step.items()):
+        for name, value in line.items():
+            if name != "step":
+                curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:  # cut by a kill, or by a full disk
+                continue
+
+
+def _known(points: Sequence[Point]) -> list[float]:
+    return [value for _, value in points if value is not None]
+
+
+def _summary(curves: Mapping[str, list[Point]]) -> str:
+    steps = [step for points in curves.values() for step, _ in points]
+    rows = []
+    for name, points in curves.items():
+        values = _known(points)
+        if values:
+            tenth = math.ceil(len(values) / 10)
+            rows.append(
+                (
+                    name,
+                    statistics.fmean(values[:tenth]),
+                    statistics.fmean(values[-tenth:]),
+                    min(values),
+                    max(values),
+                )
+            )
+    total = next((sum(_known(curves[name])) for name in _TOTALS if name in curves), None)
+    said = f"Steps {min(steps)} to {max(steps)}" + (f", {_duration(total)}" if total is not None else "")
+    table = ReportTable(
+        title="",
+        columns=("metric", "first tenth", "last tenth", "least", "most"),
+        rows=tuple(rows),
+        note="Means over the first and the last tenth of the steps that have a number.",
+    )
+    return f"<p>{said}.</p>" + _details("All metrics in numbers", _table(table))
+
+
+def _curve_groups(curves: Mapping[str, list[Point]]) -> str:
+    groups: dict[str, list[str]] = {title: [] for title, _ in _GROUPS}
+    for name, points in curves.items():
+        groups[next(title for title, holds in _GROUPS if holds(name))].append(line_chart(name, points))
+    return "\n".join(
+        f'<h2>{title}</h2><div class="charts">{"".join(charts)}</div>'
+        for title, charts in groups.items()
+        if charts
+    )
+
+
+def _phases(curves: Mapping[str, list[Point]]) -> str:
+    """Return a table of phases with bars; a phase may lie inside of another one."""
+    total_name = next((name for name in _TOTALS if name in curves), None)
+    if total_name is None:
+        return ""
+    total = statistics.fmean(_known(curves[total_name]))
+    rows = []
+    for name, points in curves.items():
+        values = _known(points)
+        if name.startswith("timing_s/") and name != total_name and values:
+            # A phase that is not in every step counts with the steps that it is in.
+            share = sum(values) / (total * len(curves[total_name])) if total else 0.0
+            rows.append((name.removeprefix("timing_s/"), statistics.fmean(values), max(values), share))
+    rows.sort(key=lambda row: -row[3])
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{number(mean)}</td><td>{number(most)}</td><td>{share:.1%}</td>"
+        f'<td class="bar"><div style="width:{min(share, 1):.1%}"></div></td></tr>'
+        for name, mean, most, share in rows
+    )
+    return (
+        f"<h2>Phases</h2><p>A step takes {number(total)} s on average. Phases may lie inside others.</p>"
+        "<table><tr><th>phase</th><th>mean s</th><th>most s</th><th>share of all steps</th><th></th></tr>"
+        f"{body}</table>"
+    )
+
+
+def _samples(folder: Path) -> str:
+    """Return answers of the first file, beside those to the same prompts after the last step."""
+    files = sorted(folder.glob("step_*.jsonl"), key=_step_of)
+    if not files:
+        return ""
+    before = list(_lines(files[0]))
+    last = folder / SAMPLES_AFTER if (folder / SAMPLES_AFTER).exists() else files[-1]
+    after: dict[str, list[dict]] = {}
+    for sample in _lines(last):
+        after.setdefault(json.dumps(sample["prompt_tokens"]), []).append(sample)
+    rows, num_paired = [], 0
+    for sample in before[:_MAX_SAMPLES]:
+        again = after.get(json.dumps(sample["prompt_tokens"]))
+        later = again.pop(0) if again else None
+        num_paired += later is not None
+        cells = _answer(later) if later else "<td></td><td></td>"
+        rows.append(f"<tr><td>{_prompt(sample)}</td>{_answer(sample)}{cells}</tr>")
+    if not num_paired:  # the last file has other prompts: show them too
+        for samples in list(after.values())[:_MAX_SAMPLES]:
+            rows += [f"<tr><td>{_prompt(one)}</td><td></td><td></td>{_answer(one)}</tr>" for one in samples]
+    return (
+        "<h2>Samples</h2>"
+        f"<p>Before: {html.escape(files[0].stem)}, whose answers come before the first update where it is "
+        f"step 1. After: {html.escape(last.stem)}.</p>"
+        '<table class="samples"><tr><th>prompt</th><th>before</th><th>reward</th><th>after</th>'
+        f"<th>reward</th></tr>{''.join(rows)}</table>"
+    )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _prompt(sample: Mapping) -> str:
+    return html.escape(sample.get("prompt") or " ".join(map(str, sample["prompt_tokens"])))
+
+
+def _answer(sample: Mapping) -> str:
+    text = sample.get("text")
+    if text is None:
+        text = " ".join(map(str, sample["tokens"]))
+    cut = "" if sample.get("is_finished", True) else ' <span class="cut">cut</span>'
+    reward = sample.get("reward")
+    return f"<td>{html.escape(text)}{cut}</td><td>{'' if reward is None else number(reward)}</td>"
+
+
+def _table(table: ReportTable) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{number(cell) if isinstance(cell, float) else html.escape(str(cell))}</td>" for cell in row
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    title = f"<h2>{html.escape(table.title)}</h2>" if table.title else ""
+    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f"{title}<table><tr>{head}</tr>{rows}</table>{note}"
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em;
+color: #1b1f24 }
+h2 { margin: 1.6em 0 .4em; font-size: 1.2em }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 10px }
+.chart { background: #f7f8fa; border-radius: 6px; font-size: 11px }
+.chart text { fill: #555 } .chart .title { fill: #1b1f24; font-size: 13px }
+.chart polyline { fill: none; stroke: #2463c2; stroke-width: 1.6 } .chart circle { fill: #2463c2 }
+.chart .grid { stroke: #dde1e6 }
+table { border-collapse: collapse; margin: .5em 0 } td, th { padding: 3px 12px 3px 0; text-align: left;
+vertical-align: top; border-bottom: 1px solid #e5e8ec }
+td.bar { width: 280px } td.bar div { background: #2463c2; height: 12px; border-radius: 2px }
+.samples td { white-space: pre-wrap; max-width: 330px; overflow-wrap: anywhere } .cut { color: #b3261e }
+pre { background: #f7f8fa; padding: 1em; overflow-x: auto } summary { cursor: pointer; margin: .6em 0 }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>
+<body>
+{body}
+</body>
+</html>
+"""
