@@ -17,6 +17,7 @@ import torch
 from benchmarks.fresh_process import in_fresh_process
 from benchmarks.harness import Contender, Problem, measure
 from benchmarks.machine import description
+from benchmarks.padding import padded, padding_share
 from benchmarks.report import RESULTS, Report, Row, write
 from glm_rlhf.parallel.heads import next_tokens
 from glm_rlhf.parallel.layout import Layout
@@ -156,10 +157,10 @@ def _problem(
     generator = torch.Generator().manual_seed(7)
     sequences = [torch.randint(0, SHAPE["vocab_size"], (n,), generator=generator) for n in lengths]
     num_targets = sum(lengths) - len(lengths)
-    padded = _padded(theirs, [sequences[i : i + BATCH] for i in range(0, len(sequences), BATCH)], num_targets)
+    batches = [sequences[i : i + BATCH] for i in range(0, len(sequences), BATCH)]
     contenders = [
         Contender(name="ours, packed", run=_ours(state, sequences, num_targets, place)),
-        Contender(name="transformers, padded", run=padded),
+        Contender(name="transformers, padded", run=_padded(theirs, batches, num_targets)),
     ]
     if len(set(lengths)) > 1:
         ordered = sorted(sequences, key=len)
@@ -208,12 +209,8 @@ def _padded(
 ) -> Callable[[], list[torch.Tensor]]:
     inputs = []
     for batch in batches:
-        longest = max(len(sequence) for sequence in batch)
-        tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-        mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, -100)
-        for row, sequence in enumerate(batch):
-            tokens[row, : len(sequence)] = labels[row, : len(sequence)] = sequence
-            mask[row, : len(sequence)] = 1
+        tokens, mask = padded(batch)
+        labels = tokens.masked_fill(mask == 0, -100)
         inputs.append({"input_ids": tokens, "attention_mask": mask, "labels": labels})
 
     def run() -> list[torch.Tensor]:
@@ -235,10 +232,7 @@ def _padded(
 
 def _shape_text(lengths: Sequence[int]) -> str:
     def padding(ordered: Sequence[int]) -> str:
-        padded = sum(
-            max(ordered[i : i + BATCH]) * len(ordered[i : i + BATCH]) for i in range(0, len(ordered), BATCH)
-        )
-        return f"{1 - sum(lengths) / padded:.0%}"
+        return f"{padding_share([ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]):.0%}"
 
     return (
         f"{sum(lengths)} tokens, longest {max(lengths)}, padding {padding(lengths)}, "

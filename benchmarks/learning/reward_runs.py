@@ -1,0 +1,110 @@
+"""Tiny reward models, trained by the command's own stage."""
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.learning.planted_pairs import NUM_IDS
+from glm_rlhf.engine.config import ModelSection, RunSection
+from glm_rlhf.engine.config_training import (
+    ObserveSection,
+    OptimizerSection,
+    PairsSection,
+    RewardConfig,
+    RewardSection,
+    TrainSection,
+)
+from glm_rlhf.engine.stages.reward import run
+from glm_rlhf.parallel.export import export_model
+from glm_rlhf.parallel.glm import build_model
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.topology import topology
+from glm_rlhf.parallel.weights import randomize_weights
+
+SHAPE = GLMConfig(
+    family="glm",
+    num_layers=2,
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=16,
+    ffn_size=128,
+    vocab_size=NUM_IDS,
+    norm_epsilon=1e-5,
+    rope_theta=10000.0,
+    max_positions=64,
+    init_std=0.05,
+)
+BATCH = 32
+LR = 1e-3
+WARMUP_STEPS = 20
+
+
+def random_policy(folder: Path, *, seed: int) -> Path:
+    """Return the folder, with a policy of random weights written into it."""
+    with topology(Layout(), seed=seed) as place:
+        chunks = build_model(SHAPE, place, dtype=torch.float32)
+        randomize_weights(chunks, seed=seed)
+        export_model(chunks, folder, topology=place)
+    return folder
+
+
+def write_pairs(path: Path, records: Sequence[dict]) -> Path:
+    """Return the path, with the records written to it as JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def train_reward_model(
+    policy: Path,
+    pairs: Path,
+    held_out: Path,
+    output: Path,
+    *,
+    steps: int,
+    seed: int,
+    l2_coef: float,
+    balances_lengths: bool = False,
+) -> dict[str, float]:
+    """Return the evaluation after the last step, by metric, and how many pairs were learned from.
+
+    Args:
+        policy: the model that training starts from.
+        pairs: JSON lines to learn from.
+        held_out: JSON lines to evaluate on, all of them.
+        output: run folder.
+        steps: of 32 pairs each.
+        seed: of the scalar head, of balancing, and of the order of pairs.
+        l2_coef: weight of the squared scores.
+        balances_lengths: whether `data.balances_lengths` is on.
+    """
+    config = RewardConfig(
+        run=RunSection(name="reward", output=str(output), seed=seed),
+        model=ModelSection(path=str(policy)),
+        data=PairsSection(
+            path=str(pairs),
+            eval_path=str(held_out),
+            eval_records=sum(1 for _ in held_out.open()),
+            balances_lengths=balances_lengths,
+        ),
+        reward=RewardSection(l2_coef=l2_coef),
+        optimizer=OptimizerSection(lr=LR, warmup_steps=WARMUP_STEPS),
+        train=TrainSection(steps=steps, global_batch_size=BATCH, micro_batch_tokens=4096, dtype="fp32"),
+        observe=ObserveSection(tensorboard=False),
+    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        run(config)
+    *_, last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluation = {
+        name.removeprefix("eval/"): value
+        for name, value in json.loads(last).items()
+        if name.startswith("eval/")
+    }
+    report = json.loads((output / "data.json").read_text(encoding="utf-8"))[str(pairs)]
+    found = report.get("length_balance", report["contradictions"])
+    return evaluation | {"pairs_learned_from": float(found["num_kept"])}
