@@ -42,7 +42,8 @@ def adamw(
         θ ← θ - lr / (1 - β1^t) · m / (√v / √(1 - β2^t) + epsilon)
 
     A bf16 weight and its remainder are joined, updated and split again (`split_master`), so that updates
-    smaller than a bf16 rounding add up as in fp32. 26 bytes a parameter with an fp32 gradient, 24 with bf16.
+    smaller than a bf16 rounding add up as in fp32. 28 bytes a parameter with an fp32 gradient, 26 with bf16:
+    weight, remainder and both moments are read and written, the gradient is read.
     The reference path gives torch.optim.AdamW's bits on the master; the kernel differs by roundings.
 
     Args:

@@ -127,7 +127,8 @@ def tile_statistics(
         num_tiles, batch, reference.NUM_STATISTICS, dtype=torch.float32, device=device
     )
     if batch:
-        _sample_fwd_kernel[(num_tiles, batch)](
+        # Rows on the first axis: it alone may exceed 65535.
+        _sample_fwd_kernel[(batch, num_tiles)](
             logits_BV,
             masked_ids_V.view(torch.uint8) if masked_ids_V is not None else logits_BV,
             threshold_B if threshold_B is not None else temperature_B,
@@ -239,8 +240,8 @@ def _sample_fwd_kernel(
     HAS_THRESHOLD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V) - SHIFT
     is_id = (ids >= 0) & (ids < vocab_size)
     logits = tl.load(logits_ptr + row * vocab_size + ids, mask=is_id, other=float("-inf")).to(tl.float32)

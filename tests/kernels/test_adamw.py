@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels.adamw import AdamWTable, adamw, join_master, split_master
 from glm_rlhf.kernels.adamw_table import CHUNK_ELEMENTS
 from glm_rlhf.kernels.launch import forced
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "triton"])
 KINDS = pytest.mark.parametrize("is_split", [True, False], ids=["bf16", "fp32"])
 SHAPES = [(3,), (1,), (0,), (63,), (1000,), (7, 13), (CHUNK_ELEMENTS + 1,), (2, CHUNK_ELEMENTS)]

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from advantage_batches import DEVICE, random_batch
+from advantage_batches import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels.advantage import ppo_advantages
 from glm_rlhf.kernels.launch import forced

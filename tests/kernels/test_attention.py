@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels import launch
 from glm_rlhf.kernels.attention import paged_attention
@@ -39,14 +40,16 @@ class Pool:
                 self.keys[pages[position // page_size], position % page_size] = key[position]
                 self.values[pages[position // page_size], position % page_size] = value[position]
             self.sequences.append((key.to(dtype), value.to(dtype)))
-        self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
-        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.keys, self.values = self.keys.to(DEVICE, dtype), self.values.to(DEVICE, dtype)
+        self.table = self.table.to(DEVICE)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
     def attention(self, query, **options):
         return paged_attention(query, self.keys, self.values, self.table, self.lengths, **options)
 
     def definition(self, query_BQNH, scale):
-        """Softmax attention in float64, one sequence, token and head at a time."""
+        """Softmax attention in float64, one sequence, token and head at a time; on the CPU."""
+        query_BQNH = query_BQNH.cpu()
         out = torch.zeros(query_BQNH.shape, dtype=torch.float64)
         group = query_BQNH.shape[2] // self.keys.shape[2]
         for row, (key, value) in enumerate(self.sequences):
@@ -73,20 +76,21 @@ class Pool:
 )
 def test_equals_the_float64_definition(lengths, num_new, heads, head_size, page_size, dtype, implementation):
     pool = Pool(lengths, num_kv_heads=heads[1], head_size=head_size, page_size=page_size, dtype=dtype)
-    query = torch.randn(len(lengths), num_new, heads[0], head_size).to(dtype)
+    query = torch.randn(len(lengths), num_new, heads[0], head_size).to(DEVICE, dtype)
     with launch.forced(implementation):
         out = pool.attention(query)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), pool.definition(query, head_size**-0.5), **TOLERANCES[dtype])
+    expected = pool.definition(query, head_size**-0.5)
+    torch.testing.assert_close(out.double().cpu(), expected, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("spare_pages", [0, 40])
 def test_sequences_shorter_than_the_new_tokens_give_zeros_for_the_missing(spare_pages, implementation):
     pool = Pool([0, 2, 0, 7], num_kv_heads=2, head_size=8, page_size=16, spare_pages=spare_pages)
-    query = torch.randn(4, 4, 4, 8)
+    query = torch.randn(4, 4, 4, 8).to(DEVICE)
     with launch.forced(implementation):
-        out = pool.attention(query)
+        out = pool.attention(query).cpu()
     expected = pool.definition(query, 8**-0.5)
     assert torch.equal(out[[0, 2]], torch.zeros(2, 4, 4, 8))
     assert torch.equal(out[1, :2], torch.zeros(2, 4, 8))
@@ -96,28 +100,27 @@ def test_sequences_shorter_than_the_new_tokens_give_zeros_for_the_missing(spare_
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_new_token_may_leave_out_its_dimension_and_the_scale_is_used(implementation):
     pool = Pool([20, 9], num_kv_heads=1, head_size=16, page_size=16)
-    query = torch.randn(2, 4, 16)
+    query = torch.randn(2, 4, 16).to(DEVICE)
     with launch.forced(implementation):
         out = pool.attention(query, scale=0.7)
-    torch.testing.assert_close(
-        out.double(), pool.definition(query[:, None], 0.7)[:, 0], **TOLERANCES[torch.float32]
-    )
+    expected = pool.definition(query[:, None], 0.7)[:, 0]
+    torch.testing.assert_close(out.double().cpu(), expected, **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_huge_scores_neither_overflow_nor_give_nan(implementation):
     pool = Pool([40, 700], num_kv_heads=1, head_size=16, page_size=16)
-    query = 1e4 * torch.randn(2, 1, 4, 16)
+    query = 1e4 * torch.randn(2, 1, 4, 16).to(DEVICE)
     with launch.forced(implementation):
         out = pool.attention(query)
     # Scores of 1e4 carry an error of 1e-3 in fp32, and the weights the same relative error.
-    torch.testing.assert_close(out.double(), pool.definition(query, 0.25), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out.double().cpu(), pool.definition(query, 0.25), rtol=1e-2, atol=1e-2)
 
 
 def test_kernel_gives_a_sequence_the_same_bits_in_any_batch_and_under_any_table_width():
     lengths = [700, 3, 1300, 512]
     pool = Pool(lengths, num_kv_heads=2, head_size=16, page_size=64)
-    query = torch.randn(4, 1, 4, 16)
+    query = torch.randn(4, 1, 4, 16).to(DEVICE)
     with launch.forced("triton"):
         together = pool.attention(query)
         assert torch.equal(together, pool.attention(query))
@@ -136,7 +139,7 @@ def test_kernel_gives_a_sequence_the_same_bits_in_any_batch_and_under_any_table_
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_new_tokens_together_equal_one_after_the_other(implementation):
     pool = Pool([30, 12], num_kv_heads=2, head_size=16, page_size=16)
-    query = torch.randn(2, 3, 4, 16)
+    query = torch.randn(2, 3, 4, 16).to(DEVICE)
     with launch.forced(implementation):
         together = pool.attention(query)
         for new in range(3):
@@ -150,17 +153,20 @@ def test_new_tokens_together_equal_one_after_the_other(implementation):
 def test_empty_batch_and_batch_of_empty_sequences(implementation):
     pool = Pool([4], num_kv_heads=1, head_size=16, page_size=16)
     with launch.forced(implementation):
-        out = paged_attention(torch.empty(0, 2, 16), pool.keys, pool.values, pool.table[:0], pool.lengths[:0])
-        nothing = Pool([0, 0], num_kv_heads=1, head_size=16, page_size=16).attention(torch.randn(2, 2, 16))
+        no_query = torch.empty(0, 2, 16, device=DEVICE)
+        out = paged_attention(no_query, pool.keys, pool.values, pool.table[:0], pool.lengths[:0])
+        empty = Pool([0, 0], num_kv_heads=1, head_size=16, page_size=16)
+        nothing = empty.attention(torch.randn(2, 2, 16).to(DEVICE))
     assert out.shape == (0, 2, 16)
-    assert torch.equal(nothing, torch.zeros(2, 2, 16))
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+    assert nothing.shape == (2, 2, 16)
 
 
 def test_wrong_arguments_are_named():
     pool = Pool([4], num_kv_heads=2, head_size=16, page_size=16)
-    query = torch.zeros(1, 4, 16)
+    query = torch.zeros(1, 4, 16, device=DEVICE)
     with pytest.raises(ValueError, match="multiple of key heads"):
-        pool.attention(torch.zeros(1, 3, 16))
+        pool.attention(torch.zeros(1, 3, 16, device=DEVICE))
     with pytest.raises(ValueError, match="use one dtype"):
         pool.attention(query.bfloat16())
     with pytest.raises(ValueError, match="int32"):

@@ -4,12 +4,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels.kl import token_kl, token_kl_slope
 from glm_rlhf.kernels.reference.kl import KL_ESTIMATORS
 from glm_rlhf.kernels.reference.kl import token_kl as reference_kl
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit

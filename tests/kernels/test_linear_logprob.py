@@ -8,8 +8,9 @@ import nearest_bf16
 import pytest
 import torch
 import vocabulary_definition as definition
+from kernel_device import DEVICE
 from peak_memory import peak_bytes
-from vocabulary_definition import DEVICE, gradients, head_inputs, relative
+from vocabulary_definition import gradients, head_inputs, relative
 
 from glm_rlhf.kernels import vocab_head
 from glm_rlhf.kernels.launch import forced, is_interpreting

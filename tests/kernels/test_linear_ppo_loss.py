@@ -3,8 +3,9 @@
 import nearest_bf16
 import pytest
 import torch
+from kernel_device import DEVICE
 from policy_sweep import EVERYTHING, PLAIN, by_definition, by_sweep, gradient_limit, ppo_inputs
-from vocabulary_definition import DEVICE, gradients, head_inputs, relative
+from vocabulary_definition import gradients, head_inputs, relative
 
 from glm_rlhf.kernels.launch import forced
 from glm_rlhf.kernels.linear_logprob import IGNORE_INDEX, linear_logprob

@@ -5,8 +5,9 @@ import functools
 import pytest
 import torch
 import vocabulary_definition as definition
+from kernel_device import DEVICE
 from peak_memory import peak_bytes
-from vocabulary_definition import DEVICE, gradients, random_targets, relative
+from vocabulary_definition import gradients, random_targets, relative
 
 from glm_rlhf.kernels import logprob
 from glm_rlhf.kernels.launch import forced

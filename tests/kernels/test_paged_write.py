@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels import launch
 from glm_rlhf.kernels.paged_write import paged_write
@@ -24,22 +25,22 @@ def test_writes_the_slots_named_and_nothing_else(num_tokens, num_kv_heads, head_
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             expected[0, slot], expected[1, slot] = key[token], value[token]
+    key, value, pools, slots = (tensor.to(DEVICE) for tensor in (key, value, pools, slots))
     with launch.forced(implementation):
         paged_write(key, value, pools[0], pools[1], slots)
-    assert torch.equal(pools.view_as(expected), expected)
+    assert torch.equal(pools.cpu().view_as(expected), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_takes_views_into_packed_qkv(implementation):
-    mixed_TGSH = torch.randn(5, 2, 6, 8)
-    pools = torch.zeros(2, 2, 4, 2, 8)
+    mixed_TGSH = torch.randn(5, 2, 6, 8).to(DEVICE)
+    pools = torch.zeros(2, 2, 4, 2, 8, device=DEVICE)
+    slots = torch.tensor([7, 0, 1, 2, 4], device=DEVICE)
     with launch.forced(implementation):
-        paged_write(
-            mixed_TGSH[:, :, 4], mixed_TGSH[:, :, 5], pools[0], pools[1], torch.tensor([7, 0, 1, 2, 4])
-        )
-    assert torch.equal(pools[0].view(8, 2, 8)[[7, 0, 1, 2, 4]], mixed_TGSH[:, :, 4])
-    assert torch.equal(pools[1].view(8, 2, 8)[[7, 0, 1, 2, 4]], mixed_TGSH[:, :, 5])
-    assert torch.equal(pools.view(2, 8, 2, 8)[:, [3, 5, 6]], torch.zeros(2, 3, 2, 8))
+        paged_write(mixed_TGSH[:, :, 4], mixed_TGSH[:, :, 5], pools[0], pools[1], slots)
+    assert torch.equal(pools[0].view(8, 2, 8)[slots], mixed_TGSH[:, :, 4])
+    assert torch.equal(pools[1].view(8, 2, 8)[slots], mixed_TGSH[:, :, 5])
+    assert not pools.view(2, 8, 2, 8)[:, [3, 5, 6]].any()
 
 
 def test_a_slot_past_the_pool_is_an_error_on_cpu():

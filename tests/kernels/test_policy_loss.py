@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels.launch import forced
 from glm_rlhf.kernels.policy_loss import ppo_policy_loss
 from glm_rlhf.kernels.reference.policy_loss import POLICY_SUMS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "triton"])
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 

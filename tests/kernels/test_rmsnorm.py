@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_device import DEVICE
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 from glm_rlhf.kernels import launch
@@ -16,9 +17,9 @@ def definition(hidden_TD, weight_D):
     return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + EPSILON) * weight_D
 
 
-def random_inputs(num_rows, hidden_size, dtype, seed=0):
+def random_inputs(num_rows, hidden_size, dtype, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
     return draw(num_rows, hidden_size), draw(num_rows, hidden_size), draw(hidden_size)
 
 
@@ -31,7 +32,8 @@ def gradients_of(outputs, output_grads, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_and_gradients_equal_the_float64_definition(num_rows, hidden_size, dtype, implementation):
     hidden_TD, _, weight_D = random_inputs(num_rows, hidden_size, dtype)
-    grad_TD = torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    grad_TD = torch.randn(num_rows, hidden_size, generator=generator).to(DEVICE, dtype)
     with launch.forced(implementation):
         normed_TD = rms_norm(hidden_TD, weight_D, epsilon=EPSILON)
         actual = gradients_of(normed_TD, grad_TD, (hidden_TD, weight_D))
@@ -56,7 +58,7 @@ def test_forward_and_gradients_equal_the_float64_definition(num_rows, hidden_siz
 def test_fused_residual_adds_first_and_sums_both_gradients(dtype, implementation):
     hidden_TD, residual_TD, weight_D = random_inputs(37, 130, dtype)
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(37, 130, generator=generator).to(dtype) for _ in range(2)]
+    grads = [torch.randn(37, 130, generator=generator).to(DEVICE, dtype) for _ in range(2)]
     with launch.forced(implementation):
         outputs = add_rms_norm(hidden_TD, residual_TD, weight_D, epsilon=EPSILON)
         actual = gradients_of(outputs, grads, (hidden_TD, residual_TD, weight_D))
@@ -85,7 +87,7 @@ def test_fused_residual_adds_first_and_sums_both_gradients(dtype, implementation
 def test_rounds_before_the_weight_as_transformers_does(implementation):
     # fp16, for Triton's interpreter truncates bf16 where a GPU rounds.
     hidden_TD, _, weight_D = random_inputs(64, 512, torch.float16)
-    module = GlmRMSNorm(512, EPSILON).half()
+    module = GlmRMSNorm(512, EPSILON).to(DEVICE, torch.float16)
     module.weight.data.copy_(weight_D.data)
     with launch.forced(implementation), torch.no_grad():
         normed_TD = rms_norm(hidden_TD, weight_D, epsilon=EPSILON)
@@ -98,15 +100,15 @@ def test_rounds_before_the_weight_as_transformers_does(implementation):
 
 def test_bf16_reference_equals_transformers():
     hidden_TD, _, weight_D = random_inputs(64, 512, torch.bfloat16)
-    module = GlmRMSNorm(512, EPSILON).bfloat16()
+    module = GlmRMSNorm(512, EPSILON).to(DEVICE, torch.bfloat16)
     module.weight.data.copy_(weight_D.data)
-    with torch.no_grad():
+    with launch.forced("reference"), torch.no_grad():
         # Another order of the fp32 sum may flip a rounding in rare elements.
         assert (rms_norm(hidden_TD, weight_D, epsilon=EPSILON) != module(hidden_TD)).double().mean() < 1e-3
 
 
 def test_gradients_pass_finite_differences():
-    inputs = [tensor.detach().requires_grad_() for tensor in random_inputs(4, 7, torch.float64)]
+    inputs = random_inputs(4, 7, torch.float64, device="cpu")
     assert torch.autograd.gradcheck(
         lambda hidden, residual, weight: add_rms_norm(hidden, residual, weight, epsilon=EPSILON), inputs
     )
@@ -118,7 +120,7 @@ def test_gradients_pass_finite_differences():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_of_one_output_alone(implementation):
     inputs = random_inputs(5, 33, torch.float32)
-    grad_TD = torch.randn(5, 33)
+    grad_TD = torch.randn(5, 33).to(DEVICE)
     with launch.forced(implementation):
         normed_TD, total_TD = add_rms_norm(*inputs, epsilon=EPSILON)
         of_total = torch.autograd.grad(total_TD, inputs, grad_TD, allow_unused=True, retain_graph=True)
@@ -144,15 +146,15 @@ def test_same_inputs_give_the_same_bits(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_rows_and_leading_dimensions(implementation):
-    weight_D = torch.randn(12, requires_grad=True)
+    weight_D = torch.randn(12).to(DEVICE).requires_grad_()
     with launch.forced(implementation):
-        empty_TD = rms_norm(torch.empty(0, 12, requires_grad=True), weight_D, epsilon=EPSILON)
+        empty_TD = rms_norm(weight_D.new_empty(0, 12).requires_grad_(), weight_D, epsilon=EPSILON)
         (d_weight_D,) = torch.autograd.grad(empty_TD.sum(), weight_D)
-        cube = torch.randn(2, 12, 3).transpose(1, 2)
+        cube = torch.randn(2, 12, 3).to(DEVICE).transpose(1, 2)
         normed = rms_norm(cube, weight_D, epsilon=EPSILON)
         flat = rms_norm(cube.reshape(6, 12), weight_D, epsilon=EPSILON)
     assert empty_TD.shape == (0, 12)
-    assert torch.equal(d_weight_D, torch.zeros(12))
+    assert torch.equal(d_weight_D, torch.zeros_like(weight_D))
     assert torch.equal(normed, flat.view(2, 3, 12))
 
 
@@ -177,4 +179,4 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="residual is"):
         add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 4).bfloat16(), torch.zeros(4), epsilon=EPSILON)
     with launch.forced("triton"), pytest.raises(ValueError, match="float64"):
-        rms_norm(torch.zeros(2, 4).double(), torch.zeros(4).double(), epsilon=EPSILON)
+        rms_norm(*(torch.zeros(*shape, device=DEVICE).double() for shape in ((2, 4), (4,))), epsilon=EPSILON)

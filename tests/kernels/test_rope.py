@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_device import DEVICE
 from transformers import GlmConfig
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding, apply_rotary_pos_emb
 
@@ -11,9 +12,9 @@ from glm_rlhf.kernels.rope import rope, rope_qkv, rope_qkv_in_place, rope_table
 IMPLEMENTATIONS = ["reference", "triton"]
 
 
-def angles(num_tokens, num_pairs, seed=0):
+def angles(num_tokens, num_pairs, seed=0, device=DEVICE):
     angle_TR = 6.3 * torch.rand(num_tokens, num_pairs, generator=torch.Generator().manual_seed(seed))
-    return angle_TR.cos(), angle_TR.sin()
+    return angle_TR.cos().to(device), angle_TR.sin().to(device)
 
 
 def definition(heads_TNH, cos_TR, sin_TR):
@@ -41,7 +42,8 @@ def test_equals_transformers_glm_at_packed_positions(implementation):
 
     cos_PR, sin_PR = rope_table(8192, 8, 5e3)
     with launch.forced(implementation):
-        rotated = [rope(heads, cos_PR[positions_T], sin_PR[positions_T]) for heads in (query_TNH, key_TNH)]
+        table = [angle_PR[positions_T].to(DEVICE) for angle_PR in (cos_PR, sin_PR)]
+        rotated = [rope(heads.to(DEVICE), *table).cpu() for heads in (query_TNH, key_TNH)]
     for actual, expected_tensor in zip(rotated, expected, strict=True):
         # Products and one sum in fp32, perhaps fused: two roundings of numbers of size one.
         torch.testing.assert_close(actual, expected_tensor[0], rtol=0, atol=5e-7)
@@ -57,8 +59,8 @@ def test_forward_and_gradient_equal_the_rotation_matrices(
     num_tokens, num_heads, head_size, num_pairs, dtype, implementation
 ):
     cos_TR, sin_TR = angles(num_tokens, num_pairs)
-    heads_TNH = torch.randn(num_tokens, num_heads, head_size).to(dtype).requires_grad_()
-    grad_TNH = torch.randn(num_tokens, num_heads, head_size).to(dtype)
+    heads_TNH = torch.randn(num_tokens, num_heads, head_size).to(DEVICE, dtype).requires_grad_()
+    grad_TNH = torch.randn(num_tokens, num_heads, head_size).to(DEVICE, dtype)
     with launch.forced(implementation):
         out_TNH = rope(heads_TNH, cos_TR, sin_TR)
         (d_heads_TNH,) = torch.autograd.grad(out_TNH, heads_TNH, grad_TNH)
@@ -76,8 +78,8 @@ def test_forward_and_gradient_equal_the_rotation_matrices(
 def test_packed_qkv_rotates_queries_and_keys_and_leaves_values(num_groups, queries_per_group, implementation):
     num_tokens, head_size, num_pairs = 11, 8, 2
     cos_TR, sin_TR = angles(num_tokens, num_pairs)
-    mixed = torch.randn(num_tokens, num_groups, queries_per_group + 2, head_size, requires_grad=True)
-    grad = torch.randn_like(mixed)
+    mixed, grad = torch.randn(2, num_tokens, num_groups, queries_per_group + 2, head_size).to(DEVICE)
+    mixed.requires_grad_()
     with launch.forced(implementation):
         out = rope_qkv(mixed, cos_TR, sin_TR)
         (d_mixed,) = torch.autograd.grad(out, mixed, grad)
@@ -94,11 +96,11 @@ def test_packed_qkv_rotates_queries_and_keys_and_leaves_values(num_groups, queri
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_place_equals_out_of_place_with_gradients_through_the_projection(dtype, implementation):
     cos_TR, sin_TR = angles(7, 4)
-    hidden_TD = torch.randn(7, 24).to(dtype)
+    hidden_TD = torch.randn(7, 24).to(DEVICE, dtype)
     results = []
     for is_in_place in (False, True):
-        weight_MD = torch.randn(2 * 5 * 16, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-        weight_MD.requires_grad_()
+        weight_MD = torch.randn(2 * 5 * 16, 24, generator=torch.Generator().manual_seed(0))
+        weight_MD = weight_MD.to(DEVICE, dtype).requires_grad_()
         mixed_TM = hidden_TD @ weight_MD.T
         with launch.forced(implementation):
             if is_in_place:
@@ -116,7 +118,7 @@ def test_in_place_equals_out_of_place_with_gradients_through_the_projection(dtyp
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_in_place_without_autograd_writes_the_tensor_it_was_given(implementation):
     cos_TR, sin_TR = angles(3, 2)
-    mixed_TM = torch.randn(3, 24)
+    mixed_TM = torch.randn(3, 24).to(DEVICE)
     expected = rope_qkv(mixed_TM.view(3, 1, 6, 4), cos_TR, sin_TR)
     with launch.forced(implementation):
         rope_qkv_in_place(mixed_TM, cos_TR, sin_TR, num_groups=1, head_size=4)
@@ -127,8 +129,8 @@ def test_in_place_without_autograd_writes_the_tensor_it_was_given(implementation
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_out_of_place_leaves_input_and_gradient_alone(implementation):
     cos_TR, sin_TR = angles(3, 2)
-    heads_TNH = torch.randn(3, 2, 4, requires_grad=True)
-    grad_TNH = torch.randn(3, 2, 4)
+    heads_TNH, grad_TNH = torch.randn(2, 3, 2, 4).to(DEVICE)
+    heads_TNH.requires_grad_()
     kept = heads_TNH.detach().clone(), grad_TNH.clone()
     with launch.forced(implementation):
         rope(heads_TNH, cos_TR, sin_TR).backward(grad_TNH)
@@ -137,15 +139,15 @@ def test_out_of_place_leaves_input_and_gradient_alone(implementation):
 
 
 def test_gradient_passes_finite_differences():
-    cos_TR, sin_TR = angles(3, 2)
+    cos_TR, sin_TR = angles(3, 2, device="cpu")
     heads_TNH = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda heads: rope(heads, cos_TR.double(), sin_TR.double()), heads_TNH)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_keeps_lengths_and_depends_on_relative_position_only(implementation):
-    cos_PR, sin_PR = rope_table(64, 8, 1e4)
-    query, key = torch.randn(1, 1, 8).expand(64, 1, 8), torch.randn(1, 1, 8).expand(64, 1, 8)
+    cos_PR, sin_PR = rope_table(64, 8, 1e4, device=DEVICE)
+    query, key = torch.randn(2, 1, 1, 8).to(DEVICE).expand(2, 64, 1, 8)
     with launch.forced(implementation):
         query_P, key_P = rope(query, cos_PR, sin_PR)[:, 0], rope(key, cos_PR, sin_PR)[:, 0]
     # Rotations keep lengths; eight fp32 squares are summed.
@@ -158,7 +160,7 @@ def test_keeps_lengths_and_depends_on_relative_position_only(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_same_inputs_give_the_same_bits_and_no_tokens_pass(implementation):
     cos_TR, sin_TR = angles(40, 8)
-    heads_TNH = torch.randn(40, 7, 33)
+    heads_TNH = torch.randn(40, 7, 33).to(DEVICE)
     with launch.forced(implementation):
         assert torch.equal(rope(heads_TNH, cos_TR, sin_TR), rope(heads_TNH, cos_TR, sin_TR))
         assert rope(heads_TNH[:0], cos_TR[:0], sin_TR[:0]).shape == (0, 7, 33)
@@ -167,12 +169,12 @@ def test_same_inputs_give_the_same_bits_and_no_tokens_pass(implementation):
 def test_wrong_shapes_are_named():
     cos_TR, sin_TR = angles(3, 2)
     with pytest.raises(ValueError, match="one row per token"):
-        rope(torch.zeros(4, 1, 8), cos_TR, sin_TR)
+        rope(torch.zeros(4, 1, 8, device=DEVICE), cos_TR, sin_TR)
     with pytest.raises(ValueError, match="do not fit a head"):
-        rope(torch.zeros(3, 1, 3), cos_TR, sin_TR)
+        rope(torch.zeros(3, 1, 3, device=DEVICE), cos_TR, sin_TR)
     with pytest.raises(ValueError, match="must be even"):
         rope_table(4, 7, 1e4)
     with pytest.raises(ValueError, match="contiguous"):
-        rope_qkv_in_place(torch.zeros(24, 3).T, cos_TR, sin_TR, num_groups=1, head_size=4)
+        rope_qkv_in_place(torch.zeros(24, 3, device=DEVICE).T, cos_TR, sin_TR, num_groups=1, head_size=4)
     with launch.forced("triton"), pytest.raises(ValueError, match="float64"):
-        rope(torch.zeros(3, 1, 8).double(), cos_TR, sin_TR)
+        rope(torch.zeros(3, 1, 8, device=DEVICE).double(), cos_TR, sin_TR)

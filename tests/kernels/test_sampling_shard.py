@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels import launch
 from glm_rlhf.kernels.sampling import sample
@@ -18,15 +19,15 @@ IMPLEMENTATIONS = ["reference", "triton"]
 @pytest.mark.parametrize("is_truncated", [False, True])
 def test_shards_of_any_size_draw_what_the_whole_draws(bounds, is_truncated, implementation):
     generator = torch.Generator().manual_seed(0)
-    logits_BV = 2 * torch.randn(8, 509, generator=generator)
-    masked_V = torch.rand(509, generator=generator) < 0.2
+    logits_BV = (2 * torch.randn(8, 509, generator=generator)).to(DEVICE)
+    masked_V = (torch.rand(509, generator=generator) < 0.2).to(DEVICE)
     masked_V[:3] = True  # a shard without an allowed id
     arguments = {
-        "seeds_B": torch.arange(8) * 31 - 9,
-        "steps_B": torch.arange(8),
-        "temperature_B": torch.linspace(0.0, 2.0, 8),
+        "seeds_B": torch.arange(8, device=DEVICE) * 31 - 9,
+        "steps_B": torch.arange(8, device=DEVICE),
+        "temperature_B": torch.linspace(0.0, 2.0, 8).to(DEVICE),
     }
-    top_k_B = torch.full((8,), 12, dtype=torch.int32) if is_truncated else None
+    top_k_B = torch.full((8,), 12, dtype=torch.int32, device=DEVICE) if is_truncated else None
     with launch.forced(implementation):
         whole = sample(
             logits_BV,
@@ -61,12 +62,11 @@ def test_shards_of_any_size_draw_what_the_whole_draws(bounds, is_truncated, impl
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_equal_maxima_on_two_shards_give_the_lowest_id(implementation):
-    arguments = {"seeds_B": torch.zeros(1, dtype=torch.int64), "steps_B": torch.zeros(1, dtype=torch.int64)}
+    zeros_B = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    arguments = {"seeds_B": zeros_B, "steps_B": zeros_B, "temperature_B": zeros_B.float()}
     with launch.forced(implementation):
         statistics = [
-            sample_shard(
-                torch.tensor([shard]), **arguments, temperature_B=torch.zeros(1), vocab_offset=offset
-            )
+            sample_shard(torch.tensor([shard], device=DEVICE), **arguments, vocab_offset=offset)
             for shard, offset in (([0.0, 4.0], 2), ([4.0, 4.0], 4), ([4.0, 1.0], 0))
         ]
         assert combine_shards(torch.stack(statistics)).tokens_B.tolist() == [0]
@@ -74,13 +74,17 @@ def test_equal_maxima_on_two_shards_give_the_lowest_id(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_poisoned_shard_poisons_its_row_only(implementation):
-    arguments = {"seeds_B": torch.zeros(2, dtype=torch.int64), "steps_B": torch.arange(2)}
-    shards = [torch.zeros(2, 6), torch.zeros(2, 6)]
+    steps_B = torch.arange(2, device=DEVICE)
+    arguments = {
+        "seeds_B": torch.zeros_like(steps_B),
+        "steps_B": steps_B,
+        "temperature_B": torch.ones(2, device=DEVICE),
+    }
+    shards = list(torch.zeros(2, 2, 6, device=DEVICE))
     shards[1][0, 2] = torch.nan
     with launch.forced(implementation):
         statistics = [
-            sample_shard(shard, **arguments, temperature_B=torch.ones(2), vocab_offset=6 * rank)
-            for rank, shard in enumerate(shards)
+            sample_shard(shard, **arguments, vocab_offset=6 * rank) for rank, shard in enumerate(shards)
         ]
         samples = combine_shards(torch.stack(statistics))
     assert samples.tokens_B[0] == -1

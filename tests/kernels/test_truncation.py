@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels import launch
 from glm_rlhf.kernels.truncation import truncation_threshold
@@ -28,14 +29,17 @@ def kept_by_definition(logits_V, temperature, top_k, top_p, masked_V):
 
 def check(logits_BV, temperature, top_k, top_p, masked_V, implementation):
     batch = len(logits_BV)
+    per_row = {
+        "temperature_B": torch.full((batch,), temperature, device=DEVICE),
+        "top_k_B": torch.full((batch,), top_k, dtype=torch.int32, device=DEVICE) if top_k else None,
+        "top_p_B": torch.full((batch,), top_p, device=DEVICE) if top_p < 1 else None,
+    }
     with launch.forced(implementation):
         threshold_B = truncation_threshold(
-            logits_BV,
-            temperature_B=torch.full((batch,), temperature),
-            top_k_B=torch.full((batch,), top_k, dtype=torch.int32) if top_k else None,
-            top_p_B=torch.full((batch,), top_p) if top_p < 1 else None,
-            masked_ids_V=masked_V,
-        )
+            logits_BV.to(DEVICE),
+            **per_row,
+            masked_ids_V=None if masked_V is None else masked_V.to(DEVICE),
+        ).cpu()
     blocked_V = masked_V if masked_V is not None else torch.zeros(logits_BV.shape[1], dtype=torch.bool)
     for row in range(batch):
         is_kept_V = (logits_BV[row].float() >= threshold_B[row]) & ~blocked_V & (logits_BV[row] > -torch.inf)
@@ -87,32 +91,37 @@ def test_extreme_logits(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_limits_are_per_row(implementation):
-    logits_BV = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(5, 1)
+    logits_BV = torch.tensor([[3.0, 2.0, 1.0, 0.0]], device=DEVICE).repeat(5, 1)
     with launch.forced(implementation):
         threshold_B = truncation_threshold(
             logits_BV,
-            temperature_B=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]),
-            top_k_B=torch.tensor([0, 1, 3, 0, 1], dtype=torch.int32),
+            temperature_B=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], device=DEVICE),
+            top_k_B=torch.tensor([0, 1, 3, 0, 1], dtype=torch.int32, device=DEVICE),
             # softmax: 0.644, 0.237, 0.087, 0.032
-            top_p_B=torch.tensor([1.0, 1.0, 0.5, 0.7, 0.1]),
+            top_p_B=torch.tensor([1.0, 1.0, 0.5, 0.7, 0.1], device=DEVICE),
         )
     assert threshold_B.tolist() == [-torch.inf, 3.0, 3.0, 2.0, -torch.inf]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_vocabulary_keeps_as_many_as_asked(implementation):
-    logits_BV = torch.randn(2, 10007, generator=torch.Generator().manual_seed(0))
-    arguments = {"temperature_B": torch.ones(2), "top_k_B": torch.full((2,), 50, dtype=torch.int32)}
+    logits_BV = torch.randn(2, 10007, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    top_k_B = torch.full((2,), 50, dtype=torch.int32, device=DEVICE)
     with launch.forced(implementation):
-        threshold_B = truncation_threshold(logits_BV, **arguments)
+        threshold_B = truncation_threshold(
+            logits_BV, temperature_B=torch.ones(2, device=DEVICE), top_k_B=top_k_B
+        )
     assert torch.equal(threshold_B, logits_BV.topk(50).values[:, -1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_poisoned_rows_end_and_leave_their_neighbours_alone(poison, implementation):
-    logits_BV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    arguments = {"temperature_B": torch.ones(3), "top_p_B": torch.full((3,), 0.8)}
+    logits_BV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    arguments = {
+        "temperature_B": torch.ones(3, device=DEVICE),
+        "top_p_B": torch.full((3,), 0.8, device=DEVICE),
+    }
     with launch.forced(implementation):
         clean_B = truncation_threshold(logits_BV, **arguments)
         logits_BV[1, 7] = poison

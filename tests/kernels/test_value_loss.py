@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from glm_rlhf.kernels.launch import forced
 from glm_rlhf.kernels.reference.value_loss import VALUE_SUMS
 from glm_rlhf.kernels.value_loss import ppo_value_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "triton"])
 
 

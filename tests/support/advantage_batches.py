@@ -1,8 +1,7 @@
 """Random packed batches, as `ppo_advantages` takes them."""
 
 import torch
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from kernel_device import DEVICE
 
 
 def packed(lengths):

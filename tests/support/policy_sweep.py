@@ -4,7 +4,8 @@ import functools
 
 import torch
 import vocabulary_definition as definition
-from vocabulary_definition import DEVICE, gradients, head_inputs
+from kernel_device import DEVICE
+from vocabulary_definition import gradients, head_inputs
 
 from glm_rlhf.kernels.launch import forced
 from glm_rlhf.kernels.linear_ppo_loss import linear_ppo_loss
@@ -40,7 +41,7 @@ def ppo_inputs(
         **settings,
     }
     if "kl_coef" in settings:
-        arguments["ref_logprobs_T"] = logprobs_T + spread * torch.randn(num_rows, generator=generator)
+        arguments["ref_logprobs_T"] = logprobs_T + spread * normal_T()
         arguments["importance_weights_T"] = uniform_T() + 0.5
     return hidden_TD, weight_VD, targets_T, arguments
 

@@ -1,9 +1,9 @@
 """The float64 definition of logprob and entropy, written with torch's own softmax, and how far off one is."""
 
 import torch
+from kernel_device import DEVICE
 
 IGNORE_INDEX = -100
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def logprob_and_entropy(logits_TV, targets_T, temperature=1.0):
