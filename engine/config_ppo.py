@@ -66,10 +66,12 @@ class PPOPromptsSection:
 
     path: PathText
     """JSON lines of prompts; further fields of a record reach the reward function."""
+    sft_path: PathText | None = None
+    """JSON lines of demonstrations that the policy goes on imitating, see ppo.sft_coef; null for none."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a longer one is a bad record."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad record does: end the command, or be left out and counted."""
+    """What a bad record, of prompts or demonstrations, does: end the command, or be left out and counted."""
 
 
 @frozen_section
@@ -80,6 +82,9 @@ class PPOTrainSection:
     """Iterations: generate, score, estimate, update."""
     global_batch_size: Count = 64
     """Prompts an iteration, over all ranks."""
+    sft_batch_size: Count | None = None
+    """Demonstrations an optimizer step, over all ranks; null: global_batch_size / ppo.minibatches, rounded
+    up."""
     micro_batch_tokens: Count = 16384
     """Tokens that go through a model at once, packed from whole sequences; a longer one goes alone."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -118,6 +123,8 @@ class PPOSection:
     """Estimator of the KL inside the reward."""
     entropy_coef: NotNegative = 0.0
     """Weight of the entropy bonus."""
+    sft_coef: NotNegative = 0.0
+    """Weight of the next-token loss on data.sft_path in every step of the policy, against forgetting."""
     whiten: bool = False
     """Whether advantages get mean 0 and variance 1 over the iteration."""
     max_kl: Positive | None = None
@@ -170,6 +177,26 @@ class PPOConfig:
             raise ValueError(
                 "generation.temperature is 0: PPO learns from answers that are drawn, set it above"
             )
+        if self.ppo.sft_coef > 0 and self.data.sft_path is None:
+            raise ValueError(
+                f"ppo.sft_coef is {self.ppo.sft_coef}, but there is nothing to imitate: set data.sft_path to "
+                "demonstrations, or ppo.sft_coef to 0"
+            )
+        if self.ppo.sft_coef == 0 and self.data.sft_path is not None:
+            raise ValueError(
+                f"data.sft_path is {self.data.sft_path}, but ppo.sft_coef is 0, so that it would not be "
+                "learned from: set ppo.sft_coef above 0, or data.sft_path to null"
+            )
+        if self.train.sft_batch_size is not None and self.data.sft_path is None:
+            raise ValueError(
+                f"train.sft_batch_size is {self.train.sft_batch_size}, but there are no demonstrations: set "
+                "data.sft_path and ppo.sft_coef, or train.sft_batch_size to null"
+            )
+
+    @property
+    def sft_batch_size(self) -> int:
+        """Demonstrations an optimizer step of the policy, over all ranks."""
+        return self.train.sft_batch_size or -(-self.train.global_batch_size // self.ppo.minibatches)
 
     @property
     def tokenizer_path(self) -> Path:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from glm_rlhf.engine.config_ppo import PPOConfig
+from glm_rlhf.engine.config_training import DemonstrationsSection
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.rollout.answers import AnswerSettings
@@ -16,6 +17,8 @@ from glm_rlhf.engine.rollout.rewards import find_reward
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
+from glm_rlhf.engine.stages.sft_term import DemonstrationStream
+from glm_rlhf.engine.stages.training_data import open_demonstrations
 from glm_rlhf.engine.stages.training_run import adam_of
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
@@ -40,8 +43,11 @@ class PPOEngine:
     def __init__(self, config: PPOConfig) -> None:
         """Enter the layout and load the models.
 
+        Demonstrations (`data.sft_path`) are tokenised into the run folder, `<run.output>/tokens`.
+
         Raises:
-            ValueError: a folder, a tokenizer, a layout or a reward function that the user has to mend.
+            ValueError: a folder, a tokenizer, a layout, a reward function or demonstrations that the user has
+                to mend.
         """
         self.config = config
         axes = config.parallel
@@ -144,8 +150,29 @@ def _build(config: PPOConfig, place: Topology) -> tuple[PPORoles, Tokenizer | No
         critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
         seed=config.run.seed,
         tokenizer=tokenizer,
+        demonstrations=_demonstrations(config, tokenizer, glm, place),
     )
     return roles, tokenizer
+
+
+def _demonstrations(
+    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+) -> DemonstrationStream | None:
+    """Return what the policy imitates, tokenised into the run folder; None when the config names nothing."""
+    data = config.data
+    if data.sft_path is None:
+        return None
+    section = DemonstrationsSection(
+        path=data.sft_path, max_prompt_tokens=data.max_prompt_tokens, on_error=data.on_error
+    )
+    records, _ = open_demonstrations(section, config.run.output, tokenizer, glm, place=place)
+    return DemonstrationStream(
+        records,
+        batch_size=config.sft_batch_size,
+        coef=config.ppo.sft_coef,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        seed=config.run.seed,
+    )
 
 
 def _settings(config: PPOConfig) -> PPOSettings:

@@ -12,8 +12,9 @@ from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
 from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.stages.experience import make_experience
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
-from glm_rlhf.engine.stages.ppo_update import critic_step, mini_batches, policy_step
+from glm_rlhf.engine.stages.ppo_update import PolicyStep, critic_step, mini_batches, policy_step
 from glm_rlhf.engine.stages.reward_terms import RewardTerms
+from glm_rlhf.engine.stages.sft_term import DemonstrationStream
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
@@ -46,6 +47,7 @@ class PPORoles:
         reward_function: RewardFunction | None = None,
         reward_function_weight: float = 1.0,
         uses_reference_baseline: bool = False,
+        demonstrations: DemonstrationStream | None = None,
     ) -> None:
         """Take the models, their weights in place, and make the optimizers.
 
@@ -60,6 +62,7 @@ class PPORoles:
             reward_function: judges answers, beside or in place of the reward model.
             reward_function_weight: factor of its rewards.
             uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
+            demonstrations: what the policy's steps imitate beside learning from rewards; None for nothing.
 
         Raises:
             ValueError: no reward.
@@ -68,6 +71,7 @@ class PPORoles:
         self.policy, self.reference, self.critic = list(policy), list(reference), list(critic)
         self.policy_state = TrainingState(self.policy, policy_adam, topology=topology)
         self.critic_state = TrainingState(self.critic, critic_adam, topology=topology)
+        self.demonstrations = demonstrations
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
@@ -121,15 +125,16 @@ class PPORoles:
         for epoch in range(self.settings.epochs):
             seed = (self.seed << 20) + self.iteration * 1000 + epoch
             for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
-                options = {"topology": self.topology}
-                critics.append(critic_step(self.critic_state, experience, part, self.settings, **options))
+                given = (experience, part, self.settings)
+                critics.append(critic_step(self.critic_state, *given, topology=self.topology))
                 self._check("critic", critics[-1][0].grad_norm)
                 if not trains_policy:
                     continue
-                policies.append(policy_step(self.policy_state, experience, part, self.settings, **options))
-                self._check("policy", policies[-1][0].grad_norm)
+                sft = self.demonstrations and self.demonstrations.take(self.topology)
+                policies.append(policy_step(self.policy_state, *given, topology=self.topology, sft=sft))
+                self._check("policy", policies[-1].result.grad_norm)
                 limit = self.settings.max_kl
-                is_stopped = limit is not None and policies[-1][1].approximate_kl.item() > limit
+                is_stopped = limit is not None and policies[-1].statistics.approximate_kl.item() > limit
                 if is_stopped:
                     break
             if is_stopped:
@@ -175,20 +180,24 @@ class PPORoles:
         )
 
 
-def _policy_metrics(steps: Sequence[tuple]) -> dict[str, float]:
+def _policy_metrics(steps: Sequence[PolicyStep]) -> dict[str, float]:
     """Return means over the mini-batches' steps; extremes are over all."""
     if not steps:
         return {}
-    return {
-        "actor/pg_loss": _mean(statistics.policy_loss for _, statistics in steps),
-        "actor/ppo_kl": _mean(statistics.approximate_kl for _, statistics in steps),
-        "actor/first_ppo_kl": steps[0][1].approximate_kl.item(),
-        "actor/pg_clipfrac": _mean(statistics.clip_fraction for _, statistics in steps),
-        "actor/entropy": _mean(statistics.entropy for _, statistics in steps),
-        "actor/ratio_max": max(statistics.ratio_max.item() for _, statistics in steps),
-        "actor/ratio_min": min(statistics.ratio_min.item() for _, statistics in steps),
-        "actor/grad_norm": _mean(result.grad_norm for result, _ in steps),
+    found = [step.statistics for step in steps]
+    metrics = {
+        "actor/pg_loss": _mean(statistics.policy_loss for statistics in found),
+        "actor/ppo_kl": _mean(statistics.approximate_kl for statistics in found),
+        "actor/first_ppo_kl": found[0].approximate_kl.item(),
+        "actor/pg_clipfrac": _mean(statistics.clip_fraction for statistics in found),
+        "actor/entropy": _mean(statistics.entropy for statistics in found),
+        "actor/ratio_max": max(statistics.ratio_max.item() for statistics in found),
+        "actor/ratio_min": min(statistics.ratio_min.item() for statistics in found),
+        "actor/grad_norm": _mean(step.result.grad_norm for step in steps),
     }
+    if steps[0].sft_loss is not None:
+        metrics["actor/sft_loss"] = _mean(step.sft_loss for step in steps)
+    return metrics
 
 
 def _critic_metrics(steps: Sequence[tuple]) -> dict[str, float]:

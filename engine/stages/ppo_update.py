@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
+from glm_rlhf.engine.stages.sft_term import SFTTerm
 from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
 from glm_rlhf.engine.types import Experience
 from glm_rlhf.kernels import ppo_value_loss
@@ -29,6 +30,18 @@ class MiniBatch:
     """Their micro-batches; none where this rank has no sequence in the step."""
     num_actions: float
     """Trained tokens of the step over all data-parallel ranks: the losses' denominator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyStep:
+    """What became of one optimizer step of the policy, over all ranks."""
+
+    result: StepResult
+    """Of the optimizer."""
+    statistics: PolicyStatistics
+    """Of the policy's own loss."""
+    sft_loss: float | None
+    """Loss on the step's demonstrations, in nats a token, without its weight; None without them."""
 
 
 def mini_batches(
@@ -73,16 +86,24 @@ def policy_step(
     settings: PPOSettings,
     *,
     topology: Topology,
-) -> tuple[StepResult, PolicyStatistics]:
-    """Take one optimizer step of the policy; return its result and statistics over all ranks.
+    sft: SFTTerm | None = None,
+) -> PolicyStep:
+    """Take one optimizer step of the policy; return what it did, over all ranks.
 
     Loss: Σ over action tokens of the clipped objective - entropy_coef · entropy, divided by the action
-    tokens of the mini-batch over all data-parallel ranks.
+    tokens of the mini-batch over all data-parallel ranks; plus, with `sft`, coef · Σ over answer tokens of
+    the step's demonstrations of -log p, divided by these tokens over all data-parallel ranks. Micro-batches
+    of both go through one pipeline schedule into one gradient, which is reduced and clipped once.
     """
     packed = [batch.packed for batch in mini_batch.batches]
+    num_policy = len(packed)
     mask_T = experience.rollouts.action_mask_T
 
-    def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, PolicyStatistics]:
+    def step(
+        model: GLMModel, hidden_TD: torch.Tensor, index: int
+    ) -> tuple[torch.Tensor, PolicyStatistics | torch.Tensor]:
+        if index >= num_policy:
+            return sft.loss(model, hidden_TD, index - num_policy)
         batch = mini_batch.batches[index]
         rows = _RowsOf(batch, topology)
         return linear_ppo_loss(
@@ -101,12 +122,18 @@ def policy_step(
             reduces_hidden_gradient=not model.config.sequence_parallel,
         )
 
+    if sft is not None:
+        packed += sft.packed
     state.zero_grad()
     found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
     result = state.step()
+    found, demonstrated = found[:num_policy], found[num_policy:]
     sums = _summed([statistics.sums for statistics in found], len(POLICY_SUMS), topology)
     maxima = _largest([statistics.maxima for statistics in found], topology)
-    return result, PolicyStatistics(sums=sums, maxima=maxima)
+    sft_loss = None
+    if sft is not None:
+        sft_loss = _summed(demonstrated, len(sft.objective.sum_names), topology)[0].item()
+    return PolicyStep(result=result, statistics=PolicyStatistics(sums=sums, maxima=maxima), sft_loss=sft_loss)
 
 
 def critic_step(

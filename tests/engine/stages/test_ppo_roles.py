@@ -6,17 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_model, save_folder
+from tiny_ppo import make_roles, prompts
 
-from glm_rlhf.engine.rollout.answers import AnswerSettings
-from glm_rlhf.engine.rollout.generation import BatchSettings
 from glm_rlhf.engine.rollout.rewards import RewardError
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
-from glm_rlhf.engine.stages.ppo_settings import PPOSettings
-from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.load import load_model
-from glm_rlhf.parallel.optimizer import AdamSettings
-from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import topology
 
 LAYOUTS = {
@@ -35,45 +29,6 @@ def folder(tmp_path_factory) -> Path:
     return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
 
 
-def share_of_low_ids(requests) -> list[float]:
-    """A rule: the share of ids below 48 in an answer."""
-    return [sum(t < 48 for t in r.response_tokens) / len(r.response_tokens) for r in requests]
-
-
-def prompts() -> list[PromptInput]:
-    generator = torch.Generator().manual_seed(2)
-    ids = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (3, 9, 1, 5, 14, 2, 7, 4)]
-    return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
-
-
-def make_engine(folder: Path, place, function=share_of_low_ids, **changes) -> PPORoles:
-    options = {"dtype": torch.float32, "seed": 7}
-    settings = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 40, "kl_target": 0.1, "kl_horizon": 100}
-    settings |= changes.pop("settings", {})
-    roles = {
-        "policy": load_model(folder, place, **options)[0],
-        "reference": load_model(folder, place, role="reference", **options)[0],
-        "critic": load_model(folder, place, role="critic", **options)[0],
-    }
-    return PPORoles(
-        topology=place,
-        settings=PPOSettings(**settings),
-        answers=AnswerSettings(
-            sampling=SamplingSettings(temperature=changes.pop("temperature", 1.0)),
-            batch=BatchSettings(max_batch=8, max_step_tokens=64, page_size=4),
-            max_new_tokens=12,
-            stop_ids=frozenset({2}),
-            num_samples=2,
-        ),
-        policy_adam=AdamSettings(lr=1e-3),
-        critic_adam=AdamSettings(lr=1e-3),
-        seed=3,
-        reward_function=function,
-        **roles,
-        **changes,
-    )
-
-
 def iterate(engine: PPORoles, count: int = NUM_ITERATIONS) -> list[dict[str, float]]:
     metrics = []
     for _ in range(count):
@@ -84,7 +39,7 @@ def iterate(engine: PPORoles, count: int = NUM_ITERATIONS) -> list[dict[str, flo
 
 def run_iterations(folder: Path, axes: dict, options: dict) -> list[dict[str, float]]:
     with topology(Layout(**axes)) as place:
-        return iterate(make_engine(folder, place, **options))
+        return iterate(make_roles(folder, place, **options))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +81,7 @@ def test_the_reference_baseline_starts_near_zero(alone):
 
 def test_addresses_never_change_and_weights_do(folder):
     with topology(Layout()) as place:
-        engine = make_engine(folder, place)
+        engine = make_roles(folder, place)
         weights = dict(engine.policy[0].named_weights())
         addresses = {name: weight.data_ptr() for name, weight in weights.items()}
         before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -139,21 +94,21 @@ def test_addresses_never_change_and_weights_do(folder):
 
 def test_reward_rises_on_an_easy_rule(folder):
     with topology(Layout()) as place:
-        metrics = iterate(make_engine(folder, place, settings={"kl_coef": 0.0, "kl_target": None}), 25)
+        metrics = iterate(make_roles(folder, place, settings={"kl_coef": 0.0, "kl_target": None}), 25)
     rewards = [one["critic/rewards/mean"] for one in metrics]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
 def test_another_temperature_has_logprobs_of_its_own(folder):
     with topology(Layout()) as place:
-        (metrics,) = iterate(make_engine(folder, place, temperature=0.7), 1)
+        (metrics,) = iterate(make_roles(folder, place, temperature=0.7), 1)
     assert math.isnan(metrics["rollout/logprob_gap"])
     assert abs(metrics["actor/first_ppo_kl"]) < 1e-8
 
 
 def test_only_the_critic_learns_while_it_warms_up(folder):
     with topology(Layout()) as place:
-        engine = make_engine(folder, place, settings={"critic_warmup_iterations": 1})
+        engine = make_roles(folder, place, settings={"critic_warmup_iterations": 1})
         before = [p.detach().clone() for _, p in engine.policy[0].named_weights()]
         first, second = iterate(engine, 2)
     assert "actor/pg_loss" not in first
@@ -166,7 +121,7 @@ def test_only_the_critic_learns_while_it_warms_up(folder):
 
 def test_an_update_stops_early_when_the_policy_moves_too_far(folder):
     with topology(Layout()) as place:
-        (metrics,) = iterate(make_engine(folder, place, settings={"epochs": 50, "max_kl": 1e-6}), 1)
+        (metrics,) = iterate(make_roles(folder, place, settings={"epochs": 50, "max_kl": 1e-6}), 1)
     assert metrics["actor/stopped_early"] == 1.0
 
 
@@ -176,7 +131,7 @@ def broken_reward(requests) -> list[float]:
 
 def run_with_a_broken_reward(folder: Path) -> str:
     with topology(Layout(tp=2)) as place:
-        engine = make_engine(folder, place, function=broken_reward)
+        engine = make_roles(folder, place, function=broken_reward)
         rollouts = engine.generate(prompts())
         try:
             engine.make_experience(rollouts)
@@ -193,7 +148,7 @@ def test_a_reward_that_is_no_number_stops_every_rank(ranks, folder):
 
 def run_with_a_broken_critic(folder: Path) -> str:
     with topology(Layout(pp=2)) as place:
-        engine = make_engine(folder, place)
+        engine = make_roles(folder, place)
         rollouts = engine.generate(prompts())
         if place.rank == 3:
             with torch.no_grad():
