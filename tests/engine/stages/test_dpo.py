@@ -173,6 +173,26 @@ def test_identical_answers_change_nothing(folder, tmp_path):
     assert max(curve(tmp_path / "run", "actor/grad_norm")) < 1e-5
 
 
+def test_an_empty_and_a_cut_answer_are_learned_from(folder, tmp_path):
+    """An empty text is its end id; a cut answer is the tokens that are left."""
+    tokenizer = Path(__file__).parents[3] / "examples" / "tiny_tokenizer"
+    model = save_folder(tmp_path / "model", "glm", make_model("glm", vocab_size=640))
+    options = [f"tokenizer.path={tokenizer}", "train.global_batch_size=1", "train.steps=2"]
+    texts = write_lines(tmp_path / "texts.jsonl", [{"prompt": "hi", "chosen": "hello", "rejected": ""}])
+    assert main(command(model, (texts, texts), tmp_path / "texts", *options)) == 0
+    assert all(map(math.isfinite, curve(tmp_path / "texts", "actor/loss")))
+    assert min(curve(tmp_path / "texts", "actor/grad_norm")) > 0
+
+    prompt, long = [5, 6], list(range(10, 40))
+    whole = {"prompt_tokens": prompt, "chosen_tokens": long, "rejected_tokens": [7, 8]}
+    options = ["train.global_batch_size=1", "train.steps=2", "data.max_tokens=12", "data.truncates=true"]
+    for name, record in (("long", whole), ("cut", {**whole, "chosen_tokens": long[:10]})):
+        data = write_lines(tmp_path / f"{name}.jsonl", [record])
+        assert main(command(folder, (data, data), tmp_path / name, *options)) == 0
+    # The same tokens reach the model, so the same numbers come out to the bit.
+    assert curve(tmp_path / "long", "actor/loss") == curve(tmp_path / "cut", "actor/loss")
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [

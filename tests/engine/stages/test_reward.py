@@ -223,6 +223,26 @@ def test_an_empty_answer_is_scored_at_its_end_id(folder, tmp_path):
     assert line["reward/accuracy_shorter"] is None
 
 
+def test_a_cut_answer_is_scored_at_its_last_token_left(folder, tmp_path):
+    prompt, long = [5, 6], list(range(10, 40))
+    whole = {"prompt_tokens": prompt, "chosen_tokens": long, "rejected_tokens": [7, 8]}
+    files = {
+        "long": write_lines(tmp_path / "long.jsonl", [whole]),
+        "cut": write_lines(tmp_path / "cut.jsonl", [{**whole, "chosen_tokens": long[:10]}]),
+    }
+    options = ["train.global_batch_size=1", "train.steps=3", "data.max_tokens=12", "data.truncates=true"]
+    for name, data in files.items():
+        assert main(command(folder, (data, data), tmp_path / name, *options)) == 0
+        report = json.loads((tmp_path / name / "data.json").read_text())[str(data)]["records"]
+        assert report["num_truncated"] == (name == "long")
+    # The same tokens reach the model, so the same numbers come out to the bit.
+    assert curve(tmp_path / "long", "reward/loss") == curve(tmp_path / "cut", "reward/loss")
+    refused = command(folder, (files["long"],) * 2, tmp_path / "refused", *options[:-1])
+    code, said = run_main(refused)
+    assert code == 2
+    assert re.search(r"long.jsonl:1: .*32 tokens", said), said
+
+
 def test_bf16_trains_with_an_fp32_head(folder, data, alone, tmp_path):
     options = ["train.dtype=bf16", "train.steps=3"]
     assert main(command(folder, data, tmp_path, *options)) == 0
