@@ -5,13 +5,10 @@ python -m benchmarks.learning.critic_warmup
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.learning.offset_task import PROMPTS, SAMPLES, crossing, run_ppo
-from benchmarks.learning.outcome import Claim, Outcome, Trial, write_outcome
+from benchmarks.learning.outcome import Claim, Trial, run_experiment
 from benchmarks.learning.reward_runs import random_policy
 
 WARMUP, ITERATIONS = 10, 45
@@ -52,29 +49,23 @@ CLAIMS = (
 
 def main() -> int:
     """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    start = time.monotonic()
-    trials = [trial for seed in tqdm(SEEDS, unit=" seeds") for trial in trials_of(seed)]
-    verdicts = write_outcome(
-        Outcome(
-            title="Warming up PPO's critic",
-            command="python -m benchmarks.learning.critic_warmup",
-            notes=(
-                "task: an answer's gold is its share of good ids; its reward is the gold plus an offset "
-                "from -1 to 1 that the prompt's first id names, and that the critic can learn",
-                f"PPO through `PPOEngine`: a random GLM of 2 layers, {ITERATIONS} iterations in which "
-                f"the policy learns, of {PROMPTS} new prompts with {SAMPLES} answers each; no reference "
-                "baseline, no whitening; the arms differ in `critic.warmup_iterations` alone",
-                "KL: mean log-ratio to the reference, nats an answer, where the gold (mean of five "
-                "iterations) first is so far above its beginning. Policy updates leave the warm-up's "
-                "iterations out, iterations count them",
-            ),
-            claims=CLAIMS,
-            trials=trials,
-            elapsed_s=time.monotonic() - start,
-        ),
+    return run_experiment(
         "critic_warmup",
+        trials_of,
+        SEEDS,
+        title="Warming up PPO's critic",
+        claims=CLAIMS,
+        notes=(
+            "task: an answer's gold is its share of good ids; its reward is the gold plus an offset "
+            "from -1 to 1 that the prompt's first id names, and that the critic can learn",
+            f"PPO through `PPOEngine`: a random GLM of 2 layers, {ITERATIONS} iterations in which "
+            f"the policy learns, of {PROMPTS} new prompts with {SAMPLES} answers each; no reference "
+            "baseline, no whitening; the arms differ in `critic.warmup_iterations` alone",
+            "KL: mean log-ratio to the reference, nats an answer, where the gold (mean of five "
+            "iterations) first is so far above its beginning. Policy updates leave the warm-up's "
+            "iterations out, iterations count them",
+        ),
     )
-    return 0 if all(verdict.is_shown for verdict in verdicts) else 1
 
 
 def trials_of(seed: int) -> list[Trial]:

@@ -5,14 +5,11 @@ python -m benchmarks.learning.l2_term
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from benchmarks.learning.outcome import SEEDS, Claim, Outcome, Trial, write_outcome
+from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
 from benchmarks.learning.planted_pairs import TRUTH, Labelling, draw_pairs
-from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_pairs
+from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_records
 
 # Labels that err as people do: answers half the scale apart are told apart with probability σ(4) = 98 %.
 NOISY = Labelling(quality=8.0)
@@ -45,26 +42,20 @@ CLAIMS = tuple(
 
 def main() -> int:
     """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    start = time.monotonic()
-    trials = [trial for seed in tqdm(SEEDS, unit=" seeds") for trial in trials_of(seed)]
-    verdicts = write_outcome(
-        Outcome(
-            title="The L2 term of the reward model's loss",
-            command="python -m benchmarks.learning.l2_term",
-            notes=(
-                f"labels: P(a preferred to b) = σ({NOISY.quality:g} · difference of quality); quality is the "
-                "share of good tokens, independent of length",
-                f"held out: {NUM_HELD_OUT} other pairs, which quality decides without error",
-                f"training: the stage `reward` on {NUM_PAIRS} pairs, {STEPS} steps of {BATCH}, a random GLM "
-                "of 2 layers with 64 channels; the arms differ in `reward.l2_coef` alone",
-            ),
-            claims=CLAIMS,
-            trials=trials,
-            elapsed_s=time.monotonic() - start,
-        ),
+    return run_experiment(
         "l2_term",
+        trials_of,
+        SEEDS,
+        title="The L2 term of the reward model's loss",
+        claims=CLAIMS,
+        notes=(
+            f"labels: P(a preferred to b) = σ({NOISY.quality:g} · difference of quality); quality is the "
+            "share of good tokens, independent of length",
+            f"held out: {NUM_HELD_OUT} other pairs, which quality decides without error",
+            f"training: the stage `reward` on {NUM_PAIRS} pairs, {STEPS} steps of {BATCH}, a random GLM "
+            "of 2 layers with 64 channels; the arms differ in `reward.l2_coef` alone",
+        ),
     )
-    return 0 if all(verdict.is_shown for verdict in verdicts) else 1
 
 
 def trials_of(seed: int) -> list[Trial]:
@@ -73,8 +64,8 @@ def trials_of(seed: int) -> list[Trial]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         policy = random_policy(folder / "policy", seed=seed)
-        pairs = write_pairs(folder / "pairs.jsonl", draw_pairs(NUM_PAIRS, NOISY, seed=seed))
-        held_out = write_pairs(folder / "held.jsonl", draw_pairs(NUM_HELD_OUT, TRUTH, seed=1000 + seed))
+        pairs = write_records(folder / "pairs.jsonl", draw_pairs(NUM_PAIRS, NOISY, seed=seed))
+        held_out = write_records(folder / "held.jsonl", draw_pairs(NUM_HELD_OUT, TRUTH, seed=1000 + seed))
         for coefficient, arm in ARMS.items():
             figures = train_reward_model(
                 policy,

@@ -6,14 +6,11 @@ python -m benchmarks.learning.length_bias
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from benchmarks.learning.outcome import SEEDS, Claim, Outcome, Trial, write_outcome
+from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
 from benchmarks.learning.planted_pairs import TRUTH, Labelling, draw_pairs
-from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_pairs
+from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_records
 
 # Of two answers of equal quality, 8 tokens apart, the longer is preferred with probability σ(1.2) = 77 %.
 BIASED = Labelling(quality=4.0, length=0.15)
@@ -56,30 +53,24 @@ CLAIMS = (
 
 def main() -> int:
     """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    start = time.monotonic()
-    trials = [trial for seed in tqdm(SEEDS, unit=" seeds") for trial in trials_of(seed)]
-    verdicts = write_outcome(
-        Outcome(
-            title="Length balancing with a planted length bias",
-            command="python -m benchmarks.learning.length_bias",
-            notes=(
-                f"labels: P(a preferred to b) = σ({BIASED.quality:g} · difference of quality + "
-                f"{BIASED.length:g} · difference of length in tokens); quality is the share of good tokens, "
-                "independent of length (4 to 24 tokens)",
-                f"held out: {NUM_HELD_OUT} other pairs, which quality alone decides; `accuracy_shorter` is "
-                "accuracy on those whose better answer is the shorter one",
-                f"arms: `{ALL}`: {NUM_PAIRS} pairs as they are; `{BALANCED}`: `data.balances_lengths` on the "
-                f"same pairs; `{FEWER}`: a random choice of as many pairs as balancing leaves",
-                f"training: the stage `reward`, {STEPS} steps of {BATCH} pairs in every arm, l2_coef "
-                f"{L2_COEF}, a random GLM of 2 layers with 64 channels",
-            ),
-            claims=CLAIMS,
-            trials=trials,
-            elapsed_s=time.monotonic() - start,
-        ),
+    return run_experiment(
         "length_bias",
+        trials_of,
+        SEEDS,
+        title="Length balancing with a planted length bias",
+        claims=CLAIMS,
+        notes=(
+            f"labels: P(a preferred to b) = σ({BIASED.quality:g} · difference of quality + "
+            f"{BIASED.length:g} · difference of length in tokens); quality is the share of good tokens, "
+            "independent of length (4 to 24 tokens)",
+            f"held out: {NUM_HELD_OUT} other pairs, which quality alone decides; `accuracy_shorter` is "
+            "accuracy on those whose better answer is the shorter one",
+            f"arms: `{ALL}`: {NUM_PAIRS} pairs as they are; `{BALANCED}`: `data.balances_lengths` on the "
+            f"same pairs; `{FEWER}`: a random choice of as many pairs as balancing leaves",
+            f"training: the stage `reward`, {STEPS} steps of {BATCH} pairs in every arm, l2_coef "
+            f"{L2_COEF}, a random GLM of 2 layers with 64 channels",
+        ),
     )
-    return 0 if all(verdict.is_shown for verdict in verdicts) else 1
 
 
 def trials_of(seed: int) -> list[Trial]:
@@ -88,14 +79,14 @@ def trials_of(seed: int) -> list[Trial]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         policy = random_policy(folder / "policy", seed=seed)
-        held_out = write_pairs(folder / "held.jsonl", draw_pairs(NUM_HELD_OUT, TRUTH, seed=1000 + seed))
-        pairs = write_pairs(folder / "all.jsonl", records)
+        held_out = write_records(folder / "held.jsonl", draw_pairs(NUM_HELD_OUT, TRUTH, seed=1000 + seed))
+        pairs = write_records(folder / "all.jsonl", records)
         options = {"held_out": held_out, "steps": STEPS, "seed": seed, "l2_coef": L2_COEF}
         balanced = train_reward_model(
             policy, pairs, output=folder / "balanced", balances_lengths=True, **options
         )
         some = random.Random(seed).sample(records, int(balanced["pairs_learned_from"]))
-        fewer = write_pairs(folder / "fewer.jsonl", some)
+        fewer = write_records(folder / "fewer.jsonl", some)
         found = {
             ALL: train_reward_model(policy, pairs, output=folder / "all", **options),
             FEWER: train_reward_model(policy, fewer, output=folder / "fewer", **options),

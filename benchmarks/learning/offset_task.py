@@ -14,7 +14,7 @@ from statistics import fmean
 
 import torch
 
-from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS
+from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, quality_of
 from glm_rlhf.engine.config import GenerationSection, ModelSection, RunSection
 from glm_rlhf.engine.config_ppo import (
     CriticSection,
@@ -35,7 +35,6 @@ LEVELS = 9
 """Offsets go from -1 to 1 in so many steps; a good answer earns at most 1 more than a poor one."""
 LR = 1e-3
 KL_COEF = 0.01
-_GOOD = range(FIRST_ID, FIRST_ID + 16)
 _LEVEL_IDS = range(FIRST_ID + 16, FIRST_ID + 16 + LEVELS)
 _WINDOW = 5
 
@@ -58,12 +57,7 @@ class Point:
 
 def reward(requests: Sequence[RewardRequest]) -> list[float]:
     """Return gold plus offset; what `reward.function` names."""
-    return [gold_of(request.response_tokens) + _offset(request.prompt_tokens) for request in requests]
-
-
-def gold_of(answer: Sequence[int]) -> float:
-    """Return the share of good tokens, 0 for none at all."""
-    return sum(token in _GOOD for token in answer) / max(len(answer), 1)
+    return [quality_of(request.response_tokens) + _offset(request.prompt_tokens) for request in requests]
 
 
 def run_ppo(
@@ -128,7 +122,7 @@ def _point(experience: Experience, explained_variance: float) -> Point:
     answers = [rollouts.answer(index).tolist() for index in range(rollouts.num_sequences)]
     ratio_T = (experience.old_logprobs_T - experience.ref_logprobs_T) * rollouts.action_mask_T
     return Point(
-        gold=fmean(map(gold_of, answers)),
+        gold=fmean(map(quality_of, answers)),
         kl=float(ratio_T.sum()) / rollouts.num_sequences,
         reward_mean=float(experience.rewards_B.mean()),
         reward_spread=float(by_prompt.mean(1).std()),

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.machine import description
 from benchmarks.report import RESULTS, number
@@ -83,6 +85,39 @@ class Outcome:
     """All runs, none left out."""
     elapsed_s: float
     """Of the whole experiment, on this machine."""
+
+
+def run_experiment(
+    name: str,
+    trials_of: Callable[[int], list[Trial]],
+    seeds: Sequence[int],
+    *,
+    title: str,
+    claims: Sequence[Claim],
+    notes: Sequence[str],
+) -> int:
+    """Run every seed, write `learning_<name>` and return the exit status: 1 where a claim is not shown.
+
+    Args:
+        name: the module's, in `benchmarks.learning`.
+        trials_of: runs all arms of a seed.
+        seeds: 5 to 12 of them.
+        title, claims, notes: as in `Outcome`.
+    """
+    start = time.monotonic()
+    trials = [trial for seed in tqdm(seeds, unit=" seeds") for trial in trials_of(seed)]
+    outcome = Outcome(
+        title=title,
+        command=f"python -m benchmarks.learning.{name}",
+        notes=notes,
+        claims=claims,
+        trials=trials,
+        elapsed_s=time.monotonic() - start,
+    )
+    verdicts = write_outcome(outcome, name)
+    for verdict in verdicts:
+        print(f"{'shown' if verdict.is_shown else 'NOT shown'}: {verdict.claim.text}")
+    return 0 if all(verdict.is_shown for verdict in verdicts) else 1
 
 
 def judge(claim: Claim, trials: Sequence[Trial]) -> Verdict:

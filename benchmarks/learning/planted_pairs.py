@@ -1,6 +1,7 @@
 """Pairs whose true quality is known, and labels that may prefer length to it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def draw_pairs(count: int, labelling: Labelling, *, seed: int) -> list[dict[str,
     records = []
     while len(records) < count:
         first, second = _answer(generator), _answer(generator)
-        difference = _quality(first) - _quality(second)
+        difference = quality_of(first) - quality_of(second)
         if difference == 0.0:
             continue
         if math.isinf(labelling.quality):
@@ -67,8 +68,9 @@ def _answer(generator: torch.Generator) -> list[int]:
     return [ids[place] for place in torch.randperm(num_tokens, generator=generator).tolist()]
 
 
-def _quality(answer: list[int]) -> float:
-    return sum(token in _GOOD for token in answer) / len(answer)
+def quality_of(answer: Sequence[int]) -> float:
+    """Return the share of good tokens, 0 for none at all."""
+    return sum(token in _GOOD for token in answer) / max(len(answer), 1)
 
 
 def _uniform(generator: torch.Generator) -> float:

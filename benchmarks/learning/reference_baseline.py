@@ -5,14 +5,11 @@ python -m benchmarks.learning.reference_baseline
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import fmean
 
-from tqdm import tqdm
-
 from benchmarks.learning.offset_task import PROMPTS, SAMPLES, crossing, run_ppo
-from benchmarks.learning.outcome import Claim, Outcome, Trial, write_outcome
+from benchmarks.learning.outcome import Claim, Trial, run_experiment
 from benchmarks.learning.reward_runs import random_policy
 
 ITERATIONS = 45
@@ -52,29 +49,23 @@ CLAIMS = (
 
 def main() -> int:
     """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    start = time.monotonic()
-    trials = [trial for seed in tqdm(SEEDS, unit=" seeds") for trial in trials_of(seed)]
-    verdicts = write_outcome(
-        Outcome(
-            title="The reference-reward baseline of PPO",
-            command="python -m benchmarks.learning.reference_baseline",
-            notes=(
-                "task: an answer's gold is its share of good ids; its reward is the gold plus an offset "
-                "from -1 to 1 that the prompt's first id names",
-                f"PPO through `PPOEngine`: a random GLM of 2 layers, {ITERATIONS} iterations of {PROMPTS} "
-                f"new prompts with {SAMPLES} answers each, no whitening; the arms differ in "
-                "`ppo.reference_baseline` alone",
-                "reward std over prompts: of each prompt's mean reward as PPO learns from it, averaged "
-                "over the iterations. KL: mean log-ratio to the reference, nats an answer, where the gold "
-                "(mean of five iterations) first is so far above its beginning",
-            ),
-            claims=CLAIMS,
-            trials=trials,
-            elapsed_s=time.monotonic() - start,
-        ),
+    return run_experiment(
         "reference_baseline",
+        trials_of,
+        SEEDS,
+        title="The reference-reward baseline of PPO",
+        claims=CLAIMS,
+        notes=(
+            "task: an answer's gold is its share of good ids; its reward is the gold plus an offset "
+            "from -1 to 1 that the prompt's first id names",
+            f"PPO through `PPOEngine`: a random GLM of 2 layers, {ITERATIONS} iterations of {PROMPTS} "
+            f"new prompts with {SAMPLES} answers each, no whitening; the arms differ in "
+            "`ppo.reference_baseline` alone",
+            "reward std over prompts: of each prompt's mean reward as PPO learns from it, averaged "
+            "over the iterations. KL: mean log-ratio to the reference, nats an answer, where the gold "
+            "(mean of five iterations) first is so far above its beginning",
+        ),
     )
-    return 0 if all(verdict.is_shown for verdict in verdicts) else 1
 
 
 def trials_of(seed: int) -> list[Trial]:

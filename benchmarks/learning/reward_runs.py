@@ -54,7 +54,7 @@ def random_policy(folder: Path, *, seed: int) -> Path:
     return folder
 
 
-def write_pairs(path: Path, records: Sequence[dict]) -> Path:
+def write_records(path: Path, records: Sequence[dict]) -> Path:
     """Return the path, with the records written to it as JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.learning.offset_task import FIRST_ID, LEVELS, Point, crossing, gold_of, reward, run_ppo
+from benchmarks.learning.offset_task import FIRST_ID, LEVELS, Point, crossing, reward, run_ppo
 from benchmarks.learning.reward_runs import random_policy
 from glm_rlhf.engine.rollout.rewards import RewardRequest
 
@@ -25,7 +25,6 @@ def test_a_reward_is_gold_plus_the_prompts_offset():
     good, poor = FIRST_ID, 50
     asked = [request(low, good, poor), request(middle, good, good), request(high, poor, poor, poor, good)]
     assert reward(asked) == [0.5 - 1, 1.0, 0.25 + 1]
-    assert gold_of([]) == 0.0
 
 
 def points(golds: list[float]) -> list[Point]:

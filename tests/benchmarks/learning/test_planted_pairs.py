@@ -3,21 +3,23 @@
 import numpy as np
 import pytest
 
-from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, TRUTH, Labelling, draw_pairs
+from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, TRUTH, Labelling, draw_pairs, quality_of
 
 
-def quality(answer: list[int]) -> float:
+def share_of_good(answer: list[int]) -> float:
     return sum(FIRST_ID <= token < FIRST_ID + 16 for token in answer) / len(answer)
 
 
 def test_true_labels_never_err_and_say_nothing_of_length():
     records = draw_pairs(1500, TRUTH, seed=1)
-    assert all(quality(r["chosen_tokens"]) > quality(r["rejected_tokens"]) for r in records)
+    assert all(share_of_good(r["chosen_tokens"]) > share_of_good(r["rejected_tokens"]) for r in records)
     answers = [record[name] for record in records for name in ("chosen_tokens", "rejected_tokens")]
     assert {len(answer) for answer in answers} == set(range(4, 25))
     assert all(FIRST_ID <= token < NUM_IDS for answer in answers for token in answer)
     # 3000 independent answers: the standard error of a correlation is 0.018.
-    tie = np.corrcoef([len(answer) for answer in answers], [quality(answer) for answer in answers])
+    tie = np.corrcoef([len(answer) for answer in answers], [share_of_good(answer) for answer in answers])
+    assert [quality_of(answer) for answer in answers] == [share_of_good(answer) for answer in answers]
+    assert quality_of([]) == 0.0
     assert abs(tie[0, 1]) < 0.06
 
 

@@ -1,0 +1,178 @@
+"""PPO and DPO against the SFT policy they start from, judged by the gold that no model sees.
+
+python -m benchmarks.learning.against_sft
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.learning.outcome import Claim, Trial, run_experiment
+from benchmarks.learning.planted_pairs import Labelling, draw_pairs, quality_of
+from benchmarks.learning.reward_runs import random_policy, write_records
+from glm_rlhf.engine.cli import main as run_command
+
+SEEDS = tuple(range(1, 6))
+# Labels err, and prefer the longer answer a little, as people's do.
+LABELS = Labelling(quality=8.0, length=0.02)
+NUM_DEMONSTRATIONS, NUM_PAIRS, NUM_PROMPTS, NUM_JUDGED = 2000, 3200, 512, 400
+SFT_STEPS, REWARD_STEPS, DPO_STEPS, PPO_STEPS = 150, 120, 60, 40
+END = 2
+SFT, PPO, DPO = "SFT", "PPO", "DPO"
+CLAIMS = (
+    Claim(text="PPO's answers are better than SFT's", figure="gold", arm=PPO, against=SFT, expects="higher"),
+    Claim(text="DPO's answers are better than SFT's", figure="gold", arm=DPO, against=SFT, expects="higher"),
+    Claim(text="PPO is ahead of DPO", figure="gold", arm=PPO, against=DPO, expects="higher"),
+    Claim(
+        text="DPO's answers are longer than PPO's", figure="tokens", arm=DPO, against=PPO, expects="higher"
+    ),
+)
+
+
+def main() -> int:
+    """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
+    return run_experiment(
+        "against_sft",
+        trials_of,
+        SEEDS,
+        title="PPO and DPO against SFT, by a gold judge",
+        claims=CLAIMS,
+        notes=(
+            "gold: an answer's share of good ids. Demonstrations have any share and any length from 4 to "
+            "24 tokens, so that SFT's gold is about a half",
+            f"reward model: {NUM_PAIRS} pairs of such answers; P(a preferred to b) = "
+            f"σ({LABELS.quality:g} · difference of gold + {LABELS.length:g} · difference of tokens), "
+            "lengths balanced; it never sees the gold",
+            f"DPO: {DPO_STEPS} steps on pairs that `label` makes of 4 answers of the SFT policy to each "
+            f"of {NUM_PROMPTS} prompts, by the reward model. PPO: {PPO_STEPS} iterations of 64 answers "
+            "to the same prompts, with the reference baseline, by the same reward model",
+            f"judged: one answer at temperature 1 to each of {NUM_JUDGED} other prompts. `win rate`: "
+            "share of prompts with more gold than SFT's answer, ties half. PPO and DPO "
+            "were not tuned against each other, and stop at different distances from SFT",
+            "all through the commands sft, reward, label, dpo, ppo, generate; a random GLM of 2 layers",
+        ),
+    )
+
+
+def trials_of(seed: int) -> list[Trial]:
+    """Return the three policies of one seed."""
+    with tempfile.TemporaryDirectory() as name:
+        answers = {policy: _judged(path, seed) for policy, path in _policies(Path(name), seed).items()}
+    golds = {policy: [quality_of(tokens) for tokens in found] for policy, found in answers.items()}
+    trials = []
+    for policy, found in answers.items():
+        wins = [(a > b) + 0.5 * (a == b) for a, b in zip(golds[policy], golds[SFT], strict=True)]
+        figures = {"gold": fmean(golds[policy]), "tokens": fmean(map(len, found)), "win rate": fmean(wins)}
+        trials.append(Trial(arm=policy, seed=seed, figures=figures))
+    return trials
+
+
+def _policies(folder: Path, seed: int) -> dict[str, Path]:
+    """Return the folders of the SFT, the PPO and the DPO policy."""
+    pairs = [_ended(record) for record in draw_pairs(NUM_PAIRS, LABELS, seed=seed)]
+    written = draw_pairs(NUM_DEMONSTRATIONS, Labelling(quality=0.0), seed=100 + seed)
+    demonstrations = [
+        {"prompt_tokens": r["prompt_tokens"], "response_tokens": _ended(r)["chosen_tokens"]} for r in written
+    ]
+    write_records(folder / "sft.jsonl", demonstrations)
+    write_records(folder / "pairs.jsonl", pairs)
+    write_records(folder / "prompts.jsonl", _prompts(NUM_PROMPTS, 200 + seed))
+    write_records(folder / "judged.jsonl", _prompts(NUM_JUDGED, 300 + seed))
+    random_policy(folder / "random", seed=seed)
+
+    def train(command: str, model: Path, data: Path, steps: int, *options: str) -> Path:
+        output = folder / command
+        _run(
+            command,
+            f"model.path={model}",
+            f"data.path={data}",
+            f"run.output={output}",
+            f"run.seed={seed}",
+            f"train.steps={steps}",
+            "train.dtype=fp32",
+            "train.micro_batch_tokens=4096",
+            "observe.tensorboard=false",
+            *options,
+        )
+        return output / "checkpoints" / f"step_{steps}"
+
+    sft = train(
+        "sft",
+        folder / "random",
+        folder / "sft.jsonl",
+        SFT_STEPS,
+        *("train.global_batch_size=64", "optimizer.lr=2e-3", "optimizer.warmup_steps=10"),
+    )
+    judge = train(
+        "reward",
+        sft,
+        folder / "pairs.jsonl",
+        REWARD_STEPS,
+        *("train.global_batch_size=32", "optimizer.lr=1e-3", "optimizer.warmup_steps=20"),
+        "data.balances_lengths=true",
+    )
+    answering = ("generation.max_new_tokens=32", f"generation.stop_ids=[{END}]", f"generation.seed={seed}")
+    ppo = train(
+        "ppo",
+        sft,
+        folder / "prompts.jsonl",
+        PPO_STEPS,
+        *("train.global_batch_size=64", "optimizer.lr=3e-4", "critic.lr=1e-3", "ppo.minibatches=2"),
+        f"reward.path={judge}",
+        *answering,
+    )
+    _run(
+        "label",
+        *(f"model.path={sft}", f"reward.path={judge}", f"data.path={folder / 'prompts.jsonl'}"),
+        *(f"run.output={folder / 'label'}", "train.dtype=fp32", "generation.num_samples=4", *answering),
+    )
+    dpo = train(
+        "dpo",
+        sft,
+        folder / "label" / "label.jsonl",
+        DPO_STEPS,
+        *("train.global_batch_size=32", "optimizer.lr=3e-4", "optimizer.warmup_steps=5"),
+    )
+    return {SFT: sft, PPO: ppo, DPO: dpo}
+
+
+def _judged(policy: Path, seed: int) -> list[list[int]]:
+    """Return a policy's answers to the prompts of the judge, without their end."""
+    folder = policy.parents[2]
+    output = folder / f"judged_{policy.parents[1].name}"
+    _run(
+        "generate",
+        *(f"model.path={policy}", f"data.path={folder / 'judged.jsonl'}", f"run.output={output}"),
+        *("train.dtype=fp32", "generation.max_new_tokens=32", f"generation.stop_ids=[{END}]"),
+        f"generation.seed={1000 + seed}",
+    )
+    lines = (output / "generate.jsonl").read_text(encoding="utf-8").splitlines()
+    return [[token for token in json.loads(line)["tokens"] if token != END] for line in lines]
+
+
+def _prompts(count: int, seed: int) -> list[dict]:
+    records = draw_pairs(count, Labelling(quality=0.0), seed=seed)
+    return [{"prompt_tokens": record["prompt_tokens"]} for record in records]
+
+
+def _ended(record: dict[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Return a pair with the end id behind both answers."""
+    ended = {name: [*record[name], END] for name in ("chosen_tokens", "rejected_tokens")}
+    return {**record, **ended}
+
+
+def _run(command: str, *options: str) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = run_command([command, *options])
+    if code:
+        raise RuntimeError(f"{command} ended with {code}: {said.getvalue()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
