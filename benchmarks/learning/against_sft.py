@@ -3,26 +3,22 @@
 python -m benchmarks.learning.against_sft
 """
 
-import contextlib
-import io
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.learning.commands import END, answering, answers_of, run_command, train
 from benchmarks.learning.outcome import Claim, Trial, run_experiment
 from benchmarks.learning.planted_pairs import Labelling, draw_pairs, quality_of
 from benchmarks.learning.reward_runs import random_policy, write_records
-from glm_rlhf.engine.cli import main as run_command
 
 SEEDS = tuple(range(1, 6))
 # Labels err, and prefer the longer answer a little, as people's do.
 LABELS = Labelling(quality=8.0, length=0.02)
 NUM_DEMONSTRATIONS, NUM_PAIRS, NUM_PROMPTS, NUM_JUDGED = 2000, 3200, 512, 400
 SFT_STEPS, REWARD_STEPS, DPO_STEPS, PPO_STEPS = 150, 120, 60, 40
-END = 2
 SFT, PPO, DPO = "SFT", "PPO", "DPO"
 CLAIMS = (
     Claim(text="PPO's answers are better than SFT's", figure="gold", arm=PPO, against=SFT, expects="higher"),
@@ -62,7 +58,11 @@ def main() -> int:
 def trials_of(seed: int) -> list[Trial]:
     """Return the three policies of one seed."""
     with tempfile.TemporaryDirectory() as name:
-        answers = {policy: _judged(path, seed) for policy, path in _policies(Path(name), seed).items()}
+        folder = Path(name)
+        answers = {
+            policy: answers_of(path, folder / "judged.jsonl", folder / f"of_{policy}", seed=1000 + seed)
+            for policy, path in _policies(folder, seed).items()
+        }
     golds = {policy: [quality_of(tokens) for tokens in found] for policy, found in answers.items()}
     trials = []
     for policy, found in answers.items():
@@ -83,76 +83,52 @@ def _policies(folder: Path, seed: int) -> dict[str, Path]:
     write_records(folder / "pairs.jsonl", pairs)
     write_records(folder / "prompts.jsonl", _prompts(NUM_PROMPTS, 200 + seed))
     write_records(folder / "judged.jsonl", _prompts(NUM_JUDGED, 300 + seed))
-    random_policy(folder / "random", seed=seed)
-
-    def train(command: str, model: Path, data: Path, steps: int, *options: str) -> Path:
-        output = folder / command
-        _run(
-            command,
-            f"model.path={model}",
-            f"data.path={data}",
-            f"run.output={output}",
-            f"run.seed={seed}",
-            f"train.steps={steps}",
-            "train.dtype=fp32",
-            "train.micro_batch_tokens=4096",
-            "observe.tensorboard=false",
-            *options,
-        )
-        return output / "checkpoints" / f"step_{steps}"
-
     sft = train(
         "sft",
-        folder / "random",
+        random_policy(folder / "random", seed=seed),
         folder / "sft.jsonl",
-        SFT_STEPS,
+        folder / "sft",
         *("train.global_batch_size=64", "optimizer.lr=2e-3", "optimizer.warmup_steps=10"),
+        steps=SFT_STEPS,
+        seed=seed,
     )
     judge = train(
         "reward",
         sft,
         folder / "pairs.jsonl",
-        REWARD_STEPS,
+        folder / "reward",
         *("train.global_batch_size=32", "optimizer.lr=1e-3", "optimizer.warmup_steps=20"),
         "data.balances_lengths=true",
+        steps=REWARD_STEPS,
+        seed=seed,
     )
-    answering = ("generation.max_new_tokens=32", f"generation.stop_ids=[{END}]", f"generation.seed={seed}")
     ppo = train(
         "ppo",
         sft,
         folder / "prompts.jsonl",
-        PPO_STEPS,
+        folder / "ppo",
         *("train.global_batch_size=64", "optimizer.lr=3e-4", "critic.lr=1e-3", "ppo.minibatches=2"),
         f"reward.path={judge}",
-        *answering,
+        *answering(seed),
+        steps=PPO_STEPS,
+        seed=seed,
     )
-    _run(
+    run_command(
         "label",
         *(f"model.path={sft}", f"reward.path={judge}", f"data.path={folder / 'prompts.jsonl'}"),
-        *(f"run.output={folder / 'label'}", "train.dtype=fp32", "generation.num_samples=4", *answering),
+        *(f"run.output={folder / 'label'}", "train.dtype=fp32", "generation.num_samples=4"),
+        *answering(seed),
     )
     dpo = train(
         "dpo",
         sft,
         folder / "label" / "label.jsonl",
-        DPO_STEPS,
+        folder / "dpo",
         *("train.global_batch_size=32", "optimizer.lr=3e-4", "optimizer.warmup_steps=5"),
+        steps=DPO_STEPS,
+        seed=seed,
     )
     return {SFT: sft, PPO: ppo, DPO: dpo}
-
-
-def _judged(policy: Path, seed: int) -> list[list[int]]:
-    """Return a policy's answers to the prompts of the judge, without their end."""
-    folder = policy.parents[2]
-    output = folder / f"judged_{policy.parents[1].name}"
-    _run(
-        "generate",
-        *(f"model.path={policy}", f"data.path={folder / 'judged.jsonl'}", f"run.output={output}"),
-        *("train.dtype=fp32", "generation.max_new_tokens=32", f"generation.stop_ids=[{END}]"),
-        f"generation.seed={1000 + seed}",
-    )
-    lines = (output / "generate.jsonl").read_text(encoding="utf-8").splitlines()
-    return [[token for token in json.loads(line)["tokens"] if token != END] for line in lines]
 
 
 def _prompts(count: int, seed: int) -> list[dict]:
@@ -164,14 +140,6 @@ def _ended(record: dict[str, Sequence[int]]) -> dict[str, list[int]]:
     """Return a pair with the end id behind both answers."""
     ended = {name: [*record[name], END] for name in ("chosen_tokens", "rejected_tokens")}
     return {**record, **ended}
-
-
-def _run(command: str, *options: str) -> None:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        code = run_command([command, *options])
-    if code:
-        raise RuntimeError(f"{command} ended with {code}: {said.getvalue()}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,13 @@
-"""Tiny reward models, trained by the command's own stage."""
+"""Tiny reward models, trained by the command `reward`."""
 
-import contextlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.learning.commands import train
 from benchmarks.learning.planted_pairs import NUM_IDS
-from glm_rlhf.engine.config import ModelSection, RunSection
-from glm_rlhf.engine.config_training import (
-    ObserveSection,
-    OptimizerSection,
-    PairsSection,
-    RewardConfig,
-    RewardSection,
-    TrainSection,
-)
-from glm_rlhf.engine.stages.reward import run
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import build_model
 from glm_rlhf.parallel.glm_config import GLMConfig
@@ -83,22 +72,19 @@ def train_reward_model(
         l2_coef: weight of the squared scores.
         balances_lengths: whether `data.balances_lengths` is on.
     """
-    config = RewardConfig(
-        run=RunSection(name="reward", output=str(output), seed=seed),
-        model=ModelSection(path=str(policy)),
-        data=PairsSection(
-            path=str(pairs),
-            eval_path=str(held_out),
-            eval_records=sum(1 for _ in held_out.open()),
-            balances_lengths=balances_lengths,
-        ),
-        reward=RewardSection(l2_coef=l2_coef),
-        optimizer=OptimizerSection(lr=LR, warmup_steps=WARMUP_STEPS),
-        train=TrainSection(steps=steps, global_batch_size=BATCH, micro_batch_tokens=4096, dtype="fp32"),
-        observe=ObserveSection(tensorboard=False),
+    train(
+        "reward",
+        policy,
+        pairs,
+        output,
+        f"data.eval_path={held_out}",
+        f"data.eval_records={sum(1 for _ in held_out.open())}",
+        f"data.balances_lengths={str(balances_lengths).lower()}",
+        f"reward.l2_coef={l2_coef}",
+        *(f"train.global_batch_size={BATCH}", f"optimizer.lr={LR}", f"optimizer.warmup_steps={WARMUP_STEPS}"),
+        steps=steps,
+        seed=seed,
     )
-    with contextlib.redirect_stderr(io.StringIO()):
-        run(config)
     *_, last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluation = {
         name.removeprefix("eval/"): value
