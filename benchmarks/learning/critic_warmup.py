@@ -8,12 +8,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.learning.offset_task import PROMPTS, SAMPLES, crossing, run_ppo
-from benchmarks.learning.outcome import Claim, Trial, run_experiment
+from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
 from benchmarks.learning.reward_runs import random_policy
 
 WARMUP, ITERATIONS = 10, 45
 GAINS = (0.2, 0.4)
-SEEDS = tuple(range(1, 9))
 ON, OFF = f"{WARMUP} iterations of warm-up", "no warm-up"
 EXPLAINED = "explained variance at the policy's first update"
 CLAIMS = (

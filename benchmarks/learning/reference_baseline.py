@@ -9,12 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.learning.offset_task import PROMPTS, SAMPLES, crossing, run_ppo
-from benchmarks.learning.outcome import Claim, Trial, run_experiment
+from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
 from benchmarks.learning.reward_runs import random_policy
 
 ITERATIONS = 45
 GAINS = (0.2, 0.4)
-SEEDS = tuple(range(1, 9))
 ON, OFF = "baseline on", "baseline off"
 CLAIMS = (
     Claim(
