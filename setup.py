@@ -40,7 +40,7 @@ setup(
     ],
     extras_require={
         "parity": ["transformers>=5"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "transformers>=5"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "transformers>=5"],
         "lint": ["ruff"],
         "cuda": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
