@@ -108,7 +108,7 @@ class TrainingState:
             # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         megatron.finalize_model_grads_func = partial(_finalize, topology)
-        weakref.finalize(self, _forget_hooks, [chunk.grad_accs for chunk in self.chunks])
+        weakref.finalize(self, _forget_hooks, self.chunks)
         if overlap_communication:
             functions = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = functions if len(functions) > 1 else functions[0]
@@ -161,14 +161,21 @@ def _finalize(
     sum_replicated_gradients(chunks, topology)
 
 
-def _forget_hooks(hooked: list[list[object]]) -> None:
-    """Let go of the nodes of autograd on which Megatron-core hangs its hooks.
+def _forget_hooks(chunks: list[DistributedDataParallel]) -> None:
+    """Take away what ties Megatron-core's wrapper and the model to each other in circles.
 
-    A node's hook holds the model, and the model the node: a circle through C++ that no collector sees. It
-    would keep weights, gradients and process groups of every training state until the process ends.
+    The nodes of autograd on which it hangs its hooks hold it, and it the nodes: a circle through C++ that no
+    collector sees, which would keep weights, gradients and process groups of every training state until the
+    process ends. The others, of overlap, a collector breaks, but late: gloo's threads poll until it does.
     """
-    for nodes in hooked:
-        nodes.clear()
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        if chunk.remove_forward_pre_hook_handles:
+            chunk.disable_forward_pre_hook(param_sync=False)
+        config = chunk.config
+        functions = config.no_sync_func if isinstance(config.no_sync_func, list) else [config.no_sync_func]
+        if chunk.no_sync in functions:  # not those of a state that has wrapped the model since
+            config.no_sync_func = None
 
 
 def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topology) -> None:

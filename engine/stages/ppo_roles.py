@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,6 +76,15 @@ class PPORoles:
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
+        # Not a method of this object: a circle of references would keep the models until a collector comes.
+        answer_by_reference = partial(
+            answer_prompts,
+            self.reference,
+            settings=replace(answers, num_samples=1),
+            seed=seed,
+            topology=topology,
+            is_share=True,
+        )
         self.rewards = RewardTerms(
             topology=topology,
             micro_batch_tokens=settings.micro_batch_tokens,
@@ -82,7 +92,7 @@ class PPORoles:
             model=reward_model,
             function=reward_function,
             function_weight=reward_function_weight,
-            answer_by_reference=self._answer_by_reference if uses_reference_baseline else None,
+            answer_by_reference=answer_by_reference if uses_reference_baseline else None,
         )
 
     def generate(self, prompts: Sequence[PromptInput]) -> Rollouts:
@@ -166,18 +176,6 @@ class PPORoles:
         error = experience.metrics["objective/kl_per_token"] / target - 1.0
         share = experience.rollouts.num_everywhere / self.settings.kl_horizon
         self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share
-
-    def _answer_by_reference(self, prompts: Sequence[PromptInput]) -> Rollouts:
-        """Answer this data-parallel rank's own prompts once each by the reference."""
-        settings = replace(self.answers, num_samples=1)
-        return answer_prompts(
-            self.reference,
-            prompts,
-            settings,
-            seed=self.seed,
-            topology=self.topology,
-            is_share=True,
-        )
 
 
 def _policy_metrics(steps: Sequence[PolicyStep]) -> dict[str, float]:

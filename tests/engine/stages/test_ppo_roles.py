@@ -1,6 +1,8 @@
 """PPO: first-step identities, the same numbers in every layout, weights that never move."""
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,23 @@ def test_addresses_never_change_and_weights_do(folder):
         assert all(not torch.equal(before[name], weight) for name, weight in weights.items())
         reference = dict(engine.reference[0].named_weights())
         assert all(torch.equal(before[name], reference[name]) for name in before)
+
+
+def test_an_engine_lets_go_of_its_models_at_once(folder):
+    """Not when a collector comes by: until then their memory is taken and threads of gloo poll."""
+
+    def run() -> list[weakref.ref]:
+        with topology(Layout()) as place:
+            engine = make_roles(folder, place, uses_reference_baseline=True)
+            iterate(engine, 1)
+            return [weakref.ref(model[0]) for model in (engine.policy, engine.critic, engine.reference)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert [model() for model in run()] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_reward_rises_on_an_easy_rule(folder):
