@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
+from glm_rlhf.engine.config_plan import PlanConfig
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.config_training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
 
@@ -96,6 +97,12 @@ COMMANDS = (
         summary="a Hugging Face folder into another family's form, type or file size",
         config=ConvertConfig,
         function="glm_rlhf.engine.stages.convert:run",
+    ),
+    Command(
+        name="plan",
+        summary="memory and time of ppo on a cluster before anything is launched; writes config and scripts",
+        config=PlanConfig,
+        function="glm_rlhf.engine.cluster.plan:run",
     ),
     Command(
         name="doctor",

@@ -1,0 +1,234 @@
+"""Memory of PPO on one rank, by phase, under a layout: arithmetic, nothing is allocated."""
+
+import math
+from dataclasses import dataclass
+
+from glm_rlhf.engine.cluster.plan_activations import CUDA, Kernels, MicroBatch
+from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.rank_weights import ChunkSizes, chunk_sizes
+from glm_rlhf.parallel.schedule_order import num_in_flight
+
+TRAINED = ("policy", "critic")
+_FP32 = 4
+_EXPERIENCE_BYTES = 8 + 7 * _FP32
+"""A token of the experience: its id, and seven numbers in fp32."""
+_PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
+"""Elements to which Megatron-core fills up each parameter, and each buffer, of the distributed optimizer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleBytes:
+    """What one role holds on a rank all the time."""
+
+    weights: int
+    """Weights, in the buffers of the distributed optimizer where they are trained."""
+    gradients: int = 0
+    """Gradient buffers, fp32."""
+    masters: int = 0
+    """This rank's share of the optimizer's fp32 weights."""
+    moments: int = 0
+    """This rank's share of Adam's two moments; they come with the first step."""
+
+    @property
+    def optimizer(self) -> int:
+        """What the optimizer holds."""
+        return self.masters + self.moments
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank."""
+
+    stage: int
+    """Its pipeline stage."""
+    roles: dict[str, RoleBytes]
+    """What each role holds from the first step on."""
+    phases: dict[str, int]
+    """What each phase takes beside the roles, the key/value cache apart; `start` holds less than they do
+    later where it is below 0."""
+    cache_page: int
+    """One page of the key/value cache."""
+
+    @property
+    def resident(self) -> int:
+        """What all roles hold."""
+        return sum(role.total for role in self.roles.values())
+
+    @property
+    def peak(self) -> int:
+        """The fullest moment, without the key/value cache."""
+        return self.resident + max(self.phases.values())
+
+
+def fullest_rank(
+    roles: Roles, work: Work, choice: Choice, *, num_gpus: int, kernels: Kernels = CUDA
+) -> RankMemory:
+    """Return the rank that holds most: one of the first or of the last stage.
+
+    Those between hold no embedding and no head, and fewer micro-batches in flight than the first.
+
+    Raises:
+        ValueError: the layout cannot split a model, or does not divide the GPUs.
+    """
+    stages = {0, choice.layout.pp - 1}
+    found = [rank_memory(roles, work, choice, num_gpus=num_gpus, stage=s, kernels=kernels) for s in stages]
+    return max(found, key=lambda rank: rank.peak)
+
+
+def rank_memory(
+    roles: Roles, work: Work, choice: Choice, *, num_gpus: int, stage: int, kernels: Kernels = CUDA
+) -> RankMemory:
+    """Return the memory of a rank of pipeline stage `stage`.
+
+    Phases: `start` (optimizers are made, each with a copy of its weights), `generate` (without the cache),
+    `score`, `train policy`, `train critic`, `step` (the optimizer's own temporaries).
+
+    Raises:
+        ValueError: as `fullest_rank`.
+    """
+    layout = choice.layout
+    num_shards = layout.dp(num_gpus) * layout.cp
+    held = {
+        name: role_bytes(model, layout, stage=stage, itemsize=work.itemsize, num_shards=num_shards, role=name)
+        for name, model in roles.items
+    }
+    length = work.longest
+    experience = choice.num_sequences(work, num_gpus) * length * _EXPERIENCE_BYTES
+
+    def batch(model: GLMConfig) -> MicroBatch:
+        num_tokens = choice.batch_tokens(work, num_gpus, length=length)
+        return MicroBatch(
+            model=model, layout=layout, num_tokens=num_tokens, itemsize=work.itemsize, kernels=kernels
+        )
+
+    num_in_step = choice.num_micro_batches(work, num_gpus, length=length, minibatches=work.minibatches)
+    share = work.max_new_tokens / length
+    phases = {
+        "start": _start_bytes(held),
+        "generate": generation_bytes(roles.policy, work, choice, num_gpus=num_gpus),
+        "score": experience + max(batch(model).forward_workspace_bytes() for _, model in roles.items),
+    }
+    for name in TRAINED:
+        phases[f"train {name}"] = experience + training_bytes(
+            batch(getattr(roles, name)),
+            choice.recompute_layers,
+            stage=stage,
+            num_micro_batches=num_in_step,
+            trained_share=share if name == "policy" else None,
+        )
+    phases["step"] = experience + max(held[name].moments // 2 for name in TRAINED)
+    return RankMemory(
+        stage=stage, roles=held, phases=phases, cache_page=page_bytes(roles.policy, layout, work)
+    )
+
+
+def role_bytes(
+    model: GLMConfig, layout: Layout, *, stage: int, itemsize: int, num_shards: int, role: str
+) -> RoleBytes:
+    """Return what a role's weights, gradient buffers and optimizer take on a rank.
+
+    Trained roles keep fp32 gradients. The optimizer's fp32 weights (none beside fp32 weights) and two
+    moments are split over `num_shards` = dp × cp ranks.
+    """
+    chunks = [
+        chunk_sizes(model, layout, has_scalar_head=role in ("critic", "reward"), stage=stage, chunk=chunk)
+        for chunk in range(layout.vpp)
+    ]
+    if role not in TRAINED:
+        return RoleBytes(weights=sum(c.num_plain * itemsize + c.num_fp32 * _FP32 for c in chunks))
+    plain, fp32 = (sum(sizes) for sizes in zip(*(_buffers(c, num_shards) for c in chunks), strict=True))
+    return RoleBytes(
+        weights=plain * itemsize + fp32 * _FP32,
+        gradients=(plain + fp32) * _FP32,
+        masters=plain * _FP32 // num_shards if itemsize != _FP32 else 0,
+        moments=2 * (plain + fp32) * _FP32 // num_shards,
+    )
+
+
+def _buffers(chunk: ChunkSizes, num_shards: int) -> tuple[int, int]:
+    """Return the elements of the buffers in which the distributed optimizer lays the weights out."""
+    multiple = math.lcm(num_shards, _BUCKET_ALIGNMENT)
+    padded = []
+    for sizes in (chunk.plain, chunk.fp32):
+        total = sum(_up_to(size, _PARAMETER_ALIGNMENT) for size in sizes)
+        padded.append(_up_to(total, multiple))
+    return padded[0], padded[1]
+
+
+def _start_bytes(held: dict[str, RoleBytes]) -> int:
+    """Return by how much making the critic's optimizer, the last one, exceeds what is held later.
+
+    Its weights are there twice while they move to its buffers, before its fp32 weights are made; moments
+    come with the first step only.
+    """
+    critic = held["critic"]
+    return max(0, critic.weights - critic.masters) - sum(role.moments for role in held.values())
+
+
+def training_bytes(
+    batch: MicroBatch,
+    recomputes: bool,
+    *,
+    stage: int,
+    num_micro_batches: int,
+    trained_share: float | None,
+) -> int:
+    """Return what forward and backward of one optimizer step take on a rank at most.
+
+    Args:
+        batch: a full micro-batch.
+        recomputes: whether backward runs each layer again.
+        stage: of the rank.
+        num_micro_batches: of the step, on this copy of the model.
+        trained_share: share of the tokens that are trained on; None for a scalar head, which reads all.
+    """
+    layout = batch.layout
+    num_layers = batch.model.num_layers // (layout.pp * layout.vpp)
+    in_flight = num_in_flight(layout, num_micro_batches, stage=stage)
+    saved = in_flight * batch.chunk_saved_bytes(num_layers, recomputes=recomputes)
+    layer = batch.backward_workspace_bytes(recomputes=recomputes)
+    if stage < layout.pp - 1:
+        return saved + layer + batch.residual_bytes  # the gradient that came from the next stage
+    if trained_share is None:
+        at_loss, kept = batch.value_loss_bytes()
+    else:
+        at_loss, kept = batch.policy_loss_bytes(math.ceil(batch.rows * trained_share))
+    return saved + max(at_loss, kept + batch.hidden_bytes, layer + batch.residual_bytes)
+
+
+def generation_bytes(policy: GLMConfig, work: Work, choice: Choice, *, num_gpus: int) -> int:
+    """Return what a step of generation takes at most, the cache apart: a full step of prompts."""
+    layout = choice.layout
+    num_sequences = min(work.max_batch, choice.num_sequences(work, num_gpus))
+    num_prompts = -(-num_sequences // work.num_samples)  # samples share their prompt's pages
+    rows = min(work.max_step_tokens, num_prompts * work.max_prompt_tokens)
+    plain = MicroBatch(
+        model=policy, layout=Layout(tp=layout.tp, pp=layout.pp), num_tokens=rows, itemsize=work.itemsize
+    )
+    num_drawn = -(-num_sequences // layout.pp)
+    logits = 2 * num_drawn * (policy.vocab_size // layout.tp) * _FP32
+    return max(plain.forward_workspace_bytes(), logits)
+
+
+def page_bytes(policy: GLMConfig, layout: Layout, work: Work) -> int:
+    """Return a page of the cache: keys and values of its positions in every layer of the rank."""
+    num_kv_heads = max(1, policy.num_kv_heads // layout.tp)
+    return (
+        2
+        * (policy.num_layers // layout.pp)
+        * work.page_size
+        * num_kv_heads
+        * policy.head_size
+        * work.itemsize
+    )
+
+
+def _up_to(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
