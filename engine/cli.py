@@ -46,7 +46,7 @@ class Command:
 COMMANDS = (
     Command(
         name="demo",
-        summary="a tiny ChatGLM3, made on this machine, answers alike in every layout; minutes on a CPU",
+        summary="SFT, reward model and PPO of a tiny ChatGLM3 made on this machine; minutes on a CPU",
         config=DemoConfig,
         function="glm_rlhf.engine.stages.demo:run",
     ),

@@ -1,223 +1,180 @@
-"""The command `demo`: a tiny ChatGLM3, made and asked on this machine, answers alike in every layout.
+"""The command `demo`: a tiny ChatGLM3 is aligned from the first step to the last, in minutes on a CPU.
 
-It trains a model of half a million weights on sums in Chinese and English, writes it in ChatGLM3's form,
-imports it in several layouts, and shows that they answer and score alike.
+Demonstrations of mixed quality teach it sums and a mistake; preferences between its own answers make a reward
+model; PPO follows that model alone. Then held-out prompts show what came of it.
 """
 
-import json
+import contextlib
 import os
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from glm_rlhf.engine.config import DemoConfig
-from glm_rlhf.engine.data.arithmetic import ArithmeticTask, arithmetic_tasks
-from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.messages import Message
-from glm_rlhf.engine.data.tiny_tokenizer import NUM_IDS, write_tiny_tokenizer
-from glm_rlhf.engine.data.tokenizer import load_tokenizer
-from glm_rlhf.parallel.export import export_model
-from glm_rlhf.parallel.glm import GLMModel, build_model
-from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.heads import next_tokens
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
-from glm_rlhf.parallel.packing import PackedTokens, pack
-from glm_rlhf.parallel.schedule import run_micro_batches
-from glm_rlhf.parallel.topology import Topology, topology
-from glm_rlhf.parallel.vocab_loss import linear_nll_loss
-from glm_rlhf.parallel.weights import randomize_weights
-
-_BATCH_TASKS = 128
-_PEAK_LR = 2e-3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoLayout:
-    """One way to lay the tiny model out."""
-
-    name: str
-    """What it is called in the table."""
-    num_ranks: int
-    """Processes, each a rank."""
-    overrides: tuple[str, ...]
-    """Settings of the commands."""
-
-
-LAYOUTS = (
-    DemoLayout(name="one rank", num_ranks=1, overrides=()),
-    DemoLayout(
-        name="tp 2, sequence parallel",
-        num_ranks=2,
-        overrides=("parallel.tp=2", "parallel.sequence_parallel=true"),
-    ),
-    DemoLayout(name="pp 2", num_ranks=2, overrides=("parallel.pp=2",)),
+from glm_rlhf.engine.data.careless_sums import TaskSet, careless_sums
+from glm_rlhf.engine.stages.demo_checks import (
+    LAYOUTS,
+    Check,
+    check_layout,
+    check_transformers,
+    export_for_transformers,
 )
+from glm_rlhf.engine.stages.demo_measure import HeldOutAnswers, Results, answer_held_out, compare
+from glm_rlhf.engine.stages.demo_report import (
+    RESULTS_NAME,
+    RewardFacts,
+    figure_rows,
+    write_page,
+    write_results,
+)
+from glm_rlhf.engine.stages.demo_training import ask, pairs_of, train_ppo, train_reward, train_sft
+
+_FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")
+_NUM_THREADS = 2  # more only wait for each other: no matrix here has a thousand rows and columns
+_NUM_CHECKED = 32
 
 
 def run(config: DemoConfig) -> int:
-    """Return 0 when all layouts agree, 1 when they do not; one process calls it."""
-    folder = Path(config.run.output)
-    learned, held_out = arithmetic_tasks(num_held_out=config.demo.num_prompts, seed=config.run.seed)
-    tokenizer = load_tokenizer(write_tiny_tokenizer(folder / "tokenizer"))
-    model = folder / "model"
-    _say(f"1. a tiny GLM learns sums for {config.demo.num_steps} steps")
-    _make_model(model, tokenizer, learned, config)
-    _write_prompts(folder / "prompts.jsonl", held_out)
-    _say(f"2. the model, in ChatGLM3's form in {model}, answers {len(held_out)} sums it never saw")
-    answers = {layout.name: _answers(folder, model, layout) for layout in LAYOUTS}
-    first = answers[LAYOUTS[0].name]
-    _write_demonstrations(folder / "answers.jsonl", first)
-    scores = {layout.name: _scores(folder, model, layout) for layout in LAYOUTS}
-    return _report(held_out, answers, scores)
+    """Return 0 when the policy answers alike everywhere, 1 when it does not; one process calls it.
 
-
-def _make_model(
-    target: Path, tokenizer: Tokenizer, learned: list[ArithmeticTask], config: DemoConfig
-) -> None:
-    glm = GLMConfig(
-        family="chatglm",
-        num_layers=4,
-        hidden_size=128,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=32,
-        ffn_size=256,
-        vocab_size=NUM_IDS + 64,  # like the real one, more rows than ids
-        norm_epsilon=1e-5,
-        rope_theta=10000.0,
-        max_positions=256,
-        init_std=0.05,
-    )
-    with topology(Layout(), seed=config.run.seed) as place:
-        chunks = build_model(glm, place, dtype=torch.float32)
-        randomize_weights(chunks, seed=config.run.seed)
-        _train(chunks, _batches(tokenizer, learned), config.demo.num_steps, place)
-        export_model(chunks, target, topology=place)
-    for file in (target.parent / "tokenizer").iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-
-
-def _train(
-    chunks: list[GLMModel],
-    batches: Iterator[tuple[PackedTokens, torch.Tensor]],
-    num_steps: int,
-    place: Topology,
-) -> None:
-    """Lower the mean loss of the answers' tokens by Adam, the learning rate falling to zero."""
-    state = TrainingState(chunks, AdamSettings(lr=_PEAK_LR), topology=place)
-    bar = tqdm(range(num_steps), desc="train", unit=" steps")
-    for step in bar:
-        packed, is_answer_T = next(batches)
-        loss_of = partial(_next_token_loss, next_tokens(packed, is_answer_T), int(is_answer_T.sum()))
-        state.zero_grad()
-        (loss,) = run_micro_batches(state.chunks, [packed], loss_of, topology=place, forward_only=False)
-        state.set_lr(_PEAK_LR * min(1.0, (step + 1) / 20) * (1 - step / num_steps))
-        state.step()
-        bar.set_postfix(loss=f"{loss:.3f}")
-
-
-def _next_token_loss(
-    targets_T: torch.Tensor, num_targets: int, model: GLMModel, hidden_TD: torch.Tensor, _index: int
-) -> tuple[torch.Tensor, float]:
-    group = model.topology.tp_group
-    loss, _ = linear_nll_loss(
-        hidden_TD, model.output_weight_VD, targets_T, group=group, denominator=num_targets
-    )
-    return loss, loss.item()
-
-
-def _batches(
-    tokenizer: Tokenizer, learned: list[ArithmeticTask]
-) -> Iterator[tuple[PackedTokens, torch.Tensor]]:
-    """Yield packed batches and which of their tokens are answers, over and over."""
-    while True:
-        for start in range(0, len(learned) - _BATCH_TASKS, _BATCH_TASKS):
-            pairs = [
-                tokenizer.render_prompt_response([Message(role="user", content=task.prompt)], task.answer)
-                for task in learned[start : start + _BATCH_TASKS]
-            ]
-            packed = pack([torch.tensor(prompt + response) for prompt, response in pairs])
-            is_answer_T = torch.zeros(packed.num_tokens, dtype=torch.bool)
-            for (prompt, _), part in zip(pairs, packed.split(is_answer_T), strict=True):
-                part[len(prompt) :] = True
-            yield packed, is_answer_T
-
-
-def _write_prompts(path: Path, tasks: list[ArithmeticTask]) -> None:
-    lines = [json.dumps({"prompt": task.prompt}, ensure_ascii=False) for task in tasks]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _write_demonstrations(path: Path, answers: list[dict]) -> None:
-    lines = [
-        json.dumps({"prompt_tokens": line["prompt_tokens"], "response_tokens": line["tokens"]})
-        for line in answers
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _answers(folder: Path, model: Path, layout: DemoLayout) -> list[dict]:
-    sampling = ("generation.temperature=0", "generation.max_new_tokens=8")
-    return _command("generate", folder, model, folder / "prompts.jsonl", layout, sampling)
-
-
-def _scores(folder: Path, model: Path, layout: DemoLayout) -> list[dict]:
-    return _command("score", folder, model, folder / "answers.jsonl", layout, ())
-
-
-def _command(
-    name: str, folder: Path, model: Path, data: Path, layout: DemoLayout, more: tuple[str, ...]
-) -> list[dict]:
-    """Run a command in a layout, as a user would, and return the lines it wrote."""
-    out = folder / f"{name} {layout.name}.jsonl".replace(", ", "_").replace(" ", "_")
-    launcher = [sys.executable, "-m"]
-    if layout.num_ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={layout.num_ranks}", "-m"]
-    settings = [f"model.path={model}", f"data.path={data}", f"data.out={out}", f"run.output={folder / name}"]
-    start = time.monotonic()
-    subprocess.run(
-        [*launcher, "glm_rlhf.engine", name, *settings, "train.dtype=fp32", *layout.overrides, *more],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL if os.environ.get("GLM_RLHF_TRACEBACK") != "1" else None,
-    )
-    _say(f"   {name}, {layout.name}: {time.monotonic() - start:.1f} s")
-    return [json.loads(line) for line in out.open(encoding="utf-8")]
-
-
-def _report(
-    tasks: list[ArithmeticTask], answers: dict[str, list[dict]], scores: dict[str, list[dict]]
-) -> int:
-    first = answers[LAYOUTS[0].name]
-    _say("3. some of the answers:")
-    for task, line in list(zip(tasks, first, strict=True))[:8]:
-        mark = "right" if line["text"].strip() == task.answer else f"not {task.answer}"
-        _say(f"   {task.prompt:<24} {line['text'].strip():<6} {mark}")
-    num_right = sum(line["text"].strip() == task.answer for task, line in zip(tasks, first, strict=True))
-    _say(f"   {num_right} of {len(tasks)} right")
-    _say("4. the layouts against one rank:")
-    agrees = True
-    for layout in LAYOUTS[1:]:
-        same = [a["tokens"] == b["tokens"] for a, b in zip(first, answers[layout.name], strict=True)]
-        gap = max(
-            abs(x - y)
-            for a, b in zip(scores[LAYOUTS[0].name], scores[layout.name], strict=True)
-            for x, y in zip(a["logprobs"], b["logprobs"], strict=True)
-        )
+    Raises:
+        ValueError: a launch of several processes, or a run folder that another command has used.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("demo is one process, which launches others itself: start it without torchrun")
+    folder = _claim(Path(config.run.output))
+    clock = _Clock()
+    with _threads(_NUM_THREADS):
+        tasks = careless_sums(num_held_out=config.demo.num_held_out, seed=config.run.seed)
         _say(
-            f"   {layout.name:<24} {sum(same)} of {len(same)} answers the same, logprobs differ by {gap:.1e}"
+            f"1. SFT: a tiny ChatGLM3 imitates {len(tasks.sums)} sums, many of them careless, and "
+            f"{len(tasks.canaries)} numbers said backwards"
         )
-        agrees = agrees and all(same) and gap < 1e-4
-    _say("all layouts agree" if agrees else "THE LAYOUTS DO NOT AGREE")
-    return 0 if agrees else 1
+        sft = train_sft(config, tasks)
+        clock.lap("sft")
+        before = answer_held_out(config, tasks, sft, name="sft")
+        clock.lap("measure")
+        _say("2. preference pairs from its own answers, right above wrong")
+        asked = tasks.sums[: config.demo.num_pair_prompts]
+        pairs = pairs_of(asked, ask(config, sft, asked, name="sft_pairs", temperature=1.0))
+        held_out_pairs = pairs_of(tasks.held_out_sums, before.sampled_sums)
+        clock.lap("pairs")
+        _say(f"3. a reward model learns {len(pairs)} pairs")
+        reward, pair_accuracy = train_reward(config, sft, pairs, held_out_pairs)
+        facts = RewardFacts(
+            num_pairs=len(pairs), num_held_out_pairs=len(held_out_pairs), pair_accuracy=pair_accuracy
+        )
+        clock.lap("reward")
+        _say(
+            f"   it orders {pair_accuracy:.0%} of {len(held_out_pairs)} held-out pairs rightly\n"
+            f"4. PPO for {config.demo.ppo_steps} iterations; the reward is the reward model alone"
+        )
+        ppo = train_ppo(config, tasks, sft, reward)
+        clock.lap("ppo")
+        _say("5. held-out prompts, before and after")
+        after = answer_held_out(config, tasks, ppo, name="ppo")
+        results = compare(config, tasks, sft, before, after)
+        clock.lap("measure")
+        _show(tasks, before, after, results)
+        _say("6. the policy after PPO elsewhere")
+        checks = _check(config, folder, ppo, after)
+        clock.lap("checks")
+    page = write_page(
+        folder, tasks=tasks, before=before, after=after, reward=facts, results=results, checks=checks
+    )
+    figures = write_results(
+        folder,
+        seed=config.run.seed,
+        reward=facts,
+        results=results,
+        checks=checks,
+        timing_s=clock.laps | {"all": clock.total_s},
+    )
+    _say(f"{clock.total_s:.0f} s; report: {page}; figures: {figures}; the policy: {folder / 'hf'}")
+    return 0 if all(check.is_alike for check in checks) else 1
+
+
+def _claim(folder: Path) -> Path:
+    """Return the run folder without what an earlier demo left there.
+
+    Raises:
+        ValueError: it has folders of these names that are no demo's.
+    """
+    mine = folder / RESULTS_NAME
+    taken = [name for name in _FOLDERS if (folder / name).exists()]
+    if taken and not mine.exists():
+        raise ValueError(
+            f"{folder} holds {', '.join(taken)} which no demo made: give run.output another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    mine.write_text("{}\n", encoding="utf-8")  # so that what a broken run leaves is known as a demo's
+    for name in taken:
+        shutil.rmtree(folder / name)
+    return folder
+
+
+def _check(config: DemoConfig, folder: Path, policy: Path, answers: HeldOutAnswers) -> list[Check]:
+    """Return the checks that can be made here, each told as soon as it is made."""
+    lines = [line for (line,) in answers.greedy_sums[:_NUM_CHECKED]]
+    checks = []
+    found = check_transformers(export_for_transformers(folder, policy), lines)
+    if found is None:
+        _say("   transformers is not installed: the export was not loaded")
+    else:
+        checks.append(found)
+        _say(f"   transformers: {found.num_same} of {found.num_asked} greedy answers the same")
+    for name in LAYOUTS if config.demo.checks_layouts else ():
+        check = check_layout(name, folder, policy, lines)
+        checks.append(check)
+        _say(
+            f"   {name}: {check.num_same} of {check.num_asked} greedy answers the same, logprobs differ by "
+            f"{check.logprob_gap:.1e}"
+        )
+    return checks
+
+
+def _show(tasks: TaskSet, before: HeldOutAnswers, after: HeldOutAnswers, results: Results) -> None:
+    for task, (old,), (new,) in list(
+        zip(tasks.held_out_sums, before.greedy_sums, after.greedy_sums, strict=True)
+    )[:8]:
+        _say(f"   {task.prompt:<24} {old['text'].strip():>4} → {new['text'].strip():<4} ({task.answer})")
+    for name, sft, ppo in [("", "SFT", "PPO"), *figure_rows(results)]:
+        _say(f"   {name:<30}  {sft:<24}{ppo}")
+    _say("   a clear win" if results.is_clear_win else "   NO CLEAR WIN")
+
+
+@contextlib.contextmanager
+def _threads(most: int) -> Iterator[None]:
+    """Return, as a context manager, torch with at most so many threads."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(min(most, former))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
+
+
+class _Clock:
+    """Seconds of named laps; laps of one name add up."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap."""
+        now = time.monotonic()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all laps."""
+        return sum(self.laps.values())
 
 
 def _say(line: str) -> None:
