@@ -28,11 +28,13 @@ def cases(
     rope = f"T {num_tokens}, {NUM_GROUPS} groups of {QUERIES_A_GROUP} + 2 heads of {HEAD_SIZE}, {name}"
     both, tokens = "forward + backward", (dtype, num_tokens)
     add, gated = "residual add + RMSNorm; ", "SwiGLU; "
+    gradient = lambda d, **options: _gate_gradient(d, *tokens, ffn_size, **options)
     table: list[tuple[str, str, str, float, float | None, Callable]] = [
         ("e1", f"{add}forward", norm, 4 * row_bytes, 70e-6, lambda d: _norm(d, *tokens, width)),
         ("e2", add + both, norm, 8 * row_bytes, None, lambda d: _norm_both(d, *tokens, width)),
         ("f1", f"{gated}forward", gate, 3 * ffn_bytes, 175e-6, lambda d: _gate(d, *tokens, ffn_size)),
-        ("f2", gated + both, gate, 8 * ffn_bytes, 465e-6, lambda d: _gate_both(d, *tokens, ffn_size)),
+        ("f2", gated + both, gate, 8 * ffn_bytes, 465e-6, lambda d: gradient(d, times_forward=True)),
+        ("f3", f"{gated}backward", gate, 5 * ffn_bytes, 290e-6, lambda d: gradient(d, times_forward=False)),
         ("g", "RoPE on queries and keys", rope, 2 * rotated_bytes, 25e-6, lambda d: _rope(d, *tokens)),
     ]
     return [
@@ -126,19 +128,13 @@ def _norm_both(device: torch.device, dtype: torch.dtype, num_tokens: int, width:
     upstream = [random_normal(num_tokens, width, device=device, dtype=dtype, seed=seed) for seed in (4, 5)]
     compiled_norm = compiled(add_norm)
 
-    def both(contender: Contender) -> Contender:
-        if contender.absent:
-            return contender
-        run = contender.run
-        return Contender(name=contender.name, run=lambda: _with_gradients(run(), inputs, upstream))
-
     def expected() -> Answer:
         wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
         return _with_gradients(add_norm(*wide), wide, [tensor.float() for tensor in upstream])
 
     return Problem(
         contenders=[
-            both(contender)
+            _with_backward(contender, inputs, upstream)
             for contender in [
                 Contender(name="ours", run=lambda: add_rms_norm(*inputs, epsilon=EPSILON)),
                 Contender(name="torch eager", run=lambda: add_norm(*inputs)),
@@ -149,6 +145,30 @@ def _norm_both(device: torch.device, dtype: torch.dtype, num_tokens: int, width:
         expected=expected,
         tolerance=TOLERANCE[dtype],
     )
+
+
+def _with_backward(
+    contender: Contender, inputs: list[torch.Tensor], upstream: list[torch.Tensor]
+) -> Contender:
+    """Return a forward's contender that also takes the gradients."""
+    if contender.absent:
+        return contender
+    return Contender(name=contender.name, run=lambda: _with_gradients(contender.run(), inputs, upstream))
+
+
+def _backward_alone(
+    contender: Contender, inputs: list[torch.Tensor], upstream: list[torch.Tensor]
+) -> Contender:
+    """Return a forward's contender of which only the gradients are timed."""
+    if contender.absent:
+        return contender
+    outputs: list[torch.Tensor] = []
+
+    def forward() -> None:
+        outputs[:] = contender.run()
+
+    run = lambda: torch.autograd.grad(outputs, inputs, upstream)
+    return Contender(name=contender.name, run=run, prepare=forward)
 
 
 def _with_gradients(
@@ -177,59 +197,46 @@ def _quack_norm(inputs: list[torch.Tensor]) -> Contender:
     )
 
 
+def _gates(device: torch.device, gate_up_TF2: torch.Tensor) -> list[Contender]:
+    """Return the contenders that are differentiable."""
+    compiled_gate = compiled(gate_up)
+    return [
+        Contender(name="ours", run=lambda: [swiglu(gate_up_TF2)]),
+        Contender(name="torch eager", run=lambda: [gate_up(gate_up_TF2)]),
+        Contender(name="torch.compile", run=lambda: [compiled_gate(gate_up_TF2)]),
+        *peers(device, [lambda: _liger_gate(gate_up_TF2)]),
+    ]
+
+
 def _gate(device: torch.device, dtype: torch.dtype, num_tokens: int, ffn_size: int) -> Problem:
     gate_up_TF2 = random_normal(num_tokens, 2 * ffn_size, device=device, dtype=dtype, seed=1)
-    compiled_gate = compiled(gate_up)
+    flashinfer = lambda: peer(
+        "flashinfer",
+        "flashinfer.activation",
+        "silu_and_mul",
+        lambda silu_and_mul: lambda: [silu_and_mul(gate_up_TF2)],
+    )
     return Problem(
-        contenders=[
-            Contender(name="ours", run=lambda: [swiglu(gate_up_TF2)]),
-            Contender(name="torch eager", run=lambda: [gate_up(gate_up_TF2)]),
-            Contender(name="torch.compile", run=lambda: [compiled_gate(gate_up_TF2)]),
-            *peers(
-                device,
-                [
-                    lambda: _liger_gate(gate_up_TF2),
-                    lambda: peer(
-                        "flashinfer",
-                        "flashinfer.activation",
-                        "silu_and_mul",
-                        lambda silu_and_mul: lambda: [silu_and_mul(gate_up_TF2)],
-                    ),
-                ],
-            ),
-        ],
+        contenders=[*_gates(device, gate_up_TF2), *peers(device, [flashinfer])],
         expected=lambda: [gate_up(gate_up_TF2.float())],
         tolerance=TOLERANCE[dtype],
     )
 
 
-def _gate_both(device: torch.device, dtype: torch.dtype, num_tokens: int, ffn_size: int) -> Problem:
+def _gate_gradient(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, ffn_size: int, *, times_forward: bool
+) -> Problem:
     gate_up_TF2 = random_normal(num_tokens, 2 * ffn_size, device=device, dtype=dtype, seed=1).requires_grad_()
     upstream_TF = random_normal(num_tokens, ffn_size, device=device, dtype=dtype, seed=2)
-    compiled_gate = compiled(gate_up)
-
-    def both(contender: Contender) -> Contender:
-        if contender.absent:
-            return contender
-        run = contender.run
-        return Contender(
-            name=contender.name, run=lambda: _with_gradients(run(), [gate_up_TF2], [upstream_TF])
-        )
+    timed = _with_backward if times_forward else _backward_alone
 
     def expected() -> Answer:
         wide = gate_up_TF2.detach().float().requires_grad_()
-        return _with_gradients([gate_up(wide)], [wide], [upstream_TF.float()])
+        answer = _with_gradients([gate_up(wide)], [wide], [upstream_TF.float()])
+        return answer if times_forward else answer[1:]
 
     return Problem(
-        contenders=[
-            both(contender)
-            for contender in [
-                Contender(name="ours", run=lambda: [swiglu(gate_up_TF2)]),
-                Contender(name="torch eager", run=lambda: [gate_up(gate_up_TF2)]),
-                Contender(name="torch.compile", run=lambda: [compiled_gate(gate_up_TF2)]),
-                *peers(device, [lambda: _liger_gate(gate_up_TF2)]),
-            ]
-        ],
+        contenders=[timed(c, [gate_up_TF2], [upstream_TF]) for c in _gates(device, gate_up_TF2)],
         expected=expected,
         tolerance=TOLERANCE[dtype],
     )

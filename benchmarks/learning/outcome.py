@@ -180,7 +180,7 @@ def as_markdown(outcome: Outcome, verdicts: Sequence[Verdict], machine: dict[str
     for verdict in verdicts:
         claim = verdict.claim
         lines += [
-            f"| {claim.text} | {claim.figure}: {claim.arm} − {claim.against} | "
+            f"| {claim.text} | {_cell(claim.figure)}: {claim.arm} − {claim.against} | "
             f"{verdict.mean_difference:+.3g} ± {verdict.interval:.2g} | "
             f"{verdict.num_in_direction} of {verdict.num_seeds} | "
             f"{'shown' if verdict.is_shown else 'NOT shown'} |"
@@ -193,7 +193,7 @@ def as_markdown(outcome: Outcome, verdicts: Sequence[Verdict], machine: dict[str
         for arm in arms:
             found = [t.figures[name] for t in outcome.trials if t.arm == arm and name in t.figures]
             cells.append(f"{number(fmean(found))} ± {stdev(found):.2g}" if len(found) > 1 else "")
-        lines += [f"| {name} | {' | '.join(cells)} |"]
+        lines += [f"| {_cell(name)} | {' | '.join(cells)} |"]
     lines += [
         "",
         "Differences are taken seed by seed; a claim is shown when the 95 % interval of their mean, by "
@@ -201,3 +201,8 @@ def as_markdown(outcome: Outcome, verdicts: Sequence[Verdict], machine: dict[str
         "means over seeds ± standard deviation. Every trial is in the JSON file.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(name: str) -> str:
+    """Return a figure's name as a table takes it: |x| holds what would end the cell."""
+    return name.replace("|", "\\|")

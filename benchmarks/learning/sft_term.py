@@ -20,8 +20,9 @@ from glm_rlhf.engine.rollout.rewards import RewardRequest
 SEEDS = tuple(range(1, 6))
 NUM_CANARIES, NUM_DEMONSTRATIONS, NUM_PROMPTS, NUM_JUDGED = 1000, 1000, 512, 200
 SFT_STEPS, PPO_STEPS = 200, 40
-COEF = 0.5
-SFT, WITHOUT, WITH = "SFT", "PPO, sft_coef 0", f"PPO, sft_coef {COEF:g}"
+COEFFICIENTS = (0.1, 0.5)
+SFT, WITHOUT = "SFT", "PPO, sft_coef 0"
+WITH = {coefficient: f"PPO, sft_coef {coefficient:g}" for coefficient in COEFFICIENTS}
 _REPEATS = 3
 _MARK = FIRST_ID + 32  # prompts begin with it where the answer is to repeat the next id
 CLAIMS = (
@@ -32,14 +33,20 @@ CLAIMS = (
         against=SFT,
         expects="lower",
     ),
-    Claim(
-        text="with the term it keeps more",
-        figure="canaries kept",
-        arm=WITH,
-        against=WITHOUT,
-        expects="higher",
+    *(
+        Claim(
+            text="with the term it keeps more",
+            figure="canaries kept",
+            arm=arm,
+            against=WITHOUT,
+            expects="higher",
+        )
+        for arm in WITH.values()
     ),
-    Claim(text="and still learns its task", figure="gold", arm=WITH, against=SFT, expects="higher"),
+    *(
+        Claim(text="and still learns its task", figure="gold", arm=arm, against=SFT, expects="higher")
+        for arm in WITH.values()
+    ),
 )
 
 
@@ -104,8 +111,11 @@ def _policies(folder: Path, seed: int) -> dict[str, Path]:
         seed=seed,
     )
     policies = {SFT: sft}
-    term = (f"data.sft_path={folder / 'sft.jsonl'}", f"ppo.sft_coef={COEF}")
-    for arm, options in ((WITHOUT, ()), (WITH, term)):
+    terms = {
+        arm: (f"data.sft_path={folder / 'sft.jsonl'}", f"ppo.sft_coef={coefficient}")
+        for coefficient, arm in WITH.items()
+    }
+    for arm, options in ({WITHOUT: ()} | terms).items():
         policies[arm] = train(
             "ppo",
             sft,

@@ -1,6 +1,5 @@
 """linear_logprob, by the reference and by the kernels, against the float64 definition."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -8,12 +7,13 @@ import nearest_bf16
 import pytest
 import torch
 import vocabulary_definition as definition
+import wide_tiles
 from kernel_device import DEVICE
 from peak_memory import peak_bytes
 from vocabulary_definition import gradients, head_inputs, relative
 
 from glm_rlhf.kernels import vocab_head
-from glm_rlhf.kernels.launch import forced, is_interpreting
+from glm_rlhf.kernels.launch import forced
 from glm_rlhf.kernels.linear_logprob import (
     IGNORE_INDEX,
     linear_logprob,
@@ -71,10 +71,7 @@ def test_equals_the_float64_definition(implementation, num_rows, vocab_size, wid
 @both
 @pytest.mark.parametrize("vocab_size", [65024, 151552])
 def test_vocabularies_of_the_models(implementation, vocab_size, monkeypatch):
-    # The interpreter takes its time per tile: few rows, many columns.
-    wide = dataclasses.replace(vocab_head.HOPPER, rows=16, columns=4096, width=16)
-    if is_interpreting():
-        monkeypatch.setattr(vocab_head, "tile_shape", lambda hidden, weight: wide)
+    wide_tiles.install(monkeypatch)
     check(implementation, 3, vocab_size, 8, torch.bfloat16)
 
 
@@ -179,6 +176,29 @@ def test_equal_logits_are_uniform(implementation):
     # The logits are exact in float32 and cancel; what is left is the logarithm's rounding.
     torch.testing.assert_close(logprobs_T, -expected_T, rtol=1e-6, atol=0)
     torch.testing.assert_close(entropy_T, expected_T, rtol=1e-6, atol=0)
+
+
+@both
+def test_logits_of_minus_infinity_take_no_part(implementation):
+    """Whole tiles of them, the first ones, and every third behind: what is left is the head without them."""
+    hidden_TD, weight_VD, targets_T, *upstream = head_inputs(7, 601, 16, torch.float32, num_ignored=0)
+    hidden_TD.abs_().add_(0.1)  # times −∞ it is −∞ in every term
+    is_possible_V = torch.arange(601, device=DEVICE) >= 300
+    is_possible_V[300::3] = False
+    possible_V = is_possible_V.nonzero()[:, 0]
+    targets_T %= len(possible_V)
+    run = functools.partial(definition.head, targets_T=targets_T)
+    exact = hidden_TD.double(), weight_VD[possible_V].double()
+    (exact_logprobs_T, exact_entropy_T), (_, expected) = gradients(run, exact, upstream)
+    weight_VD[~is_possible_V] = -torch.inf
+    with forced(implementation):
+        run = functools.partial(linear_logprob, targets_T=possible_V[targets_T])
+        (logprobs_T, entropy_T), (_, dweight_VD) = gradients(run, (hidden_TD, weight_VD), upstream)
+    torch.testing.assert_close(logprobs_T.double(), exact_logprobs_T, rtol=1e-6, atol=1e-5)  # float32
+    torch.testing.assert_close(entropy_T.double(), exact_entropy_T, rtol=1e-6, atol=1e-5)
+    assert relative(dweight_VD[possible_V], expected) <= gradient_limit(torch.float32, 7)
+    # Only of the weight: in the product that makes dhidden, zero meets the weight's own −∞.
+    assert torch.equal(dweight_VD[~is_possible_V], torch.zeros_like(dweight_VD[~is_possible_V]))
 
 
 @both

@@ -3,6 +3,8 @@
 import nearest_bf16
 import pytest
 import torch
+import vocabulary_definition as definition
+import wide_tiles
 from kernel_device import DEVICE
 from policy_sweep import EVERYTHING, PLAIN, by_definition, by_sweep, gradient_limit, ppo_inputs
 from vocabulary_definition import gradients, head_inputs, relative
@@ -23,12 +25,15 @@ def round_to_nearest(monkeypatch):
 @both
 @pytest.mark.parametrize("settings", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("num_rows", "vocab_size", "width"), [(1, 7, 5), (63, 1000, 48), (200, 257, 67)])
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "width"),
+    [(1, 7, 5), (3, 61, 64), (63, 1000, 48), (200, 257, 67)],
+)
 def test_equals_the_policy_loss_on_the_float64_head(
     implementation, settings, dtype, num_rows, vocab_size, width
 ):
     inputs = ppo_inputs(num_rows, vocab_size, width, dtype, settings)
-    if num_rows == 1:
+    if num_rows < 5:
         inputs[-1]["mask_T"].fill_(True)
     with forced(implementation):
         loss, statistics, actual = by_sweep(*inputs)
@@ -45,15 +50,43 @@ def test_equals_the_policy_loss_on_the_float64_head(
         assert relative(gradient, exact) <= gradient_limit(dtype, num_rows)
 
 
+def assert_equals_definition(inputs, limit, rtol=1e-5):
+    loss, _, actual = by_sweep(*inputs)
+    exact_loss, _, expected = by_definition(*inputs)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=rtol, atol=1e-5)  # logprobs within 1e-5
+    for gradient, exact in zip(actual, expected, strict=True):
+        assert relative(gradient, exact) <= limit
+
+
+@both
+@pytest.mark.parametrize("vocab_size", [65024, 151552])
+def test_vocabularies_of_the_models(implementation, vocab_size, monkeypatch):
+    wide_tiles.install(monkeypatch)
+    inputs = ppo_inputs(3, vocab_size, 8, torch.bfloat16, EVERYTHING, masked=0.0)
+    with forced(implementation):
+        assert_equals_definition(inputs, gradient_limit(torch.bfloat16, 3))
+
+
+@both
+@pytest.mark.parametrize("scale", [0.0, 300.0])
+def test_equal_and_huge_logits(implementation, scale):
+    hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(8, 100, 16, torch.float32, PLAIN, masked=0.0)
+    hidden_TD *= scale
+    logits_TV = hidden_TD @ weight_VD.t()
+    targets_T = torch.cat([logits_TV[:4].argmax(1), logits_TV[4:].argmin(1)])
+    logprobs_T, _ = definition.head(hidden_TD, weight_VD, targets_T, 0.8)
+    arguments["old_logprobs_T"] = logprobs_T.float() + 0.1
+    # Sums of logits of 1e3 carry float32 rounding of 1e-4, tempered logprobs and ratios a few times that.
+    tolerance = 2e-3 if scale else 1e-5
+    with forced(implementation):
+        assert_equals_definition((hidden_TD, weight_VD, targets_T, arguments), tolerance, rtol=tolerance)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [65024, 151552])
 def test_shapes_of_the_models(vocab_size):
     inputs = ppo_inputs(1000, vocab_size, 4096, torch.bfloat16, EVERYTHING)
-    loss, _, actual = by_sweep(*inputs)
-    exact_loss, _, expected = by_definition(*inputs)
-    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-5)  # logprobs within 1e-5
-    for gradient, exact in zip(actual, expected, strict=True):
-        assert relative(gradient, exact) <= gradient_limit(torch.bfloat16, 1000)
+    assert_equals_definition(inputs, gradient_limit(torch.bfloat16, 1000))
 
 
 @both

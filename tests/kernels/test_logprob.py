@@ -127,6 +127,13 @@ def test_equal_logits_are_uniform(implementation, level):
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_logits_keep_their_differences(implementation, dtype):
+    logits_TV, targets_T, *upstream = logits_inputs(5, 1009, dtype)
+    check(implementation, logits_TV * 3e3, targets_T, upstream)
+
+
+@both
 def test_ignored_rows_are_not_read(implementation):
     logits_TV, targets_T, *upstream = logits_inputs(20, 300, num_ignored=6)
     is_ignored_T = targets_T == IGNORE_INDEX

@@ -119,6 +119,8 @@ def test_masked_ids_are_never_drawn():
         (8, 1000, {"top_k": 20, "temperature": 1.2}),
         (5, 4097, {}),
         (3, 10007, {"top_k": 100, "top_p": 0.7}),
+        (2, 65024, {"top_p": 0.95}),
+        (2, 151552, {"temperature": 0.7}),
         (5, 101, {"temperature": 0.0}),
         (0, 10, {}),
     ],

@@ -104,14 +104,28 @@ def test_limits_are_per_row(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_large_vocabulary_keeps_as_many_as_asked(implementation):
-    logits_BV = torch.randn(2, 10007, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    top_k_B = torch.full((2,), 50, dtype=torch.int32, device=DEVICE)
+@pytest.mark.parametrize("vocab_size", [10007, 65024, 151552])
+def test_large_vocabulary_keeps_as_many_as_asked(vocab_size, implementation):
+    logits_BV = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    top_k_B = torch.tensor([50], dtype=torch.int32, device=DEVICE)
     with launch.forced(implementation):
         threshold_B = truncation_threshold(
-            logits_BV, temperature_B=torch.ones(2, device=DEVICE), top_k_B=top_k_B
+            logits_BV, temperature_B=torch.ones(1, device=DEVICE), top_k_B=top_k_B
         )
     assert torch.equal(threshold_B, logits_BV.topk(50).values[:, -1])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_same_inputs_give_the_same_bits(implementation):
+    logits_BV = torch.randn(9, 1009, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    arguments = {
+        "temperature_B": torch.full((9,), 0.9, device=DEVICE),
+        "top_k_B": torch.arange(9, dtype=torch.int32, device=DEVICE),
+        "top_p_B": torch.full((9,), 0.7, device=DEVICE),
+    }
+    with launch.forced(implementation):
+        first_B, second_B = (truncation_threshold(logits_BV, **arguments) for _ in range(2))
+    assert torch.equal(first_B, second_B)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -9,7 +9,10 @@ from benchmarks.learning.outcome import Claim, Outcome, Trial, judge, write_outc
 
 
 def trials(arm: str, values: list[float]) -> list[Trial]:
-    return [Trial(arm=arm, seed=seed, figures={"x": value}) for seed, value in enumerate(values)]
+    return [
+        Trial(arm=arm, seed=seed, figures={"x": value, "|x|": abs(value)})
+        for seed, value in enumerate(values)
+    ]
 
 
 def claim(expects: str, margin: float = 0.0) -> Claim:
@@ -64,5 +67,6 @@ def test_both_files_hold_verdicts_and_every_trial(tmp_path):
     assert "| text | x: a − b | -3 ± 2 | 5 of 5 | shown |" in text
     assert "| text | x: a − b | -3 ± 2 | 0 of 5 | NOT shown |" in text
     assert "| x | 29.4 ± 44 | 32.4 ± 43 |" in text
+    assert "| \\|x\\| | 31.4 ± 42 | 32.4 ± 43 |" in text
     found = json.loads((tmp_path / "learning_x.json").read_text())
     assert [trial["figures"]["x"] for trial in found["trials"]] == [99, 0, 47, 6, -5, 100, 2, 50, 10, 0]
