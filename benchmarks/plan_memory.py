@@ -166,7 +166,9 @@ def count(case: Case, *, rank: int) -> Counted:
     """Return what rank `rank` holds in the real engine's steps; no world may exist in this process."""
     with world_of_one_rank(rank, WORLD_SIZE), topology(case.choice.layout) as place:
         made: list[PPORoles] = []
-        start = live_peak_bytes(lambda: made.append(_make_roles(case, place)))
+        start = live_peak_bytes(
+            lambda: made.append(make_roles(place, model=case.model, work=case.work, choice=case.choice))
+        )
         roles = made[0]
         trained = {"policy": roles.policy_state, "critic": roles.critic_state}
         for state in trained.values():  # the first step makes the moments
@@ -215,15 +217,15 @@ def _count_training(case: Case, roles: PPORoles, place: Topology) -> dict[str, i
     return {name: live_peak_bytes(step) for name, step in steps.items()}
 
 
-def _make_roles(case: Case, place: Topology) -> PPORoles:
+def make_roles(place: Topology, *, model: GLMConfig, work: Work, choice: Choice) -> PPORoles:
+    """Return four roles of one shape with weights at random, whose answers are all of full length."""
     models = {}
     for index, role in enumerate(("policy", "critic", "reference", "reward")):
-        recomputes = case.recomputes and role in ("policy", "critic")
+        recomputes = choice.recompute_layers and role in ("policy", "critic")
         models[role] = build_model(
-            case.model, place, role=role, dtype=_DTYPES[case.itemsize], recompute_layers=recomputes
+            model, place, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
         )
         randomize_weights(models[role], seed=index)
-    work = case.work
     return PPORoles(
         topology=place,
         policy=models["policy"],
@@ -233,7 +235,7 @@ def _make_roles(case: Case, place: Topology) -> PPORoles:
         settings=PPOSettings(
             epochs=work.epochs,
             minibatches=work.minibatches,
-            micro_batch_tokens=case.choice.micro_batch_tokens,
+            micro_batch_tokens=choice.micro_batch_tokens,
         ),
         answers=AnswerSettings(
             sampling=SamplingSettings(),

@@ -54,7 +54,7 @@ class ClusterSection:
     network: NumBytes = 50 * 10**9
     """Bytes a second and GPU between nodes, one direction; 50GB is 400 Gb/s."""
     rates: PathText | None = None
-    """JSON of measured rates, an object with the names of plan_cluster.Rates; null assumes public peaks."""
+    """JSON of measured rates, as benchmarks.rates writes it; null assumes shares of public peaks."""
 
     def __post_init__(self) -> None:
         if self.gpus > self.per_node and self.gpus % self.per_node:

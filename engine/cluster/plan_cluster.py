@@ -52,7 +52,7 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a rank reaches, measured or assumed from public figures."""
+    """What a rank reaches; measured by `benchmarks.rates`, or assumed from public figures."""
 
     flop_per_s: float
     """Large matrix products."""
@@ -74,8 +74,12 @@ class Rates:
     """One layer's decode step, however few rows."""
     pass_s: float
     """One micro-batch's way through a chunk, beside its layers."""
+    turn_s: float
+    """One step of generation on a stage, beside its layers: host, sampling."""
     step_s: float
     """One optimizer step, however small the model."""
+    backward_factor: float
+    """A layer's backward by its forward."""
     source: str
     """Where these come from, as a report says it."""
 
@@ -93,7 +97,9 @@ def assumed_rates(gpu: GPU, *, network_bytes_per_s: float) -> Rates:
         layer_s=150e-6,
         decode_layer_s=15e-6,
         pass_s=500e-6,
+        turn_s=500e-6,
         step_s=5e-3,
+        backward_factor=2.0,
         source="assumed from public peak figures, not measured",
     )
 
@@ -109,7 +115,9 @@ def read_rates(path: str | Path) -> Rates:
     except OSError as error:
         raise ValueError(f"cluster.rates names {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(
+            f"{path} is no JSON: {error}; `python -m benchmarks.rates` writes such a file"
+        ) from error
     names = [field.name for field in fields(Rates)]
     if not isinstance(given, dict) or sorted(given) != sorted(names):
         found = sorted(given) if isinstance(given, dict) else type(given).__name__

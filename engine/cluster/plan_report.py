@@ -169,7 +169,8 @@ def _estimated(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster, p
 def _notes(config: PlanConfig) -> Iterator[str]:
     yield (
         "Memory is for full lengths, time for mean ones. Sequences of one length each: answers whose lengths "
-        "differ leave a tail of generation that is not in these figures."
+        "differ leave a tail of generation that is not in these figures, nor is PPO's term on demonstrations "
+        "(data.sft_path)."
     )
     unset = [f"model.path ({config.model.path})", f"data.path ({config.data.path})"]
     if config.reward.path is None and config.reward.function is None:

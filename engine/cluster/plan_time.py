@@ -78,9 +78,9 @@ class PassCosts:
         return layers + Cost(compute_s=rates.pass_s + head_s)
 
     def backward(self) -> Cost:
-        """Return a backward pass: twice the products of forward, and forward where layers are run again."""
+        """Return a backward pass, with forward in it where layers are run again."""
         layers = self._layers_once()
-        factor = 3 if self.choice.recompute_layers else 2
+        factor = self.cluster.rates.backward_factor + self.choice.recompute_layers
         # Sequence parallelism gathers a layer's inputs once more for the weights' gradients.
         gathers = 1.5 if self.choice.layout.sequence_parallel else 1.0
         again = 1.0 if self.choice.recompute_layers else 0.0
@@ -183,7 +183,7 @@ class DecodeCosts:
         head = model.vocab_size // layout.tp * model.hidden_size if is_last else 0
         moved_s = (elements + cached + head) * itemsize / rates.bytes_per_s
         product_s = 2 * num_rows * (elements + head) / rates.flop_per_s
-        compute_s = max(moved_s, product_s) + self._layers * rates.decode_layer_s
+        compute_s = max(moved_s, product_s) + self._layers * rates.decode_layer_s + rates.turn_s
         return Cost(compute_s=compute_s, communication_s=self._reductions_s(num_rows))
 
     def prefill(self, num_tokens: int, *, length: int) -> Cost:

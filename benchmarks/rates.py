@@ -1,0 +1,254 @@
+"""The rates that `glm-rlhf plan` takes in `cluster.rates`, measured on the machine at hand.
+
+    torchrun --nproc-per-node=8 -m benchmarks.rates --model glm-4-9b --out rates.json
+
+All ranks measure at once, as they work at once in training. Times are those of the engine's own passes on a
+model of the given widths with one layer and with two, each the fastest of several runs, as the slowest rank
+took them: what a layer takes is their difference, what depends on rows the difference of two lengths.
+Attention counts at the rate of the products; links between nodes at that of the world that was launched.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.machine import description, measured_rates
+from glm_rlhf.engine.cluster.plan_activations import MicroBatch
+from glm_rlhf.engine.cluster.plan_cluster import Rates
+from glm_rlhf.engine.cluster.plan_time import layer_matrix_elements
+from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
+from glm_rlhf.engine.rollout.generation import BatchSettings
+from glm_rlhf.engine.types import PromptInput
+from glm_rlhf.parallel.glm import GLMModel, build_model
+from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.heads import token_values
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.packing import PackedTokens, pack
+from glm_rlhf.parallel.presets import preset
+from glm_rlhf.parallel.schedule import run_micro_batches
+from glm_rlhf.parallel.token_draw import SamplingSettings
+from glm_rlhf.parallel.topology import Topology, topology
+from glm_rlhf.parallel.weights import randomize_weights
+
+_LEAST = 1e-9
+"""Seconds that stand for a remainder which the noise made negative."""
+_MESSAGES = (2**12, 2**23)
+"""Bytes of the small and of the large message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What is run."""
+
+    tokens: int
+    """Tokens of a long micro-batch; a short one has half."""
+    length: int
+    """Tokens of a sequence."""
+    batch: int
+    """Sequences that generate at once."""
+    dtype: torch.dtype
+    """Of weights and activations."""
+    repetitions: int
+    """Runs of which the fastest counts."""
+
+
+def rates_of(model: GLMConfig, size: Size) -> Rates:
+    """Return this world's rates; every rank calls this, and all get the same."""
+    with topology(Layout()) as place:
+        device = measured_rates(place.device)
+        itemsize = size.dtype.itemsize
+        half = replace(size, tokens=size.tokens // 2)
+        forward = {
+            (layers, one.tokens): _forward_s(_shallow(model, layers), one, place)
+            for layers in (1, 2)
+            for one in (size, half)
+        }
+        layer_s = _difference(forward, (2, size.tokens), (1, size.tokens))
+        half_layer_s = _difference(forward, (2, half.tokens), (1, half.tokens))
+        rows_s = max(layer_s - half_layer_s, 0.3 * layer_s)  # of half the rows
+        flop_per_s = _flop_rate(model, size, rows_s, device.bytes_per_s)
+        both = {layers: _training_s(_shallow(model, layers), size, place) for layers in (1, 2)}
+        step_s, num_weights = _step_s(_shallow(model, 2), size, place)
+        decode = {layers: _decode_s(_shallow(model, layers), size, place) for layers in (1, 2)}
+        products = 2 * size.batch * layer_matrix_elements(model, Layout()) / flop_per_s
+        head = 2 * size.batch * model.vocab_size * model.hidden_size / flop_per_s
+        moved = layer_matrix_elements(model, Layout()) * itemsize / device.bytes_per_s
+        decode_layer_s = decode[2] - decode[1]
+        latency_s, link_bytes_per_s = _link(place, size.repetitions)
+        return Rates(
+            flop_per_s=flop_per_s,
+            attention_flop_per_s=flop_per_s,
+            bytes_per_s=device.bytes_per_s,
+            node_bytes_per_s=link_bytes_per_s,
+            network_bytes_per_s=link_bytes_per_s,
+            node_latency_s=latency_s,
+            network_latency_s=latency_s,
+            layer_s=max(_LEAST, layer_s - 2 * rows_s),
+            decode_layer_s=max(_LEAST, decode_layer_s - max(products, moved)),
+            pass_s=max(_LEAST, forward[1, size.tokens] - layer_s),
+            turn_s=max(_LEAST, decode[1] - decode_layer_s - head),
+            step_s=max(_LEAST, step_s - 44 * num_weights / place.dp / device.bytes_per_s),
+            backward_factor=max(0.5, (both[2] - both[1]) / layer_s - 1),
+            source=_source(place),
+        )
+
+
+def _source(place: Topology) -> str:
+    facts = description(place.device)
+    return f"measured by benchmarks.rates on {facts['device']}, {place.world_size} ranks, {facts['date']}"
+
+
+def _shallow(model: GLMConfig, num_layers: int) -> GLMConfig:
+    return replace(model, num_layers=num_layers)
+
+
+def _difference(seconds: dict, more: tuple[int, int], less: tuple[int, int]) -> float:
+    return max(_LEAST, seconds[more] - seconds[less])
+
+
+def _flop_rate(model: GLMConfig, size: Size, seconds: float, bytes_per_s: float) -> float:
+    """Return the rate at which half of a micro-batch's rows take `seconds` a layer, memory's part aside."""
+    rows = size.tokens // 2
+    batch = MicroBatch(model=model, layout=Layout(), num_tokens=rows, itemsize=size.dtype.itemsize)
+    moved_s = (10 * batch.residual_bytes + 6 * batch.gate_bytes) / bytes_per_s
+    flop = 2 * rows * layer_matrix_elements(model, Layout())
+    flop += 2 * rows * size.length * model.num_heads * model.head_size
+    return flop / max(seconds - moved_s, 0.3 * seconds)
+
+
+def _chunks(model: GLMConfig, size: Size, place: Topology, role: str) -> list[GLMModel]:
+    chunks = build_model(model, place, role=role, dtype=size.dtype)
+    randomize_weights(chunks, seed=1)
+    return chunks
+
+
+def _batches(model: GLMConfig, size: Size, place: Topology, count: int = 1) -> list[PackedTokens]:
+    tokens = torch.randint(0, model.vocab_size, (size.length,), generator=torch.Generator().manual_seed(3))
+    return [pack([tokens] * (size.tokens // size.length)).to(place.device) for _ in range(count)]
+
+
+def _forward_s(model: GLMConfig, size: Size, place: Topology) -> float:
+    chunks = _chunks(model, size, place, "critic")
+    batches = _batches(model, size, place)
+
+    def step(chunk: GLMModel, hidden_TD: torch.Tensor, _index: int) -> tuple[None, torch.Tensor]:
+        return None, token_values(chunk, hidden_TD)
+
+    def work() -> None:
+        run_micro_batches(chunks, batches, step, topology=place, forward_only=True)
+
+    return least_s(work, place, size.repetitions)
+
+
+def _training_s(model: GLMConfig, size: Size, place: Topology) -> float:
+    """Return forward and backward of one micro-batch: what two take more than one."""
+    state = TrainingState(_chunks(model, size, place, "critic"), AdamSettings(lr=1e-5), topology=place)
+    seconds = []
+    for count in (1, 2):
+        batches = _batches(model, size, place, count)
+        seconds.append(least_s(lambda b=batches: _train(state, b, place), place, size.repetitions))
+    return max(_LEAST, seconds[1] - seconds[0])
+
+
+def _train(state: TrainingState, batches: Sequence[PackedTokens], place: Topology) -> None:
+    def step(chunk: GLMModel, hidden_TD: torch.Tensor, _index: int) -> tuple[torch.Tensor, None]:
+        return token_values(chunk, hidden_TD).sum(), None
+
+    run_micro_batches(state.chunks, batches, step, topology=place, forward_only=False)
+
+
+def _step_s(model: GLMConfig, size: Size, place: Topology) -> tuple[float, int]:
+    """Return one optimizer step without passes, and the weights of the model."""
+    state = TrainingState(_chunks(model, size, place, "critic"), AdamSettings(lr=1e-5), topology=place)
+    _train(state, _batches(model, size, place), place)
+
+    def work() -> None:
+        state.step()
+        state.zero_grad()
+
+    count = sum(p.numel() for chunk in state.chunks for p in chunk.parameters())
+    return least_s(work, place, size.repetitions), count
+
+
+def _decode_s(model: GLMConfig, size: Size, place: Topology) -> float:
+    """Return one token of `batch` sequences: what a longer answer takes more than a short one, a token."""
+    chunks = _chunks(model, size, place, "policy")
+    prompts = [PromptInput(tokens=(1,) * (size.length // 2), extra={})] * size.batch
+    seconds = {}
+    for new in (4, 20):
+        settings = AnswerSettings(
+            sampling=SamplingSettings(),
+            batch=BatchSettings(max_batch=size.batch, max_step_tokens=2**16, page_size=16),
+            max_new_tokens=new,
+            stop_ids=frozenset(),
+        )
+
+        def work(settings: AnswerSettings = settings) -> None:
+            answer_prompts(chunks, prompts, settings, seed=1, topology=place, is_share=True)
+
+        seconds[new] = least_s(work, place, size.repetitions)
+    return max(_LEAST, (seconds[20] - seconds[4]) / 16)
+
+
+def _link(place: Topology, repetitions: int) -> tuple[float, float]:
+    """Return latency and bandwidth of an all-reduce over all ranks; of one rank alone, of nothing."""
+    count = place.world_size
+    if count == 1:
+        return _LEAST, 1e15
+    seconds = []
+    for num_bytes in _MESSAGES:
+        tensor = torch.zeros(num_bytes // 4, device=place.device)
+        seconds.append(least_s(lambda t=tensor: dist.all_reduce(t), place, 4 * repetitions))
+    moved = 2 * (_MESSAGES[1] - _MESSAGES[0]) * (count - 1) / count
+    return seconds[0], moved / max(_LEAST, seconds[1] - seconds[0])
+
+
+def least_s(work: Callable[[], None], place: Topology, repetitions: int) -> float:
+    """Return the fastest of several runs, each as long as its slowest rank takes; every rank calls this."""
+    seconds = []
+    for _ in range(repetitions + 1):  # the first warms up
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        if place.device.type == "cuda":
+            torch.cuda.synchronize(place.device)
+        taken = torch.tensor([time.perf_counter() - started], device=place.device)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        seconds.append(float(taken))
+    return min(seconds[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and let the first rank write the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="glm-4-9b", help="preset whose widths are measured")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=64, help="sequences that generate at once")
+    parser.add_argument("--repetitions", type=int, default=5, help="runs of which the fastest counts")
+    parser.add_argument("--out", type=Path, default=Path("rates.json"), help="file to write")
+    options = parser.parse_args(argv)
+    size = Size(
+        tokens=options.tokens,
+        length=options.length,
+        batch=options.batch,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        repetitions=options.repetitions,
+    )
+    rates = rates_of(preset(options.model), size)
+    if os.environ.get("RANK", "0") == "0":
+        options.out.write_text(json.dumps(asdict(rates), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
