@@ -225,8 +225,8 @@ def test_equals_linear_logprob_with_the_policy_loss_on_top():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask_T": torch.ones(5)}, "mask_T is torch.float32"),
-        ({"advantages_T": torch.ones(4)}, r"advantages_T has shape \(4,\), required is \[5\]"),
+        ({"mask_T": torch.ones(5, device=DEVICE)}, "mask_T is torch.float32"),
+        ({"advantages_T": torch.ones(4, device=DEVICE)}, r"advantages_T has shape \(4,\), required is \[5\]"),
         ({"denominator": 0.0}, "denominator is 0.0"),
         ({"clip_low": -0.1}, "clip_low is -0.1"),
         ({"kl_coef": 0.1}, "needs ref_logprobs_T"),
