@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from glm_rlhf.kernels.rope import rope_table
 from glm_rlhf.parallel.core_attention import packed_attention
 from glm_rlhf.parallel.decode_batch import DecodeBatch
-from glm_rlhf.parallel.decode_ops import LayerOps, Pools, layer_ops
+from glm_rlhf.parallel.decode_ops import LayerOps, layer_ops
 from glm_rlhf.parallel.decode_weights import ChunkWeights, LayerWeights
 from glm_rlhf.parallel.kv_cache import KVCache
 
@@ -85,7 +85,12 @@ class ChunkDecoder:
         return F.linear(hidden_BD.float(), weight_VD.float())
 
     def _attention(
-        self, normed_TD: torch.Tensor, layer: LayerWeights, pools: Pools, batch: DecodeBatch, ops: LayerOps
+        self,
+        normed_TD: torch.Tensor,
+        layer: LayerWeights,
+        pools: torch.Tensor,
+        batch: DecodeBatch,
+        ops: LayerOps,
     ) -> torch.Tensor:
         """Return the attention of every row, [T, N · H].
 
@@ -95,15 +100,14 @@ class ChunkDecoder:
         mixed_TM = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mixed_TGSH = mixed_TM.view(len(mixed_TM), self.weights.num_kv_heads, -1, self.weights.glm.head_size)
         ops.rotate(mixed_TGSH)
-        query_TKGH, key_TKH, value_TKH = mixed_TGSH[:, :, :-2], mixed_TGSH[:, :, -2], mixed_TGSH[:, :, -1]
-        ops.write(key_TKH, value_TKH, pools)
-        num_decodes, outputs = batch.num_decodes, []
+        ops.write(mixed_TGSH, pools)
+        query_TKGH, num_decodes, outputs = mixed_TGSH[:, :, :-2], batch.num_decodes, []
         if num_decodes:
             outputs.append(ops.attend(query_TKGH[:num_decodes], pools))
         if batch.prefill is not None:
-            key, value = key_TKH[num_decodes:], value_TKH[num_decodes:]
+            key, value = mixed_TGSH[num_decodes:, :, -2], mixed_TGSH[num_decodes:, :, -1]
             if batch.key_slots_S is not None:
-                key, value = (pool.flatten(0, 1)[batch.key_slots_S] for pool in pools)
+                key, value = (pool.flatten(0, 1)[batch.key_slots_S] for pool in pools.unbind(0))
             query_TNH = query_TKGH[num_decodes:].flatten(1, 2)
             outputs.append(packed_attention(query_TNH, key, value, (batch.prefill,)).flatten(1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

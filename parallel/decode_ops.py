@@ -13,13 +13,11 @@ from glm_rlhf.kernels.attention import paged_attention
 from glm_rlhf.kernels.launch import uses_triton
 from glm_rlhf.kernels.paged_write import paged_write
 from glm_rlhf.kernels.reference.attention import visible_slots
-from glm_rlhf.kernels.reference.rope import rotate_in_place
+from glm_rlhf.kernels.reference.rope import turn_in_place
 from glm_rlhf.kernels.rmsnorm import add_rms_norm, rms_norm
 from glm_rlhf.kernels.rope import rope_qkv_in_place
 from glm_rlhf.kernels.swiglu import swiglu
 from glm_rlhf.parallel.decode_batch import DecodeBatch
-
-Pools = tuple[torch.Tensor, torch.Tensor]
 
 
 class LayerOps(Protocol):
@@ -39,11 +37,11 @@ class LayerOps(Protocol):
     def rotate(self, heads_TGSH: torch.Tensor) -> None:
         """Rotate all but the last head of each group by its row's position, in place (contiguous)."""
 
-    def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
-        """Store keys and values of all rows in the pools."""
+    def write(self, heads_TGSH: torch.Tensor, pools: torch.Tensor) -> None:
+        """Store keys and values, the last two heads of each group, of all rows in a layer's pools."""
 
-    def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
-        """Return the attention of the decoding rows over their pages, [B, N · H]."""
+    def attend(self, query_BKGH: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
+        """Return the attention of the decoding rows over their pages in a layer's pools, [B, N · H]."""
 
 
 def layer_ops(
@@ -88,12 +86,15 @@ class KernelOps:
             heads_TGSH.flatten(1), self._cos_TR, self._sin_TR, num_groups=num_groups, head_size=head_size
         )
 
-    def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
-        paged_write(key_TKH, value_TKH, *pools, self._batch.slots_T)
+    def write(self, heads_TGSH: torch.Tensor, pools: torch.Tensor) -> None:
+        keys, values = pools.unbind(0)
+        paged_write(heads_TGSH[:, :, -2], heads_TGSH[:, :, -1], keys, values, self._batch.slots_T)
 
-    def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
+    def attend(self, query_BKGH: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
         batch = self._batch
-        context_BNH = paged_attention(query_BKGH.flatten(1, 2), *pools, batch.page_table_BP, batch.lengths_B)
+        context_BNH = paged_attention(
+            query_BKGH.flatten(1, 2), *pools.unbind(0), batch.page_table_BP, batch.lengths_B
+        )
         return context_BNH.flatten(1)
 
 
@@ -108,7 +109,7 @@ class TorchOps:
         epsilon: float,
         page_size: int,
     ) -> None:
-        self._cos_TR, self._sin_TR = cos_TR, sin_TR
+        self._angle_TR = torch.complex(cos_TR, sin_TR)
         self._epsilon = torch.tensor(epsilon)
         self._slots_T = batch.slots_T
         self._filler_rows = None
@@ -138,27 +139,24 @@ class TorchOps:
         return F.silu(gate_TF).mul_(up_TF).to(gate_up_TF2.dtype)
 
     def rotate(self, heads_TGSH: torch.Tensor) -> None:
-        rotate_in_place(heads_TGSH[:, :, :-1], self._cos_TR, self._sin_TR)
+        turn_in_place(heads_TGSH[:, :, :-1], self._angle_TR)
 
-    def write(self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, pools: Pools) -> None:
-        slots = self._slots_T
+    def write(self, heads_TGSH: torch.Tensor, pools: torch.Tensor) -> None:
+        slots, new_2TKH = self._slots_T, heads_TGSH[:, :, -2:].permute(2, 0, 1, 3)
         if self._filler_rows is not None:
             rows = (slots >= 0).nonzero()[:, 0]
-            slots, key_TKH, value_TKH = slots[rows], key_TKH[rows], value_TKH[rows]
-        for pool, new in zip(pools, (key_TKH, value_TKH), strict=True):
-            pool.view(-1, *pool.shape[2:]).index_copy_(0, slots, new)
+            slots, new_2TKH = slots[rows], new_2TKH[:, rows]
+        pools.flatten(1, 2).index_copy_(1, slots, new_2TKH)
 
-    def attend(self, query_BKGH: torch.Tensor, pools: Pools) -> torch.Tensor:
-        key_BKLH, value_BKLH = self._gather(pools[0]), self._gather(pools[1])
+    def attend(self, query_BKGH: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
+        # What lies at every position of the decoding sequences, each row one copy of all its heads.
+        _, _, _, num_kv_heads, head_size = pools.shape
+        rows_2RM = pools.view(2, -1, num_kv_heads * head_size).index_select(1, self._context_slots)
+        held_2BLKH = rows_2RM.view(2, *self._context_shape, num_kv_heads, head_size)
+        key_BKLH, value_BKLH = held_2BLKH.transpose(2, 3).float().unbind(0)
         context_BKGH = F.scaled_dot_product_attention(
             query_BKGH.float(), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
         )
         if self._filler_rows is not None:
             context_BKGH[self._filler_rows] = 0.0
         return context_BKGH.flatten(1).to(query_BKGH.dtype)
-
-    def _gather(self, pool: torch.Tensor) -> torch.Tensor:
-        """Return what lies at every position of the decoding sequences, fp32 [B, K, L, H]."""
-        _, _, num_kv_heads, head_size = pool.shape
-        rows = pool.view(-1, num_kv_heads * head_size).index_select(0, self._context_slots)
-        return rows.view(*self._context_shape, num_kv_heads, head_size).transpose(1, 2).float()

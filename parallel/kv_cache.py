@@ -38,9 +38,9 @@ class KVCache:
         """Memory of the pools."""
         return self._pools.numel() * self._pools.element_size()
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the key and value pools, [pages, page_size, K, H], of this rank's layer `index`."""
-        return self._pools[index].unbind(0)
+    def layer(self, index: int) -> torch.Tensor:
+        """Return the pools of this rank's layer `index`: keys, then values, [2, pages, page_size, K, H]."""
+        return self._pools[index]
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages in every layer, source to target; no page is both."""

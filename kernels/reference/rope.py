@@ -12,16 +12,19 @@ def rotate_in_place(heads_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch
     Computed in fp32 (float64 for float64 input); elements from 2R on stay. T is heads' first dimension and H
     its last; there may be several between.
     """
-    rotary_size = 2 * cos_TR.shape[-1]
-    pairs_TNR2 = heads_TNH[..., :rotary_size].unflatten(-1, (-1, 2))
     dtype = torch.float64 if heads_TNH.dtype == torch.float64 else torch.float32
-    angle_TR = torch.complex(cos_TR.to(dtype), sin_TR.to(dtype))
+    turn_in_place(heads_TNH, torch.complex(cos_TR.to(dtype), sin_TR.to(dtype)))
+
+
+def turn_in_place(heads_TNH: torch.Tensor, angle_TR: torch.Tensor) -> None:
+    """`rotate_in_place` by complex cos + i · sin: what is the same for many tensors is made once."""
+    pairs_TNR2 = heads_TNH[..., : 2 * angle_TR.shape[-1]].unflatten(-1, (-1, 2))
     angle_T1R = angle_TR.view(angle_TR.shape[0], *[1] * (heads_TNH.ndim - 2), angle_TR.shape[1])
-    if heads_TNH.dtype == dtype and _is_pair_aligned(heads_TNH):
+    if heads_TNH.dtype == angle_TR.dtype.to_real() and _is_pair_aligned(heads_TNH):
         # A complex product is the rotation, in one pass over memory.
         torch.view_as_complex(pairs_TNR2).mul_(angle_T1R)
         return
-    wide_TNR2 = pairs_TNR2.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    wide_TNR2 = pairs_TNR2.to(angle_TR.dtype.to_real(), memory_format=torch.contiguous_format, copy=True)
     pairs_TNR2.copy_(torch.view_as_real(torch.view_as_complex(wide_TNR2).mul_(angle_T1R)))
 
 

@@ -47,10 +47,10 @@ def outputs(batch, dtype, implementation):
         found["heads"] = heads.clone()
         ops.rotate(heads)
         found["rotated"] = heads
-        pools = random(NUM_PAGES, PAGE_SIZE, K, H), random(NUM_PAGES, PAGE_SIZE, K, H)
+        pools = random(2, NUM_PAGES, PAGE_SIZE, K, H)
         found["old keys"] = pools[0].clone()
-        ops.write(heads[:, :, -2], heads[:, :, -1], pools)
-        found["keys"], found["values"] = pools
+        ops.write(heads, pools)
+        found["keys"], found["values"] = pools.unbind(0)
         found["context"] = ops.attend(heads[:, :, :-2], pools)
     return found
 
