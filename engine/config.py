@@ -190,7 +190,7 @@ class GenerationSection:
     """Sequences that run at once on a copy of the model."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
     """Each answer's random numbers follow from it, the record's place and the sample's number alone."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end an answer, beside the model's own end ids; needs a tokenizer."""
     stop_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Ids that end an answer, beside the model's own."""
@@ -200,6 +200,11 @@ class GenerationSection:
     """Memory of the key/value cache a rank; null: what max_batch needs, on CUDA at most 80 % of the free."""
     max_step_tokens: Count = 8192
     """Tokens that go through the model in a step; longer prompts are read in parts."""
+    tp: Count | None = None
+    """Tensor parallelism while generating; null: parallel.tp. Another layout holds a second copy of the
+    weights on a rank while it generates."""
+    pp: Count | None = None
+    """Pipeline parallelism while generating; null: parallel.pp."""
 
 
 @frozen_section

@@ -169,10 +169,6 @@ class PPOConfig:
     from_yaml = classmethod(load_config)
 
     def __post_init__(self) -> None:
-        if self.generation.stop:
-            raise ValueError(
-                "generation.stop holds texts, which ppo does not look for: give generation.stop_ids"
-            )
         if self.generation.temperature == 0:
             raise ValueError(
                 "generation.temperature is 0: PPO learns from answers that are drawn, set it above"

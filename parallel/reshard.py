@@ -1,7 +1,8 @@
 """A policy's parameters in a second layout, refreshed in memory from those that train."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ DEFAULT_BUFFER_BYTES = 256 * 2**20
 class ReshardedWeights:
     """Owns this rank's parameters in another layout, but for those that are the same in both.
 
-    The plan is made once; each `refresh` moves the weights of the moment, layer by layer.
+    The plan is made once; each `filled` moves the weights of the moment, layer by layer, and gives their
+    memory back in the end. The tensors stay the same objects.
     """
 
     def __init__(
@@ -27,12 +29,12 @@ class ReshardedWeights:
         *,
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     ) -> None:
-        """Plan, allocate and fill the parameters; every rank of the world calls this.
+        """Plan the moves; every rank of the world calls this.
 
         Args:
             chunks: this rank's chunks of a policy, in the layout that trains.
             target: the other layout, `second_topology`.
-            buffer_bytes: memory for what is sent and received at a time, while a refresh lasts.
+            buffer_bytes: memory for what is sent and received at a time.
 
         Raises:
             ValueError: the layout cannot split this model, or the buffer holds no row of some weight.
@@ -55,25 +57,42 @@ class ReshardedWeights:
             for moves in plan.rounds
         ]
         self._world_size = target.world_size
-        self._tensors = {
-            name: self._source[name] if name in plan.kept[rank] else like.new_empty(shape)
+        self._own = {
+            name: _without_memory(like, shape)
             for name, shape in plan.shapes[rank].items()
+            if name not in plan.kept[rank]
         }
+        self._tensors = {name: self._own.get(name, self._source.get(name)) for name in plan.shapes[rank]}
+        self.topology = target
+        """The other layout."""
         self.chunks: list[ChunkWeights] = [
             weights_by_name(self._tensors, glm, target, layers=layers)
             for layers in layers_of_stage(glm, target.layout, target.pp_rank)
         ]
-        """The parameters, as generation reads them."""
+        """The parameters, as generation reads them; only while `filled` lasts."""
         self.num_bytes_sent = like.element_size() * sum(each.num_sent for each in self._rounds)
-        """What this rank sends in a refresh."""
-        self.refresh()
+        """What this rank sends each time."""
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the parameters up to date; every rank of the world calls this.
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[list[ChunkWeights]]:
+        """Give, as a context manager, the parameters of this moment; every rank of the world enters.
 
         The world communicates: an all-to-all a round, of at most half the buffer a rank.
         """
+        try:
+            for tensor in self._own.values():
+                tensor.untyped_storage().resize_(tensor.nbytes)
+            self._fill()
+            yield self.chunks
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for tensor in self._own.values():
+            tensor.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
         for move in self._copies:
             _target_of(move, self._tensors).copy_(_source_of(move, self._source))
         if not self._rounds:
@@ -113,6 +132,12 @@ class _Round:
     def received_from(self, world_size: int) -> list[int]:
         """Return numbers received from each rank."""
         return _totals(((move.source_rank, move.num_elements) for move in self.receives), world_size)
+
+
+def _without_memory(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = like.new_empty(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def _totals(pairs: Iterable[tuple[int, int]], world_size: int) -> list[int]:

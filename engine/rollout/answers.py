@@ -9,8 +9,11 @@ import torch.distributed as dist
 
 from glm_rlhf.engine.rollout.generation import BatchSettings, GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.queue import Completion, GenerationRequest
+from glm_rlhf.engine.rollout.second_layout import weights_for_generation
+from glm_rlhf.engine.rollout.stop_texts import StopCheck
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import Topology
 
@@ -29,6 +32,8 @@ class AnswerSettings:
     """Ids that end an answer."""
     num_samples: int = 1
     """Answers to each prompt."""
+    stop_check: StopCheck | None = None
+    """Ends an answer beside its stop ids; None for those alone."""
 
 
 def answer_prompts(
@@ -39,20 +44,23 @@ def answer_prompts(
     seed: int,
     topology: Topology,
     is_share: bool = False,
+    resharded: ReshardedWeights | None = None,
 ) -> Rollouts:
     """Return this data-parallel rank's share of the answers; every rank gives the same prompts.
 
     Prompts are dealt over data-parallel ranks by length. Ranks that share their micro-batches by context
     parallelism hold whole models: each answers a part of the share, and all of them get all of it. The
-    weights stay where they are; the cache is gone when this returns.
+    weights stay where they are; the cache is gone when this returns. In a second layout the prompts are dealt
+    over its copies of the model, and every rank gets its share of what all of them answered.
 
     Args:
         chunks: this rank's chunks of the policy, bare.
         prompts: at least one.
         settings: how they are answered.
         seed: of this call; the answer to prompt i depends on it and on i, not on the layout.
-        topology: layout and groups.
+        topology: layout and groups of `chunks`.
         is_share: whether `prompts` is this data-parallel rank's own share already.
+        resharded: the same policy in a second layout, which then generates; not with `is_share`.
 
     Raises:
         ValueError: no prompts, or one that leaves no room for an answer; its place is named.
@@ -72,10 +80,13 @@ def answer_prompts(
     lengths = [len(prompt.tokens) for prompt in prompts]
     dp = (0, 1) if is_share else (topology.dp_rank, topology.dp)
     share = sorted(deal_by_length(lengths, rank=dp[0], num_ranks=dp[1]))
-    cp = topology.layout.cp
+    dealt, copies = share, topology.cp_group
+    if resharded is not None:
+        assert not is_share, "in a second layout other ranks share a copy of the model"
+        dealt, copies = list(range(len(prompts))), resharded.topology.dp_group
     mine = [
-        share[place]
-        for place in deal_by_length([lengths[i] for i in share], rank=topology.cp_rank, num_ranks=cp)
+        dealt[place]
+        for place in deal_by_length([lengths[i] for i in dealt], rank=copies.rank(), num_ranks=copies.size())
     ]
     requests = [
         GenerationRequest(
@@ -89,12 +100,17 @@ def answer_prompts(
         for index in mine
     ]
     longest = max(lengths) + settings.max_new_tokens
-    with GenerationPhase(chunks, topology=topology, batch=settings.batch, longest=longest) as phase:
-        found = list(phase.run(requests, settings.sampling))
-    if cp > 1:
-        everyone: list[list[Completion]] = [[] for _ in range(cp)]
-        dist.all_gather_object(everyone, found, group=topology.cp_group)
+    with (
+        weights_for_generation(chunks, topology, resharded) as (weights, place),
+        GenerationPhase(weights, topology=place, batch=settings.batch, longest=longest) as phase,
+    ):
+        found = list(phase.run(requests, settings.sampling, stop_check=settings.stop_check))
+    if copies.size() > 1:
+        everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
+        dist.all_gather_object(everyone, found, group=copies)
         found = [completion for part in everyone for completion in part]
+    mine_alone = set(share)
+    found = [done for done in found if done.request in mine_alone]
     found.sort(key=lambda done: (done.request, done.sample))
     return _as_rollouts(found, prompts, settings, topology)
 

@@ -3,14 +3,14 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from glm_rlhf.engine.config import GenerateConfig
+from glm_rlhf.engine.config import GenerateConfig, GenerationSection
 from glm_rlhf.engine.config_training import LabelConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.jsonl import ReadReport
@@ -19,8 +19,11 @@ from glm_rlhf.engine.data.record_ids import prompt_ids
 from glm_rlhf.engine.data.records import PromptRecord, read_prompts
 from glm_rlhf.engine.rollout.generation import BatchSettings, GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.queue import Completion, GenerationRequest
+from glm_rlhf.engine.rollout.second_layout import second_layout, weights_for_generation
+from glm_rlhf.engine.rollout.stop_texts import stop_check
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.decode_weights import ChunkWeights
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.token_draw import SamplingSettings
@@ -98,13 +101,30 @@ def generate_answers(
         )
         for number, prompt in enumerate(prompts)
     ]
+    with contextlib.ExitStack() as stack:
+        resharded = stack.enter_context(
+            second_layout(chunks, place, tp=settings.tp, pp=settings.pp, timeout_s=config.parallel.timeout_s)
+        )
+        weights, place = stack.enter_context(weights_for_generation(chunks, place, resharded))
+        return _answers_everywhere(requests, settings, tokenizer, weights, place)
+
+
+def _answers_everywhere(
+    requests: list[GenerationRequest],
+    settings: GenerationSection,
+    tokenizer: Tokenizer | None,
+    chunks: Sequence[GLMModel | ChunkWeights],
+    place: Topology,
+) -> list[Completion]:
+    """Return the answers to all requests on rank 0, drawn in the layout of `chunks`."""
     # Context-parallel ranks hold the whole model too: they are further copies here.
     copies = place.dp_cp_group
     shares = deal_by_length(
         [len(request.prompt) for request in requests], rank=copies.rank(), num_ranks=copies.size()
     )
     mine = [requests[number] for number in shares]
-    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(glm.vocab_size).to(place.device)
+    vocab_size = chunks[0].glm.vocab_size
+    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(vocab_size).to(place.device)
     sampling = SamplingSettings(
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -126,7 +146,7 @@ def generate_answers(
     )
     found = []
     with bar, GenerationPhase(chunks, topology=place, batch=batch, longest=longest) as phase:
-        for completion in phase.run(mine, sampling, stop_check=_stop_check(settings.stop, tokenizer)):
+        for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
             found.append(completion)
             bar.update()
     if copies.size() > 1 and place.tp_rank == place.pp_rank == 0:
@@ -166,24 +186,6 @@ def _prompt(record: PromptRecord, *, tokenizer: Tokenizer | None, longest: int, 
             f"of {max_positions}"
         )
     return Prompt(index=place.index, ids=ids)
-
-
-def _stop_check(texts: Sequence[str], tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], bool] | None:
-    """Return what says whether an answer contains a stop text; only its newest tokens can complete one."""
-    if not texts:
-        return None
-    if tokenizer is None:
-        raise ValueError(
-            "generation.stop holds texts, but the model has no tokenizer: give generation.stop_ids"
-        )
-    # A text of n bytes is spread over at most n tokens, and one more may have ended inside a character.
-    window = max(len(text.encode()) for text in texts) + 1
-
-    def ends(tokens: Sequence[int]) -> bool:
-        newest = tokenizer.decode(tokens[-window:], unknown="replace")
-        return any(text in newest for text in texts)
-
-    return ends
 
 
 def _write_all(

@@ -14,6 +14,8 @@ from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.rollout.answers import AnswerSettings
 from glm_rlhf.engine.rollout.generation import BatchSettings
 from glm_rlhf.engine.rollout.rewards import find_reward
+from glm_rlhf.engine.rollout.second_layout import second_layout
+from glm_rlhf.engine.rollout.stop_texts import stop_check
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
@@ -55,7 +57,7 @@ class PPOEngine:
             self.topology: Topology = stack.enter_context(
                 topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed)
             )
-            self.roles, self.tokenizer = _build(config, self.topology)
+            self.roles, self.tokenizer = _build(config, self.topology, stack)
             self._stack = stack.pop_all()
 
     @property
@@ -120,14 +122,19 @@ class PPOEngine:
         return PromptInput(tokens=tuple(prompt), extra={})
 
 
-def _build(config: PPOConfig, place: Topology) -> tuple[PPORoles, Tokenizer | None]:
-    """Return the roles with their models loaded, and the tokenizer."""
+def _build(
+    config: PPOConfig, place: Topology, stack: contextlib.ExitStack
+) -> tuple[PPORoles, Tokenizer | None]:
+    """Return the roles with their models loaded, and the tokenizer; `stack` ends what the roles hold."""
     load = partial(load_model, topology=place, dtype=DTYPES[config.train.dtype], seed=config.run.seed)
     trained = {"recompute_layers": config.train.recompute_layers}
     with agreed("finding the reward function"):
         function = None if config.reward.function is None else find_reward(config.reward.function)
     policy, _ = load(config.model.path, **trained)
-    glm = policy[0].glm
+    glm, given = policy[0].glm, config.generation
+    resharded = stack.enter_context(
+        second_layout(policy, place, tp=given.tp, pp=given.pp, timeout_s=config.parallel.timeout_s)
+    )
     with agreed("reading the tokenizer"):
         tokenizer = find_tokenizer(config, glm)
     reward_path = config.reward.path
@@ -151,6 +158,7 @@ def _build(config: PPOConfig, place: Topology) -> tuple[PPORoles, Tokenizer | No
         seed=config.run.seed,
         tokenizer=tokenizer,
         demonstrations=_demonstrations(config, tokenizer, glm, place),
+        resharded=resharded,
     )
     return roles, tokenizer
 
@@ -215,4 +223,5 @@ def _answer_settings(
         max_new_tokens=given.max_new_tokens,
         stop_ids=frozenset(stop_ids_of(config.model.path, tokenizer) | set(given.stop_ids)),
         num_samples=given.num_samples,
+        stop_check=stop_check(given.stop, tokenizer),
     )

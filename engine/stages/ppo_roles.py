@@ -20,6 +20,7 @@ from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -28,7 +29,8 @@ class PPORoles:
 
     An iteration is `generate`, `make_experience`, `update`. Every rank of the topology calls each of them
     with the same arguments, its own rollouts and experience apart. Nothing is written or reloaded between
-    them, and no weight moves: the policy generates on the tensors that its optimizer changes.
+    them. No weight moves either where the policy generates in the layout that it trains in: it does so on the
+    tensors that its optimizer changes.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PPORoles:
         reward_function_weight: float = 1.0,
         uses_reference_baseline: bool = False,
         demonstrations: DemonstrationStream | None = None,
+        resharded: ReshardedWeights | None = None,
     ) -> None:
         """Take the models, their weights in place, and make the optimizers.
 
@@ -64,6 +67,7 @@ class PPORoles:
             reward_function_weight: factor of its rewards.
             uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
             demonstrations: what the policy's steps imitate beside learning from rewards; None for nothing.
+            resharded: the policy in the layout that it generates in; None where that is `topology`'s.
 
         Raises:
             ValueError: no reward.
@@ -73,6 +77,7 @@ class PPORoles:
         self.policy_state = TrainingState(self.policy, policy_adam, topology=topology)
         self.critic_state = TrainingState(self.critic, critic_adam, topology=topology)
         self.demonstrations = demonstrations
+        self.resharded = resharded
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
@@ -104,6 +109,7 @@ class PPORoles:
             self.answers,
             seed=(self.seed << 20) + self._num_answered,
             topology=self.topology,
+            resharded=self.resharded,
         )
 
     def make_experience(self, rollouts: Rollouts) -> Experience:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -41,6 +42,8 @@ def run(config: PPOConfig) -> None:
         with agreed("reading the prompts"):
             prompts = _read(config, engine.tokenizer, engine.model_config, report)
             sampler = BatchSampler(len(prompts), config.train.global_batch_size, seed=config.run.seed)
+        if report.num_skipped and place.is_reporter:
+            sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
         with contextlib.ExitStack() as stack:
             with agreed(f"writing to {config.run.output}"):
                 write = stack.enter_context(

@@ -66,16 +66,20 @@ def resharded(case, axes, target_axes):
         chunks = make_chunks(case, first)
         state = TrainingState(chunks, case.settings, topology=first)
         weights = ReshardedWeights(chunks, second, buffer_bytes=BUFFER_BYTES)
-        before = bits_of(weights.chunks), generated(weights.chunks, second)
+        with weights.filled() as filled:
+            before = bits_of(filled), generated(filled, second)
+        own_bytes = sum(t.untyped_storage().nbytes() for t in weights._own.values())
+        assert own_bytes == 0, "memory is held while it generates, and no longer"
         batches = make_batches(case, first)[first.dp_rank :: first.dp]
         train_step(case, state, batches, first)
         assert state.step().is_applied
         state.gather_weights()
-        peak = peak_bytes(weights.refresh)
-        after = generated(weights.chunks, second)
+        with weights.filled() as filled:
+            peak = peak_bytes(weights._fill)
+            after = generated(filled, second)
+            addresses = {tensor.data_ptr() for chunk in chunks for tensor in chunk.parameters()}
+            extra = sum(t.nbytes for t in weights._tensors.values() if t.data_ptr() not in addresses)
         own = generated(chunks, first)
-        addresses = {tensor.data_ptr() for chunk in chunks for tensor in chunk.parameters()}
-        extra = sum(t.nbytes for t in weights._tensors.values() if t.data_ptr() not in addresses)
     return *before, peak, after, own, extra, weights.num_bytes_sent
 
 
@@ -113,8 +117,8 @@ def alone(axes, target_axes):
     """On each rank: the answer to one request in both layouts. A step holds the same rows in both."""
     with topology(Layout(**axes)) as first, second_topology(Layout(**target_axes), first) as second:
         chunks = make_chunks(Case(), first)
-        weights = ReshardedWeights(chunks, second)
-        return generated(chunks, first, 1), generated(weights.chunks, second, 1)
+        with ReshardedWeights(chunks, second).filled() as filled:
+            return generated(chunks, first, 1), generated(filled, second, 1)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,21 @@ def test_greedy_answers_equal_transformers_with_a_cache_too_small_for_all(
     check_draws(written(tmp_path / "drawn"), models["glm"][2], tmp_path, folder, prompts[0])
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.tp=2 generation.tp=1 generation.pp=4",
+        "parallel.pp=2 parallel.vpp=2 generation.tp=4 generation.pp=1",
+        "parallel.cp=2 generation.tp=2 generation.pp=2",
+    ],
+)
+def test_greedy_answers_are_the_same_in_a_second_layout(ranks, models, prompts, tmp_path, layout):
+    folder, greedy, _ = models["glm4"]
+    line = command(folder, prompts[0], tmp_path, "generation.temperature=0", *layout.split())
+    assert ranks.run(main, line) == [0] * 4
+    assert [answer["tokens"] for answer in written(tmp_path)] == greedy
+
+
 def check_draws(answers: list[dict], model, tmp_path: Path, folder: Path, data: Path) -> None:
     """Answers equal those of one rank with room for all, and their logprobs those of a full forward pass."""
     alone = tmp_path / "alone"

@@ -87,6 +87,19 @@ def test_what_cannot_work_ends_with_one_sentence(inputs, tmp_path, capsys, chang
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("tokens, sentence", [([], "prompt_tokens"), ([1] * 512, "512 tokens, at most 511")])
+def test_a_prompt_that_cannot_be_answered_is_named_or_counted(inputs, tmp_path, capsys, tokens, sentence):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(inputs[1].read_text() + json.dumps({"prompt_tokens": tokens}) + "\n")
+    line = command((inputs[0], data), tmp_path / "run", "train.steps=1", "generation.max_new_tokens=2")
+    assert main(line) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "prompts.jsonl:11: " in error
+    assert sentence in error
+    assert main([*line, "data.on_error=skip"]) == 0
+    assert "1 bad prompts skipped, 10 left" in capsys.readouterr().err
+
+
 def drive_from_another_loop(config_path: Path) -> list[float]:
     from glm_rlhf.engine import PPOConfig, PPOEngine
 

@@ -1,0 +1,116 @@
+"""`PPOEngine`: another layout for generation, stop texts, prompts that cannot be answered."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_model, save_folder
+
+from glm_rlhf.engine import PPOConfig, PPOEngine
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [14], [20, 21], [3, 3, 3]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
+
+
+def config_file(path: Path, folder: Path, *, parallel: str, generation: str, more: str = "") -> Path:
+    path.write_text(
+        f"model: {{path: {folder}}}\n"
+        "data: {path: unused.jsonl}\n"
+        "reward: {function: reward_rules:share_of_low_ids}\n"
+        f"parallel: {{{parallel}}}\n"
+        "train: {steps: 1, dtype: fp32}\n"
+        "optimizer: {lr: 1.0e-3}\n"
+        "ppo: {reference_baseline: true}\n"
+        f"generation: {{max_new_tokens: 6, num_samples: 2, page_size: 4, {generation}}}\n" + more
+    )
+    return path
+
+
+def drive(path: Path):
+    """On each rank: answers and metrics of two iterations, and bytes of a second copy between them."""
+    with PPOEngine(PPOConfig.from_yaml(path)) as engine:
+        weights = [weight for chunk in engine.roles.policy for _, weight in chunk.named_weights()]
+        addresses = [weight.data_ptr() for weight in weights]
+        resharded = engine.roles.resharded
+        answers, metrics, num_bytes = [], [], []
+        for _ in range(2):
+            rollouts = engine.generate(PROMPTS)
+            assert [weight.data_ptr() for weight in weights] == addresses
+            if resharded is not None:
+                num_bytes.append(sum(t.untyped_storage().nbytes() for t in resharded._own.values()))
+            answers.append((rollouts.indices, rollouts.tokens_T.tolist()))
+            metrics.append(engine.update(engine.make_experience(rollouts)))
+        assert [weight.data_ptr() for weight in weights] == addresses
+        return answers, metrics, num_bytes
+
+
+@pytest.mark.parametrize(
+    "parallel, generation",
+    [("tp: 2", "tp: 1, pp: 2"), ("pp: 2, tp: 2", "tp: 1, pp: 1"), ("cp: 2", "tp: 4"), ("pp: 4", "pp: 1")],
+)
+def test_another_layout_for_generation_changes_nothing_but_where_it_runs(
+    ranks, folder, tmp_path, parallel, generation
+):
+    own = config_file(tmp_path / "own.yaml", folder, parallel=parallel, generation="temperature: 1.0")
+    other = config_file(tmp_path / "other.yaml", folder, parallel=parallel, generation=generation)
+    for (answers, metrics, none), (found, others, num_bytes) in zip(
+        ranks.run(drive, own), ranks.run(drive, other), strict=True
+    ):
+        assert (none, num_bytes) == ([], [0, 0]), "the second copy lives while answers are drawn"
+        # The same share of the same answers on every rank, before and after an update.
+        assert found == answers
+        for one, expected in zip(others, metrics, strict=True):
+            assert one["rollout/logprob_gap"] < 1e-5
+            for name in one.keys() - {"timing_s/update"}:
+                # Sums in another order.
+                assert one[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), name
+
+
+def stopped(path: Path):
+    with PPOEngine(PPOConfig.from_yaml(path)) as engine:
+        rollouts = engine.generate([[30, 31, 32], [40, 41], [50]] * 4)
+        return [
+            (engine.tokenizer.decode(rollouts.answer(i).tolist(), unknown="replace"), rollouts.is_finished[i])
+            for i in range(rollouts.num_sequences)
+        ]
+
+
+def test_stop_texts_end_answers_on_every_rank_alike(ranks, tmp_path):
+    tokenizer = Path(__file__).parents[3] / "examples" / "tiny_tokenizer"
+    model = save_folder(tmp_path / "model", "glm", make_model("glm", vocab_size=640))
+    options = {"parallel": "tp: 2, pp: 2", "more": f"tokenizer: {{path: {tokenizer}}}\n"}
+    path = config_file(tmp_path / "plain.yaml", model, generation="seed: 1", **options)
+    plain = ranks.run(stopped, path)
+    stop = next(text[2] for text, _ in plain[0] if len(text) > 3)
+    path = config_file(tmp_path / "stop.yaml", model, generation=f"stop: [{stop!r}]", **options)
+    found = ranks.run(stopped, path)
+    assert found == [found[0]] * 4
+    for (before, _), (text, is_finished) in zip(plain[0], found[0], strict=True):
+        assert before.startswith(text), "the answer is the one without stop texts, but shorter"
+        assert is_finished == (stop in text) or text == before
+        assert stop not in text[:-1] or stop in text[-len(stop) - 2 :]
+    assert any(len(text) < len(before) for (before, _), (text, _) in zip(plain[0], found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "prompts, sentence",
+    [
+        ([[5], []], "prompt 1 has 0 tokens"),
+        ([[5] * 512, [5]], "prompt 0 has 512 tokens, required are 1 to 511"),
+        ([[5], "text"], "no tokenizer"),
+        ([], "0 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_named(folder, tmp_path, prompts, sentence):
+    path = config_file(tmp_path / "ppo.yaml", folder, parallel="tp: 1", generation="seed: 1")
+    with PPOEngine(PPOConfig.from_yaml(path)) as engine:
+        with pytest.raises(ValueError, match=sentence):
+            engine.generate(prompts)
+        # The engine is as good as before; 511 tokens leave room for one.
+        rollouts = engine.generate([[5] * 511])
+        assert rollouts.lengths == (512, 512)
+        assert torch.isfinite(rollouts.logprobs_T).all()
