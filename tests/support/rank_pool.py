@@ -46,7 +46,11 @@ class RankPool:
         path = sys.modules[function.__module__].__file__
         for connection in self._connections:
             connection.send_bytes(pickle.dumps((path, function.__qualname__, args)))
-        answers = self._collect(timeout_s)
+        try:
+            answers = self._collect(timeout_s)
+        except BaseException:  # interrupted: what the ranks still send must not be the next call's answer
+            self.close()
+            raise
         failures = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if answer[0] != "ok"]
         if failures:
             self.close()

@@ -36,7 +36,7 @@ def test_the_same_layout_is_trainings_own(ranks, axes, tp, pp):
 
 @pytest.mark.parametrize(
     "axes, tp, pp, expected",
-    [({"tp": 2}, 4, None, (4, 1)), ({"tp": 2, "pp": 2}, None, 1, (2, 1)), ({"cp": 2}, 1, 4, (1, 4))],
+    [({"tp": 2}, 4, None, (4, 1)), ({"tp": 2, "pp": 2}, None, 1, (2, 1)), ({"cp": 2}, 4, None, (4, 1))],
 )
 def test_a_second_layout_holds_memory_only_while_it_lasts(ranks, axes, tp, pp, expected):
     for layout, is_own, (before, during, after) in ranks.run(held, axes, tp, pp):
