@@ -54,7 +54,7 @@ class RankMemory:
     """What each phase takes beside the roles, the key/value cache apart; `start` holds less than they do
     later where it is below 0."""
     cache_page: int
-    """One page of the key/value cache."""
+    """One page of the key/value cache, of the policy or the reference, whichever takes more."""
 
     @property
     def resident(self) -> int:
@@ -110,9 +110,10 @@ def rank_memory(
 
     num_in_step = choice.num_micro_batches(work, num_gpus, length=length, minibatches=work.minibatches)
     share = work.max_new_tokens / length
+    answering = (roles.policy, roles.reference)
     phases = {
         "start": _start_bytes(held),
-        "generate": generation_bytes(roles.policy, work, choice, num_gpus=num_gpus),
+        "generate": max(generation_bytes(m, work, choice, num_gpus=num_gpus) for m in answering),
         "score": experience + max(batch(model).forward_workspace_bytes() for _, model in roles.items),
     }
     for name in TRAINED:
@@ -124,9 +125,8 @@ def rank_memory(
             trained_share=share if name == "policy" else None,
         )
     phases["step"] = experience + max(held[name].moments // 2 for name in TRAINED)
-    return RankMemory(
-        stage=stage, roles=held, phases=phases, cache_page=page_bytes(roles.policy, layout, work)
-    )
+    cache_page = max(page_bytes(model, layout, work) for model in answering)
+    return RankMemory(stage=stage, roles=held, phases=phases, cache_page=cache_page)
 
 
 def role_bytes(
@@ -203,31 +203,25 @@ def training_bytes(
     return saved + max(at_loss, kept + batch.hidden_bytes, layer + batch.residual_bytes)
 
 
-def generation_bytes(policy: GLMConfig, work: Work, choice: Choice, *, num_gpus: int) -> int:
+def generation_bytes(model: GLMConfig, work: Work, choice: Choice, *, num_gpus: int) -> int:
     """Return what a step of generation takes at most, the cache apart: a full step of prompts."""
     layout = choice.layout
     num_sequences = min(work.max_batch, choice.num_sequences(work, num_gpus))
     num_prompts = -(-num_sequences // work.num_samples)  # samples share their prompt's pages
     rows = min(work.max_step_tokens, num_prompts * work.max_prompt_tokens)
     plain = MicroBatch(
-        model=policy, layout=Layout(tp=layout.tp, pp=layout.pp), num_tokens=rows, itemsize=work.itemsize
+        model=model, layout=Layout(tp=layout.tp, pp=layout.pp), num_tokens=rows, itemsize=work.itemsize
     )
     num_drawn = -(-num_sequences // layout.pp)
-    logits = 2 * num_drawn * (policy.vocab_size // layout.tp) * _FP32
+    logits = 2 * num_drawn * (model.vocab_size // layout.tp) * _FP32
     return max(plain.forward_workspace_bytes(), logits)
 
 
-def page_bytes(policy: GLMConfig, layout: Layout, work: Work) -> int:
+def page_bytes(model: GLMConfig, layout: Layout, work: Work) -> int:
     """Return a page of the cache: keys and values of its positions in every layer of the rank."""
-    num_kv_heads = max(1, policy.num_kv_heads // layout.tp)
-    return (
-        2
-        * (policy.num_layers // layout.pp)
-        * work.page_size
-        * num_kv_heads
-        * policy.head_size
-        * work.itemsize
-    )
+    num_heads = max(1, model.num_kv_heads // layout.tp)
+    elements = 2 * (model.num_layers // layout.pp) * work.page_size * num_heads * model.head_size
+    return elements * work.itemsize
 
 
 def _up_to(number: int, multiple: int) -> int:

@@ -154,9 +154,13 @@ def _fitting(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> list
 
 
 def _fits(memory: RankMemory, work: Work, choice: Choice, cluster: Cluster) -> bool:
-    room = cluster.usable_bytes - memory.resident - memory.phases["generate"]
-    least = choice.layout.pp * _sequence_pages(work) * memory.cache_page
-    return memory.peak <= cluster.usable_bytes and room >= least
+    return _needed_bytes(memory, work, choice) <= cluster.usable_bytes
+
+
+def _needed_bytes(memory: RankMemory, work: Work, choice: Choice) -> int:
+    """Return the fullest moment with the smallest cache that generates: a sequence a pipeline stage."""
+    cache = choice.layout.pp * _sequence_pages(work) * memory.cache_page
+    return max(memory.peak, memory.resident + memory.phases["generate"] + cache)
 
 
 def _cache(memory: RankMemory, work: Work, choice: Choice, cluster: Cluster) -> tuple[int, int]:
@@ -198,7 +202,8 @@ def _refusal(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> str:
         f"nothing fits {cluster.num_gpus} GPUs with {_gb(cluster.usable_bytes)} to fill: the leanest layout "
         f"({layout_name(layout, cluster.num_gpus)}, "
         f"layers run again: {'yes' if choice.recompute_layers else 'no'}) "
-        f"takes {_gb(memory.peak)} a GPU: {roles_gb}, and {_gb(memory.phases[phase])} in the phase {phase}. "
+        f"takes {_gb(_needed_bytes(memory, work, choice))} a GPU: {roles_gb}, "
+        f"and {_gb(memory.phases[phase])} in the phase {phase}. "
         f"What would do: {mend}"
     )
 
@@ -240,7 +245,7 @@ def _least(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> tuple[
         (choices[-1], fullest_rank(roles, work, choices[-1], num_gpus=cluster.num_gpus))
         for choices in _choices(roles, work, cluster.num_gpus, limits)
     ]
-    return min(found, key=lambda one: one[1].peak, default=None)
+    return min(found, key=lambda one: _needed_bytes(one[1], work, one[0]), default=None)
 
 
 def _gb(num_bytes: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import save_folder
 
 from glm_rlhf.engine.cli import main
@@ -17,6 +18,7 @@ from glm_rlhf.engine.config_file import load_config
 from glm_rlhf.engine.config_plan import PlanConfig
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.stages.model_inputs import layout_of
+from glm_rlhf.parallel.kv_cache import num_pages_within
 
 
 def plan_config(tmp_path: Path, *overrides: str) -> PlanConfig:
@@ -126,6 +128,17 @@ def test_more_memory_is_advised_only_where_it_is_enough(tmp_path):
         plans_of(config)
     larger = replace(cluster_of(config), usable_bytes=int(0.9 * 141e9))
     assert search(roles_of(config), work_of(config), larger, limits=Limits(), has_baseline=False, count=1)
+
+
+def test_the_cache_counts_the_reference_that_answers_too(tmp_path):
+    """Its pages are those of the engine's own arithmetic for the larger of the two models."""
+    config = plan_config(tmp_path, "model.path=chatglm3-6b", "reference.path=glm-4-9b", "cluster.gpus=64")
+    (plan, *_) = plans_of(config)
+    larger = roles_of(config).reference
+    options = {"page_size": 16, "dtype": torch.bfloat16}
+    pages = num_pages_within(plan.cache_bytes, larger, plan.choice.layout, **options)
+    assert pages == plan.max_batch * (2048 // 16 + 1)
+    assert num_pages_within(plan.cache_bytes - 1, larger, plan.choice.layout, **options) == pages - 1
 
 
 def test_a_layout_that_cannot_be_is_refused(tmp_path):
