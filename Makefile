@@ -33,6 +33,7 @@ bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convert_io
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.optimizer_memory
 	$(BIN)/python -m benchmarks.reward_training
 
 # Where CUDA is, python3 with its own torch will do: nothing is installed, and one report comes out.

@@ -53,6 +53,9 @@ class OptimizerSection:
     """Decay of Adam's running mean, and of its running mean square."""
     clip_grad: NotNegative = 1.0
     """Largest norm of the gradient over the whole model; 0 does not clip."""
+    in_backward: bool = False
+    """Whether weights change during backward, so that with one micro-batch a step no more than one layer's
+    gradient is in memory. Each layer is clipped by the newest norms known, not by the step's own."""
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
@@ -195,6 +198,15 @@ class RewardModelSection:
     """Hugging Face folder of a reward model."""
 
 
+def check_overlap(optimizer: OptimizerSection, train: TrainSection) -> None:
+    """Raise ValueError where two ways to communicate during backward are asked for."""
+    if optimizer.in_backward and train.overlap_communication:
+        raise ValueError(
+            "optimizer.in_backward and train.overlap_communication are both true: the first communicates "
+            "during backward already, set the second to false"
+        )
+
+
 @frozen_section
 class SFTConfig:
     """Settings of `sft`."""
@@ -217,6 +229,9 @@ class SFTConfig:
     """Who is told."""
 
     from_yaml = classmethod(load_config)
+
+    def __post_init__(self) -> None:
+        check_overlap(self.optimizer, self.train)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -248,6 +263,9 @@ class RewardConfig:
     """Who is told."""
 
     from_yaml = classmethod(load_config)
+
+    def __post_init__(self) -> None:
+        check_overlap(self.optimizer, self.train)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -281,6 +299,9 @@ class DPOConfig:
     """Who is told."""
 
     from_yaml = classmethod(load_config)
+
+    def __post_init__(self) -> None:
+        check_overlap(self.optimizer, self.train)
 
     @property
     def tokenizer_path(self) -> Path:

@@ -42,7 +42,7 @@ class StepResult:
     """What an optimizer step did."""
 
     is_applied: bool
-    """False when the gradient was not finite: the weights are what they were."""
+    """False when the gradient was not finite: the weights are what they were, but see `InBackwardState`."""
     grad_norm: float
     """Norm of the gradient over the whole model, before clipping."""
 
@@ -72,9 +72,8 @@ class TrainingState:
         Raises:
             ValueError: the weights are float16, whose gradients would need a loss scale.
         """
+        check_trainable(chunks)
         megatron = chunks[0].config
-        if megatron.params_dtype is torch.float16:
-            raise ValueError("weights in float16 cannot be trained, there is no loss scale: use bf16 or fp32")
         self.topology = topology
         self.clip_grad = settings.clip_grad
         data_parallel = DistributedDataParallelConfig(
@@ -153,6 +152,12 @@ class TrainingState:
                 chunk.start_param_sync(force_sync=True)
 
 
+def check_trainable(chunks: Sequence[GLMModel]) -> None:
+    """Raise ValueError when the weights are float16, whose gradients would need a loss scale."""
+    if chunks[0].config.params_dtype is torch.float16:
+        raise ValueError("weights in float16 cannot be trained, there is no loss scale: use bf16 or fp32")
+
+
 def _finalize(
     topology: Topology, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object
 ) -> None:
@@ -179,17 +184,24 @@ def _forget_hooks(chunks: list[DistributedDataParallel]) -> None:
 
 
 def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topology) -> None:
-    """Add up the gradients of weights of which several tensor-parallel ranks hold a copy.
+    """Add up in their buffers the gradients of weights of which several ranks hold a copy."""
+    parameters = [
+        p for chunk in chunks for p in chunk.parameters() if p.requires_grad and hasattr(p, "num_tp_replicas")
+    ]
+    gradients = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in parameters]
+    sum_replicas(parameters, gradients, topology)
+
+
+def sum_replicas(
+    parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor], topology: Topology
+) -> None:
+    """Add up the gradients of weights of which several tensor-parallel ranks hold a copy, in place.
 
     These are the key/value projections of attention with fewer key/value heads than ranks. One
     all-reduce over the tensor-parallel group of (tp / copies) × their size; all ranks of it call.
     """
-    parameters = [
-        p for chunk in chunks for p in chunk.parameters() if p.requires_grad and hasattr(p, "num_tp_replicas")
-    ]
     if not parameters:
         return
-    gradients = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in parameters]
     num_sets = topology.layout.tp // parameters[0].num_tp_replicas
     mine = topology.tp_rank // parameters[0].num_tp_replicas
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -135,8 +135,10 @@ def _apply(
         return output
     if index < 0 or not loss.requires_grad:
         loss = _zero_loss(model, hidden_TD)
-    # A copy, because the schedule empties the tensor in its hands, and the output may share its memory.
-    return loss.clone(), _no_tokens(hidden_TD), output
+    # A loss that is not finite gets a gradient of NaN: an optimizer in backward sees the gradient alone.
+    # And a copy, because the schedule empties the tensor in its hands, and the output may share its memory.
+    is_finite = loss.detach().isfinite()
+    return loss * torch.where(is_finite, 1.0, torch.nan), _no_tokens(hidden_TD), output
 
 
 def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:

@@ -155,6 +155,7 @@ def _build(
         answers=_answer_settings(config, tokenizer, glm, place),
         policy_adam=adam_of(config.optimizer),
         critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
+        in_backward=config.optimizer.in_backward,
         seed=config.run.seed,
         tokenizer=tokenizer,
         demonstrations=_demonstrations(config, tokenizer, glm, place),

@@ -19,7 +19,8 @@ from glm_rlhf.engine.stages.sft_term import DemonstrationStream
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.in_backward import training_state
+from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.topology import Topology
 
@@ -44,6 +45,7 @@ class PPORoles:
         answers: AnswerSettings,
         policy_adam: AdamSettings,
         critic_adam: AdamSettings,
+        in_backward: bool = False,
         seed: int,
         tokenizer: Tokenizer | None = None,
         reward_model: Sequence[GLMModel] | None = None,
@@ -61,6 +63,7 @@ class PPORoles:
             settings: of PPO.
             answers: how prompts are answered.
             policy_adam, critic_adam: of the optimizers.
+            in_backward: whether they change weights during backward.
             seed: of answers and mini-batches.
             tokenizer: gives a reward function its texts.
             reward_function: judges answers, beside or in place of the reward model.
@@ -74,8 +77,9 @@ class PPORoles:
         """
         self.topology, self.settings, self.answers, self.seed = topology, settings, answers, seed
         self.policy, self.reference, self.critic = list(policy), list(reference), list(critic)
-        self.policy_state = TrainingState(self.policy, policy_adam, topology=topology)
-        self.critic_state = TrainingState(self.critic, critic_adam, topology=topology)
+        options = {"topology": topology, "in_backward": in_backward}
+        self.policy_state = training_state(self.policy, policy_adam, **options)
+        self.critic_state = training_state(self.critic, critic_adam, **options)
         self.demonstrations = demonstrations
         self.resharded = resharded
         self.kl_coef = settings.kl_coef
@@ -133,7 +137,8 @@ class PPORoles:
         """Learn from an iteration's experience; return its metrics, the same on every rank.
 
         Raises:
-            FloatingPointError: a gradient was not finite, so that no step was taken; on every rank.
+            FloatingPointError: a gradient was not finite, so that no step was taken, or with `in_backward`
+                perhaps a part of one; on every rank.
         """
         start = time.monotonic()
         policies, critics, is_stopped = [], [], False
@@ -171,7 +176,7 @@ class PPORoles:
         if not torch.isfinite(torch.tensor(grad_norm)):
             raise FloatingPointError(
                 f"the {role}'s gradient has the norm {grad_norm} in iteration {self.iteration}: "
-                "no step was taken"
+                "no step was taken, or with optimizer.in_backward a part of one"
             )
 
     def _steer_kl(self, experience: Experience) -> None:

@@ -15,7 +15,8 @@ from glm_rlhf.kernels.reference.policy_loss import POLICY_SUMS, PolicyStatistics
 from glm_rlhf.kernels.reference.value_loss import VALUE_SUMS, ValueStatistics
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import next_tokens, shift_to_rows, token_values
-from glm_rlhf.parallel.optimizer import StepResult, TrainingState
+from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.optimizer import StepResult
 from glm_rlhf.parallel.packing import PackedTokens, share
 from glm_rlhf.parallel.schedule import run_micro_batches
 from glm_rlhf.parallel.topology import Topology
@@ -80,7 +81,7 @@ def mini_batches(
 
 
 def policy_step(
-    state: TrainingState,
+    state: AnyTrainingState,
     experience: Experience,
     mini_batch: MiniBatch,
     settings: PPOSettings,
@@ -137,7 +138,7 @@ def policy_step(
 
 
 def critic_step(
-    state: TrainingState,
+    state: AnyTrainingState,
     experience: Experience,
     mini_batch: MiniBatch,
     settings: PPOSettings,

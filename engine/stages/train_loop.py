@@ -12,7 +12,7 @@ from glm_rlhf.engine.observe.metrics import WriteMetrics
 from glm_rlhf.engine.stages.micro_batches import take_share
 from glm_rlhf.engine.stages.training_records import Records
 from glm_rlhf.engine.stages.update import Objective, UpdateResult, evaluate, update
-from glm_rlhf.parallel.optimizer import TrainingState
+from glm_rlhf.parallel.in_backward import AnyTrainingState
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -65,7 +65,7 @@ class LoopResult:
 
 
 def train(
-    state: TrainingState,
+    state: AnyTrainingState,
     objective: Objective,
     records: Records,
     sampler: BatchSampler,
@@ -145,7 +145,7 @@ def train(
 
 
 def _evaluate(
-    state: TrainingState, held: Held, step: int, settings: LoopSettings, place: Topology
+    state: AnyTrainingState, held: Held, step: int, settings: LoopSettings, place: Topology
 ) -> dict[str, float | None]:
     state.gather_weights()
     batches = take_share(

@@ -19,7 +19,8 @@ from glm_rlhf.engine.stages.update import Objective
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.in_backward import training_state
+from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.topology import Topology
 
 TrainingConfig = SFTConfig | RewardConfig | DPOConfig
@@ -91,11 +92,12 @@ def run_training(
             that could not be written.
     """
     sampler = sampler_of(config, records)
-    state = TrainingState(
+    state = training_state(
         chunks,
         adam_of(config.optimizer),
         topology=place,
         overlap_communication=config.train.overlap_communication,
+        in_backward=config.optimizer.in_backward,
     )
 
     def save(step: int) -> None:

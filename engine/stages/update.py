@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.optimizer import TrainingState
+from glm_rlhf.parallel.in_backward import AnyTrainingState
 from glm_rlhf.parallel.schedule import run_micro_batches
 from glm_rlhf.parallel.topology import Topology
 
@@ -54,7 +54,7 @@ class UpdateResult:
 
 
 def update(
-    state: TrainingState,
+    state: AnyTrainingState,
     objective: Objective,
     batches: Sequence[MicroBatch],
     denominator: float,
@@ -64,7 +64,8 @@ def update(
     """Return what one step did; every rank calls this together.
 
     A loss or a gradient that is not finite leaves the weights and the optimizer as they were, on all ranks:
-    the decision is taken from numbers that were added up over the world.
+    the decision is taken from numbers that were added up over the world. An optimizer in backward cannot
+    take back what changed before a gradient was not finite, see `InBackwardState`.
 
     Args:
         state: model and optimizer, their learning rate set.

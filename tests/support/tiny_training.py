@@ -9,9 +9,10 @@ import torch
 from glm_rlhf.parallel.glm import SCALAR_ROLES, build_model
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.heads import next_tokens, token_logprobs, token_values
+from glm_rlhf.parallel.in_backward import training_state
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.names import weights_of
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.packing import pack, share
 from glm_rlhf.parallel.schedule import collect_rows, run_micro_batches
 from glm_rlhf.parallel.scoring import score_tokens
@@ -54,6 +55,7 @@ class Case:
     settings: AdamSettings = READS_GRADIENT
     num_steps: int = 1
     overlaps: bool = False
+    in_backward: bool = False
     recomputes: bool = False
     frozen: tuple[str, ...] = ()
     """Weights whose names begin so are not trained."""
@@ -74,7 +76,13 @@ def run_case(case: Case, place) -> dict[str, Any]:
     chunks = make_chunks(case, place)
     batches = make_batches(case, place)
     outputs = forward(case, chunks, batches, place)
-    state = TrainingState(chunks, case.settings, topology=place, overlap_communication=case.overlaps)
+    state = training_state(
+        chunks,
+        case.settings,
+        topology=place,
+        overlap_communication=case.overlaps,
+        in_backward=case.in_backward,
+    )
     before = {name: p.detach().clone() for chunk in chunks for name, p in chunk.named_weights()}
     mine = batches[place.dp_rank :: place.dp]
     losses, norms = [], []

@@ -13,6 +13,7 @@ from tiny_ppo import make_roles, prompts
 from glm_rlhf.engine.rollout.rewards import RewardError
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.topology import topology
 
 LAYOUTS = {
@@ -63,6 +64,21 @@ def test_every_layout_gives_the_metrics_of_one_rank(ranks, folder, alone, axes):
                 for name in one.keys() - {"timing_s/update"}:
                     # Sums in another order, grown through three updates; a wrong share gives 1e-2 and more.
                     assert one[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), name
+
+
+def run_in_backward(folder: Path, axes: dict, in_backward: bool) -> list[dict[str, float]]:
+    adam = AdamSettings(lr=1e-3, clip_grad=0.0)
+    options = {"policy_adam": adam, "critic_adam": adam, "in_backward": in_backward}
+    return run_iterations(folder, axes, options)
+
+
+def test_an_optimizer_in_backward_gives_the_metrics_of_the_ordinary_one(ranks, folder):
+    expected = run_in_backward(folder, {}, False)
+    for found in ranks.run(run_in_backward, folder, {"tp": 2, "pp": 2}, True):
+        for one, wanted in zip(found, expected, strict=True):
+            for name in wanted.keys() - {"timing_s/update"}:
+                # As between layouts.
+                assert one[name] == pytest.approx(wanted[name], rel=1e-4, abs=2e-5), name
 
 
 def test_first_step_identities(alone):

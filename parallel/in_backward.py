@@ -1,0 +1,213 @@
+"""Optimizer in backward: weights change as soon as their gradient is complete, and it is freed."""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.hooks import RemovableHandle
+
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.gradient_buckets import buckets_of
+from glm_rlhf.parallel.optimizer import (
+    AdamSettings,
+    StepResult,
+    TrainingState,
+    check_trainable,
+)
+from glm_rlhf.parallel.topology import Topology
+
+
+class InBackwardState:
+    """Owns the optimizer of one sharded model whose weights change during backward.
+
+    There is no gradient buffer. Weights form buckets: a transformer layer each, the embedding, the final
+    norm, the head. In the backward pass of a step's last micro-batch a bucket whose gradients have all
+    arrived is reduced (over tp where ranks hold parts or copies of a gradient, then scattered over
+    dp × cp), updated by AdamW on this rank's share, gathered, and its gradients are freed. Layers come one
+    after the other, so that at most one bucket's gradient exists at a time.
+
+    What that promise excludes:
+
+    - *Accumulation.* With several micro-batches a step, which pipeline stages need to be busy, the sums of
+      the earlier ones wait for the last: up to one whole gradient, in fp32, as with `TrainingState`. During
+      the last backward it shrinks bucket by bucket, and between steps there is none.
+    - *A tied head.* Its gradient waits for the embedding's, through the whole backward; where they are on
+      different pipeline stages, until the schedule's end.
+
+    Clipping. The norm of the whole gradient is not known before backward ends. Each bucket is clipped by
+    `clip_grad` / the newest norm there is: of this step for the buckets that came before it and for itself,
+    of the step before for those to come and for other pipeline stages, 0 in the first step. Its last bucket
+    without pipeline stages is clipped by the true norm; all are when norms do not change. With `clip_grad`
+    0 the weights are those of `TrainingState`.
+
+    A gradient that is not finite. Its bucket and all after it stay as they are, on every rank that shares
+    their layers; buckets before it have changed already. A loss that is not finite has a gradient of NaN
+    everywhere (`schedule`), so that nothing changes.
+    """
+
+    def __init__(self, chunks: Sequence[GLMModel], settings: AdamSettings, *, topology: Topology) -> None:
+        """Hook into the gradients of `chunks`; every rank of the topology calls this.
+
+        Args:
+            chunks: this rank's model chunks, weights filled. Their storage has to stay where it is.
+            settings: of the optimizer.
+            topology: gradients are summed over dp × cp, the optimizer's state is split over it.
+
+        Raises:
+            ValueError: the weights are float16, whose gradients would need a loss scale.
+        """
+        check_trainable(chunks)
+        self.topology, self.settings = topology, settings
+        self.chunks = list(chunks)
+        self._lr = settings.lr
+        self._num_steps = 0
+        self._buckets = list(buckets_of(chunks, topology))
+        self._is_last_micro_batch = True
+        # Squared norms of buckets: the newest, those of the last step that was taken, and of other stages.
+        self._squares_K = torch.zeros(len(self._buckets), dtype=torch.float64, device=topology.device)
+        self._taken_squares_K = self._squares_K.clone()
+        self._square_elsewhere = self._squares_K.new_zeros(())
+        self._hook()
+
+    def zero_grad(self) -> None:
+        """Forget gradients of a step that was given up; before the first micro-batch of a step."""
+        for bucket in self._buckets:
+            bucket.forget()
+        self._squares_K.copy_(self._taken_squares_K)
+        self._is_last_micro_batch = True
+
+    def set_lr(self, lr: float) -> None:
+        """Use learning rate `lr` from the next step on."""
+        self._lr = lr
+
+    def step(self) -> StepResult:
+        """Return what the backward pass did; every rank calls this together, after the schedule.
+
+        The pipeline's stages add up their norms, 8 bytes. `is_applied` is false when some gradient was not
+        finite; see the class for what then has changed.
+        """
+        own = self._squares_K.sum()
+        total = own.clone()
+        dist.all_reduce(total, group=self.topology.pp_group)
+        grad_norm = math.sqrt(total.item())
+        if not math.isfinite(grad_norm):
+            return StepResult(is_applied=False, grad_norm=grad_norm)
+        self._taken_squares_K.copy_(self._squares_K)
+        self._square_elsewhere = total - own
+        self._num_steps += 1
+        return StepResult(is_applied=True, grad_norm=grad_norm)
+
+    def gather_weights(self) -> None:
+        """Do nothing: weights are gathered as they change."""
+
+    def _hook(self) -> None:
+        """Have gradients brought to their buckets, and Megatron-core's schedules tell when a step ends."""
+        me = weakref.ref(self)  # a model outlives its training
+        handles = []
+        for index, bucket in enumerate(self._buckets):
+            for place, parameter in enumerate(bucket.parameters):
+
+                def arrive(_: torch.Tensor, index: int = index, place: int = place) -> None:
+                    me()._arrive(index, place)
+
+                handles.append(parameter.register_post_accumulate_grad_hook(arrive))
+        megatron = self.chunks[0].config
+        functions = (lambda: _Accumulation(me())), (lambda *_, **__: me()._finish())
+        megatron.no_sync_func, megatron.finalize_model_grads_func = functions
+        weakref.finalize(self, _unhook, handles, megatron, *functions)
+
+    def _arrive(self, index: int, place: int) -> None:
+        """Take one weight's gradient of one micro-batch; update its bucket when nothing more can come."""
+        bucket = self._buckets[index]
+        bucket.take(place)
+        if self._is_last_micro_batch:
+            bucket.missing.discard(place)
+            if not bucket.missing and not bucket.waits_for_other_stage:
+                self._update(index)
+
+    def _finish(self) -> None:
+        """Update what the last backward left: a head tied over stages, and weights that the loss skipped."""
+        for index, bucket in enumerate(self._buckets):
+            if not bucket.is_updated:
+                self._update(index)
+
+    @torch.no_grad()
+    def _update(self, index: int) -> None:
+        """Reduce, update, gather and free one bucket; ranks of its tp and dp × cp groups call together."""
+        bucket = self._buckets[index]
+        gradients = bucket.reduced_gradients()
+        square = bucket.counted_square(gradients)
+        dist.all_reduce(square, group=self.topology.dp_cp_group)
+        dist.all_reduce(square, group=self.topology.tp_group)
+        self._squares_K[index] = square
+        bucket.update(
+            gradients,
+            step=self._num_steps + 1,
+            lr=self._lr,
+            clip_factor=self._clip_factor(),
+            settings=self.settings,
+        )
+
+    def _clip_factor(self) -> torch.Tensor:
+        """Return what a bucket's gradient is multiplied by, fp32 []; NaN where a norm is not finite."""
+        norm = (self._squares_K.sum() + self._square_elsewhere).sqrt()
+        limit = self.settings.clip_grad
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
+        return torch.where(norm.isfinite(), factor, torch.nan).float()
+
+
+AnyTrainingState = TrainingState | InBackwardState
+"""What a stage trains with; both are used alike."""
+
+
+class _Accumulation:
+    """A context, as Megatron-core's schedules enter it, in which gradients are added up and nothing else."""
+
+    def __init__(self, state: InBackwardState) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._state._is_last_micro_batch = False
+
+    def __exit__(self, *exception: object) -> None:
+        self._state._is_last_micro_batch = True
+
+
+def _unhook(
+    handles: Sequence[RemovableHandle],
+    megatron: TransformerConfig,
+    accumulate: Callable[..., object],
+    finish: Callable[..., object],
+) -> None:
+    """Leave the model as it was, but for what a later state has put there."""
+    for handle in handles:
+        handle.remove()
+    if megatron.no_sync_func is accumulate:
+        megatron.no_sync_func = None
+    if megatron.finalize_model_grads_func is finish:
+        megatron.finalize_model_grads_func = None
+
+
+def training_state(
+    chunks: Sequence[GLMModel],
+    settings: AdamSettings,
+    *,
+    topology: Topology,
+    overlap_communication: bool = False,
+    in_backward: bool = False,
+) -> AnyTrainingState:
+    """Return the training state that is asked for; every rank calls this. See the classes.
+
+    Raises:
+        ValueError: the weights are float16, or both options are on.
+    """
+    if not in_backward:
+        return TrainingState(chunks, settings, topology=topology, overlap_communication=overlap_communication)
+    if overlap_communication:
+        raise ValueError(
+            "an optimizer in backward communicates during backward: overlap_communication has to be off"
+        )
+    return InBackwardState(chunks, settings, topology=topology)
