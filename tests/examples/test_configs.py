@@ -46,5 +46,6 @@ def test_a_large_example_fits_its_model_and_its_gpus(path):
 
 def test_every_large_model_has_every_stage_on_8_and_on_64():
     for folder in MODELS:
-        wanted = {f"{stage}_{gpus}gpu" for stage in ("sft", "reward", "dpo") for gpus in (8, 64)}
+        wanted = {f"{stage}_{gpus}gpu" for stage in ("sft", "reward", "dpo", "ppo") for gpus in (8, 64)}
+        wanted -= {"ppo_8gpu"} if folder == "glm4_32b" else set()  # its four roles need 32
         assert wanted <= {path.stem for path in configs(folder)}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Several nodes, run on each of them; they meet at HOST:PORT, which one of them owns:
+#   NODES=8 HOST=node0 examples/launch/each_node.sh ppo examples/glm4_9b/ppo_64gpu.yaml
+# DRY_RUN=1 prints the command in place of running it. RESTARTS: how often torchrun starts all ranks anew.
+set -euo pipefail
+if (($# == 0)) || [[ -z "${NODES:-}" || -z "${HOST:-}" ]]; then
+    echo "usage: NODES=N HOST=NAME [GPUS=8] [PORT=29500] [RUN_ID=glm-rlhf] $0 COMMAND [config.yaml] …" >&2
+    exit 2
+fi
+launch=(
+    torchrun --nnodes="$NODES" --nproc-per-node="${GPUS:-8}" --max-restarts="${RESTARTS:-0}"
+    --rdzv-backend=c10d --rdzv-endpoint="$HOST:${PORT:-29500}" --rdzv-id="${RUN_ID:-glm-rlhf}"
+    -m glm_rlhf.engine "$@"
+)
+if [[ -n "${DRY_RUN:-}" ]]; then
+    echo "${launch[*]}"
+else
+    exec "${launch[@]}"
+fi

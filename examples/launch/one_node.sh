@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One node, a rank for each of its GPUs:
+#   GPUS=8 examples/launch/one_node.sh ppo examples/chatglm3_6b/ppo_8gpu.yaml
+# DRY_RUN=1 prints the command in place of running it. RESTARTS: how often torchrun starts all ranks anew.
+set -euo pipefail
+if (($# == 0)); then
+    echo "usage: $0 COMMAND [config.yaml] [section.key=value …]" >&2
+    exit 2
+fi
+launch=(torchrun --standalone --nproc-per-node="${GPUS:-8}" --max-restarts="${RESTARTS:-0}" -m glm_rlhf.engine "$@")
+if [[ -n "${DRY_RUN:-}" ]]; then
+    echo "${launch[*]}"
+else
+    exec "${launch[@]}"
+fi
