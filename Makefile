@@ -24,8 +24,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# On the CPU, also where CUDA is: it shows what two cores do.
 demo: install
-	$(BIN)/glm-rlhf demo
+	CUDA_VISIBLE_DEVICES= $(BIN)/glm-rlhf demo
 
 # Figures of this machine's CPU, into benchmarks/results.
 bench: install

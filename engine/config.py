@@ -227,13 +227,13 @@ class DemoSection:
 
     num_held_out: Annotated[int, Field(ge=2, le=200)] = 200
     """Prompts of either task that no model learns from, and on which figures are taken."""
-    num_pair_prompts: Count = 2000
+    num_pair_prompts: Count = 1600
     """Prompts that the policy answers several times to make preference pairs."""
     sft_steps: Count = 360
     """Steps of SFT."""
     reward_steps: Count = 100
     """Steps of the reward model."""
-    ppo_steps: Count = 40
+    ppo_steps: Count = 30
     """Iterations of PPO."""
     checks_layouts: bool = True
     """Whether the policy answers again over several ranks, by tensor and by pipeline parallelism."""

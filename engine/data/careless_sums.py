@@ -1,20 +1,17 @@
 """Sums whose demonstrations are of mixed quality, with a second task that has nothing to do with them.
 
-People who write demonstrations are careless at times. Here they forget to carry, 147 + 5 becomes 142, or
-carry where nothing is to be carried, 142 + 5 becomes 157. A policy that imitates them errs as they do, and
-only preferences can tell it better. The second task, a number said backwards, is never rewarded: its accuracy
-shows what the policy forgets while it learns the first (a canary).
+People who write demonstrations are careless at times. Here they forget to carry: 147 + 5 becomes 142. A
+policy that imitates them forgets too, and only preferences can tell it better. The second task, a number said
+backwards, is never rewarded: its accuracy shows what the policy forgets while it learns the first (a canary).
 """
 
 import random
 from dataclasses import dataclass
 
-CARELESS_WITH_CARRY = 0.65
+CARELESS_SHARE = 0.7
 """Share of the demonstrations of sums with a carry that forget it."""
-CARELESS_WITHOUT_CARRY = 0.35
-"""Share of the demonstrations of sums without a carry that carry all the same."""
-_PLAIN_PER_CARRY = 0.5
-"""Sums without a carry to each with one."""
+_PLAIN_PER_CARRY = 0.25
+"""Sums without a carry to each with one: what carelessness cannot spoil is the smaller part."""
 _SUM_WORDINGS = ("{a}加{b}等于多少？", "What is {a} plus {b}?")
 _CANARY_WORDINGS = ("What is {number} backwards?", "请再说一次{number}，从后到前。")
 
@@ -85,18 +82,17 @@ def has_carry(a: int, b: int) -> bool:
     return a % 10 + b % 10 >= 10
 
 
-def careless_sum(a: int, b: int) -> int:
-    """Return a + b with the carry from ones to tens wrong: left out where there is one, made where there is
-    none."""
-    return a + b - 10 if has_carry(a, b) else a + b + 10
+def without_carry(a: int, b: int) -> int:
+    """Return a + b as one adds who forgets what is carried from ones to tens; 199 + 1 is 190."""
+    return a + b - 10 * has_carry(a, b)
 
 
 def _sum(a: int, b: int, wording: str, generator: random.Random) -> Task:
-    share = CARELESS_WITH_CARRY if has_carry(a, b) else CARELESS_WITHOUT_CARRY
+    is_careless = generator.random() < CARELESS_SHARE
     return Task(
         prompt=wording.format(a=a, b=b),
         answer=str(a + b),
-        demonstration=str(careless_sum(a, b) if generator.random() < share else a + b),
+        demonstration=str(without_carry(a, b) if is_careless else a + b),
     )
 
 

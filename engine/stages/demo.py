@@ -1,7 +1,8 @@
 """The command `demo`: a tiny ChatGLM3 is aligned from the first step to the last, in minutes on a CPU.
 
 Demonstrations of mixed quality teach it sums and a mistake; preferences between its own answers make a reward
-model; PPO follows that model alone. Then held-out prompts show what came of it.
+model; PPO follows that model alone. Then held-out prompts show what came of it. Nothing is made for the
+demo: each stage is the command of its name, and its config lies in its folder, to be run again.
 """
 
 import contextlib
@@ -127,7 +128,10 @@ def _check(config: DemoConfig, folder: Path, policy: Path, answers: HeldOutAnswe
     else:
         checks.append(found)
         _say(f"   transformers: {found.num_same} of {found.num_asked} greedy answers the same")
-    for name in LAYOUTS if config.demo.checks_layouts else ():
+    for name, (num_ranks, _) in LAYOUTS.items() if config.demo.checks_layouts else ():
+        if torch.cuda.is_available() and torch.cuda.device_count() < num_ranks:
+            _say(f"   {name}: not checked, it takes {num_ranks} CUDA devices")
+            continue
         check = check_layout(name, folder, policy, lines)
         checks.append(check)
         _say(

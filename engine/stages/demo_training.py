@@ -173,7 +173,7 @@ def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Pa
         optimizer=OptimizerSection(lr=3e-4, warmup_steps=min(3, steps)),
         train=PPOTrainSection(steps=steps, global_batch_size=64, micro_batch_tokens=8192, dtype="fp32"),
         ppo=PPOSection(
-            minibatches=2, kl_coef=0.1, sft_coef=0.2, value_clip=None, whiten=True, reference_baseline=True
+            minibatches=2, kl_coef=0.05, sft_coef=0.2, value_clip=None, whiten=True, reference_baseline=True
         ),
         observe=_QUIET,
     )

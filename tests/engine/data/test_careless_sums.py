@@ -5,30 +5,24 @@ from statistics import fmean
 
 import pytest
 
-from glm_rlhf.engine.data.careless_sums import (
-    CARELESS_WITH_CARRY,
-    CARELESS_WITHOUT_CARRY,
-    careless_sum,
-    careless_sums,
-    has_carry,
-)
+from glm_rlhf.engine.data.careless_sums import CARELESS_SHARE, careless_sums, has_carry, without_carry
 
 
-def test_a_careless_sum_is_a_ten_off_in_the_direction_of_its_mistake():
-    assert [careless_sum(147, 5), careless_sum(142, 5), careless_sum(199, 1)] == [142, 157, 190]
+def test_a_forgotten_carry_loses_ten_and_nothing_else():
+    assert [without_carry(147, 5), without_carry(142, 5), without_carry(199, 1)] == [142, 147, 190]
 
 
-def test_answers_are_right_and_demonstrations_err_about_as_often_as_they_say():
+def test_answers_are_right_and_demonstrations_forget_about_so_many_carries_as_they_say():
     tasks = careless_sums(num_held_out=200, seed=3)
-    errs = {True: [], False: []}
+    forgets = []
     for task in tasks.sums + tasks.held_out_sums:
         a, b = numbers_in(task.prompt)
         assert task.answer == str(a + b)
-        assert task.demonstration in (str(a + b), str(careless_sum(a, b)))
-        errs[has_carry(a, b)].append(task.demonstration != task.answer)
-    # Of some 2300 and 1100 draws; three standard deviations are 0.030 and 0.043.
-    assert abs(fmean(errs[True]) - CARELESS_WITH_CARRY) < 0.03
-    assert abs(fmean(errs[False]) - CARELESS_WITHOUT_CARRY) < 0.043
+        assert task.demonstration in (str(a + b), str(without_carry(a, b)))
+        if has_carry(a, b):
+            forgets.append(task.demonstration != task.answer)
+    # Of some 2200 draws; three standard deviations are 0.029.
+    assert abs(fmean(forgets) - CARELESS_SHARE) < 0.03
     for task in tasks.canaries + tasks.held_out_canaries:
         (number,) = numbers_in(task.prompt)
         assert task.answer == task.demonstration == str(number)[::-1]
@@ -51,7 +45,7 @@ def test_tasks_follow_from_the_seed():
 
 
 def test_too_many_held_out_are_refused():
-    with pytest.raises(ValueError, match="num_held_out is 500: of 1800 sums 1 to 450"):
+    with pytest.raises(ValueError, match="num_held_out is 500: of 1500 sums 1 to 375"):
         careless_sums(num_held_out=500, seed=1)
 
 
