@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
+from glm_rlhf.engine.config_evaluate import EvaluateConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
 from glm_rlhf.engine.config_plan import PlanConfig
@@ -91,6 +92,12 @@ COMMANDS = (
         summary="per-token logprobs of a policy, or scores of a reward model, JSON lines out",
         config=ScoreConfig,
         function="glm_rlhf.engine.stages.score:run",
+    ),
+    Command(
+        name="evaluate",
+        summary="win rate, reward, pass@k and length on a prompts file, with confidence intervals",
+        config=EvaluateConfig,
+        function="glm_rlhf.engine.stages.evaluate:run",
     ),
     Command(
         name="convert",

@@ -17,7 +17,9 @@ from glm_rlhf.engine.config import (
     frozen_section,
     tokenizer_path,
 )
+from glm_rlhf.engine.config_evaluate import EvaluateWithinSection
 from glm_rlhf.engine.config_file import load_config
+from glm_rlhf.engine.config_reward import PPORewardSection
 from glm_rlhf.engine.config_training import (
     CountOrZero,
     NotNegative,
@@ -40,24 +42,6 @@ class CriticSection:
     """Its learning rate, constant after the policy's warm-up."""
     warmup_iterations: CountOrZero = 0
     """First iterations in which only the critic learns."""
-
-
-@frozen_section
-class PPORewardSection:
-    """What an answer is worth: a reward model, a function, or their sum."""
-
-    path: PathText | None = None
-    """Hugging Face folder of a reward model; null for none."""
-    function: str | None = None
-    """`module:function` that takes a list of RewardRequest and returns a number each; null for none."""
-    function_weight: float = 1.0
-    """Factor of the function's reward."""
-
-    def __post_init__(self) -> None:
-        if self.path is None and self.function is None:
-            raise ValueError(
-                "no reward is given: set reward.path to a reward model, or reward.function to module:function"
-            )
 
 
 @frozen_section
@@ -163,6 +147,8 @@ class PPOConfig:
     """How long."""
     ppo: PPOSection = Field(default_factory=PPOSection)
     """The algorithm."""
+    evaluate: EvaluateWithinSection = Field(default_factory=EvaluateWithinSection)
+    """Evaluation on the way."""
     observe: ObserveSection = Field(default_factory=ObserveSection)
     """Who is told."""
 

@@ -6,6 +6,7 @@ chosen: both belong to token t, and are 0 at each sequence's first token. A rank
 its data-parallel share, the same on all ranks that share it.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class Rollouts:
     """Place of each sequence among those of all data-parallel ranks: the same in every layout."""
     num_everywhere: int
     """Sequences of all data-parallel ranks."""
+    left_out: frozenset[int] = frozenset()
+    """Sequences of this rank, by number from 0, that nothing is learned from: no reward could be had."""
 
     @property
     def num_sequences(self) -> int:
@@ -65,10 +68,12 @@ class Rollouts:
 
     @property
     def action_mask_T(self) -> torch.Tensor:
-        """bool [T], true for tokens that the policy chose: the answers."""
+        """bool [T], true for tokens that the policy chose: the answers that are not left out."""
         mask_T = torch.zeros_like(self.tokens_T, dtype=torch.bool)
-        for start, length, prompt_length in zip(self.starts, self.lengths, self.prompt_lengths, strict=False):
-            mask_T[start + prompt_length : start + length] = True
+        starts = self.starts
+        for index, (length, prompt_length) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)):
+            if index not in self.left_out:
+                mask_T[starts[index] + prompt_length : starts[index] + length] = True
         return mask_T
 
     def answer(self, index: int) -> torch.Tensor:
@@ -78,13 +83,32 @@ class Rollouts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rewards:
+    """What the answers of this rank's sequences are worth."""
+
+    rewards_B: torch.Tensor
+    """Of each answer as a whole, less its baseline, fp32 [B]; 0 where it is left out."""
+    token_rewards_T: torch.Tensor | None
+    """Of single tokens of the answers, fp32 [T]; None where nothing judges tokens."""
+    left_out: frozenset[int]
+    """Sequences, by number from 0, whose reward or baseline could not be had."""
+
+    def totals_B(self, starts: list[int]) -> torch.Tensor:
+        """Return what each answer is worth in all, fp32 [B]; `starts` are those of the rollouts."""
+        if self.token_rewards_T is None:
+            return self.rewards_B
+        parts = [self.token_rewards_T[a:b].sum() for a, b in itertools.pairwise(starts)]
+        return self.rewards_B + torch.stack(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
     """Rollouts with everything that an update needs."""
 
     rollouts: Rollouts
     """The sequences."""
     rewards_B: torch.Tensor
-    """Reward of each sequence less its baseline, fp32 [B]."""
+    """Reward of each sequence, of its tokens together, less its baseline, fp32 [B]; 0 where left out."""
     old_logprobs_T: torch.Tensor
     """The policy's logprobs before the update, of the distribution at the rollouts' temperature, fp32 [T]."""
     ref_logprobs_T: torch.Tensor

@@ -1,11 +1,13 @@
 """Rewards from a function: what it is given, how it is found, and what it may answer."""
 
 import importlib
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+_LARGEST = 3.4028234e38  # of fp32
+_SHOWN = 200  # characters of a prompt or an answer in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,18 @@ class RewardRequest:
     """Further fields of the prompt's record."""
 
 
-RewardFunction = Callable[[Sequence[RewardRequest]], Sequence[float]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFault:
+    """Stands where an answer's reward could not be had; a reward function may return it itself."""
+
+    reason: str
+    """What happened, in words that follow the answer's name: `is nan, …`."""
+
+
+Reward = float | tuple[float, ...]
+"""Of an answer as a whole, or one a token of it, its end id included."""
+
+RewardFunction = Callable[[Sequence[RewardRequest]], Sequence[Reward | RewardFault]]
 """Takes answers and returns one reward each, in their order."""
 
 
@@ -34,7 +47,7 @@ class RewardError(ValueError):
     """A reward function that cannot be found, or that answered what is no reward."""
 
 
-def find_reward(name: str) -> RewardFunction:
+def find_rule(name: str) -> RewardFunction:
     """Return the function called `module:function`, from an installed module or one in the current folder.
 
     Raises:
@@ -55,21 +68,64 @@ def find_reward(name: str) -> RewardFunction:
     return function
 
 
-def judge(function: RewardFunction, requests: Sequence[RewardRequest]) -> list[float]:
-    """Return a function's rewards, each known to be a finite number; nothing is mended.
+def judge(
+    function: RewardFunction, requests: Sequence[RewardRequest], *, masks_faults: bool = False
+) -> list[Reward | RewardFault]:
+    """Return a function's rewards, each known to be finite; nothing is mended, no fault becomes a number.
+
+    Args:
+        function: judges the answers.
+        requests: the answers.
+        masks_faults: whether a fault stands in place of its answer's reward, rather than being raised. A
+            function that raises, or answers with another count, is a fault of every answer.
 
     Raises:
-        RewardError: the function raised, or its answer has another length, or holds what is no finite
-            number: the message names the place and what stood there.
+        RewardError: a fault; the message names its place, prompt and answer, and what stood there.
     """
     try:
-        rewards = list(function(requests))
+        answers = list(function(requests))
+        if len(answers) != len(requests):
+            reason = f"the reward function gave {len(answers)} rewards for {len(requests)} answers"
+            answers = [RewardFault(reason=reason)] * len(requests)
     except Exception as error:
-        raise RewardError(f"the reward function raised {type(error).__name__}: {error}") from error
-    if len(rewards) != len(requests):
-        raise RewardError(f"the reward function gave {len(rewards)} rewards for {len(requests)} answers")
-    for index, reward in enumerate(rewards):
-        is_number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
-        if not is_number or not math.isfinite(reward):
-            raise RewardError(f"reward {index} of {len(rewards)} is {reward!r}, a finite number is required")
-    return [float(reward) for reward in rewards]
+        reason = f"the reward function raised {type(error).__name__}: {error}"
+        answers = [RewardFault(reason=reason)] * len(requests)
+    found = [_checked(answer, request) for answer, request in zip(answers, requests, strict=True)]
+    if not masks_faults:
+        for index, reward in enumerate(found):
+            if isinstance(reward, RewardFault):
+                raise RewardError(f"reward {index} of {len(found)}, {describe(requests[index], reward)}")
+    return found
+
+
+def describe(request: RewardRequest, fault: RewardFault) -> str:
+    """Return a fault in words, with the beginning of its prompt and answer."""
+    prompt = request.prompt_tokens if request.prompt is None else request.prompt
+    response = request.response_tokens if request.response is None else request.response
+    return f"of the answer {_short(response)} to the prompt {_short(prompt)}: {fault.reason}"
+
+
+def _checked(answer: object, request: RewardRequest) -> Reward | RewardFault:
+    if isinstance(answer, RewardFault):
+        return answer
+    if not isinstance(answer, Sequence) or isinstance(answer, str):
+        if _is_number(answer):
+            return float(answer)
+        return RewardFault(reason=f"it is {_short(answer)}, a finite number is required")
+    num_tokens = len(request.response_tokens)
+    if len(answer) != num_tokens:
+        return RewardFault(reason=f"it has {len(answer)} numbers for an answer of {num_tokens} tokens")
+    for place, number in enumerate(answer):
+        if not _is_number(number):
+            return RewardFault(reason=f"it is {_short(number)} at token {place}, a finite number is required")
+    return tuple(float(number) for number in answer)
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that fp32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _short(content: object) -> str:
+    text = repr(content)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"

@@ -1,21 +1,22 @@
 """From rollouts to experience: rewards, logprobs and values, then advantages in one launch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
-from glm_rlhf.engine.types import Experience, Rollouts
+from glm_rlhf.engine.types import Experience, Rewards, Rollouts
 from glm_rlhf.kernels import ppo_advantages, whiten
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import shift_to_tokens
 from glm_rlhf.parallel.scoring import score_rows, score_tokens
 from glm_rlhf.parallel.topology import Topology
 
-Rewarder = Callable[[Rollouts], torch.Tensor]
-"""Rewards of this rank's sequences less their baselines, fp32 [B]; all ranks that share them call."""
+Rewarder = Callable[[Rollouts], Rewards]
+"""Gives the rewards of this rank's sequences less their baselines; every rank calls it."""
 
 
 def make_experience(
@@ -52,8 +53,10 @@ def make_experience(
         max_tokens=settings.micro_batch_tokens,
         multiple=topology.layout.token_multiple,
     )
+    rewards = rewarder(rollouts)
+    rollouts = replace(rollouts, left_out=rewards.left_out)
     mask_T = rollouts.action_mask_T
-    rewards_B = rewarder(rollouts)
+    rewards_B = rewards.totals_B(rollouts.starts)
     ref_logprobs_T = _logprobs(reference, batches, mask_T, rollouts.temperature, topology)
     old_logprobs_T, gap = _old_logprobs(policy, batches, rollouts, mask_T, settings, topology)
     values_T = _values(critic, batches, mask_T, topology)
@@ -68,13 +71,14 @@ def make_experience(
         old_logprobs_T,
         ref_logprobs_T,
         values_T,
-        rewards_B,
+        rewards.rewards_B,
         rollouts.cu_seqlens,
         mask_T,
         kl_coef=kl_coef,
         gamma=settings.gamma,
         lam=settings.lam,
         kl_estimator=settings.kl_estimator,
+        token_rewards_T=rewards.token_rewards_T,
     )
     advantages_T = estimate.advantages_T
     if settings.whitens_advantages:
@@ -175,7 +179,8 @@ def _metrics(
     gap: float,
     topology: Topology,
 ) -> dict[str, float]:
-    """Return means over the sequences and tokens of all data-parallel ranks."""
+    """Return means over the sequences and tokens of all data-parallel ranks; those left out are not in them,
+    but for the lengths."""
     lengths = [
         length - prompt for length, prompt in zip(rollouts.lengths, rollouts.prompt_lengths, strict=True)
     ]
@@ -191,16 +196,19 @@ def _metrics(
             (kl_T * mask_T).sum(),
             values_T.sum(),
             torch.tensor(float(sum(rollouts.prompt_lengths)), device=mask_T.device),
+            torch.tensor(float(len(rollouts.left_out)), device=mask_T.device),
         ]
     ).double()
     dist.all_reduce(sums, group=topology.dp_group)
-    count, rewards, squares, length, cut, tokens, kl, values, prompt = sums.tolist()
-    mean = rewards / max(count, 1)
+    count, rewards, squares, length, cut, tokens, kl, values, prompt, left_out = sums.tolist()
+    judged = max(count - left_out, 1)
+    mean = rewards / judged
     return {
         "critic/rewards/mean": mean,
-        "critic/rewards/std": max(squares / max(count, 1) - mean * mean, 0.0) ** 0.5,
+        "critic/rewards/std": max(squares / judged - mean * mean, 0.0) ** 0.5,
+        "critic/rewards/num_left_out": left_out,
         "critic/values/mean": values / max(tokens, 1),
-        "objective/kl": kl / max(count, 1),
+        "objective/kl": kl / judged,
         "objective/kl_per_token": kl / max(tokens, 1),
         "prompt_length/mean": prompt / max(count, 1),
         "response_length/mean": length / max(count, 1),

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from glm_rlhf.engine.config_evaluate import EvaluateConfig
 from glm_rlhf.engine.config_ppo import PPOConfig
+from glm_rlhf.engine.config_reward import PPORewardSection
 from glm_rlhf.engine.config_training import DemonstrationsSection
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.rollout.answers import AnswerSettings
 from glm_rlhf.engine.rollout.generation import BatchSettings
-from glm_rlhf.engine.rollout.rewards import find_reward
+from glm_rlhf.engine.rollout.reward_http import HttpReward
+from glm_rlhf.engine.rollout.reward_sum import find_reward
+from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.rollout.stop_texts import stop_check
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
@@ -129,7 +133,7 @@ def _build(
     load = partial(load_model, topology=place, dtype=DTYPES[config.train.dtype], seed=config.run.seed)
     trained = {"recompute_layers": config.train.recompute_layers}
     with agreed("finding the reward function"):
-        function = None if config.reward.function is None else find_reward(config.reward.function)
+        function = reward_function_of(config.reward)
     policy, _ = load(config.model.path, **trained)
     glm, given = policy[0].glm, config.generation
     resharded = stack.enter_context(
@@ -150,9 +154,10 @@ def _build(
         reward_model=None if reward_path is None else load(reward_path, role="reward")[0],
         reward_function=function,
         reward_function_weight=config.reward.function_weight,
+        masks_reward_faults=config.reward.on_error == "mask",
         uses_reference_baseline=config.ppo.reference_baseline,
         settings=_settings(config),
-        answers=_answer_settings(config, tokenizer, glm, place),
+        answers=answer_settings_of(config, tokenizer, glm, place),
         policy_adam=adam_of(config.optimizer),
         critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
         in_backward=config.optimizer.in_backward,
@@ -184,6 +189,22 @@ def _demonstrations(
     )
 
 
+def reward_function_of(reward: PPORewardSection) -> RewardFunction | None:
+    """Return the function that the config names, or None.
+
+    Raises:
+        RewardError: it cannot be found.
+    """
+    over_http = partial(_over_http, reward=reward)
+    return None if reward.function is None else find_reward(reward.function, over_http=over_http)
+
+
+def _over_http(url: str, *, reward: PPORewardSection) -> RewardFunction:
+    return HttpReward(
+        url=url, timeout_s=reward.timeout_s, retries=reward.retries, batch_size=reward.batch_size
+    )
+
+
 def _settings(config: PPOConfig) -> PPOSettings:
     ppo = config.ppo
     return PPOSettings(
@@ -206,9 +227,10 @@ def _settings(config: PPOConfig) -> PPOSettings:
     )
 
 
-def _answer_settings(
-    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+def answer_settings_of(
+    config: PPOConfig | EvaluateConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
 ) -> AnswerSettings:
+    """Return how a config wants prompts answered."""
     given = config.generation
     masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(glm.vocab_size).to(place.device)
     return AnswerSettings(

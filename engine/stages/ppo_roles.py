@@ -51,6 +51,7 @@ class PPORoles:
         reward_model: Sequence[GLMModel] | None = None,
         reward_function: RewardFunction | None = None,
         reward_function_weight: float = 1.0,
+        masks_reward_faults: bool = False,
         uses_reference_baseline: bool = False,
         demonstrations: DemonstrationStream | None = None,
         resharded: ReshardedWeights | None = None,
@@ -68,6 +69,7 @@ class PPORoles:
             tokenizer: gives a reward function its texts.
             reward_function: judges answers, beside or in place of the reward model.
             reward_function_weight: factor of its rewards.
+            masks_reward_faults: whether an answer that it has no reward for is left out, not an error.
             uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
             demonstrations: what the policy's steps imitate beside learning from rewards; None for nothing.
             resharded: the policy in the layout that it generates in; None where that is `topology`'s.
@@ -101,6 +103,7 @@ class PPORoles:
             model=reward_model,
             function=reward_function,
             function_weight=reward_function_weight,
+            masks_faults=masks_reward_faults,
             answer_by_reference=answer_by_reference if uses_reference_baseline else None,
         )
 

@@ -1,14 +1,23 @@
 """The reward of PPO: a reward model, a function, or both, less that of a reference answer."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rollout.rewards import RewardError, RewardFunction, RewardRequest, judge
+from glm_rlhf.engine.rollout.rewards import (
+    Reward,
+    RewardError,
+    RewardFault,
+    RewardFunction,
+    RewardRequest,
+    describe,
+    judge,
+)
 from glm_rlhf.engine.stages.stream_batches import stream_batches
-from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.scoring import score_rows
 from glm_rlhf.parallel.topology import Topology
@@ -29,6 +38,7 @@ class RewardTerms:
         model: Sequence[GLMModel] | None = None,
         function: RewardFunction | None = None,
         function_weight: float = 1.0,
+        masks_faults: bool = False,
         answer_by_reference: AnswerByReference | None = None,
     ) -> None:
         """Combine the terms.
@@ -40,6 +50,8 @@ class RewardTerms:
             model: this rank's chunks of a reward model; None for none.
             function: judges answers; None for none.
             function_weight: factor of the function's reward.
+            masks_faults: whether an answer that the function has no reward for is left out, and told on
+                stderr, rather than ending the run.
             answer_by_reference: where given, the reward of its answer to the same prompt is subtracted
                 (ChatGLM-RLHF's baseline); each prompt is answered once and its score kept.
 
@@ -51,21 +63,30 @@ class RewardTerms:
         self.topology, self.micro_batch_tokens = topology, micro_batch_tokens
         self.tokenizer, self.model = tokenizer, model
         self.function, self.function_weight = function, function_weight
+        self.masks_faults = masks_faults
         self.answer_by_reference = answer_by_reference
         self.baselines: dict[tuple[int, ...], float] = {}
 
-    def __call__(self, rollouts: Rollouts) -> torch.Tensor:
-        """Return rewards less baselines, fp32 [B]; every rank of the topology calls this.
+    def __call__(self, rollouts: Rollouts) -> Rewards:
+        """Return rewards less baselines; every rank of the topology calls this.
+
+        Where faults are masked, an answer is left out when it or its prompt's reference answer has no
+        reward; the reference is asked again the next time that the prompt comes.
 
         Raises:
-            RewardError: the function failed on some rank; on all of them.
+            RewardError: the function failed on some rank, or for all answers; on every rank.
         """
-        rewards_B = self._total(rollouts)
+        rewards = self.without_baseline(rollouts)
         if self.answer_by_reference is None:
-            return rewards_B
+            return rewards
         self._learn_baselines(rollouts.prompts)
-        baselines = [self.baselines[prompt.tokens] for prompt in rollouts.prompts]
-        return rewards_B - torch.tensor(baselines, device=rewards_B.device)
+        baselines = [self.baselines.get(prompt.tokens) for prompt in rollouts.prompts]
+        left_out = rewards.left_out | {index for index, found in enumerate(baselines) if found is None}
+        less_B = rewards.rewards_B - torch.tensor(
+            [found or 0.0 for found in baselines], device=rewards.rewards_B.device
+        )
+        less_B[sorted(left_out)] = 0.0
+        return Rewards(rewards_B=less_B, token_rewards_T=rewards.token_rewards_T, left_out=left_out)
 
     def _learn_baselines(self, prompts: Sequence[PromptInput]) -> None:
         unknown = {p.tokens: p for p in prompts if p.tokens not in self.baselines}
@@ -76,18 +97,37 @@ class RewardTerms:
             return
         new = tuple(unknown.values()) or prompts[:1]
         answers = self.answer_by_reference(new)
-        scores = self._total(answers).tolist()
-        for prompt, score in zip(answers.prompts, scores, strict=True):
-            self.baselines.setdefault(prompt.tokens, score)
+        rewards = self.without_baseline(answers)
+        scores = rewards.totals_B(answers.starts).tolist()
+        for index, (prompt, score) in enumerate(zip(answers.prompts, scores, strict=True)):
+            if index not in rewards.left_out:
+                self.baselines.setdefault(prompt.tokens, score)
 
-    def _total(self, rollouts: Rollouts) -> torch.Tensor:
-        total_B = torch.zeros(rollouts.num_sequences, device=rollouts.tokens_T.device)
+    def without_baseline(self, rollouts: Rollouts) -> Rewards:
+        """Return rewards with nothing subtracted; every rank of the topology calls this.
+
+        Raises:
+            RewardError: the function failed on some rank, or for all answers; on every rank.
+        """
+        device = rollouts.tokens_T.device
+        total_B, token_T, left_out = torch.zeros(rollouts.num_sequences, device=device), None, set()
         if self.model is not None:
             total_B += self._model_scores(rollouts)
         if self.function is not None:
-            judged = self._judge_together(rollouts)
-            total_B += self.function_weight * torch.tensor(judged, device=total_B.device)
-        return total_B
+            for index, reward in enumerate(self._judge_together(rollouts)):
+                if isinstance(reward, RewardFault):
+                    left_out.add(index)
+                elif isinstance(reward, tuple):
+                    token_T = (
+                        torch.zeros(rollouts.tokens_T.shape, device=device) if token_T is None else token_T
+                    )
+                    end = rollouts.starts[index + 1]
+                    weighted = self.function_weight * torch.tensor(reward, device=device)
+                    token_T[end - len(reward) : end] = weighted
+                else:
+                    total_B[index] += self.function_weight * reward
+        total_B[sorted(left_out)] = 0.0
+        return Rewards(rewards_B=total_B, token_rewards_T=token_T, left_out=frozenset(left_out))
 
     def _model_scores(self, rollouts: Rollouts) -> torch.Tensor:
         """Return the reward model's scalar at each sequence's last token."""
@@ -103,21 +143,29 @@ class RewardTerms:
             batch.put(rows, rows_T)
         return rows_T[rollouts.cu_seqlens[1:].long() - 1]
 
-    def _judge_together(self, rollouts: Rollouts) -> list[float]:
+    def _judge_together(self, rollouts: Rollouts) -> list[Reward | RewardFault]:
         """Let one rank of those that share the sequences ask the function, and tell the others."""
-        place = self.topology
-        answer: list = [None, None]
+        place, found, faults, error = self.topology, None, [], None
         if place.tp_rank == place.pp_rank == place.cp_rank == 0:
+            requests = self._requests(rollouts)
             try:
-                answer[0] = judge(self.function, self._requests(rollouts))
-            except RewardError as error:
-                answer[1] = str(error)
+                found = judge(self.function, requests, masks_faults=self.masks_faults)
+                pairs = zip(requests, found, strict=True)
+                faults = [describe(one, fault) for one, fault in pairs if isinstance(fault, RewardFault)]
+            except RewardError as raised:
+                error = str(raised)
         everyone: list = [None] * place.world_size
-        dist.all_gather_object(everyone, (place.dp_rank, *answer))
-        fault = next((error for _, _, error in everyone if error is not None), None)
-        if fault is not None:
-            raise RewardError(fault)
-        return next(rewards for rank, rewards, _ in everyone if rank == place.dp_rank and rewards is not None)
+        dist.all_gather_object(everyone, (place.dp_rank, found, faults, error))
+        answered = [part for part in everyone if part[1] is not None or part[3] is not None]
+        raised = next((error for *_, error in answered if error is not None), None)
+        if raised is not None:
+            raise RewardError(raised)
+        all_faults = [words for _, _, faults, _ in answered for words in faults]
+        if all_faults and len(all_faults) == sum(len(rewards) for _, rewards, _, _ in answered):
+            raise RewardError(f"no answer of {len(all_faults)} has a reward, the first {all_faults[0]}")
+        if all_faults and place.is_reporter:
+            sys.stderr.write(f"{len(all_faults)} answers are left out, the first reward {all_faults[0]}\n")
+        return next(rewards for rank, rewards, *_ in answered if rank == place.dp_rank)
 
     def _requests(self, rollouts: Rollouts) -> list[RewardRequest]:
         requests = []

@@ -6,25 +6,26 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
+import torch
+
 from glm_rlhf.engine.config_ppo import PPOConfig
-from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.jsonl import ReadReport
-from glm_rlhf.engine.data.record_ids import prompt_ids
-from glm_rlhf.engine.data.records import PromptRecord, read_prompts
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
 from glm_rlhf.engine.observe.progress import ProgressLine
 from glm_rlhf.engine.observe.report import SAMPLES_AFTER, SAMPLES_FOLDER, tell_report
+from glm_rlhf.engine.stages.judged_answers import gather_answers, write_answers
 from glm_rlhf.engine.stages.ppo import PPOEngine
-from glm_rlhf.engine.stages.ppo_samples import NUM_SHOWN, write_samples
+from glm_rlhf.engine.stages.ppo_evaluation import PPOEvaluation
+from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.stages.training_run import claim_folder
-from glm_rlhf.engine.types import PromptInput
+from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
-from glm_rlhf.parallel.glm_config import GLMConfig
+
+_NUM_SAMPLES = 16  # answers in a file of them
 
 
 def run(config: PPOConfig) -> None:
@@ -38,9 +39,15 @@ def run(config: PPOConfig) -> None:
     with PPOEngine(config) as engine:
         place = engine.topology
         claim_folder(config, place)
-        report = ReadReport()
         with agreed("reading the prompts"):
-            prompts = _read(config, engine.tokenizer, engine.model_config, report)
+            prompts = read_prompt_inputs(
+                config.data.path,
+                engine.tokenizer,
+                engine.model_config,
+                max_prompt_tokens=config.data.max_prompt_tokens,
+                on_error=config.data.on_error,
+                report=ReadReport(),
+            )
             sampler = BatchSampler(len(prompts), config.train.global_batch_size, seed=config.run.seed)
         if report.num_skipped and place.is_reporter:
             sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
@@ -57,9 +64,14 @@ def run(config: PPOConfig) -> None:
                     )
                 )
             progress = stack.enter_context(ProgressLine(steps=config.train.steps, is_shown=place.is_reporter))
+            evaluation = PPOEvaluation(engine) if config.evaluate.every else None
+            if evaluation is not None:
+                write(0, evaluation.run(0))
             for step in range(config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 metrics = _iterate(engine, batch, step)
+                if evaluation is not None and evaluation.is_due(step + 1):
+                    metrics |= evaluation.run(step + 1)
                 write(step + 1, metrics)
                 progress.show(step + 1, metrics)
         _close(engine, [prompts[number] for number in sampler.batch(0)])
@@ -96,7 +108,7 @@ def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> di
     is_last = step + 1 == config.train.steps
     if config.train.sample_every and (step % config.train.sample_every == 0 or is_last):
         path = Path(config.run.output) / SAMPLES_FOLDER / f"step_{step + 1}.jsonl"
-        write_samples(path, rollouts, experience.rewards_B, engine.tokenizer, place)
+        _write_samples(engine, path, experience.rollouts, experience.rewards_B)
     if is_last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
         folder = Path(config.run.output) / "checkpoints" / f"step_{step + 1}"
         engine.export_hf(folder)
@@ -108,42 +120,17 @@ def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
     config, place = engine.config, engine.topology
     folder = Path(config.run.output)
     if config.train.sample_every:
-        num_prompts = max(math.ceil(NUM_SHOWN / config.generation.num_samples), place.dp)
+        num_prompts = max(math.ceil(_NUM_SAMPLES / config.generation.num_samples), place.dp)
         rollouts = engine.generate(first_prompts[:num_prompts])
-        write_samples(
-            folder / SAMPLES_FOLDER / SAMPLES_AFTER,
-            rollouts,
-            engine.roles.rewards(rollouts),
-            engine.tokenizer,
-            place,
-        )
+        rewards = engine.roles.rewards(rollouts)
+        rollouts = dataclasses.replace(rollouts, left_out=rewards.left_out)
+        path = folder / SAMPLES_FOLDER / SAMPLES_AFTER
+        _write_samples(engine, path, rollouts, rewards.totals_B(rollouts.starts))
     if place.is_reporter:
         tell_report(folder, title=config.run.name)
 
 
-def _read(
-    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, report: ReadReport
-) -> list[PromptInput]:
-    data = config.data
-    then = partial(
-        _prompt_input,
-        tokenizer=tokenizer,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_positions=glm.max_positions,
-    )
-    return list(
-        read_prompts(data.path, vocab_size=glm.vocab_size, on_error=data.on_error, report=report, then=then)
-    )
-
-
-def _prompt_input(
-    record: PromptRecord, *, tokenizer: Tokenizer | None, max_prompt_tokens: int, max_positions: int
-) -> PromptInput:
-    ids = prompt_ids(record.prompt, record.place, tokenizer)
-    longest = min(max_prompt_tokens, max_positions - 1)
-    if len(ids) > longest:
-        raise record.place.error(
-            f"the prompt has {len(ids)} tokens, at most {longest} are allowed: data.max_prompt_tokens is "
-            f"{max_prompt_tokens}, the model's context {max_positions}"
-        )
-    return PromptInput(tokens=tuple(ids), extra=record.extra)
+def _write_samples(engine: PPOEngine, path: Path, rollouts: Rollouts, rewards_B: torch.Tensor) -> None:
+    place = engine.topology
+    answers = gather_answers(rollouts, rewards_B, engine.tokenizer, place, first=_NUM_SAMPLES)
+    write_answers(path, answers, place)

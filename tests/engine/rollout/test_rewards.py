@@ -4,8 +4,9 @@ import math
 import sys
 
 import pytest
+from reward_requests import reward_requests
 
-from glm_rlhf.engine.rollout.rewards import RewardError, RewardRequest, find_reward, judge
+from glm_rlhf.engine.rollout.rewards import RewardError, RewardFault, RewardRequest, find_rule, judge
 
 
 def requests(count: int) -> list[RewardRequest]:
@@ -40,9 +41,12 @@ def test_the_function_sees_the_answers_in_order_with_their_fields():
     assert judge(lambda asked: [], []) == []
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "1.0", True, [1.0], 1j], ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, None, "1.0", True, 1j], ids=repr)
 def test_what_is_no_finite_number_is_named_with_its_place(bad):
-    with pytest.raises(RewardError, match=r"reward 1 of 3 is .*, a finite number is required") as caught:
+    words = (
+        r"reward 1 of 3, of the answer \(2, 1\) to the prompt \(1,\): it is .*, a finite number is required"
+    )
+    with pytest.raises(RewardError, match=words) as caught:
         judge(lambda _: [0.0, bad, math.nan], requests(3))
     assert repr(bad) in str(caught.value)
 
@@ -78,11 +82,47 @@ def test_a_function_that_fails_is_named_by_its_error(function, says):
 )
 def test_a_function_that_cannot_be_found_is_named(name, says):
     with pytest.raises(RewardError, match=says):
-        find_reward(name)
+        find_rule(name)
 
 
 def test_a_function_of_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "a_rule_of_ours.py").write_text("def rule(requests):\n    return [1.0 for _ in requests]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert judge(find_reward("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
+    assert judge(find_rule("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
+
+
+def test_numbers_of_answers_and_of_tokens_pass():
+    assert judge(lambda _: [1, 0.5, [0.25, -1]], reward_requests()) == [1.0, 0.5, (0.25, -1.0)]
+
+
+FAULTS = {
+    "a fault of its own": (lambda _: [0.0, RewardFault(reason="no judge"), 1.0], "no judge"),
+    "tokens, too few": (lambda _: [0.0, [1.0], 1.0], "1 numbers for an answer of 2 tokens"),
+    "tokens, one nan": (lambda _: [0.0, [1.0, math.nan], 1.0], "nan at token 1"),
+}
+
+
+@pytest.mark.parametrize(("function", "words"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_names_prompt_and_answer_or_stands_alone(function, words):
+    with pytest.raises(RewardError, match=r"reward 1 of 3, of the answer 'x+ … to the prompt 'question 1'"):
+        judge(function, reward_requests())
+    with pytest.raises(RewardError) as error:
+        judge(function, reward_requests())
+    assert words in str(error.value)
+    assert len(str(error.value)) < 500
+    first, fault, last = judge(function, reward_requests(), masks_faults=True)
+    assert (first, last) == (0.0, 1.0)
+    assert words in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [(lambda _: [1.0], "gave 1 rewards for 3 answers"), (lambda _: 1 / 0, "raised ZeroDivisionError")],
+    ids=["wrong count", "raises"],
+)
+def test_a_fault_of_the_whole_call_is_one_of_every_answer(function, words):
+    with pytest.raises(RewardError, match=words):
+        judge(function, reward_requests())
+    found = judge(function, reward_requests(), masks_faults=True)
+    assert [words in fault.reason for fault in found] == [True] * 3

@@ -70,6 +70,49 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
     assert all(changed)
 
 
+def test_answers_without_a_reward_are_left_out_alike_in_every_layout(ranks, inputs, tmp_path, capsys):
+    """One iteration of all prompts, of which 4 of 10 have more than 6 tokens and so no reward."""
+    options = [
+        "reward.function=reward_rules:nan_after_long_prompts + 0.5 * reward_rules:low_id_tokens",
+        "reward.on_error=mask",
+        "train.steps=1",
+        "train.global_batch_size=10",
+        "train.sample_every=0",
+        "ppo.reference_baseline=false",
+    ]
+    assert main(command(inputs, tmp_path / "one", *options)) == 0
+    assert "8 answers are left out, the first reward of the answer" in capsys.readouterr().err
+    assert ranks.run(main, command(inputs, tmp_path / "four", *options, "parallel.tp=2")) == [0] * 4
+    one, four = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "four"))
+    assert one["critic/rewards/num_left_out"] == four["critic/rewards/num_left_out"] == 8
+    assert one["critic/rewards/mean"] > 0.5
+    for name in one.keys() - {"step"}:
+        if not name.startswith(("timing_s/", "perf/")):
+            assert one[name] == pytest.approx(four[name], rel=1e-4, abs=2e-5), name  # sums in another order
+    assert main(command(inputs, tmp_path / "raises", *options, "reward.on_error=raise")) == 2
+    assert "it is nan, a finite number is required" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_evaluates_on_the_way_and_keeps_its_best_policy(inputs, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(f'{{"prompt_tokens": [{n}, {n + 1}]}}\n' for n in range(10, 30, 2)))
+    options = ["train.steps=4", "evaluate.every=2", f"evaluate.path={held_out}", "evaluate.pass_reward=0.6"]
+    assert main(command(inputs, tmp_path / "run", "ppo.kl_coef=0", *options)) == 0
+    metrics = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").open()]
+    evaluated = {one["step"]: one for one in metrics if "eval/reward" in one}
+    assert list(evaluated) == [0, 2, 4]
+    assert evaluated[0]["eval/win_rate"] == 0.5  # before the first update policy and reference are the same
+    for one in evaluated.values():
+        assert one["eval/reward/low"] < one["eval/reward"] < one["eval/reward/high"]
+        assert 0 <= one["eval/pass@1"] <= 1
+    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert best["step"] == max((2, 4), key=lambda step: evaluated[step]["eval/reward"])
+    assert best["eval/reward"] == evaluated[best["step"]]["eval/reward"] > evaluated[0]["eval/reward"]
+    GlmForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "best")
+    folders = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert folders == ["best", "best.json", "step_4"]
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -80,6 +123,7 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
         ("train.global_batch_size=11", "11"),
         ("generation.temperature=0", "temperature is 0"),
         ("ppo.clip=0", "ppo.clip"),
+        ("evaluate.every=2", "evaluation needs both"),
     ],
 )
 def test_what_cannot_work_ends_with_one_sentence(inputs, tmp_path, capsys, change, sentence):
