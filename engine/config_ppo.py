@@ -23,7 +23,6 @@ from glm_rlhf.engine.config_reward import PPORewardSection
 from glm_rlhf.engine.config_training import (
     CountOrZero,
     NotNegative,
-    ObserveSection,
     OptimizerSection,
     OptionalModelSection,
 )
@@ -120,6 +119,19 @@ class PPOSection:
 
 
 @frozen_section
+class PPOObserveSection:
+    """Who is told the metrics, beside <run.output>/metrics.jsonl, and what else is kept."""
+
+    tensorboard: bool = True
+    """Whether <run.output>/tensorboard is written."""
+    wandb: str | None = None
+    """Project of Weights & Biases to write to; needs wandb installed; null for none."""
+    trace: bool = False
+    """Whether each rank writes <run.output>/trace/rank_N.json for Perfetto; on a CPU perf/idle_fraction is
+    measured then too."""
+
+
+@frozen_section
 class PPOConfig:
     """Settings of `ppo`."""
 
@@ -149,7 +161,7 @@ class PPOConfig:
     """The algorithm."""
     evaluate: EvaluateWithinSection = Field(default_factory=EvaluateWithinSection)
     """Evaluation on the way."""
-    observe: ObserveSection = Field(default_factory=ObserveSection)
+    observe: PPOObserveSection = Field(default_factory=PPOObserveSection)
     """Who is told."""
 
     from_yaml = classmethod(load_config)

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 from glm_rlhf.parallel.decode_batch import Plan
 from glm_rlhf.parallel.generation_stage import GenerationStage, Turn
+from glm_rlhf.parallel.spans import span
 
 Done = TypeVar("Done", covariant=True)
 
@@ -88,8 +89,9 @@ def run_queue(
             ticks.busy += plan is not None
             ticks.idle += plan is None
             if plan is not None:
-                running[group] = stage.start(plan)
-                stage.advance(running[group], 0)
+                with span("token step"):
+                    running[group] = stage.start(plan)
+                    stage.advance(running[group], 0)
         _advance_further(stage, running)
     stage.finish()
 
@@ -99,7 +101,8 @@ def _advance_further(stage: GenerationStage, turns: Sequence[Turn | None]) -> No
     for chunk in range(1, stage.num_chunks):
         for turn in turns:
             if turn is not None:
-                stage.advance(turn, chunk)
+                with span("token step"):
+                    stage.advance(turn, chunk)
 
 
 def _finish_turns(

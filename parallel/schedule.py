@@ -1,16 +1,18 @@
 """Micro-batches through a sharded model: one pipeline schedule for every layout and every objective."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.packing import PackedTokens, TokenShare, pack, share
+from glm_rlhf.parallel.spans import is_recording, span
 from glm_rlhf.parallel.stage_link import StageLink
 from glm_rlhf.parallel.topology import Topology
 
@@ -52,7 +54,7 @@ def run_micro_batches(
     # Fillers come first: reductions that overlap with backward wait for gradients of the last micro-batch.
     shares = fillers + shares
     run = partial(
-        get_forward_backward_func(),
+        schedules.get_forward_backward_func(),
         **_communication(chunks, shares, topology),
         forward_step_func=partial(_forward_step, step, len(fillers)),
         data_iterator=[iter(enumerate(shares)) for _ in chunks],
@@ -66,7 +68,8 @@ def run_micro_batches(
         with torch.no_grad():
             outputs = run(collect_non_loss_data=True)
     else:
-        outputs = run()
+        with _backward_spans():
+            outputs = run()
     return outputs[len(fillers) :]
 
 
@@ -119,7 +122,8 @@ def _forward_step(
     step: Step, num_fillers: int, data: Iterator[tuple[int, TokenShare]], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     place, token_share = next(data)
-    hidden = model(token_share)
+    with span("forward"):
+        hidden = model(token_share)
     return hidden, partial(_apply, step, _unwrap(model), place - num_fillers)
 
 
@@ -130,7 +134,8 @@ def _apply(
 
     A filler has a negative index.
     """
-    loss, output = (None, None) if index < 0 else step(model, hidden_TD, index)
+    with span("head"):
+        loss, output = (None, None) if index < 0 else step(model, hidden_TD, index)
     if non_loss_data:
         return output
     if index < 0 or not loss.requires_grad:
@@ -139,6 +144,25 @@ def _apply(
     # And a copy, because the schedule empties the tensor in its hands, and the output may share its memory.
     is_finite = loss.detach().isfinite()
     return loss * torch.where(is_finite, 1.0, torch.nan), _no_tokens(hidden_TD), output
+
+
+@contextlib.contextmanager
+def _backward_spans() -> Iterator[None]:
+    """Make each backward a span where they are recorded: Megatron-core's schedule calls it by name."""
+    if not is_recording():
+        yield
+        return
+    backward_step = schedules.backward_step
+
+    def spanned(*args: Any) -> Any:
+        with span("backward"):
+            return backward_step(*args)
+
+    schedules.backward_step = spanned
+    try:
+        yield
+    finally:
+        schedules.backward_step = backward_step
 
 
 def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:

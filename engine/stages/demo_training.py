@@ -19,6 +19,7 @@ from glm_rlhf.engine.config_file import save_config
 from glm_rlhf.engine.config_ppo import (
     CriticSection,
     PPOConfig,
+    PPOObserveSection,
     PPOPromptsSection,
     PPORewardSection,
     PPOSection,
@@ -175,7 +176,7 @@ def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Pa
         ppo=PPOSection(
             minibatches=2, kl_coef=0.05, sft_coef=0.2, value_clip=None, whiten=True, reference_baseline=True
         ),
-        observe=_QUIET,
+        observe=PPOObserveSection(tensorboard=False),
     )
     save_config(settings, settings.run.output)
     scheduler.run(settings)

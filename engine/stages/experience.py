@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
 from glm_rlhf.engine.types import Experience, Rewards, Rollouts
@@ -53,13 +54,18 @@ def make_experience(
         max_tokens=settings.micro_batch_tokens,
         multiple=topology.layout.token_multiple,
     )
-    rewards = rewarder(rollouts)
+    phases = Phases()
+    with phases.phase("reward"):
+        rewards = rewarder(rollouts)
     rollouts = replace(rollouts, left_out=rewards.left_out)
     mask_T = rollouts.action_mask_T
     rewards_B = rewards.totals_B(rollouts.starts)
-    ref_logprobs_T = _logprobs(reference, batches, mask_T, rollouts.temperature, topology)
-    old_logprobs_T, gap = _old_logprobs(policy, batches, rollouts, mask_T, settings, topology)
-    values_T = _values(critic, batches, mask_T, topology)
+    with phases.phase("reference"):
+        ref_logprobs_T = _logprobs(reference, batches, mask_T, rollouts.temperature, topology)
+    with phases.phase("old_logprobs"):
+        old_logprobs_T, gap = _old_logprobs(policy, batches, rollouts, mask_T, settings, topology)
+    with phases.phase("values"):
+        values_T = _values(critic, batches, mask_T, topology)
     named = {
         "rewards": rewards_B,
         "the reference's logprobs": ref_logprobs_T,
@@ -67,24 +73,25 @@ def make_experience(
         "the critic's values": values_T,
     }
     _check_finite(named, topology)
-    estimate = ppo_advantages(
-        old_logprobs_T,
-        ref_logprobs_T,
-        values_T,
-        rewards.rewards_B,
-        rollouts.cu_seqlens,
-        mask_T,
-        kl_coef=kl_coef,
-        gamma=settings.gamma,
-        lam=settings.lam,
-        kl_estimator=settings.kl_estimator,
-        token_rewards_T=rewards.token_rewards_T,
-    )
-    advantages_T = estimate.advantages_T
-    if settings.whitens_advantages:
-        sums = estimate.whitening_sums()
-        dist.all_reduce(sums, group=topology.dp_group)
-        advantages_T = whiten(advantages_T, mask_T, sums)
+    with phases.phase("estimate"):
+        estimate = ppo_advantages(
+            old_logprobs_T,
+            ref_logprobs_T,
+            values_T,
+            rewards.rewards_B,
+            rollouts.cu_seqlens,
+            mask_T,
+            kl_coef=kl_coef,
+            gamma=settings.gamma,
+            lam=settings.lam,
+            kl_estimator=settings.kl_estimator,
+            token_rewards_T=rewards.token_rewards_T,
+        )
+        advantages_T = estimate.advantages_T
+        if settings.whitens_advantages:
+            sums = estimate.whitening_sums()
+            dist.all_reduce(sums, group=topology.dp_group)
+            advantages_T = whiten(advantages_T, mask_T, sums)
     return Experience(
         rollouts=rollouts,
         rewards_B=rewards_B,
@@ -94,7 +101,8 @@ def make_experience(
         advantages_T=advantages_T,
         returns_T=estimate.returns_T,
         kl_T=estimate.kl_T,
-        metrics=_metrics(rollouts, rewards_B, estimate.kl_T, values_T, mask_T, gap, topology),
+        metrics=_metrics(rollouts, rewards_B, estimate.kl_T, values_T, mask_T, gap, topology)
+        | phases.seconds,
     )
 
 

@@ -90,7 +90,7 @@ class PPOEngine:
         return self.roles.make_experience(rollouts)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """Learn from an iteration's experience; return its metrics, the same on every rank.
+        """Learn from an iteration's experience; return its metrics, those of time this rank's own.
 
         Raises:
             FloatingPointError: a gradient was not finite, so that no step was taken; on every rank.

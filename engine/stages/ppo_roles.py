@@ -1,6 +1,5 @@
 """The four roles of PPO on this rank, and the steps of an iteration."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
 from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.stages.experience import make_experience
@@ -137,25 +137,27 @@ class PPORoles:
         )
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """Learn from an iteration's experience; return its metrics, the same on every rank.
+        """Learn from an iteration's experience; return its metrics, those of time this rank's own.
 
         Raises:
             FloatingPointError: a gradient was not finite, so that no step was taken, or with `in_backward`
                 perhaps a part of one; on every rank.
         """
-        start = time.monotonic()
+        phases = Phases()
         policies, critics, is_stopped = [], [], False
         trains_policy = self.iteration >= self.settings.critic_warmup_iterations
         for epoch in range(self.settings.epochs):
             seed = (self.seed << 20) + self.iteration * 1000 + epoch
             for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
                 given = (experience, part, self.settings)
-                critics.append(critic_step(self.critic_state, *given, topology=self.topology))
+                with phases.phase("critic"):
+                    critics.append(critic_step(self.critic_state, *given, topology=self.topology))
                 self._check("critic", critics[-1][0].grad_norm)
                 if not trains_policy:
                     continue
                 sft = self.demonstrations and self.demonstrations.take(self.topology)
-                policies.append(policy_step(self.policy_state, *given, topology=self.topology, sft=sft))
+                with phases.phase("policy"):
+                    policies.append(policy_step(self.policy_state, *given, topology=self.topology, sft=sft))
                 self._check("policy", policies[-1].result.grad_norm)
                 limit = self.settings.max_kl
                 is_stopped = limit is not None and policies[-1].statistics.approximate_kl.item() > limit
@@ -168,8 +170,7 @@ class PPORoles:
         metrics["actor/kl_coef"] = self.kl_coef
         metrics["actor/stopped_early"] = float(is_stopped)
         self._steer_kl(experience)
-        metrics["timing_s/update"] = time.monotonic() - start
-        return metrics
+        return metrics | phases.seconds
 
     def export_hf(self, path: str | Path, *, source: str | Path | None = None) -> None:
         """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""

@@ -4,18 +4,21 @@ import contextlib
 import dataclasses
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
+from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop
+from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.observe.progress import ProgressLine
 from glm_rlhf.engine.observe.report import SAMPLES_AFTER, SAMPLES_FOLDER, tell_report
+from glm_rlhf.engine.observe.trace import Trace, tracing
 from glm_rlhf.engine.stages.judged_answers import gather_answers, write_answers
 from glm_rlhf.engine.stages.ppo import PPOEngine
 from glm_rlhf.engine.stages.ppo_evaluation import PPOEvaluation
@@ -24,6 +27,7 @@ from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.stages.training_run import claim_folder
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.topology import Topology
 
 _NUM_SAMPLES = 16  # answers in a file of them
 
@@ -39,6 +43,7 @@ def run(config: PPOConfig) -> None:
     with PPOEngine(config) as engine:
         place = engine.topology
         claim_folder(config, place)
+        report = ReadReport()
         with agreed("reading the prompts"):
             prompts = read_prompt_inputs(
                 config.data.path,
@@ -46,7 +51,7 @@ def run(config: PPOConfig) -> None:
                 engine.model_config,
                 max_prompt_tokens=config.data.max_prompt_tokens,
                 on_error=config.data.on_error,
-                report=ReadReport(),
+                report=report,
             )
             sampler = BatchSampler(len(prompts), config.train.global_batch_size, seed=config.run.seed)
         if report.num_skipped and place.is_reporter:
@@ -64,12 +69,16 @@ def run(config: PPOConfig) -> None:
                     )
                 )
             progress = stack.enter_context(ProgressLine(steps=config.train.steps, is_shown=place.is_reporter))
+            trace = None
+            if config.observe.trace:
+                with agreed("beginning the traces"):
+                    trace = stack.enter_context(tracing(config.run.output, rank=place.rank))
             evaluation = PPOEvaluation(engine) if config.evaluate.every else None
             if evaluation is not None:
                 write(0, evaluation.run(0))
             for step in range(config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
-                metrics = _iterate(engine, batch, step)
+                metrics = _iterate(engine, batch, step, trace)
                 if evaluation is not None and evaluation.is_due(step + 1):
                     metrics |= evaluation.run(step + 1)
                 write(step + 1, metrics)
@@ -77,9 +86,11 @@ def run(config: PPOConfig) -> None:
         _close(engine, [prompts[number] for number in sampler.batch(0)])
 
 
-def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> dict[str, float]:
+def _iterate(
+    engine: PPOEngine, prompts: Sequence[PromptInput], step: int, trace: Trace | None
+) -> dict[str, float]:
     """Run one iteration and return its metrics with the time of each phase."""
-    config, place, start = engine.config, engine.topology, time.monotonic()
+    config, place = engine.config, engine.topology
     engine.set_lr(
         cosine_lr(
             step,
@@ -89,22 +100,27 @@ def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> di
             warmup_steps=config.optimizer.warmup_steps,
         )
     )
-    rollouts = engine.generate(prompts)
-    generated = time.monotonic()
-    experience = engine.make_experience(rollouts)
-    scored = time.monotonic()
-    metrics = engine.update(experience)
-    end = time.monotonic()
+    if trace is not None:
+        trace.take_wait_s()  # of what came between two iterations
+    phases = Phases()
+    with phases.phase("iteration"):
+        with phases.phase("generate"):
+            rollouts = engine.generate(prompts)
+        with phases.phase("experience"):
+            experience = engine.make_experience(rollouts)
+        with phases.phase("update"):
+            metrics = engine.update(experience)
+    elapsed_s = phases.seconds["timing_s/iteration"]
     num_answer_tokens = metrics["response_length/mean"] * rollouts.num_everywhere
     num_tokens = num_answer_tokens + metrics["prompt_length/mean"] * rollouts.num_everywhere
-    metrics |= {
-        "timing_s/generate": generated - start,
-        "timing_s/experience": scored - generated,
-        "timing_s/iteration": end - start,
-        "perf/tokens_per_s": num_tokens / (end - start),
-        "perf/tokens_per_s_per_gpu": num_tokens / (end - start) / place.world_size,
-        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / (end - start) / place.world_size,
+    metrics |= phases.seconds | {
+        "perf/tokens_per_s": num_tokens / elapsed_s,
+        "perf/tokens_per_s_per_gpu": num_tokens / elapsed_s / place.world_size,
+        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / elapsed_s / place.world_size,
     }
+    metrics |= _mfu(engine, metrics, rollouts.num_everywhere)
+    if trace is not None and place.device.type == "cpu":  # on CUDA the host does not see waits
+        metrics |= _idle(trace.take_wait_s() / elapsed_s, place)
     is_last = step + 1 == config.train.steps
     if config.train.sample_every and (step % config.train.sample_every == 0 or is_last):
         path = Path(config.run.output) / SAMPLES_FOLDER / f"step_{step + 1}.jsonl"
@@ -113,6 +129,41 @@ def _iterate(engine: PPOEngine, prompts: Sequence[PromptInput], step: int) -> di
         folder = Path(config.run.output) / "checkpoints" / f"step_{step + 1}"
         engine.export_hf(folder)
     return metrics
+
+
+def _mfu(engine: PPOEngine, metrics: Mapping[str, float], num_sequences: int) -> dict[str, float]:
+    """Return what policy and critic used of the peak, where it is known and the work is that of answers.
+
+    Nothing where an update stopped early or carried demonstrations: its tokens are not these.
+    """
+    config, place = engine.config, engine.topology
+    if place.device.type != "cuda" or config.train.dtype != "bf16" or config.ppo.sft_coef:
+        return {}
+    peak = known_peak_flop_per_s(torch.cuda.get_device_name(place.device))
+    if peak is None or metrics["actor/stopped_early"]:
+        return {}
+    answer = metrics["response_length/mean"]
+    mean_tokens = metrics["prompt_length/mean"] + answer
+    found = {}
+    for role, name, targets in (("policy", "actor", num_sequences * answer), ("critic", "critic", 0.0)):
+        seconds = metrics.get(f"timing_s/{role}")
+        if seconds is not None:
+            chunks = engine.roles.policy if role == "policy" else engine.roles.critic
+            flop = training_flop(
+                chunks[0].glm, num_sequences=num_sequences, mean_tokens=mean_tokens, num_targets=targets
+            )
+            flop *= config.ppo.epochs
+            found[f"perf/mfu/{name}"] = flop / (seconds * place.world_size * peak)
+    return found
+
+
+def _idle(share: float, place: Topology) -> dict[str, float]:
+    """Return the mean over ranks, and the largest, of the share of an iteration in which a rank waits."""
+    shares = torch.tensor([share, share], dtype=torch.float64, device=place.device)
+    dist.all_reduce(shares[:1])
+    dist.all_reduce(shares[1:], op=dist.ReduceOp.MAX)
+    total, largest = shares.tolist()
+    return {"perf/idle_fraction": total / place.world_size, "perf/idle_fraction_max": largest}
 
 
 def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:

@@ -1,0 +1,24 @@
+"""Seconds of the phases of an iteration, which are spans of the trace too."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from glm_rlhf.parallel.spans import span
+
+
+class Phases:
+    """Owns the seconds of each phase; one that comes several times adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """By metric, `timing_s/<phase>`: of the host, and so on CUDA up to the work that is still queued."""
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Run a block as a phase."""
+        start = time.perf_counter()
+        with span(name):
+            yield
+        metric = f"timing_s/{name}"
+        self.seconds[metric] = self.seconds.get(metric, 0.0) + time.perf_counter() - start

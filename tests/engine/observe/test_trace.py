@@ -1,0 +1,46 @@
+"""Traces: a file that Perfetto reads, also of a run that was killed, and the seconds that a rank waited."""
+
+import json
+import time
+
+import pytest
+
+from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.observe.trace import Trace, tracing
+
+
+def test_phases_are_seconds_and_spans(tmp_path):
+    before = time.time() * 1e6
+    with tracing(tmp_path, rank=3) as trace:
+        phases = Phases()
+        with phases.phase("outer"):
+            for _ in range(2):
+                with phases.phase("inner"):
+                    time.sleep(0.01)
+        trace.record("wait", 1.0, 1.25)
+        trace.record("wait", 2.0, 2.5)
+        trace.record("wait", 3.0, 3.0 + 2**-17)  # 8 microseconds: counted, not written
+        assert trace.take_wait_s() == 0.75 + 2**-17
+        assert trace.take_wait_s() == 0.0
+    events = json.loads((tmp_path / "trace" / "rank_3.json").read_text())
+    spans = [event for event in events if event["ph"] == "X"]
+    assert [(event["name"], event["pid"], event["tid"]) for event in spans] == [
+        ("inner", 3, 0),
+        ("inner", 3, 0),
+        ("outer", 3, 0),
+        ("wait", 3, 1),
+        ("wait", 3, 1),
+    ]
+    assert before <= spans[2]["ts"] <= spans[0]["ts"] <= time.time() * 1e6
+    seconds = phases.seconds
+    assert seconds["timing_s/outer"] >= seconds["timing_s/inner"] >= 0.02
+    assert spans[0]["dur"] + spans[1]["dur"] == pytest.approx(seconds["timing_s/inner"] * 1e6, rel=0.05)
+
+
+def test_a_killed_run_leaves_whole_lines(tmp_path):
+    trace = Trace(tmp_path / "rank_0.json", rank=0)
+    trace.record("generate", 1.0, 2.0)
+    trace.take_wait_s()
+    text = (tmp_path / "rank_0.json").read_text()
+    assert json.loads(text + "]")[-1]["dur"] == 1e6
+    trace.close()
