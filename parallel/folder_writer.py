@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from glm_rlhf.parallel.disk import sync, write_all
 from glm_rlhf.parallel.model_folder import ModelFolderError
 from glm_rlhf.parallel.safetensors_header import HeaderEntry, plan_file
 
@@ -146,14 +147,12 @@ class TensorFiles:
         content = memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
         assert len(content) == entry.num_bytes, (name, len(content), entry)
         with self._path_of[name].open("r+b", buffering=0) as output:
-            done = 0
-            while done < len(content):  # one call writes 2 GB at most
-                done += os.pwrite(output.fileno(), content[done:], entry.offset + done)
+            write_all(output.fileno(), content, entry.offset)
 
     def sync(self) -> None:
         """Return when the files are on the disk."""
         for file in self.files:
-            _sync(self.folder / file.name)
+            sync(self.folder / file.name)
 
 
 @contextmanager
@@ -222,15 +221,7 @@ def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
     os.rename(folder, target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)

@@ -10,6 +10,7 @@ What is written:
 """
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -150,6 +151,21 @@ def _copy_companions(source: str | Path | None, folder: Path, config: GLMConfig)
     for name in sorted({path.name for pattern in patterns for path in origin.glob(pattern)}):
         if not (origin / name).is_dir():
             shutil.copyfile(plain_file(origin, name), folder / name)
+
+
+def companion_files(
+    source: str | Path, config: GLMConfig, *, dtype: torch.dtype, role: Role
+) -> dict[str, bytes]:
+    """Return config, tokenizer and other files of a model folder beside its weights, by name.
+
+    Raises:
+        ModelFolderError: the source is unusable.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _copy_companions(source, folder, config)
+        write_config(config, folder, source, dtype=dtype, has_value_head=role in ("critic", "reward"))
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 class _Assembly:

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,6 +76,8 @@ class TrainingState:
         megatron = chunks[0].config
         self.topology = topology
         self.clip_grad = settings.clip_grad
+        self.before_change: Callable[[], None] | None = None
+        """Called before weights and averages change: returns when nobody reads them any more."""
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -113,6 +115,11 @@ class TrainingState:
             megatron.no_sync_func = functions if len(functions) > 1 else functions[0]
             self.gather_weights()
 
+    @property
+    def bare_chunks(self) -> list[GLMModel]:
+        """This rank's chunks as they were before they were wrapped."""
+        return [chunk.module for chunk in self.chunks]
+
     def zero_grad(self) -> None:
         """Make every gradient zero; before the first micro-batch of a step."""
         for chunk in self.chunks:
@@ -137,6 +144,8 @@ class TrainingState:
         if self.clip_grad > 0.0 and parameters:  # a rank may own no weight that is trained
             with cuda_type_names():  # it asserts the type's name
                 clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+        if self.before_change is not None:
+            self.before_change()
         self.optimizer.step_with_ready_grads()
         return StepResult(is_applied=True, grad_norm=grad_norm)
 

@@ -22,7 +22,15 @@ MAX_HEADER_BYTES = 100_000_000
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a weight may have."""
 
-DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+STORED_DTYPES = FLOAT_DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types that any tensor of ours may have: counters, masks and states of generators are no floats."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 """The same, from torch's type to the format's name."""
 
 _ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -36,8 +44,8 @@ def check_float(dtype: torch.dtype) -> torch.dtype:
     Raises:
         ValueError: it is another one.
     """
-    if dtype not in DTYPE_NAMES:
-        known = ", ".join(str(known) for known in DTYPE_NAMES)
+    if dtype not in FLOAT_DTYPES.values():
+        known = ", ".join(str(known) for known in FLOAT_DTYPES.values())
         raise ValueError(f"weights cannot be stored as {dtype}; it must be one of {known}")
     return dtype
 
@@ -139,7 +147,7 @@ def plan_file(
     Wider types come first, so that every tensor is aligned to its own type, as readers expect.
 
     Args:
-        tensors: dtype and shape by name; only floating-point types.
+        tensors: dtype and shape by name; types of `STORED_DTYPES`.
 
     Returns:
         (length prefix and header, entries by name in the file's order)

@@ -80,6 +80,14 @@ def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) 
     return [_shard(weight.ours, pieces, shape)]
 
 
+def first_holder(weight: Weight, shard: Shard, config: GLMConfig, *, tp_rank: int, tp_size: int) -> int:
+    """Return the lowest tensor-parallel rank that holds the same pieces as `shard` of rank `tp_rank`."""
+    for rank in range(tp_rank):
+        if shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
+            return rank
+    return tp_rank
+
+
 def _qkv_shards(weight: Weight, config: GLMConfig, tp_rank: int, tp_size: int) -> list[Shard]:
     (query, query_base), (key, key_base), (value, value_base) = _sections(weight, config)
     head, group = config.head_size, config.heads_per_group * config.head_size

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from glm_rlhf.parallel.checkpoint_manifest import is_checkpoint
+from glm_rlhf.parallel.checkpoint_tensors import ShardedTensor, list_checkpoint
+from glm_rlhf.parallel.disk import read_all
 from glm_rlhf.parallel.model_folder import ModelFolderError, plain_file, read_json
 from glm_rlhf.parallel.pickled_header import read_pickled_header
 from glm_rlhf.parallel.safetensors_header import FLOAT_DTYPES, read_header
@@ -36,16 +39,35 @@ class StoredTensor:
     offset: int
     """First byte in the file."""
 
+    def read_into(self, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fill a contiguous tensor of the stored type with rows (dim 0) or columns (dim 1)."""
+        row_bytes = prod(self.shape[1:]) * out.element_size()
+        content = memoryview(out.flatten().view(torch.uint8).numpy())
+        what = f"{self.path} was cut short while {self.name} was read"
+        with self.path.open("rb", buffering=0) as file:
+            if dim == 0:
+                read_all(file.fileno(), self.offset + start * row_bytes, content, what=what)
+                return
+            _prefetch(file.fileno(), self.offset, self.shape[0] * row_bytes)
+            width = (stop - start) * out.element_size()
+            position = self.offset + start * out.element_size()
+            for row in range(self.shape[0]):
+                read_all(file.fileno(), position, content[row * width : (row + 1) * width], what=what)
+                position += row_bytes
 
-def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor] | dict[str, ShardedTensor]:
     """Return every tensor of a folder by name, from headers alone.
 
-    `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index.
+    `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index. A
+    checkpoint of ours gives its first model's.
 
     Raises:
         ModelFolderError: there are no weights, a file is missing, damaged or unsafe, or the index and the
             files disagree.
     """
+    if is_checkpoint(folder):
+        return list_checkpoint(folder)
     for single in _FORMS:
         if os.path.lexists(folder / single):
             return _list_file(plain_file(folder, single))
@@ -57,6 +79,8 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def has_weights(folder: Path) -> bool:
     """Return whether a folder holds weights at all, sound or not: one with a tokenizer alone does not."""
+    if is_checkpoint(folder):
+        return True
     return any(os.path.lexists(folder / f"{single}{end}") for single in _FORMS for end in ("", ".index.json"))
 
 
@@ -100,7 +124,9 @@ def _list_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def read_slice(stored: StoredTensor, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+def read_slice(
+    stored: StoredTensor | ShardedTensor, dim: int, start: int, stop: int, out: torch.Tensor
+) -> None:
     """Fill `out` with rows (dim 0) or columns (dim 1) of a stored tensor, cast to its type.
 
     Args:
@@ -115,10 +141,10 @@ def read_slice(stored: StoredTensor, dim: int, start: int, stop: int, out: torch
             type.
     """
     if out.dtype == stored.dtype and out.is_contiguous():
-        _read_into(stored, dim, start, stop, out)
+        stored.read_into(dim, start, stop, out)
     else:
         piece = torch.empty(out.shape, dtype=stored.dtype)
-        _read_into(stored, dim, start, stop, piece)
+        stored.read_into(dim, start, stop, piece)
         copy_checked(out, piece, stored.name)
 
 
@@ -142,32 +168,7 @@ def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:
             )
 
 
-def _read_into(stored: StoredTensor, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
-    """Read into a contiguous tensor of the stored type."""
-    row_bytes = prod(stored.shape[1:]) * out.element_size()
-    content = memoryview(out.flatten().view(torch.uint8).numpy())
-    with stored.path.open("rb", buffering=0) as file:
-        if dim == 0:
-            _read_all(file.fileno(), stored, stored.offset + start * row_bytes, content)
-            return
-        _prefetch(file.fileno(), stored.offset, stored.shape[0] * row_bytes)
-        width = (stop - start) * out.element_size()
-        position = stored.offset + start * out.element_size()
-        for row in range(stored.shape[0]):
-            _read_all(file.fileno(), stored, position, content[row * width : (row + 1) * width])
-            position += row_bytes
-
-
 def _prefetch(file: int, position: int, num_bytes: int) -> None:
     """Ask for the whole tensor at once: short strided reads alone would wait for the disk at every row."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, position, num_bytes, os.POSIX_FADV_WILLNEED)
-
-
-def _read_all(file: int, stored: StoredTensor, position: int, buffer: memoryview) -> None:
-    done = 0
-    while done < len(buffer):  # one call reads 2 GB at most
-        count = os.preadv(file, [buffer[done:]], position + done)
-        if count == 0:
-            raise ModelFolderError(f"{stored.path} was cut short while {stored.name} was read")
-        done += count

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.checkpoint_manifest import is_checkpoint
+from glm_rlhf.parallel.checkpoint_tensors import open_checkpoint
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.hf_import import iterate_shard
 from glm_rlhf.parallel.names import names_within, weights_of
@@ -24,7 +26,7 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
 
     Args:
         chunks: as `build_model` gives them.
-        folder: Hugging Face folder of the model's family.
+        folder: Hugging Face folder of the model's family, or a checkpoint of ours.
         seed: of a scalar head that the folder does not hold; every rank draws the same.
 
     Returns:
@@ -35,7 +37,10 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
         ModelFolderError: the folder is damaged or of another model; a ValueError.
     """
     created: list[str] = []
+    place = chunks[0].topology
     with agreed(f"loading {folder}"):
+        if is_checkpoint(Path(folder)):
+            open_checkpoint(folder).check_files(rank=place.rank, world_size=place.world_size)
         for chunk in chunks:
             parameters = dict(chunk.named_weights())
             topology = chunk.topology
@@ -45,7 +50,7 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
                 tp_rank=topology.tp_rank,
                 tp_size=topology.layout.tp,
                 dtype=chunk.config.params_dtype,
-                **_part(chunk),
+                **part_of(chunk),
             )
             stream.read_into(parameters)
             for shard in stream.shards:
@@ -67,7 +72,7 @@ def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
     for chunk in chunks:
         glm, topology = chunk.glm, chunk.topology
         parameters = dict(chunk.named_weights())
-        for weight in weights_of(glm, **_part(chunk)):
+        for weight in weights_of(glm, **part_of(chunk)):
             for shard in shards_of(weight, glm, tp_rank=topology.tp_rank, tp_size=topology.layout.tp):
                 parameter = parameters.pop(shard.ours)
                 if weight.place == "value_head":
@@ -85,7 +90,7 @@ def _on_any_stage(names: list[str], topology: Topology) -> tuple[str, ...]:
     return tuple(name for part in lists for name in part)
 
 
-def _part(chunk: GLMModel) -> dict[str, Any]:
+def part_of(chunk: GLMModel) -> dict[str, Any]:
     """Return which part of the whole model a chunk is, as the tables of names want it."""
     return {
         "layers": range(chunk.first_layer, chunk.first_layer + len(chunk.decoder.layers)),

@@ -97,11 +97,11 @@ def run_case(case: Case, place) -> dict[str, Any]:
     return {"outputs": outputs, "losses": losses, "norms": norms, "pieces": pieces}
 
 
-def make_chunks(case: Case, place):
+def make_chunks(case: Case, place, seed: int = 7):
     chunks = build_model(
         case.config, place, role=case.role, dtype=case.dtype, recompute_layers=case.recomputes
     )
-    randomize_weights(chunks, seed=7)
+    randomize_weights(chunks, seed=seed)
     for chunk in chunks:
         for name, parameter in chunk.named_weights():
             parameter.requires_grad_(not (case.frozen and name.startswith(case.frozen)))

@@ -1,0 +1,87 @@
+"""Saves that end by SIGKILL at seeded calls to the system; run as a script: `FOLDER NUM_KILLS`.
+
+The process imports all and runs nothing, so that it can fork: each child saves step 4 into a copy of FOLDER.
+The first one does so undisturbed; of the moments before and after each of its calls some are drawn, the
+rename of the folder and the replacement of the tracker among them. What was done is printed as JSON.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from saved_runs import tiny_run
+
+WATCHED = ("pwrite", "fsync", "rename", "replace")
+"""Calls that change what a kill would leave."""
+TIMEOUT_S = 30.0
+
+
+def watch(log: Path, kill_at: int | None) -> None:
+    """Write down each watched call; die before call n at `kill_at` 2 n, just after it at 2 n + 1."""
+    calls, lock = [], threading.Lock()
+    file = log.open("w", buffering=1)
+
+    def watched(name, original):
+        def call(*args, **kwargs):
+            with lock:
+                number = 2 * len(calls)
+                calls.append(name)
+                file.write(f"{name}\n")
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if number + 1 == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for name in WATCHED:
+        setattr(os, name, watched(name, getattr(os, name)))
+
+
+def save_in_child(folder: Path, kill_at: int | None) -> None:
+    """Fork a child that saves step 4, and wait for its end."""
+    child = os.fork()
+    if child == 0:
+        watch(folder.with_suffix(".calls"), kill_at)
+        with tiny_run(folder) as run:
+            run.save(4)
+        os._exit(0)
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            sys.exit(f"the child that was to die at {kill_at} hung")
+        time.sleep(0.005)
+    assert os.WIFSIGNALED(status) == (kill_at is not None), (kill_at, status)
+
+
+def main(source: Path, num_kills: int) -> None:
+    """Leave `source.name + _MOMENT` beside the folder for each moment."""
+    whole = source.with_name(f"{source.name}_whole")
+    shutil.copytree(source, whole)
+    save_in_child(whole, None)
+    calls = whole.with_suffix(".calls").read_text().split()
+    moments = [2 * calls.index(name) + after for name in ("rename", "replace") for after in (0, 1)]
+    others = [moment for moment in range(2 * len(calls)) if moment not in moments]
+    moments += random.Random(5).sample(others, num_kills - len(moments))
+    for moment in moments:
+        folder = source.with_name(f"{source.name}_{moment}")
+        shutil.copytree(source, folder)
+        save_in_child(folder, moment)
+    sys.stdout.write(json.dumps({"calls": calls, "moments": moments}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
