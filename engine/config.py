@@ -60,7 +60,7 @@ class RunFolderSection:
     """Run folder; <run.name> stands for the name. The resolved config goes there as config.yaml."""
 
     def __post_init__(self) -> None:
-        _resolve_output(self)
+        resolve_output(self)
 
 
 @frozen_section
@@ -75,7 +75,7 @@ class RunSection:
     """Seed of every random number generator; ranks derive theirs from it."""
 
     def __post_init__(self) -> None:
-        _resolve_output(self)
+        resolve_output(self)
 
 
 @frozen_section
@@ -366,7 +366,7 @@ def tokenizer_path(config: Any) -> Path:
     return Path(config.tokenizer.path if config.tokenizer.path is not None else config.model.path)
 
 
-def _resolve_output(run: RunSection | RunFolderSection) -> None:
+def resolve_output(run: RunSection | RunFolderSection) -> None:
     object.__setattr__(run, "output", run.output.replace("<run.name>", run.name))
 
 

@@ -12,7 +12,6 @@ from glm_rlhf.engine.config import (
     ModelSection,
     ParallelSection,
     PathText,
-    RunSection,
     TokenizerSection,
     frozen_section,
     tokenizer_path,
@@ -25,6 +24,7 @@ from glm_rlhf.engine.config_training import (
     NotNegative,
     OptimizerSection,
     OptionalModelSection,
+    TrainingRunSection,
 )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -75,7 +75,16 @@ class PPOTrainSection:
     recompute_layers: bool = False
     """Whether backward runs each layer again in place of keeping its activations."""
     save_every: CountOrZero = 0
-    """Iterations between two Hugging Face folders of the policy; 0: one after the last only."""
+    """Iterations between two checkpoints <run.output>/resume/step_N to go on from; 0: after the last only."""
+    keep_last: Count = 2
+    """Newest checkpoints that stay; the others are removed."""
+    keep_every: CountOrZero = 0
+    """Checkpoints after a multiple of so many steps stay too; 0 for none."""
+    async_save: bool = True
+    """Whether a checkpoint is written while training goes on; a failure then ends the next step."""
+    export_every: CountOrZero = 0
+    """Iterations between two Hugging Face folders of the policy, <run.output>/checkpoints/step_N; 0: after
+    the last only."""
     sample_every: CountOrZero = 10
     """Iterations between two files of sample answers in <run.output>/samples; 0 for none."""
 
@@ -135,7 +144,7 @@ class PPOObserveSection:
 class PPOConfig:
     """Settings of `ppo`."""
 
-    run: RunSection = Field(default_factory=partial(RunSection, name="ppo"))
+    run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="ppo"))
     """Where everything goes, and the seed."""
     model: ModelSection
     """The policy that is trained."""

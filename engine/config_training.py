@@ -8,6 +8,7 @@ from pydantic import Field
 
 from glm_rlhf.engine.config import (
     Count,
+    FolderName,
     ForwardSection,
     GenerationSection,
     ModelSection,
@@ -19,14 +20,33 @@ from glm_rlhf.engine.config import (
     check_apart,
     frozen_section,
     out_path,
+    resolve_output,
     tokenizer_path,
 )
 from glm_rlhf.engine.config_file import load_config
+from glm_rlhf.engine.config_keys import InWords
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 LengthEdge = Annotated[int, Field(ge=2)]
+
+
+@frozen_section
+class TrainingRunSection:
+    """Where the run keeps its files, what its random numbers start from, and what it goes on from."""
+
+    name: FolderName
+    """Name of the run."""
+    output: PathText = "outputs/<run.name>"
+    """Run folder; <run.name> stands for the name. The resolved config goes there as config.yaml."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
+    """Seed of every random number generator; ranks derive theirs from it."""
+    resume: Annotated[PathText, InWords(words="auto, never, or the path of a checkpoint")] = "auto"
+    """auto goes on from the newest whole checkpoint in the run folder; never starts anew in a new folder."""
+
+    def __post_init__(self) -> None:
+        resolve_output(self)
 
 
 @frozen_section
@@ -80,6 +100,14 @@ class TrainSection:
     overlap_communication: bool = False
     """Whether gradients are reduced and weights gathered over dp while the model computes."""
     save_every: CountOrZero = 0
+    """Steps between two checkpoints <run.output>/resume/step_N to go on from; 0: one after the last only."""
+    keep_last: Count = 2
+    """Newest checkpoints that stay; the others are removed."""
+    keep_every: CountOrZero = 0
+    """Checkpoints after a multiple of so many steps stay too; 0 for none."""
+    async_save: bool = True
+    """Whether a checkpoint is written while training goes on; a failure then ends the next step."""
+    export_every: CountOrZero = 0
     """Steps between two Hugging Face folders <run.output>/checkpoints/step_N; 0: one after the last only."""
     eval_every: CountOrZero = 0
     """Steps between two evaluations on data.eval_path; 0: before the first step and after the last only."""
@@ -211,7 +239,7 @@ def check_overlap(optimizer: OptimizerSection, train: TrainSection) -> None:
 class SFTConfig:
     """Settings of `sft`."""
 
-    run: RunSection = Field(default_factory=partial(RunSection, name="sft"))
+    run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="sft"))
     """Where everything goes, and the seed."""
     model: ModelSection
     """The policy that is trained."""
@@ -243,7 +271,7 @@ class SFTConfig:
 class RewardConfig:
     """Settings of `reward`."""
 
-    run: RunSection = Field(default_factory=partial(RunSection, name="reward"))
+    run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="reward"))
     """Where everything goes, and the seed."""
     model: ModelSection
     """The policy, or the reward model, that training starts from."""
@@ -277,7 +305,7 @@ class RewardConfig:
 class DPOConfig:
     """Settings of `dpo`."""
 
-    run: RunSection = Field(default_factory=partial(RunSection, name="dpo"))
+    run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="dpo"))
     """Where everything goes, and the seed."""
     model: ModelSection
     """The policy that is trained."""

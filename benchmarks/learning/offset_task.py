@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, quality_of
-from glm_rlhf.engine.config import GenerationSection, ModelSection, RunSection
+from glm_rlhf.engine.config import GenerationSection, ModelSection
 from glm_rlhf.engine.config_ppo import (
     CriticSection,
     PPOConfig,
@@ -24,7 +24,7 @@ from glm_rlhf.engine.config_ppo import (
     PPOSection,
     PPOTrainSection,
 )
-from glm_rlhf.engine.config_training import OptimizerSection
+from glm_rlhf.engine.config_training import OptimizerSection, TrainingRunSection
 from glm_rlhf.engine.rollout.rewards import RewardRequest
 from glm_rlhf.engine.stages.ppo import PPOEngine
 from glm_rlhf.engine.types import Experience, PromptInput
@@ -73,7 +73,7 @@ def run_ppo(
         critic_warmup: `critic.warmup_iterations`.
     """
     config = PPOConfig(
-        run=RunSection(name="ppo", output=str(policy.parent / "ppo"), seed=seed),
+        run=TrainingRunSection(name="ppo", output=str(policy.parent / "ppo"), seed=seed),
         model=ModelSection(path=str(policy)),
         critic=CriticSection(lr=LR, warmup_iterations=critic_warmup),
         reward=PPORewardSection(function=f"{__name__}:reward"),

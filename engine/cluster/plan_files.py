@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from glm_rlhf.engine.cluster.plan_search import Plan, layout_name
-from glm_rlhf.engine.config import GenerationSection, ModelSection, ParallelSection, RunSection
+from glm_rlhf.engine.config import GenerationSection, ModelSection, ParallelSection
 from glm_rlhf.engine.config_file import dump_config
 from glm_rlhf.engine.config_plan import PlanConfig
 from glm_rlhf.engine.config_ppo import (
@@ -16,7 +16,7 @@ from glm_rlhf.engine.config_ppo import (
     PPOSection,
     PPOTrainSection,
 )
-from glm_rlhf.engine.config_training import OptionalModelSection
+from glm_rlhf.engine.config_training import OptionalModelSection, TrainingRunSection
 
 REWARD_PLACEHOLDER = "path/to/reward-model"
 CONFIG_NAME, TORCHRUN_NAME, SLURM_NAME = "ppo.yaml", "torchrun.sh", "slurm.sbatch"
@@ -29,7 +29,7 @@ def ppo_config(config: PlanConfig, plan: Plan) -> PPOConfig:
     if reward_path is None and config.reward.function is None:
         reward_path = REWARD_PLACEHOLDER
     return PPOConfig(
-        run=RunSection(name="ppo"),
+        run=TrainingRunSection(name="ppo"),
         model=ModelSection(path=config.model.path),
         critic=CriticSection(path=config.critic.path),
         reward=PPORewardSection(path=reward_path, function=config.reward.function),

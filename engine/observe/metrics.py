@@ -23,6 +23,7 @@ def open_metrics(
     wandb_project: str | None = None,
     run_name: str = "",
     config: Mapping[str, Any] | None = None,
+    last_step: int | None = None,
 ) -> Iterator[WriteMetrics]:
     """Return, as a context manager, a function that writes the numbers of one step.
 
@@ -37,6 +38,7 @@ def open_metrics(
         wandb_project: write to this project of Weights & Biases too.
         run_name: of the run there.
         config: settings of the run, shown there.
+        last_step: of a run that goes on: lines up to this step stay; None for a new one.
 
     Raises:
         ValueError: wandb is asked for but not installed.
@@ -52,10 +54,14 @@ def open_metrics(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context((folder / FILE_NAME).open("w", encoding="utf-8"))
+        if last_step is not None:
+            _keep_lines(folder / FILE_NAME, last_step)
+        file = stack.enter_context(
+            (folder / FILE_NAME).open("w" if last_step is None else "a", encoding="utf-8")
+        )
         sinks: list[Callable[[int, dict[str, float]], None]] = []
         if uses_tensorboard:
-            sinks.append(_tensorboard(folder / "tensorboard", stack))
+            sinks.append(_tensorboard(folder / "tensorboard", stack, last_step))
         if wandb_project is not None:
             sinks.append(_wandb(wandb_project, run_name, config, folder, stack))
 
@@ -78,10 +84,24 @@ def _write_nothing(_step: int, _metrics: Mapping[str, float | None]) -> None:
     """What ranks do that own no file."""
 
 
-def _tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable[[int, dict[str, float]], None]:
+def _keep_lines(path: Path, last_step: int) -> None:
+    """Cut what a run wrote behind its last checkpoint, a torn line among it, in one step."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(f"{line}\n")
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def _tensorboard(
+    folder: Path, stack: contextlib.ExitStack, last_step: int | None
+) -> Callable[[int, dict[str, float]], None]:
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the owner needs it
 
-    writer = SummaryWriter(str(folder))
+    writer = SummaryWriter(str(folder), purge_step=None if last_step is None else last_step + 1)
     stack.callback(writer.close)
 
     def write(step: int, numbers: dict[str, float]) -> None:

@@ -32,6 +32,7 @@ from glm_rlhf.engine.config_training import (
     PairsSection,
     RewardConfig,
     SFTConfig,
+    TrainingRunSection,
     TrainSection,
 )
 from glm_rlhf.engine.data.careless_sums import Task, TaskSet
@@ -82,7 +83,7 @@ def train_sft(config: DemoConfig, tasks: TaskSet) -> Path:
     )
     steps = config.demo.sft_steps
     settings = SFTConfig(
-        run=RunSection(name="sft", output=str(folder / "sft"), seed=config.run.seed),
+        run=_stage_run("sft", folder, config),
         model=ModelSection(path=str(folder / "model")),
         data=DemonstrationsSection(path=str(demonstrations)),
         optimizer=OptimizerSection(lr=3e-3, warmup_steps=min(20, steps)),
@@ -138,7 +139,7 @@ def train_reward(
     write_lines(learned, pairs)
     write_lines(evaluated, held_out)
     settings = RewardConfig(
-        run=RunSection(name="reward", output=str(folder / "reward"), seed=config.run.seed),
+        run=_stage_run("reward", folder, config),
         model=ModelSection(path=str(policy)),
         data=PairsSection(path=str(learned), eval_path=str(evaluated)),
         optimizer=OptimizerSection(lr=1.5e-3, warmup_steps=min(5, steps)),
@@ -163,7 +164,7 @@ def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Pa
     write_lines(prompts, ({"prompt": task.prompt} for task in tasks.sums))
     write_lines(canaries, ({"prompt": task.prompt, "response": task.answer} for task in tasks.canaries))
     settings = PPOConfig(
-        run=RunSection(name="ppo", output=str(folder / "ppo"), seed=config.run.seed),
+        run=_stage_run("ppo", folder, config),
         model=ModelSection(path=str(policy)),
         critic=CriticSection(lr=3e-4, warmup_iterations=min(2, steps - 1)),
         reward=PPORewardSection(path=str(reward_model)),
@@ -220,3 +221,8 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 def read_lines(path: Path) -> list[dict]:
     """Return JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _stage_run(name: str, folder: Path, config: DemoConfig) -> TrainingRunSection:
+    """Return the run of one stage; a demo begins anew, whatever an earlier one left."""
+    return TrainingRunSection(name=name, output=str(folder / name), seed=config.run.seed, resume="never")

@@ -11,9 +11,10 @@ from glm_rlhf.engine.objectives.losses import dpo_loss
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
 from glm_rlhf.engine.stages.reference_scores import score_reference
+from glm_rlhf.engine.stages.run_checkpoints import claim_folder
 from glm_rlhf.engine.stages.training_data import open_pairs
 from glm_rlhf.engine.stages.training_records import Pairs
-from glm_rlhf.engine.stages.training_run import claim_folder, held_of, run_training, sampler_of
+from glm_rlhf.engine.stages.training_run import held_of, run_training, sampler_of
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.load import load_model
@@ -25,7 +26,7 @@ def run(config: DPOConfig) -> None:
     """Train a policy on pairs; every rank of the launch calls it.
 
     The reference scores every pair that the run will see once, before the first step; then its weights are
-    not needed any more. The run folder gets metrics, and checkpoints as Hugging Face folders. See
+    not needed any more. The run folder gets metrics, checkpoints to go on from, and Hugging Face folders. See
     `PairLikelihood` for the loss.
 
     Raises:
@@ -33,7 +34,7 @@ def run(config: DPOConfig) -> None:
     """
     axes = config.parallel
     with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        claim_folder(config, place)
+        origin = claim_folder(config, place)
         chunks, _ = load_model(
             config.model.path,
             place,
@@ -47,7 +48,7 @@ def run(config: DPOConfig) -> None:
         )
         objectives = _with_reference(config, chunks, records, held_out, place)
         held = held_of(config, held_out, objectives[-1])
-        run_training(config, chunks, objectives[0], records, held=held, place=place)
+        run_training(config, chunks, objectives[0], records, held=held, place=place, origin=origin)
 
 
 def _with_reference(

@@ -1,6 +1,6 @@
 """The four roles of PPO on this rank, and the steps of an iteration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from glm_rlhf.engine.stages.sft_term import DemonstrationStream
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.in_backward import training_state
+from glm_rlhf.parallel.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.topology import Topology
@@ -171,6 +171,27 @@ class PPORoles:
         metrics["actor/stopped_early"] = float(is_stopped)
         self._steer_kl(experience)
         return metrics | phases.seconds
+
+    @property
+    def trained(self) -> dict[str, AnyTrainingState]:
+        """What is trained, by name."""
+        return {"policy": self.policy_state, "critic": self.critic_state}
+
+    def progress(self) -> dict[str, float | int]:
+        """Return what the next iteration depends on, beside models, optimizers and baselines."""
+        return {
+            "iteration": self.iteration,
+            "num_answered": self._num_answered,
+            "kl_coef": self.kl_coef,
+            "num_demonstration_steps": self.demonstrations.num_steps if self.demonstrations else 0,
+        }
+
+    def set_progress(self, progress: Mapping[str, float | int]) -> None:
+        """Go on from what `progress` returned."""
+        self.iteration, self._num_answered = progress["iteration"], progress["num_answered"]
+        self.kl_coef = progress["kl_coef"]
+        if self.demonstrations:
+            self.demonstrations.num_steps = progress["num_demonstration_steps"]
 
     def export_hf(self, path: str | Path, *, source: str | Path | None = None) -> None:
         """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""

@@ -12,8 +12,9 @@ from glm_rlhf.engine.objectives.pair_statistics import PAIR_SUMS, calibration_ta
 from glm_rlhf.engine.observe.calibration import write_calibration
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.run_checkpoints import claim_folder
 from glm_rlhf.engine.stages.training_data import open_pairs
-from glm_rlhf.engine.stages.training_run import claim_folder, held_of, run_training
+from glm_rlhf.engine.stages.training_run import held_of, run_training
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.load import load_model
@@ -33,7 +34,7 @@ def run(config: RewardConfig) -> None:
     """
     axes = config.parallel
     with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        claim_folder(config, place)
+        origin = claim_folder(config, place)
         chunks, created = load_model(
             config.model.path,
             place,
@@ -55,7 +56,7 @@ def run(config: RewardConfig) -> None:
             write_calibration(Path(config.run.output) / "calibration", step, calibration_table(sums))
 
         held = held_of(config, held_out, objective, write_table)
-        run_training(config, chunks, objective, records, held=held, place=place)
+        run_training(config, chunks, objective, records, held=held, place=place, origin=origin)
 
 
 class PairPreference:

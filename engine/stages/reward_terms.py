@@ -1,7 +1,7 @@
 """The reward of PPO: a reward model, a function, or both, less that of a reference answer."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,6 +87,22 @@ class RewardTerms:
         )
         less_B[sorted(left_out)] = 0.0
         return Rewards(rewards_B=less_B, token_rewards_T=rewards.token_rewards_T, left_out=left_out)
+
+    def baseline_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what reference answers have scored, as tensors that a checkpoint can hold."""
+        prompts = list(self.baselines)
+        return {
+            "baseline_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+            "baseline_tokens": torch.tensor([t for prompt in prompts for t in prompt], dtype=torch.int64),
+            "baseline_scores": torch.tensor([self.baselines[p] for p in prompts], dtype=torch.float64),
+        }
+
+    def add_baselines(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over scores that `baseline_tensors` returned, where a prompt has none yet."""
+        lengths = tensors["baseline_lengths"].tolist()
+        scores = tensors["baseline_scores"].tolist()
+        for tokens, score in zip(tensors["baseline_tokens"].split(lengths), scores, strict=True):
+            self.baselines.setdefault(tuple(tokens.tolist()), score)
 
     def _learn_baselines(self, prompts: Sequence[PromptInput]) -> None:
         unknown = {p.tokens: p for p in prompts if p.tokens not in self.baselines}

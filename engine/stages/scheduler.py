@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,10 +24,12 @@ from glm_rlhf.engine.stages.judged_answers import gather_answers, write_answers
 from glm_rlhf.engine.stages.ppo import PPOEngine
 from glm_rlhf.engine.stages.ppo_evaluation import PPOEvaluation
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
+from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints, claim_folder, open_checkpoints, resume
+from glm_rlhf.engine.stages.same_run import lengths_identity, model_identity
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
-from glm_rlhf.engine.stages.training_run import claim_folder
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.topology import Topology
 
 _NUM_SAMPLES = 16  # answers in a file of them
@@ -35,14 +38,15 @@ _NUM_SAMPLES = 16  # answers in a file of them
 def run(config: PPOConfig) -> None:
     """Train a policy by PPO; every rank of the launch calls it.
 
-    The run folder gets metrics, sample answers, a report, and the policy as Hugging Face folders.
+    The run folder gets metrics, sample answers, a report, checkpoints to go on from, and the policy as
+    Hugging Face folders.
 
     Raises:
         ValueError: anything that the user has to mend.
     """
     with PPOEngine(config) as engine:
         place = engine.topology
-        claim_folder(config, place)
+        origin = claim_folder(config, place)
         report = ReadReport()
         with agreed("reading the prompts"):
             prompts = read_prompt_inputs(
@@ -57,6 +61,21 @@ def run(config: PPOConfig) -> None:
         if report.num_skipped and place.is_reporter:
             sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
         with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(
+                open_checkpoints(
+                    config,
+                    engine.roles.trained,
+                    identity=_identity(engine, prompts),
+                    export=engine.export_hf,
+                    place=place,
+                )
+            )
+            first = 0
+            if origin is not None:
+                first = _go_on(engine, origin, checkpoints)
+                if first >= config.train.steps:
+                    checkpoints.close_finished(first)
+                    return
             with agreed(f"writing to {config.run.output}"):
                 write = stack.enter_context(
                     open_metrics(
@@ -66,6 +85,7 @@ def run(config: PPOConfig) -> None:
                         wandb_project=config.observe.wandb,
                         run_name=config.run.name,
                         config=dataclasses.asdict(config),
+                        last_step=None if origin is None else first,
                     )
                 )
             progress = stack.enter_context(ProgressLine(steps=config.train.steps, is_shown=place.is_reporter))
@@ -74,16 +94,50 @@ def run(config: PPOConfig) -> None:
                 with agreed("beginning the traces"):
                     trace = stack.enter_context(tracing(config.run.output, rank=place.rank))
             evaluation = PPOEvaluation(engine) if config.evaluate.every else None
-            if evaluation is not None:
+            if evaluation is not None and first == 0:
                 write(0, evaluation.run(0))
-            for step in range(config.train.steps):
+            for step in range(first, config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 metrics = _iterate(engine, batch, step, trace)
                 if evaluation is not None and evaluation.is_due(step + 1):
                     metrics |= evaluation.run(step + 1)
                 write(step + 1, metrics)
+                checkpoints.after_step(
+                    step + 1,
+                    {"step": step + 1} | engine.roles.progress(),
+                    rank_tensors=engine.roles.rewards.baseline_tensors(),
+                )
                 progress.show(step + 1, metrics)
         _close(engine, [prompts[number] for number in sampler.batch(0)])
+
+
+def _go_on(engine: PPOEngine, origin: Checkpoint, checkpoints: RunCheckpoints) -> int:
+    """Bring the engine to a checkpoint; return the iterations behind it.
+
+    Scores of reference answers are a data-parallel rank's own in the same layout; in another one every rank
+    takes over those of all.
+    """
+    place, manifest = engine.topology, origin.manifest
+    progress = resume(origin, checkpoints)
+    engine.roles.set_progress(progress)
+    is_same = (manifest.layout, manifest.world_size) == (place.layout, place.world_size)
+    with agreed(f"resuming from {origin.folder}"):
+        for rank in [place.rank] if is_same else range(manifest.world_size):
+            engine.roles.rewards.add_baselines(origin.rank_tensors(rank))
+    return progress["step"]
+
+
+def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, str]:
+    """Return fingerprints of the models that a run starts from and of its prompts, on the reporter only."""
+    config = engine.config
+    if not engine.topology.is_reporter:
+        return {}
+    reference = config.reference.path or config.model.path
+    paths = {"model.path": config.model.path, "reference.path": reference}
+    paths |= {"reward.path": config.reward.path, "critic.path": config.critic.path}
+    identity = {key: model_identity(path) for key, path in paths.items() if path is not None}
+    identity["data.path"] = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
+    return identity
 
 
 def _iterate(
@@ -125,9 +179,6 @@ def _iterate(
     if config.train.sample_every and (step % config.train.sample_every == 0 or is_last):
         path = Path(config.run.output) / SAMPLES_FOLDER / f"step_{step + 1}.jsonl"
         _write_samples(engine, path, experience.rollouts, experience.rewards_B)
-    if is_last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
-        folder = Path(config.run.output) / "checkpoints" / f"step_{step + 1}"
-        engine.export_hf(folder)
     return metrics
 
 

@@ -7,9 +7,10 @@ import torch
 from glm_rlhf.engine.config_training import SFTConfig
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.run_checkpoints import claim_folder
 from glm_rlhf.engine.stages.training_data import open_demonstrations
 from glm_rlhf.engine.stages.training_records import Demonstrations
-from glm_rlhf.engine.stages.training_run import claim_folder, held_of, run_training
+from glm_rlhf.engine.stages.training_run import held_of, run_training
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.load import load_model
@@ -20,14 +21,15 @@ from glm_rlhf.parallel.topology import topology
 def run(config: SFTConfig) -> None:
     """Train a policy on demonstrations; every rank of the launch calls it.
 
-    The run folder gets metrics, and checkpoints as Hugging Face folders. See `AnswerLikelihood` for the loss.
+    The run folder gets metrics, checkpoints to go on from, and Hugging Face folders. See `AnswerLikelihood`
+    for the loss.
 
     Raises:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
     with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        claim_folder(config, place)
+        origin = claim_folder(config, place)
         chunks, _ = load_model(
             config.model.path,
             place,
@@ -46,6 +48,7 @@ def run(config: SFTConfig) -> None:
             records,
             held=held_of(config, held_out, AnswerLikelihood(held_out)) if held_out is not None else None,
             place=place,
+            origin=origin,
         )
 
 

@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import WriteMetrics
 from glm_rlhf.engine.stages.micro_batches import take_share
+from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints
 from glm_rlhf.engine.stages.training_records import Records
 from glm_rlhf.engine.stages.update import Objective, UpdateResult, evaluate, update
 from glm_rlhf.parallel.in_backward import AnyTrainingState
@@ -26,8 +27,6 @@ class LoopSettings:
     """Tokens that go through the model at once."""
     lr_of: Callable[[int], float]
     """Learning rate of a step, from 0."""
-    save_every: int
-    """Steps between two checkpoints; 0 for one at the end only."""
     eval_every: int
     """Steps between two evaluations; 0 for one at either end only."""
     max_nonfinite_steps: int
@@ -46,6 +45,20 @@ class Held:
     """Which of them count, the same at every evaluation."""
     on_result: Callable[[int, Mapping[str, float]], None] | None = None
     """Takes a step and the objective's sums, on the reporter only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopProgress:
+    """What the loop goes on from, beside models, optimizers and random generators; as saved with them."""
+
+    step: int = 0
+    """Steps behind it; they decide which records come next, and the learning rate."""
+    num_skipped: int = 0
+    """Steps that were not taken because something was not finite."""
+    num_in_a_row: int = 0
+    """The last of them that came in a row."""
+    num_tokens: int = 0
+    """Tokens that went forward and backward, over all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +86,14 @@ def train(
     *,
     place: Topology,
     write: WriteMetrics,
-    save: Callable[[int], None],
+    checkpoints: RunCheckpoints,
     held: Held | None = None,
+    progress: LoopProgress | None = None,
 ) -> LoopResult:
     """Train to the end of the run; every rank calls this together.
 
-    Step n of the metrics is what the n-th update did, with the evaluation after it where one is due; an
-    evaluation before the first update stands at step 0.
+    Step n of the metrics is what the n-th update did, with the evaluation after it where one is due, and
+    the time that saving before it took; an evaluation before the first update stands at step 0.
 
     Args:
         state: model and optimizer.
@@ -89,18 +103,27 @@ def train(
         settings: of the loop.
         place: layout and groups.
         write: metrics, on the reporter.
-        save: writes a checkpoint of a number of steps; every rank calls it.
+        checkpoints: saves what is due after each step.
         held: records to evaluate on.
+        progress: where the run goes on; None for its beginning.
 
     Raises:
         ValueError: too many steps in a row were not finite; the message names ranks and records.
     """
     start = time.monotonic()
-    bar = tqdm(total=settings.steps, desc="train", unit=" steps", disable=None if place.is_reporter else True)
-    losses, num_skipped, num_in_a_row, num_tokens = [], 0, 0, 0
-    if held is not None:
+    progress = progress or LoopProgress()
+    losses: list[float] = []
+    saving: dict[str, float] = {}
+    bar = tqdm(
+        initial=progress.step,
+        total=settings.steps,
+        desc="train",
+        unit=" steps",
+        disable=None if place.is_reporter else True,
+    )
+    if held is not None and progress.step == 0:
         write(0, _evaluate(state, held, 0, settings, place))
-    for index in range(settings.steps):
+    for index in range(progress.step, settings.steps):
         clock = _Clock()
         numbers = sampler.batch(index)
         batches = take_share(records, numbers, max_tokens=settings.micro_batch_tokens, place=place)
@@ -110,36 +133,37 @@ def train(
         result = update(state, objective, batches, objective.denominator(numbers), place=place)
         clock.lap("timing_s/update")
         step_tokens = int(records.lengths[numbers].sum())
-        num_tokens += step_tokens
         metrics = _named(objective.metrics(result.sums), objective.prefix)
         metrics |= _of_step(result, lr, step_tokens, clock.total_s, objective.prefix, place)
         if result.is_applied:
             losses.append(result.sums["loss"])
-            num_in_a_row = 0
-        else:
-            num_skipped += 1
-            num_in_a_row += 1
+        progress = LoopProgress(
+            step=index + 1,
+            num_skipped=progress.num_skipped + (not result.is_applied),
+            num_in_a_row=0 if result.is_applied else progress.num_in_a_row + 1,
+            num_tokens=progress.num_tokens + step_tokens,
+        )
         is_last = index + 1 == settings.steps
-        has_to_stop = num_in_a_row >= settings.max_nonfinite_steps
+        has_to_stop = progress.num_in_a_row >= settings.max_nonfinite_steps
         if held is not None and not has_to_stop and _is_due(index + 1, settings.eval_every, is_last):
             metrics |= _evaluate(state, held, index + 1, settings, place)
             clock.lap("timing_s/eval")
-        if not has_to_stop and _is_due(index + 1, settings.save_every, is_last):
-            state.gather_weights()
-            save(index + 1)
-            clock.lap("timing_s/save")
-        write(index + 1, metrics | clock.laps)
+        write(index + 1, metrics | clock.laps | saving)
         if has_to_stop:
             bar.close()
-            raise ValueError(_why_stopped(result, num_in_a_row, index + 1, records))
+            raise ValueError(_why_stopped(result, progress.num_in_a_row, index + 1, records))
+        saving = {}
+        if checkpoints.after_step(index + 1, asdict(progress)):  # behind the metrics, which go on from it
+            clock.lap("timing_s/save")
+            saving = {"timing_s/save": clock.laps["timing_s/save"]}
         bar.set_postfix(loss=f"{result.sums['loss']:.4f}", refresh=False)
         bar.update()
     bar.close()
     return LoopResult(
         first_loss=losses[0] if losses else math.nan,
         last_loss=losses[-1] if losses else math.nan,
-        num_skipped=num_skipped,
-        num_tokens=num_tokens,
+        num_skipped=progress.num_skipped,
+        num_tokens=progress.num_tokens,
         elapsed_s=time.monotonic() - start,
     )
 

@@ -12,11 +12,14 @@ from glm_rlhf.engine.config_training import DPOConfig, OptimizerSection, RewardC
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
 from glm_rlhf.engine.observe.report import tell_report
+from glm_rlhf.engine.stages.run_checkpoints import EXPORTS, open_checkpoints, resume
+from glm_rlhf.engine.stages.same_run import lengths_identity, model_identity
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
-from glm_rlhf.engine.stages.train_loop import Held, LoopResult, LoopSettings, train
+from glm_rlhf.engine.stages.train_loop import Held, LoopProgress, LoopResult, LoopSettings, train
 from glm_rlhf.engine.stages.training_records import Records
 from glm_rlhf.engine.stages.update import Objective
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import training_state
@@ -24,29 +27,6 @@ from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.topology import Topology
 
 TrainingConfig = SFTConfig | RewardConfig | DPOConfig
-
-
-def claim_folder(config: TrainingConfig, place: Topology) -> None:
-    """Return nothing when the run folder has no checkpoint of an earlier run; every rank calls this, first.
-
-    Raises:
-        ValueError: it has one, which this run would have to mix with its own, or the folder cannot be made.
-    """
-    with agreed(f"claiming {config.run.output}"):
-        if place.is_reporter:
-            folder = checkpoints_of(config)
-            folder.mkdir(parents=True, exist_ok=True)
-            earlier = sorted(path.name for path in folder.iterdir() if path.name.startswith("step_"))
-            if earlier:
-                raise ValueError(
-                    f"{folder} holds {', '.join(earlier[:3])} of an earlier run: give this one another "
-                    "run.name or run.output, or remove them"
-                )
-
-
-def checkpoints_of(config: TrainingConfig) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return Path(config.run.output) / "checkpoints"
 
 
 def sampler_of(config: TrainingConfig, records: Records) -> BatchSampler:
@@ -84,8 +64,11 @@ def run_training(
     *,
     held: Held | None,
     place: Topology,
+    origin: Checkpoint | None,
 ) -> None:
     """Train `chunks` as the config says; every rank calls this, rank 0 tells how it went.
+
+    With an `origin` the run goes on from it: the next step is the one that would have followed.
 
     Raises:
         ValueError: too few records, a run that stopped because its numbers were not finite, or a checkpoint
@@ -100,12 +83,22 @@ def run_training(
         in_backward=config.optimizer.in_backward,
     )
 
-    def save(step: int) -> None:
-        export_model(
-            chunks, checkpoints_of(config) / f"step_{step}", topology=place, source=config.model.path
-        )
-
     with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            open_checkpoints(
+                config,
+                {"policy": state},
+                identity=_identity(config, records, place),
+                export=lambda folder: export_model(chunks, folder, topology=place, source=config.model.path),
+                place=place,
+            )
+        )
+        progress = LoopProgress()
+        if origin is not None:
+            progress = LoopProgress(**resume(origin, checkpoints))
+            if progress.step >= config.train.steps:
+                checkpoints.close_finished(progress.step)
+                return
         with agreed(f"writing to {config.run.output}"):
             write = stack.enter_context(
                 open_metrics(
@@ -115,6 +108,7 @@ def run_training(
                     wandb_project=config.observe.wandb,
                     run_name=config.run.name,
                     config=dataclasses.asdict(config),
+                    last_step=None if origin is None else progress.step,
                 )
             )
         result = train(
@@ -125,12 +119,26 @@ def run_training(
             _loop_settings(config.train, config.optimizer),
             place=place,
             write=write,
-            save=save,
+            checkpoints=checkpoints,
             held=held,
+            progress=progress,
         )
     if place.is_reporter:
         tell_report(config.run.output, title=config.run.name)
         sys.stderr.write(_in_words(config, result))
+
+
+def _identity(config: TrainingConfig, records: Records, place: Topology) -> dict[str, str]:
+    """Return fingerprints of what a run learns from, on the reporter; elsewhere nothing."""
+    if not place.is_reporter:
+        return {}
+    identity = {
+        "model.path": model_identity(config.model.path),
+        "data.path": lengths_identity(records.lengths),
+    }
+    if isinstance(config, DPOConfig):
+        identity["reference.path"] = model_identity(config.reference.path or config.model.path)
+    return identity
 
 
 def adam_of(optimizer: OptimizerSection) -> AdamSettings:
@@ -154,7 +162,6 @@ def _loop_settings(settings: TrainSection, optimizer: OptimizerSection) -> LoopS
             min_lr=optimizer.min_lr,
             warmup_steps=optimizer.warmup_steps,
         ),
-        save_every=settings.save_every,
         eval_every=settings.eval_every,
         max_nonfinite_steps=settings.max_nonfinite_steps,
     )
@@ -167,5 +174,5 @@ def _in_words(config: TrainingConfig, result: LoopResult) -> str:
     return (
         f"trained {steps} steps{skipped} in {result.elapsed_s:.1f} s{loss}, "
         f"{result.num_tokens / result.elapsed_s:.0f} tokens/s; written to "
-        f"{checkpoints_of(config) / f'step_{steps}'}\n"
+        f"{Path(config.run.output) / EXPORTS / f'step_{steps}'}\n"
     )

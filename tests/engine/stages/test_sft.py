@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_is_not_taken_by_any_rank(ranks, folder, data,
             assert "the gradient's norm is nan" in said
     if fault == "loss":
         assert any(f"record {BAD_RECORD} of {data[0]}" in answer[1][1] for answer in answers)
-    assert not list((tmp_path / "stops" / "checkpoints").iterdir())
+    assert not (tmp_path / "stops" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_cannot_be_trained_is_said_in_one_sentence(folder, data, tmp_path, 
 
 def test_a_run_folder_with_checkpoints_is_left_alone(folder, data, alone):
     before = (alone / "metrics.jsonl").read_bytes()
-    code, said = run_main(command(folder, data, alone))
+    code, said = run_main(command(folder, data, alone, "run.resume=never"))
     assert code == 2
     assert f"holds step_{STEPS} of an earlier run" in said
     assert (alone / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,249 @@
+"""When a run's checkpoints are written, and what a run goes on from."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from glm_rlhf.engine.stages.same_run import check_same_run
+from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.checkpoint_reader import checkpoint_at, newest_checkpoint, restore
+from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
+from glm_rlhf.parallel.checkpoint_writer import CheckpointWriter, step_folders
+from glm_rlhf.parallel.hf_export import companion_files
+from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.optimizer import TrainingState
+from glm_rlhf.parallel.random_state import random_state, set_random_state
+from glm_rlhf.parallel.topology import Topology
+
+FOLDER = "resume"
+"""Folder, in a run folder, of what the run goes on from."""
+EXPORTS = "checkpoints"
+"""Folder of the Hugging Face folders."""
+
+
+class SavedRun(Protocol):
+    """The part of a command's settings that checkpoints depend on."""
+
+    run: Any
+    train: Any
+    model: Any
+
+
+def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
+    """Return what the run goes on from, None for a new run; every rank calls this, first.
+
+    `run.resume` decides: `auto` takes the newest whole checkpoint of the run folder, if it has any; `never`
+    wants a folder without any; a path is a checkpoint, or a folder of them.
+
+    Raises:
+        ValueError: the folder holds what this run would have to mix with its own, there is no checkpoint at
+            the path, or none of them is whole.
+    """
+    output, wanted = Path(config.run.output), config.run.resume
+    own = output / FOLDER
+    if wanted == "auto":
+        found = newest_checkpoint(own, topology=place)
+        if found is not None:
+            return _told(found, place)
+    elif wanted != "never":
+        path = Path(wanted)
+        found = checkpoint_at(path, topology=place) if (path / "manifest.json").exists() else None
+        found = found or newest_checkpoint(path, topology=place)
+        if found is None:
+            raise ValueError(
+                f"run.resume is {wanted}: there is no checkpoint; give its folder, auto or never"
+            )
+        with agreed(f"claiming {output}"):
+            later = [step for step in step_folders(own) if step > found.manifest.step] if own.is_dir() else []
+            if place.is_reporter and later:
+                raise ValueError(
+                    f"{own} holds step_{later[0]}, later than {found.folder}: remove what is later, or give "
+                    "this run another run.name"
+                )
+        return _told(found, place)
+    with agreed(f"claiming {output}"):
+        if place.is_reporter:
+            output.mkdir(parents=True, exist_ok=True)
+            for folder in (own, output / EXPORTS):
+                earlier = sorted(path.name for path in folder.glob("step_*"))
+                if earlier:
+                    raise ValueError(
+                        f"{folder} holds {', '.join(earlier[:3])} of an earlier run: give this one another "
+                        "run.name or run.output, or remove them"
+                    )
+    return None
+
+
+def _told(found: Checkpoint, place: Topology) -> Checkpoint:
+    if place.is_reporter:
+        then = found.manifest.layout
+        layout = "" if then == place.layout else f", which was written in another layout ({then})"
+        sys.stderr.write(f"going on from {found.folder}{layout}\n")
+    return found
+
+
+class RunCheckpoints:
+    """Owns the checkpoints of a run: what is saved when, and the Hugging Face folders."""
+
+    def __init__(
+        self,
+        config: SavedRun,
+        models: Mapping[str, AnyTrainingState],
+        writer: CheckpointWriter | None,
+        *,
+        identity: Mapping[str, Any],
+        export: Callable[[Path], None],
+        place: Topology,
+    ) -> None:
+        self.config, self.models, self.writer = config, dict(models), writer
+        self.identity, self.export, self.place = dict(identity), export, place
+
+    def after_step(
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        *,
+        rank_tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> bool:
+        """Save and export what is due after a step; every rank calls this. Return whether anything was.
+
+        Args:
+            step: steps of the run so far.
+            progress: what the loop goes on from, JSON values.
+            rank_tensors: what else this rank goes on from.
+
+        Raises:
+            ValueError: this save, or the one before it, failed; on every rank.
+        """
+        train = self.config.train
+        is_last = step >= train.steps
+        if self.writer is not None:
+            self.writer.poll()
+        is_due = is_last or (train.save_every > 0 and step % train.save_every == 0)
+        exports = is_last or (train.export_every > 0 and step % train.export_every == 0)
+        saves = is_due and self.writer is not None
+        if saves:
+            self.writer.save(
+                step,
+                self.models,
+                state={"identity": self.identity, "progress": dict(progress)},
+                rank_tensors=random_state() | dict(rank_tensors or {}),
+            )
+        if saves and is_last:
+            self.writer.finish()
+        if exports:
+            for training in self.models.values():
+                training.gather_weights()
+            self._export(step)
+        return saves or exports
+
+    def close_finished(self, step: int) -> None:
+        """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
+        with agreed("looking for the export"):
+            is_there = [(self._export_folder(step)).exists()]
+        if not self.place.is_reporter:
+            is_there = [False]
+        torch.distributed.broadcast_object_list(is_there, src=0)
+        if not is_there[0]:
+            self._export(step)
+        if self.place.is_reporter:
+            sys.stderr.write(
+                f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
+                "raise train.steps, or give another run.name\n"
+            )
+
+    def _export_folder(self, step: int) -> Path:
+        return Path(self.config.run.output) / EXPORTS / f"step_{step}"
+
+    def _export(self, step: int) -> None:
+        folder = self._export_folder(step)
+        with agreed(f"making {folder.parent}"):
+            if self.place.is_reporter:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+        self.export(folder)
+
+
+@contextlib.contextmanager
+def open_checkpoints(
+    config: SavedRun,
+    models: Mapping[str, AnyTrainingState],
+    *,
+    identity: Mapping[str, Any],
+    export: Callable[[Path], None],
+    place: Topology,
+) -> Iterator[RunCheckpoints]:
+    """Return, as a context manager, what saves a run; every rank enters.
+
+    Args:
+        config: of the run.
+        models: what is trained, by name; the first is what a checkpoint is as a model folder.
+        identity: what may not change between a run and its resumption, JSON values.
+        export: writes the Hugging Face folder that it is given.
+        place: layout and groups.
+
+    Raises:
+        ValueError: the folder cannot be made, or the last save failed.
+    """
+    train = config.train
+    if not all(isinstance(training, TrainingState) for training in models.values()):
+        if train.save_every:
+            raise ValueError(
+                f"train.save_every is {train.save_every} with optimizer.in_backward, whose state checkpoints "
+                "do not hold yet: set train.save_every to 0 (train.export_every writes weights), or "
+                "optimizer.in_backward to false"
+            )
+        yield RunCheckpoints(config, models, None, identity=identity, export=export, place=place)
+        return
+    chunk = next(iter(models.values())).bare_chunks[0]
+    with agreed(f"reading {config.model.path}"):
+        companions = {}
+        if place.is_reporter:
+            companions = companion_files(
+                config.model.path, chunk.glm, dtype=chunk.config.params_dtype, role=chunk.role
+            )
+    with CheckpointWriter(
+        Path(config.run.output) / FOLDER,
+        topology=place,
+        keep_last=train.keep_last,
+        keep_every=train.keep_every,
+        is_async=train.async_save,
+        config=json.loads(json.dumps(dataclasses.asdict(config))),
+        companions=companions,
+    ) as writer:
+        yield RunCheckpoints(config, models, writer, identity=identity, export=export, place=place)
+
+
+def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
+    """Bring models, optimizers and random generators to a checkpoint; return the loop's progress.
+
+    Every rank calls this. Random generators go on where the layout is the same.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or of other models.
+    """
+    place, manifest = checkpoints.place, origin.manifest
+    if checkpoints.writer is None:
+        raise ValueError(
+            f"{origin.folder} cannot be resumed with optimizer.in_backward, whose state it lacks: set "
+            "that to false, or run.resume to never and another run.name"
+        )
+    with agreed(f"resuming from {origin.folder}"):
+        check_same_run(
+            origin.folder,
+            manifest.config,
+            checkpoints.writer.config,
+            manifest.state.get("identity", {}),
+            checkpoints.identity if place.is_reporter else None,
+        )
+    for name, training in checkpoints.models.items():
+        restore(training, origin, name)
+    if (manifest.layout, manifest.world_size) == (place.layout, place.world_size):
+        with agreed(f"resuming from {origin.folder}"):
+            set_random_state(origin.rank_tensors(place.rank))
+    return manifest.state["progress"]
