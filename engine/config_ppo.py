@@ -85,6 +85,8 @@ class PPOTrainSection:
     export_every: CountOrZero = 0
     """Iterations between two Hugging Face folders of the policy, <run.output>/checkpoints/step_N; 0: after
     the last only."""
+    max_nonfinite_steps: Count = 3
+    """Iterations in a row given up because some number was not finite, before the run stops."""
     sample_every: CountOrZero = 10
     """Iterations between two files of sample answers in <run.output>/samples; 0 for none."""
 

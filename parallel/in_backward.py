@@ -100,6 +100,10 @@ class InBackwardState:
         self._num_steps += 1
         return StepResult(is_applied=True, grad_norm=grad_norm)
 
+    def nonfinite_gradients(self) -> list[str]:
+        """Return nothing: gradients are gone when the step ends."""
+        return []
+
     def gather_weights(self) -> None:
         """Do nothing: weights are gathered as they change."""
 

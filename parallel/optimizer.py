@@ -149,6 +149,19 @@ class TrainingState:
         self.optimizer.step_with_ready_grads()
         return StepResult(is_applied=True, grad_norm=grad_norm)
 
+    def nonfinite_gradients(self) -> list[str]:
+        """Return the names of this rank's weights whose gradient is not finite, until `zero_grad`.
+
+        Of gradients that are split over dp a rank sees its own share reduced, and the rest as it was: the
+        rank that the fault comes from has the most.
+        """
+        return [
+            name
+            for chunk in self.chunks
+            for name, weight in chunk.module.named_weights()
+            if weight.requires_grad and not bool(weight.main_grad.isfinite().all())
+        ]
+
     def gather_weights(self) -> None:
         """Finish at once what `overlap_communication` would gather during the next training step.
 

@@ -12,6 +12,7 @@ from glm_rlhf.parallel.generation import TickCount, run_queue
 from glm_rlhf.parallel.generation_stage import GenerationStage
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.kv_cache import KVCache, num_pages_within
+from glm_rlhf.parallel.nonfinite import named
 from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import Topology
 
@@ -92,6 +93,8 @@ class GenerationPhase:
 
         Raises:
             ValueError: a request that the cache can never hold; the message names it.
+            FloatingPointError: logits are not finite; the message names the prompts that were being answered.
+                On every rank of the pipeline and tensor-parallel groups.
         """
         assert self._cache is not None, "a generation phase is used inside its with block"
         if not requests:
@@ -109,6 +112,8 @@ class GenerationPhase:
             yield from run_queue(
                 self._stage_for(sampling), queue, num_groups=self.num_groups, ticks=self.ticks
             )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} (prompts {named(queue.drawing)})") from error
         finally:
             queue.close()
 

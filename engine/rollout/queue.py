@@ -84,6 +84,12 @@ class GenerationQueue:
         return self._roster.num_unfinished == 0
 
     @property
+    def drawing(self) -> list[int]:
+        """Requests for which the steps in flight draw a token."""
+        steps = [step for step in self._in_flight if step]
+        return sorted({sequence.prompt.request.index for step in steps for sequence in step})
+
+    @property
     def num_running(self) -> int:
         """Sequences that own pages now."""
         return self._roster.num_running

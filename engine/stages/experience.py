@@ -13,6 +13,7 @@ from glm_rlhf.engine.types import Experience, Rewards, Rollouts
 from glm_rlhf.kernels import ppo_advantages, whiten
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import shift_to_tokens
+from glm_rlhf.parallel.nonfinite import named, refuse_nonfinite
 from glm_rlhf.parallel.scoring import score_rows, score_tokens
 from glm_rlhf.parallel.topology import Topology
 
@@ -45,8 +46,8 @@ def make_experience(
         topology: layout and groups.
 
     Raises:
-        FloatingPointError: a reward, logprob or value is not finite; the message names the role. On every
-            rank.
+        FloatingPointError: a reward, logprob or value is not finite; the message, the same on every rank,
+            names the role, the ranks and the answers.
     """
     batches = stream_batches(
         rollouts.tokens_T,
@@ -66,13 +67,13 @@ def make_experience(
         old_logprobs_T, gap = _old_logprobs(policy, batches, rollouts, mask_T, settings, topology)
     with phases.phase("values"):
         values_T = _values(critic, batches, mask_T, topology)
-    named = {
-        "rewards": rewards_B,
+    found = {
+        "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),
         "the reference's logprobs": ref_logprobs_T,
         "the policy's logprobs": old_logprobs_T,
         "the critic's values": values_T,
     }
-    _check_finite(named, topology)
+    _check_finite(found, rollouts, topology)
     with phases.phase("estimate"):
         estimate = ppo_advantages(
             old_logprobs_T,
@@ -165,17 +166,20 @@ def _values(
     return values_T * mask_T
 
 
-def _check_finite(named: dict[str, torch.Tensor], topology: Topology) -> None:
-    """Stop all ranks together where one has a number that is none: one small all-reduce of the world."""
-    counts = torch.stack([(~values.isfinite()).sum() for values in named.values()])
-    mine = counts.tolist()
-    dist.all_reduce(counts)
-    for (name, _), here, everywhere in zip(named.items(), mine, counts.tolist(), strict=True):
-        if everywhere:
-            raise FloatingPointError(
-                f"{name} are not finite at {everywhere} places over all ranks, {here} of them on rank "
-                f"{topology.rank}: no update is made of them"
-            )
+def _check_finite(found: dict[str, torch.Tensor], rollouts: Rollouts, topology: Topology) -> None:
+    """Stop all ranks together where one has a number that is none."""
+    findings = []
+    for name, values_T in found.items():
+        answers = answers_with(rollouts, ~values_T.isfinite())
+        if answers:
+            findings.append(f"{name} of answers {named(answers)}")
+    refuse_nonfinite(findings, "no update is made of them", device=topology.device)
+
+
+def answers_with(rollouts: Rollouts, chosen_T: torch.Tensor) -> list[int]:
+    """Return which answers, by their place among those of all ranks, have a chosen token; bool [T]."""
+    pieces = chosen_T.split(list(rollouts.lengths))
+    return [index for index, piece in zip(rollouts.indices, pieces, strict=True) if bool(piece.any())]
 
 
 def _metrics(

@@ -26,6 +26,7 @@ from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.decode_weights import ChunkWeights
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.load import load_model
+from glm_rlhf.parallel.nonfinite import refuse_nonfinite
 from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import Topology, topology
 
@@ -144,11 +145,15 @@ def _answers_everywhere(
         unit=" answers",
         disable=None if place.is_reporter else True,
     )
-    found = []
+    found, findings = [], []
     with bar, GenerationPhase(chunks, topology=place, batch=batch, longest=longest) as phase:
-        for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
-            found.append(completion)
-            bar.update()
+        try:
+            for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
+                found.append(completion)
+                bar.update()
+        except FloatingPointError as error:  # on every rank of this copy of the model; others go on
+            findings = [str(error)]
+    refuse_nonfinite(findings, "look at the model's weights", device=place.device)
     if copies.size() > 1 and place.tp_rank == place.pp_rank == 0:
         everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
         dist.all_gather_object(everyone, found, group=copies)

@@ -5,8 +5,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
@@ -140,8 +138,8 @@ class PPORoles:
         """Learn from an iteration's experience; return its metrics, those of time this rank's own.
 
         Raises:
-            FloatingPointError: a gradient was not finite, so that no step was taken, or with `in_backward`
-                perhaps a part of one; on every rank.
+            FloatingPointError: a loss or gradient was not finite: the steps from there on were not taken, or
+                with `in_backward` perhaps a part of one; on every rank.
         """
         phases = Phases()
         policies, critics, is_stopped = [], [], False
@@ -152,13 +150,11 @@ class PPORoles:
                 given = (experience, part, self.settings)
                 with phases.phase("critic"):
                     critics.append(critic_step(self.critic_state, *given, topology=self.topology))
-                self._check("critic", critics[-1][0].grad_norm)
                 if not trains_policy:
                     continue
                 sft = self.demonstrations and self.demonstrations.take(self.topology)
                 with phases.phase("policy"):
                     policies.append(policy_step(self.policy_state, *given, topology=self.topology, sft=sft))
-                self._check("policy", policies[-1].result.grad_norm)
                 limit = self.settings.max_kl
                 is_stopped = limit is not None and policies[-1].statistics.approximate_kl.item() > limit
                 if is_stopped:
@@ -196,13 +192,6 @@ class PPORoles:
     def export_hf(self, path: str | Path, *, source: str | Path | None = None) -> None:
         """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""
         export_model(self.policy, path, topology=self.topology, source=source)
-
-    def _check(self, role: str, grad_norm: float) -> None:
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            raise FloatingPointError(
-                f"the {role}'s gradient has the norm {grad_norm} in iteration {self.iteration}: "
-                "no step was taken, or with optimizer.in_backward a part of one"
-            )
 
     def _steer_kl(self, experience: Experience) -> None:
         """Move the KL coefficient towards its target, at most by a fifth of the way of one horizon."""

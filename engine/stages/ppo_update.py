@@ -6,16 +6,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.stages.experience import answers_with
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.sft_term import SFTTerm
 from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
-from glm_rlhf.engine.types import Experience
+from glm_rlhf.engine.types import Experience, Rollouts
 from glm_rlhf.kernels import ppo_value_loss
 from glm_rlhf.kernels.reference.policy_loss import POLICY_SUMS, PolicyStatistics
 from glm_rlhf.kernels.reference.value_loss import VALUE_SUMS, ValueStatistics
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import next_tokens, shift_to_rows, token_values
 from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.nonfinite import gathered, named, refuse_nonfinite
 from glm_rlhf.parallel.optimizer import StepResult
 from glm_rlhf.parallel.packing import PackedTokens, share
 from glm_rlhf.parallel.schedule import run_micro_batches
@@ -95,6 +97,9 @@ def policy_step(
     tokens of the mini-batch over all data-parallel ranks; plus, with `sft`, coef · Σ over answer tokens of
     the step's demonstrations of -log p, divided by these tokens over all data-parallel ranks. Micro-batches
     of both go through one pipeline schedule into one gradient, which is reduced and clipped once.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; on every rank, no step was taken.
     """
     packed = [batch.packed for batch in mini_batch.batches]
     num_policy = len(packed)
@@ -127,8 +132,9 @@ def policy_step(
         packed += sft.packed
     state.zero_grad()
     found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
-    result = state.step()
     found, demonstrated = found[:num_policy], found[num_policy:]
+    losses = [statistics.sums for statistics in found]
+    result = _step_of("policy", state, losses, demonstrated, experience, mini_batch, topology)
     sums = _summed([statistics.sums for statistics in found], len(POLICY_SUMS), topology)
     maxima = _largest([statistics.maxima for statistics in found], topology)
     sft_loss = None
@@ -148,6 +154,9 @@ def critic_step(
     """Take one optimizer step of the critic; return its result and statistics over all ranks.
 
     Loss: Σ over action tokens of ½ the squared error, clipped, divided as the policy's.
+
+    Raises:
+        FloatingPointError: as `policy_step`.
     """
     packed = [batch.packed for batch in mini_batch.batches]
     mask_T = experience.rollouts.action_mask_T
@@ -165,9 +174,60 @@ def critic_step(
 
     state.zero_grad()
     found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
-    result = state.step()
-    sums = _summed([statistics.sums for statistics in found], len(VALUE_SUMS), topology)
+    losses = [statistics.sums for statistics in found]
+    result = _step_of("critic", state, losses, (), experience, mini_batch, topology)
+    sums = _summed(losses, len(VALUE_SUMS), topology)
     return result, ValueStatistics(sums=sums)
+
+
+def _step_of(
+    role: str,
+    state: AnyTrainingState,
+    losses: Sequence[torch.Tensor],
+    demonstrated: Sequence[torch.Tensor],
+    experience: Experience,
+    mini_batch: MiniBatch,
+    topology: Topology,
+) -> StepResult:
+    """Change the weights, where every loss and gradient is finite; every rank calls this together.
+
+    Args:
+        role: whose step it is, for the message.
+        state: holds the gradient.
+        losses: sums of each micro-batch on the last stage; elsewhere nothing.
+        demonstrated: of each micro-batch of demonstrations.
+        experience: what is learned from.
+        mini_batch: its part in this step.
+        topology: layout and groups.
+
+    Raises:
+        FloatingPointError: on every rank, no step was taken, or with an optimizer in backward perhaps a part
+            of one. The message names the ranks, and the answers or the weights.
+    """
+    rollouts, findings = experience.rollouts, []
+    for sums, batch in zip(losses, mini_batch.batches if losses else (), strict=True):
+        if not bool(sums.isfinite().all()):
+            findings.append(f"the {role}'s loss on answers {named(_answers_of(rollouts, batch))}")
+    if not all(bool(sums.isfinite().all()) for sums in demonstrated):
+        findings.append("the loss on demonstrations")
+    consequence = "no step was taken, or with optimizer.in_backward a part of one"
+    refuse_nonfinite(findings, consequence, device=topology.device)
+    result = state.step()
+    if not result.is_applied:
+        answers = [i for batch in mini_batch.batches for i in _answers_of(rollouts, batch)]
+        names = state.nonfinite_gradients()
+        where = [f"those of {named(names)} in a step on answers {named(sorted(answers))}"] if names else []
+        raise FloatingPointError(
+            f"the {role}'s gradient has the norm {result.grad_norm}; {consequence}; not finite: "
+            f"{gathered(where) or 'no gradient by itself, their squares overflow'}"
+        )
+    return result
+
+
+def _answers_of(rollouts: Rollouts, batch: StreamBatch) -> list[int]:
+    chosen_T = torch.zeros_like(rollouts.tokens_T, dtype=torch.bool)
+    chosen_T[batch.rows] = True
+    return answers_with(rollouts, chosen_T)
 
 
 class _RowsOf:

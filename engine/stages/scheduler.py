@@ -96,9 +96,17 @@ def run(config: PPOConfig) -> None:
             evaluation = PPOEvaluation(engine) if config.evaluate.every else None
             if evaluation is not None and first == 0:
                 write(0, evaluation.run(0))
+            num_given_up = 0
             for step in range(first, config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
-                metrics = _iterate(engine, batch, step, trace)
+                try:
+                    metrics = _iterate(engine, batch, step, trace)
+                except FloatingPointError as error:  # the same on every rank
+                    num_given_up += 1
+                    _give_up(step, num_given_up, error, config, place)
+                    metrics = {"actor/is_step_skipped": 1.0}
+                else:
+                    num_given_up = 0
                 if evaluation is not None and evaluation.is_due(step + 1):
                     metrics |= evaluation.run(step + 1)
                 write(step + 1, metrics)
@@ -107,7 +115,8 @@ def run(config: PPOConfig) -> None:
                     {"step": step + 1} | engine.roles.progress(),
                     rank_tensors=engine.roles.rewards.baseline_tensors(),
                 )
-                progress.show(step + 1, metrics)
+                if not num_given_up:
+                    progress.show(step + 1, metrics)
         _close(engine, [prompts[number] for number in sampler.batch(0)])
 
 
@@ -138,6 +147,25 @@ def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, st
     identity = {key: model_identity(path) for key, path in paths.items() if path is not None}
     identity["data.path"] = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
     return identity
+
+
+def _give_up(
+    step: int, num_in_a_row: int, error: FloatingPointError, config: PPOConfig, place: Topology
+) -> None:
+    """Tell that an iteration was given up.
+
+    Raises:
+        ValueError: it was one too many.
+    """
+    limit = config.train.max_nonfinite_steps
+    if num_in_a_row >= limit:
+        raise ValueError(
+            f"stopped after {num_in_a_row} iterations in a row that were given up, train.max_nonfinite_steps "
+            f"is {limit}: iteration {step + 1}: {error}; lower optimizer.lr and critic.lr, look at these "
+            "answers, or start from weights that are finite"
+        ) from error
+    if place.is_reporter:
+        sys.stderr.write(f"iteration {step + 1} was given up ({num_in_a_row} of {limit} in a row): {error}\n")
 
 
 def _iterate(
@@ -172,6 +200,7 @@ def _iterate(
         "perf/tokens_per_s_per_gpu": num_tokens / elapsed_s / place.world_size,
         "perf/response_tokens_per_s_per_gpu": num_answer_tokens / elapsed_s / place.world_size,
     }
+    metrics["actor/is_step_skipped"] = 0.0
     metrics |= _mfu(engine, metrics, rollouts.num_everywhere)
     if trace is not None and place.device.type == "cpu":  # on CUDA the host does not see waits
         metrics |= _idle(trace.take_wait_s() / elapsed_s, place)

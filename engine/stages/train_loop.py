@@ -14,6 +14,7 @@ from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints
 from glm_rlhf.engine.stages.training_records import Records
 from glm_rlhf.engine.stages.update import Objective, UpdateResult, evaluate, update
 from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.nonfinite import named
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -151,7 +152,7 @@ def train(
         write(index + 1, metrics | clock.laps | saving)
         if has_to_stop:
             bar.close()
-            raise ValueError(_why_stopped(result, progress.num_in_a_row, index + 1, records))
+            raise ValueError(_why_stopped(result, progress.num_in_a_row, index + 1, records, numbers))
         saving = {}
         if checkpoints.after_step(index + 1, asdict(progress)):  # behind the metrics, which go on from it
             clock.lap("timing_s/save")
@@ -205,7 +206,9 @@ def _is_due(step: int, every: int, is_last: bool) -> bool:
     return is_last or (every > 0 and step % every == 0)
 
 
-def _why_stopped(result: UpdateResult, num_in_a_row: int, step: int, records: Records) -> str:
+def _why_stopped(
+    result: UpdateResult, num_in_a_row: int, step: int, records: Records, numbers: Sequence[int]
+) -> str:
     loss = result.sums["loss"]
     if result.culprits:
         what = f"the loss is {loss} at step {step}, " + "; ".join(
@@ -214,7 +217,10 @@ def _why_stopped(result: UpdateResult, num_in_a_row: int, step: int, records: Re
             for rank, numbers in result.culprits[:3]
         )
     elif math.isfinite(loss):
-        what = f"the gradient's norm is {result.grad_norm} at step {step}, at a loss of {loss:.4g}"
+        of_step = named([records.name(number) for number in numbers])
+        what = f"the gradient's norm is {result.grad_norm} at step {step}"
+        what += f", at a loss of {loss:.4g} on {of_step}"
+        what += f", {result.where}" if result.where else ""
     else:
         what = f"the loss is {loss} at step {step}, added up over micro-batches that are finite"
     return (

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.nonfinite import gathered, named
 from glm_rlhf.parallel.schedule import run_micro_batches
 from glm_rlhf.parallel.topology import Topology
 
@@ -51,6 +52,8 @@ class UpdateResult:
     """Whether the weights changed: the loss and the gradient were finite."""
     culprits: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """(rank, record numbers) of each micro-batch whose loss was not finite, over all ranks."""
+    where: str = ""
+    """Ranks and weights whose gradient was not finite; empty where it was, or where it is not known."""
 
 
 def update(
@@ -81,7 +84,11 @@ def update(
         culprits = _find_culprits(outputs, batches, place)
         return UpdateResult(sums=sums, grad_norm=math.nan, is_applied=False, culprits=culprits)
     result = state.step()
-    return UpdateResult(sums=sums, grad_norm=result.grad_norm, is_applied=result.is_applied)
+    where = ""
+    if not result.is_applied:
+        names = state.nonfinite_gradients()
+        where = gathered([f"in {named(names)}"] if names else [])
+    return UpdateResult(sums=sums, grad_norm=result.grad_norm, is_applied=result.is_applied, where=where)
 
 
 def evaluate(

@@ -1,0 +1,174 @@
+"""A number that is none, on one rank of a PPO run: no step on any rank, and its place is named."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from tiny_models import make_model, save_folder
+from tiny_ppo import make_roles, prompts
+
+from glm_rlhf.engine.cli import main
+from glm_rlhf.engine.stages import ppo_update
+from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.topology import topology
+
+RANK = {"tp_rank": 1, "pp_rank": 1}
+"""The rank that is hurt where the fault lies behind the last layer; the gradient's lies in the first one."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
+
+
+@contextlib.contextmanager
+def hurt_weight(chunks, is_hit: bool):
+    """Make one row of this rank's last weight NaN for a while."""
+    weight = list(chunks[0].parameters())[-1].data
+    kept = weight.clone()
+    if is_hit:
+        weight[0] = torch.nan
+    try:
+        yield
+    finally:
+        weight.copy_(kept)
+
+
+@contextlib.contextmanager
+def hurt_loss(name: str, is_hit: bool):
+    """Make the sums of one loss NaN for a while, its gradient left alone."""
+    original = getattr(ppo_update, name)
+
+    def broken(*args, **kwargs):
+        loss, statistics = original(*args, **kwargs)
+        statistics.sums[0] = torch.nan
+        return loss, statistics
+
+    if is_hit:
+        setattr(ppo_update, name, broken)
+    try:
+        yield
+    finally:
+        setattr(ppo_update, name, original)
+
+
+@contextlib.contextmanager
+def hurt_gradient(chunks, is_hit: bool):
+    """Make the gradient of this rank's first weight NaN for a while."""
+    handle = next(chunks[0].parameters()).register_hook(lambda g: g * torch.nan) if is_hit else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def meet_faults(folder) -> tuple[dict[str, str], bool, float]:
+    """Return what is said of each fault, whether weights stayed to the bit, and the norm of a sound step."""
+    said = {}
+    with topology(Layout(tp=2, pp=2)) as place:
+        roles = make_roles(folder, place)
+        is_last = (place.tp_rank, place.pp_rank) == (1, 1)
+        is_first = (place.tp_rank, place.pp_rank) == (1, 0)
+        trained = [*roles.policy[0].parameters(), *roles.critic[0].parameters()]
+        experience = roles.make_experience(roles.generate(prompts()))
+        before = [weight.detach().clone() for weight in trained]
+        for role in ("policy", "reference", "critic"):
+            rollouts = experience.rollouts
+            with hurt_weight(getattr(roles, role), is_last):
+                try:
+                    if role == "policy":
+                        rollouts = roles.generate(prompts())
+                    roles.make_experience(rollouts)
+                except FloatingPointError as error:
+                    said[role] = str(error)
+        hurts = {
+            "policy loss": hurt_loss("linear_ppo_loss", is_last),
+            "critic loss": hurt_loss("ppo_value_loss", is_last),
+            "critic gradient": hurt_gradient(roles.critic, is_first),
+        }
+        steps = {"policy": ppo_update.policy_step, "critic": ppo_update.critic_step}
+        states = {"policy": roles.policy_state, "critic": roles.critic_state}
+        hurts["policy gradient"] = hurt_gradient(roles.policy, is_first)
+        (part, *_) = ppo_update.mini_batches(experience, roles.settings, seed=1, topology=place)
+        for name, hurt in hurts.items():
+            role = name.split()[0]
+            with hurt:
+                try:
+                    steps[role](states[role], experience, part, roles.settings, topology=place)
+                except FloatingPointError as error:
+                    said[name] = str(error)
+        is_same = all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+        norm = roles.update(experience)["actor/grad_norm"]
+    return said, is_same, norm
+
+
+def test_no_fault_on_one_rank_changes_a_weight_and_all_ranks_say_the_same(ranks, folder):
+    answers = ranks.run(meet_faults, folder)
+    said = answers[0][0]
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][1:] == (True, pytest.approx(answers[0][2]))
+    assert answers[0][2] > 0
+    words = {
+        "policy": "rows have no token that could be drawn",
+        "reference": "the reference's logprobs of answers 0, 1, 2 and 13 more",
+        "critic": "the critic's values of answers 0, 1, 2 and 13 more",
+        # The ranks of the last stage are 2 and 3; those of the first 0 and 1.
+        "policy loss": "on rank 3 the policy's loss on answers",
+        "critic loss": "on rank 3 the critic's loss on answers",
+        "critic gradient": "on rank 1 those of ",
+        "policy gradient": "on rank 1 those of ",
+    }
+    assert said.keys() == words.keys()
+    for name, sentence in words.items():
+        assert sentence in said[name], (name, said[name])
+    assert "(prompts 0, 1, 2" in said["policy"]
+    assert "in a step on answers" in said["policy gradient"]
+
+
+def run_with_broken_iterations(line: list[str], hit: set[int]) -> int:
+    """Run the command; in iterations `hit`, from 0, the critic's loss is NaN on rank 1."""
+    from glm_rlhf.engine.stages.ppo_roles import PPORoles
+
+    original, count = PPORoles.update, iter(range(100))
+
+    def update(self, experience):
+        with hurt_loss("ppo_value_loss", next(count) in hit and self.topology.rank == 1):
+            return original(self, experience)
+
+    PPORoles.update = update
+    try:
+        return main(line)
+    finally:
+        PPORoles.update = original
+
+
+@pytest.fixture(scope="module")
+def line(folder, tmp_path_factory) -> list[str]:
+    data = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt_tokens": [3 + n, 4]}) + "\n" for n in range(8)))
+    given = {
+        "model.path": folder,
+        "data.path": data,
+        "reward.function": "reward_rules:share_of_low_ids",
+        "ppo.reference_baseline": "false",
+        "parallel.tp": 2,
+        "train.steps": 4,
+        "train.global_batch_size": 4,
+        "train.dtype": "fp32",
+        "train.sample_every": 0,
+        "train.max_nonfinite_steps": 2,
+        "generation.max_new_tokens": 4,
+        "observe.tensorboard": "false",
+    }
+    return ["ppo", *(f"{key}={value}" for key, value in given.items())]
+
+
+@pytest.mark.parametrize("hit, codes, skipped", [({0, 2}, [0], [1, 0, 1, 0]), ({1, 2}, [2], [0, 1])])
+def test_iterations_are_given_up_until_too_many_in_a_row(ranks, line, tmp_path, hit, codes, skipped):
+    answers = ranks.run(run_with_broken_iterations, [*line, f"run.output={tmp_path}"], hit)
+    assert answers == codes * 4
+    metrics = [json.loads(text) for text in (tmp_path / "metrics.jsonl").open()]
+    assert [one["actor/is_step_skipped"] for one in metrics] == skipped
+    assert bool(list(tmp_path.glob("checkpoints/step_*"))) == (codes == [0])
