@@ -92,6 +92,7 @@ class PPOEvaluation:
         place = self._engine.topology
         with agreed(f"making room for {new}"):
             if place.is_reporter:
+                best.parent.mkdir(parents=True, exist_ok=True)
                 for left in (new, old):  # by a run that was killed in between
                     if left.exists():
                         shutil.rmtree(left)
