@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install test lint demo bench gpu soak clean
+.PHONY: install test lint demo bench gpu docs soak clean
 
 install: $(INSTALLED)
 
@@ -41,8 +41,14 @@ bench: install
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
+# The page of all keys from the code, then the documentation as a site, into site/.
+docs: install
+	$(BIN)/pip install --quiet -r docs/requirements.txt
+	$(BIN)/python docs/configuration_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs
+	rm -rf $(VENV) build dist *.egg-info outputs site

@@ -1,0 +1,147 @@
+"""What the documentation names exists: pages, anchors, files, commands, keys, metrics, errors."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from doc_pages import DOCS, PAGES, ROOT, anchors, blocks, commands, inline_code, links, prose
+
+from glm_rlhf.engine.cli import COMMANDS
+from glm_rlhf.engine.config_keys import keys_of
+
+CONFIG_OF = {command.name: command.config for command in COMMANDS}
+KEYS = {path for config in CONFIG_OF.values() for path in keys_of(config)}
+SECTIONS = {path.partition(".")[0] for path in KEYS}
+FILE_ENDINGS = (".json", ".jsonl", ".yaml", ".html", ".py", ".md")
+EVERYWHERE = (*PAGES, ROOT / "README.md")
+
+pages = pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: page.stem)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the generator's config, whose one Python name it passes over."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda *_: None)
+
+
+def nav_pages(entries: list) -> list[str]:
+    """The files of a `nav`, in order."""
+    found = []
+    for entry in entries:
+        (target,) = entry.values()
+        found += nav_pages(target) if isinstance(target, list) else [target]
+    return found
+
+
+def test_every_page_stands_once_in_the_nav():
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Loader)
+    assert sorted(nav_pages(config["nav"])) == [page.name for page in PAGES]
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+@pages
+def test_files_that_are_named_exist(page):
+    floors = re.compile(r"(engine|kernels|parallel|tests|examples|benchmarks)/[\w./*-]+")
+    for code in inline_code(page):
+        if floors.fullmatch(code):
+            assert any(ROOT.glob(code.rstrip("/"))), f"{page.name} names {code}"
+
+
+@pages
+def test_commands_exist_and_take_what_they_are_given(page):
+    """In shell blocks each key belongs to its command; so it does where a command stands in prose."""
+    given = [words for block in blocks(page) if block.language == "bash" for words in commands(block.text)]
+    inline = [code for code in inline_code(page) if code.startswith(("glm-rlhf", "torchrun"))]
+    given += [words for code in inline for words in commands(code)]
+    for words in given:
+        if not words or not words[0].isalpha():
+            continue
+        assert words[0] in CONFIG_OF, f"{page.name}: glm-rlhf {' '.join(words)}"
+        known = keys_of(CONFIG_OF[words[0]])
+        for word in words[1:]:
+            key, is_set, _ = word.partition("=")
+            assert not is_set or key in known or "…" in key, f"{page.name}: {words[0]} has no key {key}"
+
+
+@pages
+def test_keys_that_are_named_exist(page):
+    for code in inline_code(page):
+        key = code.partition("=")[0].partition(":")[0]
+        section, _, name = key.partition(".")
+        if section in SECTIONS and re.fullmatch(r"\w+", name) and not code.endswith(FILE_ENDINGS):
+            assert key in KEYS, f"{page.name} names {code}"
+
+
+@pages
+def test_python_compiles(page):
+    for number, block in enumerate(blocks(page)):
+        if block.language == "python":
+            compile(block.text, f"{page.name}, block {number}", "exec")
+
+
+def test_every_command_has_its_place_on_the_commands_page():
+    table = prose(DOCS / "commands.md")
+    assert [name for name in CONFIG_OF if f"| `{name}` |" not in table] == []
+
+
+def test_the_sentences_of_errors_are_those_of_the_code():
+    rows = re.findall(r"^\| (.+?) \|", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE)
+    codes = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+    quoted = [code for code in codes if " " in code and "…" not in code]
+    assert len(quoted) > 25
+    assert [sentence for sentence in quoted if not any(sentence in text for text in source_texts())] == []
+
+
+def test_every_metric_of_the_page_is_one_of_the_code():
+    """The other direction, that what is written is defined, is part of `test_snippets`."""
+    names = re.findall(r"^\| `([\w/]+)` \|", (DOCS / "metrics.md").read_text("utf-8"), re.MULTILINE)
+    assert len(set(names)) > 50
+    texts = {text.strip(" /") for text in source_texts()}
+    ends = {name: {name, name.partition("/")[2], name.rpartition("/")[2]} for name in names}
+    assert [name for name in names if not ends[name] & texts] == []
+
+
+@functools.cache
+def source_texts() -> tuple[str, ...]:
+    """Every text of the sources; what is filled in stands as a space."""
+    found = []
+    for floor in ("engine", "parallel", "kernels"):
+        for path in sorted((ROOT / floor).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    parts = (part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+                    found.append("".join(parts))
+    return tuple(found)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_links_lead_somewhere,
+        test_files_that_are_named_exist,
+        test_keys_that_are_named_exist,
+        test_commands_exist_and_take_what_they_are_given,
+    ],
+)
+def test_the_checks_see_what_is_wrong(tmp_path: Path, check):
+    page = tmp_path / "page.md"
+    text = "# A b\n[x](gone.md) `data.paht` `engine/gone.py`\n```bash\nglm-rlhf score data.paht=1\n```\n"
+    page.write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"page\.md"):
+        check(page)
