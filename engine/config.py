@@ -188,8 +188,9 @@ class GenerationSection:
     """Answers to each prompt; they share the prompt's pages."""
     max_batch: Count = 256
     """Sequences that run at once on a copy of the model."""
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
-    """Each answer's random numbers follow from it, the record's place and the sample's number alone."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """Each answer's random numbers follow from it, the record's place and the sample's number, in PPO the
+    iteration too; null: run.seed."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end an answer, beside the model's own end ids; needs a tokenizer."""
     stop_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -13,7 +13,7 @@ from glm_rlhf.engine.rollout.answers import answer_prompts
 from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.stages.evaluation import EvaluationSettings, Measured, judge_rollouts, measure
 from glm_rlhf.engine.stages.judged_answers import write_answers
-from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.model_inputs import DTYPES, answer_seed, find_tokenizer, layout_of
 from glm_rlhf.engine.stages.ppo import answer_settings_of, reward_function_of
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.engine.stages.reward_terms import RewardTerms
@@ -93,7 +93,9 @@ def _answer(
     settings = answer_settings_of(config, tokenizer, chunks[0].glm, place)
     given, timeout_s = config.generation, config.parallel.timeout_s
     with second_layout(chunks, place, tp=given.tp, pp=given.pp, timeout_s=timeout_s) as resharded:
-        return answer_prompts(chunks, prompts, settings, seed=given.seed, topology=place, resharded=resharded)
+        return answer_prompts(
+            chunks, prompts, settings, seed=answer_seed(config), topology=place, resharded=resharded
+        )
 
 
 def _answer_of_other(

@@ -21,7 +21,7 @@ from glm_rlhf.engine.rollout.generation import BatchSettings, GenerationPhase, d
 from glm_rlhf.engine.rollout.queue import Completion, GenerationRequest
 from glm_rlhf.engine.rollout.second_layout import second_layout, weights_for_generation
 from glm_rlhf.engine.rollout.stop_texts import stop_check
-from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.engine.stages.model_inputs import DTYPES, answer_seed, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.decode_weights import ChunkWeights
 from glm_rlhf.parallel.glm import GLMModel
@@ -98,7 +98,7 @@ def generate_answers(
             num_samples=settings.num_samples,
             max_new_tokens=min(settings.max_new_tokens, glm.max_positions - len(prompt.ids)),
             stop_ids=frozenset(stop_ids),
-            seed=settings.seed + prompt.index,
+            seed=answer_seed(config) + prompt.index,
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from glm_rlhf.engine.config import ParallelSection, TokenizerSection
+from glm_rlhf.engine.config import GenerationSection, ParallelSection, RunSection, TokenizerSection
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer import has_tokenizer, load_tokenizer
 from glm_rlhf.parallel.glm_config import GLMConfig
@@ -23,6 +23,20 @@ class ReadsText(Protocol):
     """What the user says about it."""
     tokenizer_path: Path
     """Where it is looked for."""
+
+
+class DrawsAnswers(Protocol):
+    """A root config of a command whose model answers prompts."""
+
+    run: RunSection
+    """Names the seed of everything."""
+    generation: GenerationSection
+    """May name another for answers."""
+
+
+def answer_seed(config: DrawsAnswers) -> int:
+    """Return the seed that answers follow from."""
+    return config.run.seed if config.generation.seed is None else config.generation.seed
 
 
 def layout_of(axes: ParallelSection) -> Layout:

@@ -20,7 +20,7 @@ from glm_rlhf.engine.rollout.reward_sum import find_reward
 from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.rollout.stop_texts import stop_check
-from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.engine.stages.model_inputs import DTYPES, answer_seed, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.sft_term import DemonstrationStream
@@ -162,6 +162,7 @@ def _build(
         critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
         in_backward=config.optimizer.in_backward,
         seed=config.run.seed,
+        answer_seed=answer_seed(config),
         tokenizer=tokenizer,
         demonstrations=_demonstrations(config, tokenizer, glm, place),
         resharded=resharded,

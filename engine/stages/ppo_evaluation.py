@@ -10,6 +10,7 @@ from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.rollout.answers import answer_prompts
 from glm_rlhf.engine.stages.evaluation import EvaluationSettings, as_metrics, judge_rollouts, measure
 from glm_rlhf.engine.stages.judged_answers import JudgedAnswer
+from glm_rlhf.engine.stages.model_inputs import answer_seed
 from glm_rlhf.engine.stages.ppo import PPOEngine
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.parallel.agreement import agreed
@@ -77,7 +78,7 @@ class PPOEvaluation:
             chunks,
             self._prompts,
             replace(engine.roles.answers, num_samples=self._settings.num_samples),
-            seed=engine.config.run.seed,
+            seed=answer_seed(engine.config),
             topology=engine.topology,
             resharded=resharded,
         )

@@ -45,6 +45,7 @@ class PPORoles:
         critic_adam: AdamSettings,
         in_backward: bool = False,
         seed: int,
+        answer_seed: int | None = None,
         tokenizer: Tokenizer | None = None,
         reward_model: Sequence[GLMModel] | None = None,
         reward_function: RewardFunction | None = None,
@@ -63,7 +64,8 @@ class PPORoles:
             answers: how prompts are answered.
             policy_adam, critic_adam: of the optimizers.
             in_backward: whether they change weights during backward.
-            seed: of answers and mini-batches.
+            seed: of mini-batches.
+            answer_seed: of answers; None for `seed`.
             tokenizer: gives a reward function its texts.
             reward_function: judges answers, beside or in place of the reward model.
             reward_function_weight: factor of its rewards.
@@ -85,12 +87,13 @@ class PPORoles:
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
+        self.answer_seed = seed if answer_seed is None else answer_seed
         # Not a method of this object: a circle of references would keep the models until a collector comes.
         answer_by_reference = partial(
             answer_prompts,
             self.reference,
             settings=replace(answers, num_samples=1),
-            seed=seed,
+            seed=self.answer_seed,
             topology=topology,
             is_share=True,
         )
@@ -112,7 +115,7 @@ class PPORoles:
             self.policy,
             prompts,
             self.answers,
-            seed=(self.seed << 20) + self._num_answered,
+            seed=(self.answer_seed << 20) + self._num_answered,
             topology=self.topology,
             resharded=self.resharded,
         )
