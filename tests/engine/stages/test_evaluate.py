@@ -1,4 +1,4 @@
-"""The command `evaluate`: its figures, table and answers, and what it refuses."""
+"""The command `evaluate`: the same figures in every layout, and what they mean."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 from tiny_models import make_model, save_folder
 
 from glm_rlhf.engine.cli import main
+
+LAYOUTS = (("parallel.tp=2", "parallel.pp=2"), ("parallel.cp=2", "train.micro_batch_tokens=40"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def figures(output: Path) -> dict[str, dict]:
     return json.loads((output / "evaluate.json").read_text())["figures"]
 
 
-def test_figures_table_and_answers_say_the_same(inputs, tmp_path, capsys):
+def test_every_layout_gives_the_same_figures(ranks, inputs, tmp_path, capsys):
     assert main(command(inputs, tmp_path / "one")) == 0
     table = capsys.readouterr().out
     one = figures(tmp_path / "one")
@@ -57,6 +59,10 @@ def test_figures_table_and_answers_say_the_same(inputs, tmp_path, capsys):
     answers = [json.loads(line) for line in (tmp_path / "one" / "evaluate.jsonl").open()]
     assert len(answers) == 12
     assert sum(answer["reward"] for answer in answers) / 12 == pytest.approx(one["reward"]["mean"])
+    for number, layout in enumerate(LAYOUTS):
+        output = tmp_path / str(number)
+        assert ranks.run(main, command(inputs, output, *layout)) == [0] * 4
+        assert figures(output) == one  # the same tokens are drawn, and the rule counts them
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """PPO: first-step identities, the same numbers in every layout, weights that never move."""
 
 import gc
+import json
 import math
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -25,6 +27,9 @@ LAYOUTS = {
     "cp2": {"cp": 2},
 }
 NUM_ITERATIONS = 3
+GOLDEN = Path(__file__).with_name("golden_ppo.json")
+"""Metrics of five iterations of `make_roles` on one rank, written by this file when run as a script."""
+TIMED = ("timing_s/", "perf/")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,11 @@ def iterate(engine: PPORoles, count: int = NUM_ITERATIONS) -> list[dict[str, flo
     return metrics
 
 
-def run_iterations(folder: Path, axes: dict, options: dict) -> list[dict[str, float]]:
+def run_iterations(
+    folder: Path, axes: dict, options: dict, count: int = NUM_ITERATIONS
+) -> list[dict[str, float]]:
     with topology(Layout(**axes)) as place:
-        return iterate(make_roles(folder, place, **options))
+        return iterate(make_roles(folder, place, **options), count)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +61,33 @@ def alone(folder):
     }
 
 
-@pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_every_layout_gives_the_metrics_of_one_rank(ranks, folder, alone, axes):
+@pytest.mark.parametrize("axes", [None, *LAYOUTS.values()], ids=["alone", *LAYOUTS.keys()])
+def test_five_iterations_have_their_stored_metrics_in_every_layout(ranks, folder, axes):
     """What a layout leaves of four ranks is data parallel: tp2, pp2 and cp2 run with dp 2."""
-    for baseline in (False, True) if axes == {"tp": 2, "pp": 2} else (False,):
-        for found in ranks.run(run_iterations, folder, axes, {"uses_reference_baseline": baseline}):
-            for one, expected in zip(found, alone[baseline], strict=True):
-                assert one.keys() == expected.keys()
-                for name in (name for name in one if not name.startswith("timing_s/")):
-                    # Sums in another order, grown through three updates; a wrong share gives 1e-2 and more.
-                    assert one[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), name
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    if axes is None:
+        results = [run_iterations(folder, {}, {}, len(golden))]
+    else:
+        results = ranks.run(run_iterations, folder, axes, {}, len(golden))
+    for found in results:
+        for one, expected in zip(found, golden, strict=True):
+            timeless = {name for name in one if not name.startswith(TIMED)}
+            assert timeless == expected.keys()
+            for name in expected:
+                # Sums in another order, grown through ten updates, and for the KL differences of logprobs:
+                # both to a few 1e-6; extremes of the ratio, one token each, a little more. A wrong share
+                # gives 1e-2 and more.
+                rel = 3e-5 if name.startswith("actor/ratio_") else 1e-5
+                assert one[name] == pytest.approx(expected[name], rel=rel, abs=5e-6), name
+
+
+def test_a_reference_baseline_gives_the_metrics_of_one_rank(ranks, folder, alone):
+    options = {"uses_reference_baseline": True}
+    for found in ranks.run(run_iterations, folder, {"tp": 2, "pp": 2}, options):
+        for one, expected in zip(found, alone[True], strict=True):
+            for name in (name for name in expected if not name.startswith(TIMED)):
+                # As above.
+                assert one[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), name
 
 
 def run_in_backward(folder: Path, axes: dict, in_backward: bool) -> list[dict[str, float]]:
@@ -198,3 +222,10 @@ def run_with_a_broken_critic(folder: Path) -> str:
 def test_a_value_that_is_no_number_stops_every_rank_and_names_the_role(ranks, folder):
     for said in ranks.run(run_with_a_broken_critic, folder):
         assert "the critic's values of answers 0, 1, 2 and 5 more" in said
+
+
+if __name__ == "__main__":  # PYTHONPATH=tests/support python tests/engine/stages/test_ppo_roles.py
+    with tempfile.TemporaryDirectory() as made:
+        told = run_iterations(save_folder(Path(made), "glm", make_model("glm")), {}, {}, 5)
+    kept = [{n: v for n, v in one.items() if not n.startswith(TIMED)} for one in told]
+    GOLDEN.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

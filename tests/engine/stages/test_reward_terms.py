@@ -34,8 +34,8 @@ def make_rollouts(first_id: int = 0) -> Rollouts:
 
 
 def first_prompt_id(requests) -> list[float]:
-    """The first id of the prompt; no number where it is 1."""
-    return [math.nan if r.prompt_tokens[0] == 1 else float(r.prompt_tokens[0]) for r in requests]
+    """The first id of the prompt; no number where it is 1 or 11."""
+    return [math.nan if r.prompt_tokens[0] % 10 == 1 else float(r.prompt_tokens[0]) for r in requests]
 
 
 def test_rewards_of_tokens_land_on_their_tokens():
@@ -83,20 +83,39 @@ def test_without_a_baseline_an_answer_is_left_out_until_there_is_one():
     assert second.rewards_B.tolist() == [0.25, 0.75, 0.5]
 
 
-def test_a_fault_ends_the_run_and_so_does_a_reward_for_nobody():
-    with topology(Layout()) as place:
-        options = {"topology": place, "micro_batch_tokens": 8}
-        masked = RewardTerms(**options, function=first_prompt_id, masks_faults=True)(make_rollouts())
-        assert masked.rewards_B.tolist() == [0.0, 0.0, 2.0]
-        assert masked.left_out == {1}
-        with pytest.raises(
-            RewardError, match=r"reward 1 of 3, of the answer \(60,\) to the prompt \(1, 9\): it is nan"
-        ):
-            RewardTerms(**options, function=first_prompt_id)(make_rollouts())
-        with pytest.raises(RewardError, match="no answer of 3 has a reward"):
-            RewardTerms(**options, function=lambda asked: [None] * len(asked), masks_faults=True)(
-                make_rollouts()
-            )
+def judge_on_ranks() -> tuple:
+    """On each of tp 2 x dp 2: the rewards with faults masked, and what is said where they are not."""
+    with topology(Layout(tp=2)) as place:
+        rollouts = make_rollouts(first_id=10 * place.dp_rank)
+        masked = RewardTerms(
+            topology=place, micro_batch_tokens=8, function=first_prompt_id, masks_faults=True
+        )
+        rewards = masked(rollouts)
+        strict = RewardTerms(topology=place, micro_batch_tokens=8, function=first_prompt_id)
+        nothing = RewardTerms(
+            topology=place,
+            micro_batch_tokens=8,
+            function=lambda requests: [None] * len(requests),
+            masks_faults=True,
+        )
+        said = []
+        for terms in (strict, nothing):
+            try:
+                terms(rollouts)
+            except RewardError as error:
+                said.append(str(error))
+        return place.dp_rank, rewards.rewards_B.tolist(), rewards.left_out, said
+
+
+def test_ranks_leave_out_the_same_answers_and_fail_with_the_same_words(ranks):
+    found = ranks.run(judge_on_ranks)
+    for dp_rank, rewards, left_out, said in found:
+        assert rewards == [10.0 * dp_rank, 0.0, 10.0 * dp_rank + 2]
+        assert left_out == {1}
+        assert said == found[0][-1]
+    strict, nothing = found[0][-1]
+    assert "reward 1 of 3, of the answer (60,) to the prompt (1, 9): it is nan" in strict
+    assert "no answer of 6 has a reward" in nothing
 
 
 def test_a_reward_of_nothing_is_refused():
