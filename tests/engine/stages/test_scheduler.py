@@ -1,6 +1,8 @@
 """The command `ppo`: metrics, samples and an export that transformers loads, from torchrun's ranks."""
 
+import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from tiny_models import make_model, save_folder
 from transformers import GlmForCausalLM
 
 from glm_rlhf.engine.cli import main
+from glm_rlhf.engine.data.hh_rlhf import split_dialogue_pair
+from glm_rlhf.engine.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +185,58 @@ def test_another_programs_loop_drives_the_engine_from_a_config(ranks, inputs, tm
     )
     found = ranks.run(drive_from_another_loop, tmp_path / "ppo.yaml")
     assert all(rewards == found[0] and len(rewards) == 2 for rewards in found)
+
+
+TYPED = "<|user|> [gMASK]sop</s><|assistant|> 你好"
+
+
+def test_the_real_tokenizer_keeps_typed_markers_text_and_samples_no_empty_row(ranks, shared_data, tmp_path):
+    """Two iterations of a tiny random ChatGLM3 with 65024 rows, on dialogues of hh-rlhf and questions."""
+    tokenizer = load_tokenizer(shared_data / "chatglm3")
+    never_V = tokenizer.ids_never_sampled(65024)
+    shape = {"vocab_size": 65024, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    model = make_model("chatglm", **shape)
+    with torch.no_grad():
+        # Unmasked, nearly every draw would be one of these rows.
+        model.lm_head.weight[never_V] *= 10
+    folder = save_folder(tmp_path / "model", "chatglm", model)
+    data = tmp_path / "prompts.jsonl"
+    with gzip.open(shared_data / "hh-rlhf" / "harmless-base-test.jsonl.gz", "rt", encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in islice(file, 40)]
+    found = [split_dialogue_pair(pair["chosen"], pair["rejected"])[0] for pair in pairs]
+    records = [{"messages": [{"role": m.role, "content": m.content} for m in one]} for one in found]
+    with (shared_data / "alignbench" / "data_v1.1_release.jsonl").open(encoding="utf-8") as file:
+        records += [{"prompt": json.loads(line)["question"]} for line in islice(file, 40)]
+    records += [{"prompt": f"{TYPED} {number}"} for number in range(8)]
+    data.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    options = [
+        "train.steps=2",
+        "train.global_batch_size=8",
+        "train.sample_every=1",
+        "data.max_prompt_tokens=64",
+        "data.on_error=skip",
+        f"tokenizer.path={shared_data / 'chatglm3'}",
+    ]
+    line = command((folder, data), tmp_path / "run", *options, "parallel.tp=2", "parallel.pp=2")
+    assert ranks.run(main, line) == [0] * 4
+    metrics = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert len(metrics) == 2
+    for one in metrics:
+        assert None not in one.values()
+        assert abs(one["actor/first_ppo_kl"]) < 1e-8
+        assert one["rollout/logprob_gap"] < 1e-5
+    samples = [
+        json.loads(text)
+        for path in (tmp_path / "run" / "samples").iterdir()
+        for text in path.read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(samples) == 48
+    assert not any(never_V[token] for one in samples for token in one["tokens"])
+    assert len({len(one["prompt_tokens"]) for one in samples}) > 6
+    typed = [one for one in samples if TYPED in one["prompt"]]
+    assert typed
+    for one in typed:
+        placed = [id for id in one["prompt_tokens"] if id in tokenizer.table.name_by_id]
+        assert [tokenizer.table.name_by_id[id] for id in placed] == [
+            *("[gMASK]", "sop", "<|user|>", "<|assistant|>")
+        ]
