@@ -117,7 +117,7 @@ def slurm_script(config: PlanConfig, path: Path) -> str:
         "#SBATCH --exclusive\n"
         "#SBATCH --output=%x-%j.log\n"
         "set -euo pipefail\n"
-        'head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
+        'read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
         f"srun torchrun --nnodes={nodes} --nproc-per-node={per_node} \\\n"
         '    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:29500" \\\n'
         f"    -m glm_rlhf.engine ppo {shlex.quote(str(path))}\n"

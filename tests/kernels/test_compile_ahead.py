@@ -43,6 +43,7 @@ def run_module(folder, *arguments):
     )
 
 
+@pytest.mark.timeout(400)  # a minute and a half of compiling; more where others need the cores too
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_compiles_and_hot_ones_do_not_spill(tmp_path, capability):
     report = tmp_path / "kernels.json"

@@ -40,7 +40,7 @@ def test_positions_are_those_of_the_bytes(path):
         stored = content[entry.offset : entry.offset + entry.num_bytes]
         assert stored == (bytes_of(tensor.detach()) if tensor.numel() else b"")
         assert entry.shape == tuple(tensor.shape)
-    assert (header["a"].dtype, header["half"].dtype, header["counter"].dtype) == ("F32", "BF16", "int64")
+    assert (header["a"].dtype, header["half"].dtype, header["counter"].dtype) == ("F32", "BF16", "I64")
 
 
 def test_an_empty_state_dict_has_no_tensors(path):
