@@ -154,11 +154,33 @@ def main(argv: list[str] | None = None) -> int:
         _tell(title, "interrupted", is_shared=True)
         return 130
     except ValueError as error:
+        _record_fault(error)
         return _tell(title, str(error))
     except OSError as error:
+        _record_fault(error)
         if error.filename is None:  # no file of the user's: a bug, or the machine
+            _tell(title, _phase_and_kind(error), is_bug=True)
             raise
         return _tell(title, f"{error.filename}: {error.strerror}")
+    except Exception as error:
+        _record_fault(error)
+        _tell(title, _phase_and_kind(error), is_bug=True)
+        raise
+
+
+def _phase_and_kind(error: Exception) -> str:
+    from glm_rlhf.parallel.spans import phase_of  # torch is loaded: a command ran
+
+    phase = phase_of(error)
+    return f"failed{f' in phase {phase}' if phase else ''}: {type(error).__name__}: {error}"
+
+
+def _record_fault(error: Exception) -> None:
+    """Leave the traceback in the file that torchrun names in its summary; without torchrun there is none."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -227,15 +249,16 @@ def _say(text: str) -> int:
     return 0
 
 
-def _tell(title: str, message: str, *, is_shared: bool = False) -> int:
+def _tell(title: str, message: str, *, is_shared: bool = False, is_bug: bool = False) -> int:
     """Return exit code 2 after one line on stderr.
 
     Args:
         title: who speaks.
         message: what to mend; its line breaks become spaces.
         is_shared: whether every rank of this host says the same, so that one is enough.
+        is_bug: whether the traceback follows anyway.
     """
-    if os.environ.get(TRACEBACK_VARIABLE) == "1" and sys.exc_info()[0] is not None:
+    if not is_bug and os.environ.get(TRACEBACK_VARIABLE) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     if not is_shared or _rank("LOCAL_RANK") == 0:
         has_others = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not is_shared

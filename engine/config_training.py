@@ -16,6 +16,7 @@ from glm_rlhf.engine.config import (
     PathText,
     RecordsSection,
     RunSection,
+    Seconds,
     TokenizerSection,
     check_apart,
     frozen_section,
@@ -44,6 +45,8 @@ class TrainingRunSection:
     """Seed of every random number generator; ranks derive theirs from it."""
     resume: Annotated[PathText, InWords(words="auto, never, or the path of a checkpoint")] = "auto"
     """auto goes on from the newest whole checkpoint in the run folder; never starts anew in a new folder."""
+    watchdog_s: Seconds | None = 1800.0
+    """Seconds without progress after which a rank tells its phase and stacks, and ends; null: never."""
 
     def __post_init__(self) -> None:
         resolve_output(self)

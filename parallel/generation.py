@@ -14,10 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 from glm_rlhf.parallel.decode_batch import Plan
 from glm_rlhf.parallel.generation_stage import GenerationStage, Turn
-from glm_rlhf.parallel.spans import span
+from glm_rlhf.parallel.leaving import Leaving, is_wished
+from glm_rlhf.parallel.spans import make_progress, span
 
+_ROUNDS_BETWEEN_WISHES = 16
 Done = TypeVar("Done", covariant=True)
 
 
@@ -69,13 +73,22 @@ def run_queue(
     Raises:
         ValueError: fewer groups than stages.
         FloatingPointError: a row's logits are not finite, so that no token can be drawn.
+        Leaving: a rank was asked to leave; on all ranks of both groups.
     """
     num_stages = stage.topology.layout.pp
     if num_groups < num_stages:
         raise ValueError(f"{num_groups} groups for {num_stages} stages: some stage would always wait")
     ticks = TickCount() if ticks is None else ticks
     running: list[Turn | None] = [None] * num_groups
+    place, num_rounds = stage.topology, 0
     while not queue.is_finished:
+        make_progress()
+        num_rounds += 1
+        if num_rounds % _ROUNDS_BETWEEN_WISHES == 0 and is_wished(
+            (place.tp_group, place.device), (place.pp_host_group, torch.device("cpu"))
+        ):
+            _finish_turns(stage, [], running)
+            raise Leaving
         for group in range(num_groups):
             finished, running[group] = running[group], None
             if finished is not None:

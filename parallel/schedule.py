@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.packing import PackedTokens, TokenShare, pack, share
-from glm_rlhf.parallel.spans import is_recording, span
+from glm_rlhf.parallel.spans import is_recording, make_progress, span
 from glm_rlhf.parallel.stage_link import StageLink
 from glm_rlhf.parallel.topology import Topology
 
@@ -121,6 +121,7 @@ def _in_stream_order(
 def _forward_step(
     step: Step, num_fillers: int, data: Iterator[tuple[int, TokenShare]], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
+    make_progress()
     place, token_share = next(data)
     with span("forward"):
         hidden = model(token_share)

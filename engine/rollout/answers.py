@@ -13,6 +13,7 @@ from glm_rlhf.engine.rollout.second_layout import weights_for_generation
 from glm_rlhf.engine.rollout.stop_texts import StopCheck
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.leaving import Leaving, is_wished
 from glm_rlhf.parallel.nonfinite import refuse_nonfinite
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.token_draw import SamplingSettings
@@ -66,6 +67,7 @@ def answer_prompts(
     Raises:
         ValueError: no prompts, or one that leaves no room for an answer; its place is named.
         FloatingPointError: logits on some rank are not finite; on every rank of the world.
+        Leaving: a rank was asked to leave; on every rank of the world.
     """
     if len(prompts) < (1 if is_share else topology.dp):
         raise ValueError(
@@ -111,7 +113,11 @@ def answer_prompts(
             found = list(phase.run(requests, settings.sampling, stop_check=settings.stop_check))
         except FloatingPointError as error:  # on every rank of this copy of the model; others go on
             findings = [str(error)]
+        except Leaving:  # likewise
+            found = []
         refuse_nonfinite(findings, "these prompts are not answered", device=topology.device)
+        if is_wished((None, topology.device)):
+            raise Leaving
     if copies.size() > 1:
         everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
         dist.all_gather_object(everyone, found, group=copies)

@@ -103,6 +103,11 @@ class RunCheckpoints:
     ) -> None:
         self.config, self.models, self.writer = config, dict(models), writer
         self.identity, self.export, self.place = dict(identity), export, place
+        self._saved_step: int | None = None
+
+    def hold(self, step: int) -> None:
+        """Know that this step is saved already: the run goes on from it."""
+        self._saved_step = step
 
     def after_step(
         self,
@@ -129,12 +134,7 @@ class RunCheckpoints:
         exports = is_last or (train.export_every > 0 and step % train.export_every == 0)
         saves = is_due and self.writer is not None
         if saves:
-            self.writer.save(
-                step,
-                self.models,
-                state={"identity": self.identity, "progress": dict(progress)},
-                rank_tensors=random_state() | dict(rank_tensors or {}),
-            )
+            self._save(step, progress, rank_tensors)
         if saves and is_last:
             self.writer.finish()
         if exports:
@@ -143,20 +143,57 @@ class RunCheckpoints:
             self._export(step)
         return saves or exports
 
+    def leave(
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        *,
+        rank_tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Save what `after_step` of this step did not, for a run that ends early; every rank calls this.
+
+        Where a run has no checkpoints the models are exported.
+
+        Raises:
+            ValueError: this save, or the one before it, failed; on every rank.
+        """
+        if self.writer is not None:
+            self.writer.poll()
+            if step and self._saved_step != step:
+                self._save(step, progress, rank_tensors)
+            self.writer.finish()
+        elif self._is_export_missing(step):
+            self._export(step)
+        if self.place.is_reporter:
+            sys.stderr.write(f"left after step {step} of {self.config.train.steps}, as a signal asked\n")
+
+    def _save(
+        self, step: int, progress: Mapping[str, Any], rank_tensors: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self.writer.save(
+            step,
+            self.models,
+            state={"identity": self.identity, "progress": dict(progress)},
+            rank_tensors=random_state() | dict(rank_tensors or {}),
+        )
+        self._saved_step = step
+
     def close_finished(self, step: int) -> None:
         """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
-        with agreed("looking for the export"):
-            is_there = [(self._export_folder(step)).exists()]
-        if not self.place.is_reporter:
-            is_there = [False]
-        torch.distributed.broadcast_object_list(is_there, src=0)
-        if not is_there[0]:
+        if self._is_export_missing(step):
             self._export(step)
         if self.place.is_reporter:
             sys.stderr.write(
                 f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
                 "raise train.steps, or give another run.name\n"
             )
+
+    def _is_export_missing(self, step: int) -> bool:
+        """Return whether a step has no export yet, the same on every rank."""
+        with agreed("looking for the export"):
+            is_there = [self._export_folder(step).exists()]
+        torch.distributed.broadcast_object_list(is_there, src=0)
+        return not is_there[0]
 
     def _export_folder(self, step: int) -> Path:
         return Path(self.config.run.output) / EXPORTS / f"step_{step}"
@@ -241,6 +278,8 @@ def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
             manifest.state.get("identity", {}),
             checkpoints.identity if place.is_reporter else None,
         )
+    if origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
+        checkpoints.hold(manifest.step)
     for name, training in checkpoints.models.items():
         restore(training, origin, name)
     if (manifest.layout, manifest.world_size) == (place.layout, place.world_size):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.cluster.watchdog import watchdog
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.sampler import BatchSampler
@@ -30,6 +31,8 @@ from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
+from glm_rlhf.parallel.leaving import Leaving, heeding_signals, is_wished, postponed
+from glm_rlhf.parallel.spans import span
 from glm_rlhf.parallel.topology import Topology
 
 _NUM_SAMPLES = 16  # answers in a file of them
@@ -96,7 +99,9 @@ def run(config: PPOConfig) -> None:
             evaluation = PPOEvaluation(engine) if config.evaluate.every else None
             if evaluation is not None and first == 0:
                 write(0, evaluation.run(0))
-            num_given_up = 0
+            stack.enter_context(watchdog(config.run.watchdog_s, rank=place.rank))
+            stack.enter_context(heeding_signals())
+            num_given_up, behind = 0, {"step": first} | engine.roles.progress()
             for step in range(first, config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 try:
@@ -105,18 +110,25 @@ def run(config: PPOConfig) -> None:
                     num_given_up += 1
                     _give_up(step, num_given_up, error, config, place)
                     metrics = {"actor/is_step_skipped": 1.0}
+                except Leaving:
+                    _leave(engine, checkpoints, behind)
+                    return
                 else:
                     num_given_up = 0
+                behind = {"step": step + 1} | engine.roles.progress()
                 if evaluation is not None and evaluation.is_due(step + 1):
-                    metrics |= evaluation.run(step + 1)
+                    with postponed():
+                        metrics |= evaluation.run(step + 1)
                 write(step + 1, metrics)
-                checkpoints.after_step(
-                    step + 1,
-                    {"step": step + 1} | engine.roles.progress(),
-                    rank_tensors=engine.roles.rewards.baseline_tensors(),
-                )
+                with span("save"):
+                    checkpoints.after_step(
+                        step + 1, behind, rank_tensors=engine.roles.rewards.baseline_tensors()
+                    )
                 if not num_given_up:
                     progress.show(step + 1, metrics)
+                if step + 1 < config.train.steps and is_wished((None, place.device)):
+                    _leave(engine, checkpoints, behind)
+                    return
         _close(engine, [prompts[number] for number in sampler.batch(0)])
 
 
@@ -147,6 +159,12 @@ def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, st
     identity = {key: model_identity(path) for key, path in paths.items() if path is not None}
     identity["data.path"] = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
     return identity
+
+
+def _leave(engine: PPOEngine, checkpoints: RunCheckpoints, behind: Mapping[str, float | int]) -> None:
+    """Save the run as it was after the last whole iteration: an update that has begun is always finished."""
+    rank_tensors = engine.roles.rewards.baseline_tensors()
+    checkpoints.leave(behind["step"], behind, rank_tensors=rank_tensors)
 
 
 def _give_up(
@@ -190,6 +208,8 @@ def _iterate(
             rollouts = engine.generate(prompts)
         with phases.phase("experience"):
             experience = engine.make_experience(rollouts)
+            if is_wished((None, place.device)):
+                raise Leaving
         with phases.phase("update"):
             metrics = engine.update(experience)
     elapsed_s = phases.seconds["timing_s/iteration"]

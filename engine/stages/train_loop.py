@@ -14,7 +14,9 @@ from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints
 from glm_rlhf.engine.stages.training_records import Records
 from glm_rlhf.engine.stages.update import Objective, UpdateResult, evaluate, update
 from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.leaving import Leaving, is_wished
 from glm_rlhf.parallel.nonfinite import named
+from glm_rlhf.parallel.spans import span
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -110,6 +112,7 @@ def train(
 
     Raises:
         ValueError: too many steps in a row were not finite; the message names ranks and records.
+        Leaving: a rank was asked to leave, what there is was saved; on every rank.
     """
     start = time.monotonic()
     progress = progress or LoopProgress()
@@ -131,7 +134,8 @@ def train(
         clock.lap("timing_s/data")
         lr = settings.lr_of(index)
         state.set_lr(lr)
-        result = update(state, objective, batches, objective.denominator(numbers), place=place)
+        with span("update"):
+            result = update(state, objective, batches, objective.denominator(numbers), place=place)
         clock.lap("timing_s/update")
         step_tokens = int(records.lengths[numbers].sum())
         metrics = _named(objective.metrics(result.sums), objective.prefix)
@@ -147,18 +151,25 @@ def train(
         is_last = index + 1 == settings.steps
         has_to_stop = progress.num_in_a_row >= settings.max_nonfinite_steps
         if held is not None and not has_to_stop and _is_due(index + 1, settings.eval_every, is_last):
-            metrics |= _evaluate(state, held, index + 1, settings, place)
+            with span("eval"):
+                metrics |= _evaluate(state, held, index + 1, settings, place)
             clock.lap("timing_s/eval")
         write(index + 1, metrics | clock.laps | saving)
         if has_to_stop:
             bar.close()
             raise ValueError(_why_stopped(result, progress.num_in_a_row, index + 1, records, numbers))
         saving = {}
-        if checkpoints.after_step(index + 1, asdict(progress)):  # behind the metrics, which go on from it
+        with span("save"):  # behind the metrics, which go on from it
+            is_saved = checkpoints.after_step(index + 1, asdict(progress))
+        if is_saved:
             clock.lap("timing_s/save")
             saving = {"timing_s/save": clock.laps["timing_s/save"]}
         bar.set_postfix(loss=f"{result.sums['loss']:.4f}", refresh=False)
         bar.update()
+        if not is_last and is_wished((None, place.device)):
+            bar.close()
+            checkpoints.leave(index + 1, asdict(progress))
+            raise Leaving
     bar.close()
     return LoopResult(
         first_loss=losses[0] if losses else math.nan,

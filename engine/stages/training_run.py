@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from glm_rlhf.engine.cluster.watchdog import watchdog
 from glm_rlhf.engine.config_training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig, TrainSection
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
@@ -23,6 +24,7 @@ from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import training_state
+from glm_rlhf.parallel.leaving import Leaving, heeding_signals
 from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.topology import Topology
 
@@ -111,18 +113,23 @@ def run_training(
                     last_step=None if origin is None else progress.step,
                 )
             )
-        result = train(
-            state,
-            objective,
-            records,
-            sampler,
-            _loop_settings(config.train, config.optimizer),
-            place=place,
-            write=write,
-            checkpoints=checkpoints,
-            held=held,
-            progress=progress,
-        )
+        stack.enter_context(watchdog(config.run.watchdog_s, rank=place.rank))
+        stack.enter_context(heeding_signals())
+        try:
+            result = train(
+                state,
+                objective,
+                records,
+                sampler,
+                _loop_settings(config.train, config.optimizer),
+                place=place,
+                write=write,
+                checkpoints=checkpoints,
+                held=held,
+                progress=progress,
+            )
+        except Leaving:
+            return
     if place.is_reporter:
         tell_report(config.run.output, title=config.run.name)
         sys.stderr.write(_in_words(config, result))

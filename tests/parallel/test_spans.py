@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.parallel.spans import WAIT, is_recording, recording, span
+from glm_rlhf.parallel.spans import WAIT, is_recording, open_spans, phase_of, recording, span
 
 
 def test_spans_are_told_in_the_order_in_which_they_end():
@@ -74,3 +74,12 @@ def test_waits_for_a_late_rank_are_seen_in_every_kind_of_communication(ranks):
     for name, waits in waiting.items():
         assert sum(waits) > 0.1, name  # of 0.4 s, less what this rank comes late itself on a busy machine
         assert sum(waits) > sum(late[name]), name
+
+
+def test_an_exception_remembers_the_spans_that_it_was_raised_in():
+    with pytest.raises(KeyError) as caught, span("update"), span("policy"):
+        raise KeyError(open_spans())
+    assert caught.value.args == (("update", "policy"),)
+    assert phase_of(caught.value) == "update/policy"
+    assert open_spans() == ()
+    assert phase_of(KeyError()) == ""

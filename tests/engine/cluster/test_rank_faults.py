@@ -1,0 +1,77 @@
+"""Faults of one rank of a PPO run: the others end soon and say where, or all save and leave together."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_run import launch, run_with_fault
+from safetensors.torch import load_file
+from tiny_models import make_model, save_folder
+from tiny_ppo_line import ppo_line
+
+from glm_rlhf.engine.cli import main
+
+DEADLINE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("ppo")
+    return ppo_line(save_folder(folder / "model", "glm", make_model("glm")), folder)
+
+
+@pytest.mark.parametrize("phase", ["generate", "update"])
+def test_a_killed_rank_ends_the_run_and_is_named(line, tmp_path, phase):
+    code, said, seconds = launch("kill", phase, 1, [*line, f"run.output={tmp_path}"], timeout_s=110)
+    assert code != 0
+    assert seconds < DEADLINE_S, said
+    assert re.search(r"rank\s*: 1 ", said), said  # torchrun's summary
+    assert "Signal 9 (SIGKILL) received" in said
+    # The rank that was left says in which phase it lost the other one.
+    assert re.search(rf"\[rank 0\] glm-rlhf ppo: failed in phase iteration/{phase}", said), said
+
+
+def test_a_rank_that_skips_a_collective_is_found(line, tmp_path):
+    options = [f"run.output={tmp_path}", "run.watchdog_s=5"]
+    code, said, seconds = launch("hang", "values", 1, [*line, *options], timeout_s=110)
+    assert code != 0
+    assert seconds < 5 + 10, said
+    found = re.findall(r"\[rank (\d)\] hung for (\d+) s in phase (\S+): (.*)", said)
+    assert found, said
+    for rank, _, phase, where in found:
+        assert phase.startswith("iteration/experience/values") or rank == "0"
+        assert where.startswith("in no collective, at " if rank == "1" else "in the collective ")
+    assert "most recent call first" in said  # the stacks
+
+
+def final_weights(output: Path) -> dict[str, torch.Tensor]:
+    (file,) = (output / "checkpoints" / "step_3").glob("*.safetensors")
+    return load_file(file)
+
+
+def leave_and_go_on(kind: str, phase: str, line: list[str]) -> tuple[int, int]:
+    rank = torch.distributed.get_rank()
+    return run_with_fault(kind, phase, 2, line, rank), main(line)
+
+
+@pytest.fixture(scope="module")
+def untouched(ranks, line, tmp_path_factory):
+    output = tmp_path_factory.mktemp("untouched")
+    assert ranks.run(main, [*line, "parallel.tp=2", f"run.output={output}"]) == [0] * 4
+    return final_weights(output)
+
+
+@pytest.mark.parametrize("kind, phase, step", [("SIGTERM", "generate", 1), ("SIGUSR1", "critic", 2)])
+def test_all_ranks_save_and_leave_and_the_run_goes_on_to_the_same_bits(
+    ranks, line, untouched, tmp_path, kind, phase, step
+):
+    given = [*line, "parallel.tp=2", f"run.output={tmp_path}"]
+    assert ranks.run(leave_and_go_on, kind, phase, given) == [(0, 0)] * 4
+    assert (tmp_path / "resume" / f"step_{step}").exists()
+    metrics = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").open()]
+    assert metrics == [1, 2, 3]
+    found = final_weights(tmp_path)
+    assert found.keys() == untouched.keys()
+    assert all(torch.equal(found[name], untouched[name]) for name in found)
