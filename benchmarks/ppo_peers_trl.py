@@ -1,0 +1,130 @@
+"""TRL's PPO on the task of `ppo_peers`, with another contender's iteration after each of its own."""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.ppo_peers_task import (
+    ADAM_BETAS,
+    ANSWER_TOKENS,
+    CLIP,
+    GAMMA,
+    KL_COEF,
+    LAM,
+    LOW_IDS,
+    LR,
+    PROMPTS,
+    SHAPE,
+    Run,
+)
+
+_NO_ID = SHAPE["vocab_size"]
+"""Stands for padding and end: no model gives it, so no answer is cut."""
+
+
+def run_in_turns(
+    folder: Path, prompts: torch.Tensor, *, seed: int, iterations: int, other: Callable[[], None]
+) -> Run:
+    """Return TRL's iterations; `other` runs after each of them, outside its time.
+
+    Args:
+        folder: with the models of `save_models`.
+        prompts: ids, int64 [32, 24].
+        seed: of TRL's answers.
+        iterations: of each contender.
+        other: one iteration of the other contender.
+    """
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from transformers import GlmForCausalLM, GlmForSequenceClassification, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    run = Run()
+
+    class Turns(TrainerCallback):
+        """Takes TRL's time from one call to the next."""
+
+        started = 0.0
+
+        def on_train_begin(self, args: object, state: object, control: object, **given: object) -> None:
+            gc.collect()
+            gc.freeze()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args: object, state: object, control: object, **given: object) -> None:
+            run.seconds.append(time.perf_counter() - self.started)
+            run.rewards.append(state.log_history[-1]["objective/scores"])
+            other()
+            self.started = time.perf_counter()
+
+    policy, reference = (GlmForCausalLM.from_pretrained(folder / "policy") for _ in range(2))
+    critic = GlmForSequenceClassification.from_pretrained(folder / "critic")
+    weights = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=LR, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    config = PPOConfig(
+        output_dir=str(folder / "trl"),
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        learning_rate=LR,
+        total_episodes=iterations * PROMPTS,
+        per_device_train_batch_size=PROMPTS,
+        gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=PROMPTS,
+        num_mini_batches=1,
+        num_ppo_epochs=1,
+        num_sample_generations=0,
+        response_length=ANSWER_TOKENS,
+        temperature=1.0,
+        missing_eos_penalty=None,
+        kl_coef=KL_COEF,
+        kl_estimator="k1",
+        cliprange=CLIP,
+        cliprange_value=CLIP,
+        vf_coef=1.0,
+        gamma=GAMMA,
+        lam=LAM,
+        whiten_rewards=False,
+    )
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=SimpleNamespace(pad_token_id=_NO_ID, eos_token_id=_NO_ID),
+        model=policy,
+        ref_model=reference,
+        reward_model=_Rule(),
+        value_model=critic,
+        train_dataset=[{"input_ids": prompt} for prompt in prompts],
+        eval_dataset=[{"input_ids": prompt} for prompt in prompts],
+        data_collator=_stacked,
+        optimizers=(optimizer, schedule),
+        callbacks=[Turns()],
+    )
+    trainer.train()
+    gc.unfreeze()
+    return run
+
+
+def _stacked(records: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.stack([record["input_ids"] for record in records])}
+
+
+class _Rule(torch.nn.Module):
+    """`share_of_low_ids` in the form of a reward model: a backbone, and a head over its hidden states."""
+
+    base_model_prefix = "backbone"
+
+    def backbone(self, input_ids: torch.Tensor, **options: object) -> SimpleNamespace:
+        """Return as hidden states [B, T, 1] whether each id is low."""
+        return SimpleNamespace(hidden_states=[(input_ids < LOW_IDS).float()[..., None]])
+
+    def score(self, hidden_BT1: torch.Tensor) -> torch.Tensor:
+        """Return [B, T, 1], the share of low ids in the answer at every position."""
+        return hidden_BT1[:, -ANSWER_TOKENS:].mean(1, keepdim=True).expand_as(hidden_BT1)

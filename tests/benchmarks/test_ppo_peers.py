@@ -1,0 +1,61 @@
+"""`ppo_peers`: the rule, what a verdict says, and where TRL is missing."""
+
+import pytest
+import torch
+
+from benchmarks.ppo_peers import Seed, gain, row_of, verdict
+from benchmarks.ppo_peers_task import ANSWER_TOKENS, LOW_IDS, Run, draw_prompts, share_of_low_ids
+from benchmarks.ppo_peers_trl import _Rule
+
+
+def run_of(seconds: float, *rewards: float) -> Run:
+    return Run(seconds=[seconds] * len(rewards), rewards=list(rewards))
+
+
+def test_both_forms_of_the_rule_agree():
+    generator = torch.Generator().manual_seed(1)
+    answers_BT = torch.randint(0, 2 * LOW_IDS, (4, ANSWER_TOKENS), generator=generator)
+    prompts_BT = draw_prompts(0)[:4]
+    rule = _Rule()
+    ids_BT = torch.cat((prompts_BT, answers_BT), dim=1)
+    scores_BT1 = rule.score(rule.backbone(input_ids=ids_BT).hidden_states[-1])
+    assert scores_BT1.shape == (*ids_BT.shape, 1)
+    for score, answer in zip(scores_BT1[:, -1, 0].tolist(), answers_BT.tolist(), strict=True):
+        assert score == pytest.approx(share_of_low_ids(answer))
+
+
+def test_gain_is_from_the_first_to_the_mean_of_the_last_three():
+    assert gain([0.1, 9.0, 0.3, 0.4, 0.5]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, words",
+    [
+        ((1.0, 0.6), (2.0, 0.5), ["2.00 × as fast (met)", "is no worse", "+0.100"]),
+        ((1.1, 0.4), (2.0, 0.5), ["1.82 × as fast (missed)", "is worse", "-0.100"]),
+    ],
+)
+def test_verdict_judges_time_and_learning(ours, theirs, words):
+    seeds = [
+        Seed(ours=run_of(ours[0], 0.1, *[ours[1]] * 3), theirs=run_of(theirs[0], 0.1, *[theirs[1]] * 3))
+        for _ in range(3)
+    ]
+    for word in words:
+        assert word in verdict(seeds)
+
+
+def test_a_gap_within_the_spread_over_seeds_is_no_worse():
+    seeds = [
+        Seed(ours=run_of(1.0, 0.1, *[0.5 + shift] * 3), theirs=run_of(2.0, 0.1, 0.5, 0.5, 0.5))
+        for shift in (-0.1, 0.05)
+    ]
+    assert "Learning is no worse: the gain in reward differs by -0.025 ± 0.106" in verdict(seeds)
+
+
+def test_without_trl_it_is_absent_and_nothing_is_shown():
+    seeds = [Seed(ours=run_of(1.0, 0.1, 0.2, 0.3, 0.4), theirs=None)]
+    assert verdict(seeds).startswith("Not shown")
+    ours, peer = row_of("1 thread", seeds, "command").entries
+    assert ours.timing.median_s == 1.0
+    assert peer.timing is None
+    assert peer.status == "absent: trl is not installed"
