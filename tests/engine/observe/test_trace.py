@@ -3,8 +3,6 @@
 import json
 import time
 
-import pytest
-
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.observe.trace import Trace, tracing
 
@@ -34,7 +32,8 @@ def test_phases_are_seconds_and_spans(tmp_path):
     assert before <= spans[2]["ts"] <= spans[0]["ts"] <= time.time() * 1e6
     seconds = phases.seconds
     assert seconds["timing_s/outer"] >= seconds["timing_s/inner"] >= 0.02
-    assert spans[0]["dur"] + spans[1]["dur"] == pytest.approx(seconds["timing_s/inner"] * 1e6, rel=0.05)
+    # In whole microseconds, and within what is timed: the processor may be taken away in between.
+    assert 0.02e6 - 2 <= spans[0]["dur"] + spans[1]["dur"] <= seconds["timing_s/inner"] * 1e6 + 2
 
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):

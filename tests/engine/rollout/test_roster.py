@@ -128,8 +128,14 @@ def test_ranks_agree_and_the_order_of_requests_changes_no_answer(case, seed):
 
 
 def earliest_started(queue):
-    running = [sequence for group in queue._roster._groups for sequence in group]
-    return min(running, key=lambda sequence: sequence.started, default=None)
+    """What has started before all others that have and are not done; None while it waits to go on."""
+    roster = queue._roster
+    running = [sequence for group in roster._groups for sequence in group]
+    waiting = [sequence for _, sequence in roster._waiting]
+    parked = [one for sequence in running for one in sequence.prompt.parked]
+    begun = [sequence for sequence in running + waiting + parked if sequence.started >= 0]
+    first = min(begun, key=lambda sequence: sequence.started, default=None)
+    return None if first is None or first.group is None else first
 
 
 @settings(max_examples=100, deadline=None)

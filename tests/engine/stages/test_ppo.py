@@ -89,7 +89,7 @@ def test_stop_texts_end_answers_on_every_rank_alike(ranks, tmp_path):
     path = config_file(tmp_path / "plain.yaml", model, generation="seed: 1", **options)
     whole, texts, _ = ranks.run(stopped, path)[0]
     stop = next(text[-1] for *_, text in texts if len(text) > 3)
-    path = config_file(tmp_path / "stop.yaml", model, generation=f"stop: [{stop!r}]", **options)
+    path = config_file(tmp_path / "stop.yaml", model, generation=f"seed: 1, stop: [{stop!r}]", **options)
     found = ranks.run(stopped, path)
     assert found == [found[0]] * 4
     num_cut = 0
