@@ -61,7 +61,17 @@ def alone(folder):
     }
 
 
-@pytest.mark.parametrize("axes", [None, *LAYOUTS.values()], ids=["alone", *LAYOUTS.keys()])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param(None, id="alone"),
+        # Four ranks on few cores sum over gloo for a minute there.
+        *(
+            pytest.param(axes, id=name, marks=[pytest.mark.soak] if name == "tp4 sp" else [])
+            for name, axes in LAYOUTS.items()
+        ),
+    ],
+)
 def test_five_iterations_have_their_stored_metrics_in_every_layout(ranks, folder, axes):
     """What a layout leaves of four ranks is data parallel: tp2, pp2 and cp2 run with dp 2."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
