@@ -3,17 +3,14 @@
 python -m benchmarks.generation
 """
 
-import argparse
 import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
-from benchmarks.fresh_process import in_fresh_process
 from benchmarks.generation_mixes import (
     LONGEST_ANSWER,
     MAX_BATCH,
@@ -28,7 +25,8 @@ from benchmarks.generation_mixes import (
 from benchmarks.generation_ticks import tick_rows, tick_verdict
 from benchmarks.harness import Contender, Problem, measure
 from benchmarks.machine import description
-from benchmarks.report import RESULTS, Report, Row, write
+from benchmarks.report import Report, Row, write
+from benchmarks.thread_counts import parse_options, rows_of
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.topology import topology
@@ -41,19 +39,8 @@ WARM_UP_RUNS = 1  # a run takes up to three seconds: caches are warm after one
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the report and return the exit status: 1 where a contender was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts, default 1 2")
-    parser.add_argument(
-        "--budget-s", type=float, default=10.0, help="seconds of timed runs a row, default 10"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "generation_cpu", help="report, without its suffix"
-    )
-    options = parser.parse_args(arguments)
-    rows = []
-    for threads in options.threads:
-        environment = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        rows += in_fresh_process(measure_rows, threads, options.budget_s, environment=environment)
+    options = parse_options(arguments, doc=__doc__, name="generation_cpu", budget_s=10.0)
+    rows = rows_of(options, measure_rows)
     ticks = tick_rows()
     write(report(rows, ticks), options.out)
     print(f"{options.out}.md: {verdict(rows)}")

@@ -3,22 +3,20 @@
 python -m benchmarks.reward_training
 """
 
-import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks.fresh_process import in_fresh_process
 from benchmarks.harness import Answer, Contender, Problem, measure
 from benchmarks.machine import description
 from benchmarks.padding import padded, padding_share
-from benchmarks.report import RESULTS, Report, Row, write
+from benchmarks.report import Report, Row, write
+from benchmarks.thread_counts import parse_options, rows_of
 from glm_rlhf.engine.stages.micro_batches import take_share
 from glm_rlhf.engine.stages.reward import PairPreference
 from glm_rlhf.engine.stages.training_records import Example
@@ -96,25 +94,14 @@ def length_quantiles(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the report and return the exit status: 1 where a contender was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts, default 1 2")
-    parser.add_argument(
-        "--budget-s", type=float, default=10.0, help="seconds of timed runs a row, default 10"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "reward_training_cpu", help="report, without its suffix"
-    )
-    options = parser.parse_args(arguments)
-    rows = []
-    for threads in options.threads:
-        environment = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        rows.append(in_fresh_process(measure_row, threads, options.budget_s, environment=environment))
+    options = parse_options(arguments, doc=__doc__, name="reward_training_cpu", budget_s=10.0)
+    rows = rows_of(options, measure_rows)
     write(report(rows), options.out)
     print(f"{options.out}.md: {verdict(rows)}")
     return 1 if any(entry.status for row in rows for entry in row.entries) else 0
 
 
-def measure_row(threads: int, budget_s: float) -> Row:
+def measure_rows(threads: int, budget_s: float) -> list[Row]:
     """Return the row of this process with its thread count."""
     from transformers import GlmConfig, GlmForSequenceClassification
     from transformers.utils import logging
@@ -145,7 +132,7 @@ def measure_row(threads: int, budget_s: float) -> Row:
             tolerance=TOLERANCE,
         )
         entries = measure(problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS)
-    return Row(
+    row = Row(
         row=f"{threads} thread{'s' * (threads > 1)}",
         what=f"{len(steps)} training steps of {BATCH} pairs, lengths of hh-rlhf",
         shape=f"{pairs.lengths.sum()} tokens, longest {_longest(pairs)}, padding {_padding(pairs, steps)}, "
@@ -154,6 +141,7 @@ def measure_row(threads: int, budget_s: float) -> Row:
         entries=entries,
         work=(float(pairs.lengths.sum()), "tokens"),
     )
+    return [row]
 
 
 def report(rows: Sequence[Row]) -> Report:

@@ -3,22 +3,20 @@
 python -m benchmarks.training
 """
 
-import argparse
 import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import NormalDist
 
 import torch
 
-from benchmarks.fresh_process import in_fresh_process
 from benchmarks.harness import Contender, Problem, measure
 from benchmarks.machine import description
 from benchmarks.padding import padded, padding_share
-from benchmarks.report import RESULTS, Report, Row, write
+from benchmarks.report import Report, Row, write
+from benchmarks.thread_counts import parse_options, rows_of
 from glm_rlhf.parallel.heads import next_tokens
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model
@@ -66,17 +64,8 @@ def mixes() -> dict[str, list[int]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the report and return the exit status: 1 where a contender was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts, default 1 2")
-    parser.add_argument("--budget-s", type=float, default=6.0, help="seconds of timed runs a row, default 6")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "training_cpu", help="report, without its suffix"
-    )
-    options = parser.parse_args(arguments)
-    rows = []
-    for threads in options.threads:
-        environment = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        rows += in_fresh_process(measure_rows, threads, options.budget_s, environment=environment)
+    options = parse_options(arguments, doc=__doc__, name="training_cpu", budget_s=6.0)
+    rows = rows_of(options, measure_rows)
     write(report(rows), options.out)
     print(f"{options.out}.md: {verdict(rows)}")
     return 1 if any(entry.status for row in rows for entry in row.entries) else 0

@@ -7,8 +7,7 @@ from pydantic import Field
 
 from glm_rlhf.engine.config import Count, NumBytes, PathText, RunFolderSection, frozen_section
 from glm_rlhf.engine.config_file import load_config
-
-Positive = Annotated[float, Field(gt=0)]
+from glm_rlhf.engine.config_training import Positive
 
 
 @frozen_section

@@ -24,11 +24,11 @@ from glm_rlhf.engine.config_training import (
     NotNegative,
     OptimizerSection,
     OptionalModelSection,
+    Positive,
     TrainingRunSection,
 )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 @frozen_section

@@ -29,6 +29,7 @@ from glm_rlhf.engine.config_keys import InWords
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 LengthEdge = Annotated[int, Field(ge=2)]
 

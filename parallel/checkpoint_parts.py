@@ -51,7 +51,7 @@ def facts_of(training: TrainingState) -> ModelFacts:
     """Return what this rank knows of a model; `joined_facts` makes it whole."""
     chunk = training.bare_chunks[0]
     return ModelFacts(
-        role="policy" if chunk.role == "reference" else chunk.role,
+        role=part_of(chunk)["role"],
         config=chunk.glm,
         dtype=DTYPE_NAMES[chunk.config.params_dtype],
         num_steps=num_steps_of(training),

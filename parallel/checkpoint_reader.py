@@ -15,6 +15,7 @@ from glm_rlhf.parallel.optimizer import TrainingState
 from glm_rlhf.parallel.optimizer_state import parts_of, refresh_weights, set_averages
 from glm_rlhf.parallel.sharding import Piece, Shard, read_shard
 from glm_rlhf.parallel.topology import Topology
+from glm_rlhf.parallel.weights import part_of
 
 
 def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint | None:
@@ -109,7 +110,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, model: str) -> None:
                 "written by another command"
             )
         chunk = state.bare_chunks[0]
-        role = "policy" if chunk.role == "reference" else chunk.role
+        role = part_of(chunk)["role"]
         if (facts.config, facts.role) != (chunk.glm, role):
             raise CheckpointError(
                 f"{checkpoint.folder} holds a {facts.role} {facts.config}; the {model} of this run is a "

@@ -25,11 +25,11 @@ from glm_rlhf.parallel.cpu import is_needed as is_cpu
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.heads import ValueHead, VocabularyHead
 from glm_rlhf.parallel.layers import block_submodules
+from glm_rlhf.parallel.names import SCALAR_ROLES
 from glm_rlhf.parallel.packing import TokenShare
 from glm_rlhf.parallel.topology import Topology
 
 Role = Literal["policy", "critic", "reward", "reference"]
-SCALAR_ROLES = ("critic", "reward")
 
 
 def build_model(

@@ -21,7 +21,7 @@ from glm_rlhf.parallel.folder_writer import PlannedTensor, TensorFiles, Writers,
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.hf_config import read_config, write_config
 from glm_rlhf.parallel.model_folder import open_folder, plain_file
-from glm_rlhf.parallel.names import NOT_WEIGHTS, Role, Weight, names_within, weights_of
+from glm_rlhf.parallel.names import NOT_WEIGHTS, SCALAR_ROLES, Role, Weight, names_within, weights_of
 from glm_rlhf.parallel.safetensors_header import FLOAT_DTYPES, check_float
 from glm_rlhf.parallel.sharding import Piece, Shard, place_shard, shards_of
 from glm_rlhf.parallel.weight_files import StoredTensor, copy_checked, has_weights, list_tensors, read_slice
@@ -164,7 +164,7 @@ def companion_files(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _copy_companions(source, folder, config)
-        write_config(config, folder, source, dtype=dtype, has_value_head=role in ("critic", "reward"))
+        write_config(config, folder, source, dtype=dtype, has_value_head=role in SCALAR_ROLES)
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 

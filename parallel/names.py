@@ -22,6 +22,7 @@ from typing import Literal
 from glm_rlhf.parallel.glm_config import Family, GLMConfig
 
 Role = Literal["policy", "critic", "reward"]
+SCALAR_ROLES = ("critic", "reward")
 Split = Literal["replicated", "rows", "columns", "qkv", "gate_up"]
 Place = Literal["embedding", "layer", "final_norm", "vocabulary_head", "value_head"]
 

@@ -7,7 +7,7 @@ works it out for itself, once.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import prod
 
@@ -188,12 +188,8 @@ def _split(move: Move, buffer_elements: int) -> Iterator[Move]:
     step = max(1, buffer_elements // _CHUNKS_IN_BUFFER // elements_per_index)
     for start in range(0, move.length, step):
         length = min(step, move.length - start)
-        yield Move(
-            source_rank=move.source_rank,
-            target_rank=move.target_rank,
-            source_name=move.source_name,
-            target_name=move.target_name,
-            dim=move.dim,
+        yield replace(
+            move,
             source_start=move.source_start + start,
             target_start=move.target_start + start,
             length=length,

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.packing import PackedTokens, TokenShare, pack, share
+from glm_rlhf.parallel.schedule_order import num_fillers
 from glm_rlhf.parallel.spans import is_recording, make_progress, span
 from glm_rlhf.parallel.stage_link import StageLink
 from glm_rlhf.parallel.topology import Topology
@@ -191,7 +192,7 @@ def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:
 def _fillers(num_real: int, topology: Topology) -> list[TokenShare]:
     """Return empty work: at least one micro-batch is needed, and interleaved a multiple of pp."""
     layout = topology.layout
-    missing = -max(num_real, 1) % (layout.pp if layout.vpp > 1 else 1) + (num_real == 0)
+    missing = num_fillers(layout, num_real)
     if not missing:
         return []
     token = torch.zeros(1, dtype=torch.int64, device=topology.device)

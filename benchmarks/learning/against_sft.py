@@ -12,7 +12,7 @@ from statistics import fmean
 from benchmarks.learning.commands import END, answering, answers_of, run_command, train
 from benchmarks.learning.outcome import Claim, Trial, run_experiment
 from benchmarks.learning.planted_pairs import Labelling, draw_pairs, quality_of
-from benchmarks.learning.reward_runs import random_policy, write_records
+from benchmarks.learning.reward_runs import train_sft_policy, write_records
 
 SEEDS = tuple(range(1, 6))
 # Labels err, and prefer the longer answer a little, as people's do.
@@ -83,15 +83,7 @@ def _policies(folder: Path, seed: int) -> dict[str, Path]:
     write_records(folder / "pairs.jsonl", pairs)
     write_records(folder / "prompts.jsonl", _prompts(NUM_PROMPTS, 200 + seed))
     write_records(folder / "judged.jsonl", _prompts(NUM_JUDGED, 300 + seed))
-    sft = train(
-        "sft",
-        random_policy(folder / "random", seed=seed),
-        folder / "sft.jsonl",
-        folder / "sft",
-        *("train.global_batch_size=64", "optimizer.lr=2e-3", "optimizer.warmup_steps=10"),
-        steps=SFT_STEPS,
-        seed=seed,
-    )
+    sft = train_sft_policy(folder, steps=SFT_STEPS, seed=seed)
     judge = train(
         "reward",
         sft,

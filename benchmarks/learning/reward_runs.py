@@ -43,6 +43,19 @@ def random_policy(folder: Path, *, seed: int) -> Path:
     return folder
 
 
+def train_sft_policy(folder: Path, *, steps: int, seed: int) -> Path:
+    """Return a policy that has learned the demonstrations `folder/sft.jsonl` from random weights."""
+    return train(
+        "sft",
+        random_policy(folder / "random", seed=seed),
+        folder / "sft.jsonl",
+        folder / "sft",
+        *("train.global_batch_size=64", "optimizer.lr=2e-3", "optimizer.warmup_steps=10"),
+        steps=steps,
+        seed=seed,
+    )
+
+
 def write_records(path: Path, records: Sequence[dict]) -> Path:
     """Return the path, with the records written to it as JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from benchmarks.learning.commands import END, answering, answers_of, train
 from benchmarks.learning.outcome import Claim, Trial, run_experiment
 from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, Labelling, draw_pairs, quality_of
-from benchmarks.learning.reward_runs import random_policy, write_records
+from benchmarks.learning.reward_runs import train_sft_policy, write_records
 from glm_rlhf.engine.rollout.rewards import RewardRequest
 
 SEEDS = tuple(range(1, 6))
@@ -101,15 +101,7 @@ def trials_of(seed: int) -> list[Trial]:
 
 
 def _policies(folder: Path, seed: int) -> dict[str, Path]:
-    sft = train(
-        "sft",
-        random_policy(folder / "random", seed=seed),
-        folder / "sft.jsonl",
-        folder / "sft",
-        *("train.global_batch_size=64", "optimizer.lr=2e-3", "optimizer.warmup_steps=10"),
-        steps=SFT_STEPS,
-        seed=seed,
-    )
+    sft = train_sft_policy(folder, steps=SFT_STEPS, seed=seed)
     policies = {SFT: sft}
     terms = {
         arm: (f"data.sft_path={folder / 'sft.jsonl'}", f"ppo.sft_coef={coefficient}")

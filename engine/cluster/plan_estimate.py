@@ -10,12 +10,14 @@ from glm_rlhf.engine.cluster.plan_time import (
     Cost,
     DecodeCosts,
     PassCosts,
+    forward_flop,
     layer_matrix_elements,
     optimizer_step,
 )
 from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.names import SCALAR_ROLES
 from glm_rlhf.parallel.schedule_order import Pass
 
 _CONTEXTS = 8
@@ -173,7 +175,7 @@ class _Plan:
             choice=self.choice,
             batch=batch,
             length=work.mean_tokens,
-            has_scalar_head=role in ("critic", "reward"),
+            has_scalar_head=role in SCALAR_ROLES,
             num_targets=math.ceil(batch.rows * share),
         )
         forward = {is_last: costs.forward(is_last=is_last, trains=trains) for is_last in (False, True)}
@@ -195,18 +197,9 @@ class _Plan:
         )
         communication_s = num_batches * layout.vpp * forward[False].communication_s
         communication_s += num_batches * layout.vpp * backward.communication_s * trains
-        flop = 2 * self._dp * num_sequences * work.mean_tokens * _elements(model)
-        flop += (
-            self._dp
-            * num_sequences
-            * 2
-            * work.mean_tokens**2
-            * model.num_layers
-            * model.num_heads
-            * model.head_size
-        )
-        if role in ("policy", "reference"):
-            flop += 2 * self._dp * num_sequences * work.mean_new_tokens * model.vocab_size * model.hidden_size
+        answered = self._dp * num_sequences
+        has_head = role in ("policy", "reference")
+        flop = forward_flop(model, answered, work.mean_tokens, has_head * answered * work.mean_new_tokens)
         return _phase(played, communication_s, flop * (3 if trains else 1))
 
     def generation(self, model: GLMConfig, num_sequences: int, num_concurrent: int) -> PhaseTime:

@@ -7,6 +7,7 @@ from glm_rlhf.engine.cluster.plan_activations import CUDA, Kernels, MicroBatch
 from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.names import SCALAR_ROLES
 from glm_rlhf.parallel.rank_weights import ChunkSizes, chunk_sizes
 from glm_rlhf.parallel.schedule_order import num_in_flight
 
@@ -138,7 +139,7 @@ def role_bytes(
     moments are split over `num_shards` = dp × cp ranks.
     """
     chunks = [
-        chunk_sizes(model, layout, has_scalar_head=role in ("critic", "reward"), stage=stage, chunk=chunk)
+        chunk_sizes(model, layout, has_scalar_head=role in SCALAR_ROLES, stage=stage, chunk=chunk)
         for chunk in range(layout.vpp)
     ]
     if role not in TRAINED:

@@ -10,6 +10,7 @@ from glm_rlhf.engine.cluster.plan_memory import rank_memory
 from glm_rlhf.engine.cluster.plan_search import Plan, layout_name
 from glm_rlhf.engine.cluster.plan_work import Roles, Work
 from glm_rlhf.engine.config_plan import PlanConfig
+from glm_rlhf.parallel.names import SCALAR_ROLES
 from glm_rlhf.parallel.rank_weights import num_parameters
 
 _TRAINING = ("train policy", "train critic")
@@ -36,7 +37,7 @@ def report(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster, plans
 
 def _heading(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster) -> Iterator[str]:
     sizes = ", ".join(
-        f"{name} {num_parameters(model, has_scalar_head=name in ('critic', 'reward')) / 1e9:.2f} B"
+        f"{name} {num_parameters(model, has_scalar_head=name in SCALAR_ROLES) / 1e9:.2f} B"
         for name, model in roles.items
     )
     yield f"{config.model.path}: {sizes} parameters, {config.train.dtype}"

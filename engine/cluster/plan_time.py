@@ -140,6 +140,20 @@ def layer_matrix_elements(model: GLMConfig, layout: Layout) -> int:
     return model.hidden_size * (attention + 3 * model.ffn_size) // layout.tp
 
 
+def forward_flop(
+    model: GLMConfig, num_sequences: float, mean_tokens: float, num_targets: float = 0.0
+) -> float:
+    """Return the operations of a forward pass over so many sequences, on all ranks together.
+
+    Matrix products of the layers, causal attention at the mean length, the vocabulary head at `num_targets`
+    tokens.
+    """
+    layers = model.num_layers * layer_matrix_elements(model, Layout())
+    flop = 2 * num_sequences * mean_tokens * layers
+    flop += 2 * num_sequences * mean_tokens**2 * model.num_layers * model.num_heads * model.head_size
+    return flop + 2 * num_targets * model.vocab_size * model.hidden_size
+
+
 def optimizer_step(
     model: GLMConfig, cluster: Cluster, choice: Choice, *, itemsize: int, has_scalar_head: bool
 ) -> Cost:

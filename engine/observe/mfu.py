@@ -3,9 +3,8 @@
 import re
 
 from glm_rlhf.engine.cluster.plan_cluster import GPUS
-from glm_rlhf.engine.cluster.plan_time import layer_matrix_elements
+from glm_rlhf.engine.cluster.plan_time import forward_flop
 from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.layout import Layout
 
 
 def known_peak_flop_per_s(device_name: str) -> float | None:
@@ -31,8 +30,4 @@ def training_flop(
 
     Source: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B, with attention halved for its mask.
     """
-    layers = glm.num_layers * layer_matrix_elements(glm, Layout())
-    forward = 2 * num_sequences * mean_tokens * layers
-    forward += 2 * num_sequences * mean_tokens**2 * glm.num_layers * glm.num_heads * glm.head_size
-    forward += 2 * num_targets * glm.vocab_size * glm.hidden_size
-    return 3 * forward
+    return 3 * forward_flop(glm, num_sequences, mean_tokens, num_targets)

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from glm_rlhf.engine.config import DemoConfig
 from glm_rlhf.engine.data.careless_sums import TaskSet, careless_sums
+from glm_rlhf.engine.observe.clock import Clock
 from glm_rlhf.engine.stages.demo_checks import (
     LAYOUTS,
     Check,
@@ -48,7 +48,7 @@ def run(config: DemoConfig) -> int:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("demo is one process, which launches others itself: start it without torchrun")
     folder = _claim(Path(config.run.output))
-    clock = _Clock()
+    clock = Clock()
     with _threads(_NUM_THREADS):
         tasks = careless_sums(num_held_out=config.demo.num_held_out, seed=config.run.seed)
         _say(
@@ -160,25 +160,6 @@ def _threads(most: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(former)
-
-
-class _Clock:
-    """Seconds of named laps; laps of one name add up."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """Note the seconds since the last lap."""
-        now = time.monotonic()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of all laps."""
-        return sum(self.laps.values())
 
 
 def _say(line: str) -> None:

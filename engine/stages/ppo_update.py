@@ -135,7 +135,7 @@ def policy_step(
     found, demonstrated = found[:num_policy], found[num_policy:]
     losses = [statistics.sums for statistics in found]
     result = _step_of("policy", state, losses, demonstrated, experience, mini_batch, topology)
-    sums = _summed([statistics.sums for statistics in found], len(POLICY_SUMS), topology)
+    sums = _summed(losses, len(POLICY_SUMS), topology)
     maxima = _largest([statistics.maxima for statistics in found], topology)
     sft_loss = None
     if sft is not None:

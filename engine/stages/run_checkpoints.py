@@ -12,6 +12,7 @@ import torch
 
 from glm_rlhf.engine.stages.same_run import check_same_run
 from glm_rlhf.parallel.agreement import agreed
+from glm_rlhf.parallel.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.checkpoint_reader import checkpoint_at, newest_checkpoint, restore
 from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.checkpoint_writer import CheckpointWriter, step_folders
@@ -53,7 +54,7 @@ def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
             return _told(found, place)
     elif wanted != "never":
         path = Path(wanted)
-        found = checkpoint_at(path, topology=place) if (path / "manifest.json").exists() else None
+        found = checkpoint_at(path, topology=place) if is_checkpoint(path) else None
         found = found or newest_checkpoint(path, topology=place)
         if found is None:
             raise ValueError(
@@ -78,6 +79,12 @@ def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
                         "run.name or run.output, or remove them"
                     )
     return None
+
+
+def is_same_layout(found: Checkpoint, place: Topology) -> bool:
+    """Return whether a checkpoint was written by as many ranks in the same places."""
+    manifest = found.manifest
+    return (manifest.layout, manifest.world_size) == (place.layout, place.world_size)
 
 
 def _told(found: Checkpoint, place: Topology) -> Checkpoint:
@@ -130,9 +137,8 @@ class RunCheckpoints:
         is_last = step >= train.steps
         if self.writer is not None:
             self.writer.poll()
-        is_due = is_last or (train.save_every > 0 and step % train.save_every == 0)
-        exports = is_last or (train.export_every > 0 and step % train.export_every == 0)
-        saves = is_due and self.writer is not None
+        exports = is_due(step, train.export_every, is_last)
+        saves = self.writer is not None and is_due(step, train.save_every, is_last)
         if saves:
             self._save(step, progress, rank_tensors)
         if saves and is_last:
@@ -204,6 +210,11 @@ class RunCheckpoints:
             if self.place.is_reporter:
                 folder.parent.mkdir(parents=True, exist_ok=True)
         self.export(folder)
+
+
+def is_due(step: int, every: int, is_last: bool) -> bool:
+    """Return whether something happens after a step: after every so many (0: none), and after the last."""
+    return is_last or (every > 0 and step % every == 0)
 
 
 @contextlib.contextmanager
@@ -282,7 +293,7 @@ def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
         checkpoints.hold(manifest.step)
     for name, training in checkpoints.models.items():
         restore(training, origin, name)
-    if (manifest.layout, manifest.world_size) == (place.layout, place.world_size):
+    if is_same_layout(origin, place):
         with agreed(f"resuming from {origin.folder}"):
             set_random_state(origin.rank_tensors(place.rank))
     return manifest.state["progress"]

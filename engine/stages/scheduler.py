@@ -25,7 +25,13 @@ from glm_rlhf.engine.stages.judged_answers import gather_answers, write_answers
 from glm_rlhf.engine.stages.ppo import PPOEngine
 from glm_rlhf.engine.stages.ppo_evaluation import PPOEvaluation
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
-from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints, claim_folder, open_checkpoints, resume
+from glm_rlhf.engine.stages.run_checkpoints import (
+    RunCheckpoints,
+    claim_folder,
+    is_same_layout,
+    open_checkpoints,
+    resume,
+)
 from glm_rlhf.engine.stages.same_run import lengths_identity, model_identity
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.types import PromptInput, Rollouts
@@ -91,7 +97,9 @@ def run(config: PPOConfig) -> None:
                         last_step=None if origin is None else first,
                     )
                 )
-            progress = stack.enter_context(ProgressLine(steps=config.train.steps, is_shown=place.is_reporter))
+            progress = stack.enter_context(
+                ProgressLine(steps=config.train.steps, is_shown=place.is_reporter, first_step=first)
+            )
             trace = None
             if config.observe.trace:
                 with agreed("beginning the traces"):
@@ -141,9 +149,8 @@ def _go_on(engine: PPOEngine, origin: Checkpoint, checkpoints: RunCheckpoints) -
     place, manifest = engine.topology, origin.manifest
     progress = resume(origin, checkpoints)
     engine.roles.set_progress(progress)
-    is_same = (manifest.layout, manifest.world_size) == (place.layout, place.world_size)
     with agreed(f"resuming from {origin.folder}"):
-        for rank in [place.rank] if is_same else range(manifest.world_size):
+        for rank in [place.rank] if is_same_layout(origin, place) else range(manifest.world_size):
             engine.roles.rewards.add_baselines(origin.rank_tensors(rank))
     return progress["step"]
 

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 
 from glm_rlhf.engine.data.sampler import BatchSampler
+from glm_rlhf.engine.observe.clock import Clock
 from glm_rlhf.engine.observe.metrics import WriteMetrics
 from glm_rlhf.engine.stages.micro_batches import take_share
-from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints
+from glm_rlhf.engine.stages.run_checkpoints import RunCheckpoints, is_due
 from glm_rlhf.engine.stages.training_records import Records
 from glm_rlhf.engine.stages.update import Objective, UpdateResult, evaluate, update
 from glm_rlhf.parallel.in_backward import AnyTrainingState
@@ -128,7 +129,7 @@ def train(
     if held is not None and progress.step == 0:
         write(0, _evaluate(state, held, 0, settings, place))
     for index in range(progress.step, settings.steps):
-        clock = _Clock()
+        clock = Clock()
         numbers = sampler.batch(index)
         batches = take_share(records, numbers, max_tokens=settings.micro_batch_tokens, place=place)
         clock.lap("timing_s/data")
@@ -150,7 +151,7 @@ def train(
         )
         is_last = index + 1 == settings.steps
         has_to_stop = progress.num_in_a_row >= settings.max_nonfinite_steps
-        if held is not None and not has_to_stop and _is_due(index + 1, settings.eval_every, is_last):
+        if held is not None and not has_to_stop and is_due(index + 1, settings.eval_every, is_last):
             with span("eval"):
                 metrics |= _evaluate(state, held, index + 1, settings, place)
             clock.lap("timing_s/eval")
@@ -213,10 +214,6 @@ def _named(metrics: Mapping[str, float | None], prefix: str) -> dict[str, float 
     return {f"{prefix}/{name}": number for name, number in metrics.items()}
 
 
-def _is_due(step: int, every: int, is_last: bool) -> bool:
-    return is_last or (every > 0 and step % every == 0)
-
-
 def _why_stopped(
     result: UpdateResult, num_in_a_row: int, step: int, records: Records, numbers: Sequence[int]
 ) -> str:
@@ -238,22 +235,3 @@ def _why_stopped(
         f"stopped after {num_in_a_row} steps in a row without an update: {what}; lower optimizer.lr, look at "
         "these records, or start from a checkpoint whose weights are finite"
     )
-
-
-class _Clock:
-    """Seconds since it was made, and of each named lap."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """Note the seconds since the last lap."""
-        now = time.monotonic()
-        self.laps[name] = now - self._last
-        self._last = now
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of all laps."""
-        return self._last - self._start
