@@ -166,6 +166,9 @@ def main(argv: list[str] | None = None) -> int:
         _record_fault(error)
         _tell(title, _phase_and_kind(error), is_bug=True)
         raise
+    finally:
+        if "glm_rlhf.parallel.leaving" in sys.modules:  # a command ran that heeds signals
+            sys.modules["glm_rlhf.parallel.leaving"].restore_handlers()
 
 
 def _phase_and_kind(error: Exception) -> str:

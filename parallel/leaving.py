@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _is_heeded = False
 _is_wished = False
+_handlers_before: dict[int, Any] = {}
 
 
 class Leaving(Exception):
@@ -20,24 +22,33 @@ class Leaving(Exception):
 
 @contextlib.contextmanager
 def heeding_signals() -> Iterator[None]:
-    """Take `SIGNALS` as a wish to leave while the block runs; every rank enters, on its main thread."""
+    """Take `SIGNALS` as a wish to leave while the block runs; every rank enters, on its main thread.
+
+    Where the block raises, a first signal still ends nothing until `restore_handlers`: as soon as one rank
+    is gone the launcher sends SIGTERM to the others, which have not said yet where they failed.
+    """
     global _is_heeded, _is_wished
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def wish(number: int, _frame: object) -> None:
-        global _is_wished
-        _is_wished = True
-        signal.signal(number, before[number])
-
+    restore_handlers()
     for number in SIGNALS:
-        signal.signal(number, wish)
+        _handlers_before[number] = signal.signal(number, _wish)
     _is_heeded = True
     try:
         yield
+        restore_handlers()
     finally:
         _is_heeded = _is_wished = False
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def restore_handlers() -> None:
+    """Have signals do again what they did before they were heeded."""
+    while _handlers_before:
+        signal.signal(*_handlers_before.popitem())
+
+
+def _wish(number: int, _frame: object) -> None:
+    global _is_wished
+    _is_wished = True
+    signal.signal(number, _handlers_before.pop(number))
 
 
 @contextlib.contextmanager
