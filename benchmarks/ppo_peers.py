@@ -24,16 +24,18 @@ from benchmarks.harness import Entry, summary
 from benchmarks.machine import description
 from benchmarks.ppo_peers_task import (
     ADAM_BETAS,
-    ANSWER_TOKENS,
     CLIP,
     GAMMA,
     KL_COEF,
     LAM,
     LR,
+    MEAN_LENGTH,
     PROMPT_TOKENS,
     PROMPTS,
     SHAPE,
+    TASKS,
     Run,
+    Task,
     draw_prompts,
     save_models,
     share_of_low_ids,
@@ -85,35 +87,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, sentences = [], []
     for threads in options.threads:
         environment = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        seeds = in_fresh_process(measure_seeds, options.seeds, options.iterations, environment=environment)
         name = f"{threads} thread{'s' * (threads > 1)}"
         command = f"python -m benchmarks.ppo_peers --threads {threads} --seeds {options.seeds}"
-        rows.append(row_of(name, seeds, f"{command} --iterations {options.iterations}"))
-        sentences.append(f"{name}: {verdict(seeds)}")
+        for task in TASKS:
+            given = (task, options.seeds, options.iterations)
+            seeds = in_fresh_process(measure_seeds, *given, environment=environment)
+            rows.append(row_of(name, task, seeds, f"{command} --iterations {options.iterations}"))
+            sentences.append(f"{name}, {task.name}: {verdict(seeds)}")
     write(report(rows, sentences), options.out)
     print(f"{options.out}.md: {' '.join(sentences)}")
     return 1 if any("missed" in sentence or "is worse" in sentence for sentence in sentences) else 0
 
 
-def measure_seeds(num_seeds: int, iterations: int) -> list[Seed]:
+def measure_seeds(task: Task, num_seeds: int, iterations: int) -> list[Seed]:
     """Return the runs of this process with its thread count."""
-    return [measure_seed(seed, iterations) for seed in range(num_seeds)]
+    return [measure_seed(task, seed, iterations) for seed in range(num_seeds)]
 
 
-def measure_seed(seed: int, iterations: int) -> Seed:
+def measure_seed(task: Task, seed: int, iterations: int) -> Seed:
     """Run both from the same weights on the same prompts, an iteration of either in turn."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
-        save_models(folder, seed=seed)
+        save_models(folder, task, seed=seed)
         prompts = draw_prompts(seed)
-        with contextlib.redirect_stderr(io.StringIO()), PPOEngine(_config(folder, seed)) as engine:
+        with contextlib.redirect_stderr(io.StringIO()), PPOEngine(_config(folder, task, seed)) as engine:
             turn = _Turn(engine, prompts)
             gc.collect()
             if importlib.util.find_spec("trl") is None:
                 for _ in range(iterations):
                     turn()
                 return Seed(ours=turn.run, theirs=None)
-            theirs = run_in_turns(folder, prompts, seed=seed, iterations=iterations, other=turn)
+            theirs = run_in_turns(folder, task, prompts, seed=seed, iterations=iterations, other=turn)
             return Seed(ours=turn.run, theirs=theirs)
 
 
@@ -142,16 +146,17 @@ def verdict(seeds: Sequence[Seed]) -> str:
     )
 
 
-def row_of(name: str, seeds: Sequence[Seed], command: str) -> Row:
-    """Return the row of a thread count: times over all seeds, rewards as means over them."""
+def row_of(name: str, task: Task, seeds: Sequence[Seed], command: str) -> Row:
+    """Return the row of a task at a thread count: times over all seeds, rewards as means over them."""
     if seeds[0].theirs is None:
         peer = Entry(name="TRL's PPO", status="absent: trl is not installed")
     else:
         peer = _entry(f"TRL {version('trl')}, experimental.ppo", [seed.theirs for seed in seeds])
     return Row(
         row=name,
-        what=f"an iteration: {PROMPTS} answers of {ANSWER_TOKENS} tokens, then one update on them",
-        shape=f"prompts of {PROMPT_TOKENS} tokens, fp32",
+        what=f"an iteration, {task.name}: {PROMPTS} answers, then one update on them",
+        shape=f"prompts of {PROMPT_TOKENS} tokens, answers of {'up to ' * task.stops}"
+        f"{task.max_answer_tokens}, fp32",
         command=command,
         entries=[_entry("ours", [seed.ours for seed in seeds]), peer],
         work=(float(PROMPTS), "samples"),
@@ -170,7 +175,9 @@ def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
         notes=(
             f"model: GLM of {sizes}; random weights, the same folders for both",
             f"reward: the share of an answer's ids that are below 48; {PROMPTS} "
-            "random prompts, the same in every iteration; no stop id, so that every answer has full length",
+            "random prompts, the same in every iteration",
+            "full lengths: no stop id, so that nothing is padded. Answers that stop: at a stop id, drawn at "
+            f"one token in {MEAN_LENGTH} before the first update",
             f"both: one epoch, one mini-batch, one micro-batch; lr {LR} constant for policy and critic, "
             f"Adam with betas {ADAM_BETAS}, no clipping of the gradient, clip {CLIP} for ratios and values, "
             f"kl_coef {KL_COEF} (k1), gamma {GAMMA}, lambda {LAM}, advantages whitened, temperature 1",
@@ -223,14 +230,14 @@ def _marks(run: Run) -> list[int]:
     return sorted({1, *range(5, len(run.rewards) + 1, 5), len(run.rewards)})
 
 
-def _config(folder: Path, seed: int) -> PPOConfig:
+def _config(folder: Path, task: Task, seed: int) -> PPOConfig:
     return PPOConfig(
         run=TrainingRunSection(name="ppo", output=str(folder / "ours"), seed=seed),
         model=ModelSection(path=str(folder / "policy")),
         critic=CriticSection(path=str(folder / "critic"), lr=LR),
         reward=PPORewardSection(function=f"{reward.__module__}:reward"),
         data=PPOPromptsSection(path="none: prompts are drawn"),
-        generation=GenerationSection(max_new_tokens=ANSWER_TOKENS, max_batch=PROMPTS),
+        generation=GenerationSection(max_new_tokens=task.max_answer_tokens, max_batch=PROMPTS),
         optimizer=OptimizerSection(lr=LR, betas=ADAM_BETAS, clip_grad=0.0),
         train=PPOTrainSection(steps=1, dtype="fp32"),
         ppo=PPOSection(

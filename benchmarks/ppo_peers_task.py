@@ -1,5 +1,6 @@
 """What PPO and its peer are compared on: model, prompts, rule and settings, the same for both."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,29 @@ SHAPE = {
     "head_dim": 64,
     "max_position_embeddings": 256,
 }
-PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 24, 48
+PROMPTS, PROMPT_TOKENS = 32, 24
 LOW_IDS = 48
+STOP_ID = SHAPE["vocab_size"] - 1
+MEAN_LENGTH = 24
 LR = 1e-3
 ADAM_BETAS = (0.9, 0.95)
 CLIP, GAMMA, LAM, KL_COEF = 0.2, 1.0, 0.95, 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """How long answers are."""
+
+    name: str
+    max_answer_tokens: int
+    stops: bool
+    """Whether an answer ends at `STOP_ID`, which the policy first draws at one token in `MEAN_LENGTH`."""
+
+
+TASKS = (
+    Task(name="full lengths", max_answer_tokens=48, stops=False),
+    Task(name="answers that stop", max_answer_tokens=64, stops=True),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +62,33 @@ def share_of_low_ids(tokens: Sequence[int]) -> float:
 def draw_prompts(seed: int) -> torch.Tensor:
     """Return 32 prompts of 24 random ids, int64 [32, 24]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(LOW_IDS, SHAPE["vocab_size"], (PROMPTS, PROMPT_TOKENS), generator=generator)
+    return torch.randint(LOW_IDS, STOP_ID, (PROMPTS, PROMPT_TOKENS), generator=generator)
 
 
-def save_models(folder: Path, *, seed: int) -> None:
-    """Write `policy` and `critic` of random weights as Hugging Face folders without an end id."""
+def save_models(folder: Path, task: Task, *, seed: int) -> None:
+    """Write `policy` and `critic` of random weights as Hugging Face folders."""
     from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
 
     torch.manual_seed(seed)
-    ids = {"pad_token_id": None, "eos_token_id": None}
-    GlmForCausalLM(GlmConfig(**SHAPE, **ids)).float().save_pretrained(folder / "policy")
+    ids = {"pad_token_id": None, "eos_token_id": STOP_ID if task.stops else None}
+    policy = GlmForCausalLM(GlmConfig(**SHAPE, **ids)).float()
+    if task.stops:
+        _draw_stops(policy, draw_prompts(seed))
+    policy.save_pretrained(folder / "policy")
     critic = GlmForSequenceClassification(GlmConfig(**SHAPE, **ids, num_labels=1))
     critic.float().save_pretrained(folder / "critic")
+
+
+@torch.no_grad()
+def _draw_stops(policy: torch.nn.Module, prompts: torch.Tensor) -> None:
+    """Have the policy draw `STOP_ID` at about one token in `MEAN_LENGTH`, after any prompt.
+
+    All embeddings are alike in one channel, so all last hidden states are nearly so; the id's row of the
+    output weight reads that channel alone.
+    """
+    policy.model.embed_tokens.weight[:, 0] = 0.3
+    hidden_BTD = policy.model(prompts).last_hidden_state
+    others_BT = policy.lm_head(hidden_BTD)[..., :STOP_ID].logsumexp(-1)
+    wanted = others_BT.mean() - math.log(MEAN_LENGTH - 1)
+    policy.lm_head.weight[STOP_ID] = 0.0
+    policy.lm_head.weight[STOP_ID, 0] = wanted / hidden_BTD[..., 0].mean()

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.ppo_peers_task import (
     ADAM_BETAS,
-    ANSWER_TOKENS,
     CLIP,
     GAMMA,
     KL_COEF,
@@ -20,20 +19,29 @@ from benchmarks.ppo_peers_task import (
     LR,
     PROMPTS,
     SHAPE,
+    STOP_ID,
     Run,
+    Task,
 )
 
 _NO_ID = SHAPE["vocab_size"]
-"""Stands for padding and end: no model gives it, so no answer is cut."""
+"""Stands for padding: no model gives it."""
 
 
 def run_in_turns(
-    folder: Path, prompts: torch.Tensor, *, seed: int, iterations: int, other: Callable[[], None]
+    folder: Path,
+    task: Task,
+    prompts: torch.Tensor,
+    *,
+    seed: int,
+    iterations: int,
+    other: Callable[[], None],
 ) -> Run:
     """Return TRL's iterations; `other` runs after each of them, outside its time.
 
     Args:
         folder: with the models of `save_models`.
+        task: how long answers are.
         prompts: ids, int64 [32, 24].
         seed: of TRL's answers.
         iterations: of each contender.
@@ -82,7 +90,8 @@ def run_in_turns(
         num_mini_batches=1,
         num_ppo_epochs=1,
         num_sample_generations=0,
-        response_length=ANSWER_TOKENS,
+        response_length=task.max_answer_tokens,
+        stop_token_id=STOP_ID if task.stops else None,
         temperature=1.0,
         missing_eos_penalty=None,
         kl_coef=KL_COEF,
@@ -99,7 +108,7 @@ def run_in_turns(
         processing_class=SimpleNamespace(pad_token_id=_NO_ID, eos_token_id=_NO_ID),
         model=policy,
         ref_model=reference,
-        reward_model=_Rule(),
+        reward_model=_Rule(prompts.shape[1]),
         value_model=critic,
         train_dataset=[{"input_ids": prompt} for prompt in prompts],
         eval_dataset=[{"input_ids": prompt} for prompt in prompts],
@@ -121,10 +130,17 @@ class _Rule(torch.nn.Module):
 
     base_model_prefix = "backbone"
 
+    def __init__(self, num_prompt_tokens: int) -> None:
+        super().__init__()
+        self._num_prompt_tokens = num_prompt_tokens
+
     def backbone(self, input_ids: torch.Tensor, **options: object) -> SimpleNamespace:
-        """Return as hidden states [B, T, 1] whether each id is low."""
-        return SimpleNamespace(hidden_states=[(input_ids < LOW_IDS).float()[..., None]])
+        """Return as hidden states [B, T, 1] whether each id is one of the answer's and low."""
+        is_low_BT = input_ids < LOW_IDS
+        is_low_BT[:, : self._num_prompt_tokens] = False
+        return SimpleNamespace(hidden_states=[is_low_BT.float()[..., None]])
 
     def score(self, hidden_BT1: torch.Tensor) -> torch.Tensor:
-        """Return [B, T, 1], the share of low ids in the answer at every position."""
-        return hidden_BT1[:, -ANSWER_TOKENS:].mean(1, keepdim=True).expand_as(hidden_BT1)
+        """Return [B, T, 1], the share of low ids in the answer up to every position."""
+        length_T1 = torch.arange(1, hidden_BT1.shape[1] + 1)[:, None] - self._num_prompt_tokens
+        return hidden_BT1.cumsum(1) / length_T1.clamp_min(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.ppo_peers import Seed, gain, row_of, verdict
-from benchmarks.ppo_peers_task import ANSWER_TOKENS, LOW_IDS, Run, draw_prompts, share_of_low_ids
+from benchmarks.ppo_peers_task import LOW_IDS, TASKS, Run, draw_prompts, share_of_low_ids
 from benchmarks.ppo_peers_trl import _Rule
 
 
@@ -12,16 +12,19 @@ def run_of(seconds: float, *rewards: float) -> Run:
     return Run(seconds=[seconds] * len(rewards), rewards=list(rewards))
 
 
-def test_both_forms_of_the_rule_agree():
+def test_both_forms_of_the_rule_agree_wherever_an_answer_ends():
     generator = torch.Generator().manual_seed(1)
-    answers_BT = torch.randint(0, 2 * LOW_IDS, (4, ANSWER_TOKENS), generator=generator)
+    answers_BT = torch.randint(0, 2 * LOW_IDS, (4, 48), generator=generator)
     prompts_BT = draw_prompts(0)[:4]
-    rule = _Rule()
+    prompts_BT[:, 5] = 3  # a low id of the prompt's does not count
+    rule = _Rule(prompts_BT.shape[1])
     ids_BT = torch.cat((prompts_BT, answers_BT), dim=1)
     scores_BT1 = rule.score(rule.backbone(input_ids=ids_BT).hidden_states[-1])
     assert scores_BT1.shape == (*ids_BT.shape, 1)
-    for score, answer in zip(scores_BT1[:, -1, 0].tolist(), answers_BT.tolist(), strict=True):
-        assert score == pytest.approx(share_of_low_ids(answer))
+    for length in (1, 17, 48):
+        at_end_B = scores_BT1[:, prompts_BT.shape[1] + length - 1, 0]
+        for score, answer in zip(at_end_B.tolist(), answers_BT[:, :length].tolist(), strict=True):
+            assert score == pytest.approx(share_of_low_ids(answer))
 
 
 def test_gain_is_from_the_first_to_the_mean_of_the_last_three():
@@ -55,7 +58,7 @@ def test_a_gap_within_the_spread_over_seeds_is_no_worse():
 def test_without_trl_it_is_absent_and_nothing_is_shown():
     seeds = [Seed(ours=run_of(1.0, 0.1, 0.2, 0.3, 0.4), theirs=None)]
     assert verdict(seeds).startswith("Not shown")
-    ours, peer = row_of("1 thread", seeds, "command").entries
+    ours, peer = row_of("1 thread", TASKS[1], seeds, "command").entries
     assert ours.timing.median_s == 1.0
     assert peer.timing is None
     assert peer.status == "absent: trl is not installed"
