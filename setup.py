@@ -40,10 +40,11 @@ setup(
     ],
     extras_require={
         "parity": ["transformers>=5"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "transformers>=5"],
+        "test": ["hypothesis", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist", "transformers>=5"],
         "lint": ["ruff"],
         "cuda": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
+        "parquet": ["pyarrow"],
         "plot": ["matplotlib"],
     },
     entry_points={"console_scripts": ["glm-rlhf = glm_rlhf.engine.cli:main"]},

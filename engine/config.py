@@ -129,7 +129,7 @@ class RecordsSection:
     """The records that go in, and the file of lines that comes out."""
 
     path: PathText
-    """JSON lines to read."""
+    """JSON lines, or parquet, to read."""
     out: PathText | None = None
     """JSON lines to write, one a record in the input's order; null is <run.output>/<command>.jsonl."""
     max_prompt_tokens: Count = 4096
@@ -143,7 +143,7 @@ class ScoredRecordsSection:
     """The answers that are scored, and the file of lines that comes out."""
 
     path: PathText
-    """JSON lines to read."""
+    """JSON lines, or parquet, to read."""
     form: Literal["demonstrations", "pairs", "hh-rlhf"] = "demonstrations"
     """Form of the records; pairs, also as hh-rlhf's dialogues, are for reward models."""
     out: PathText | None = None

@@ -51,7 +51,7 @@ class EvaluateWithinSection:
     every: CountOrZero = 0
     """Iterations between two evaluations, one before the first and one after the last too; 0 for none."""
     path: PathText | None = None
-    """JSON lines of prompts that are not learned from."""
+    """JSON lines, or parquet, of prompts that are not learned from."""
     num_samples: Count = 1
     """Answers to each of them."""
     pass_k: tuple[Count, ...] = (1,)

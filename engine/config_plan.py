@@ -82,7 +82,7 @@ class PlannedPromptsSection:
     """The prompts."""
 
     path: PathText = "prompts.jsonl"
-    """JSON lines of prompts, for the config that is written; the plan does not read them."""
+    """JSON lines, or parquet, of prompts, for the config that is written; the plan does not read them."""
     max_prompt_tokens: Count = 1024
     """Longest prompt, in tokens: memory has to hold it."""
     mean_prompt_tokens: Count | None = None

@@ -48,9 +48,10 @@ class PPOPromptsSection:
     """What is to be answered."""
 
     path: PathText
-    """JSON lines of prompts; further fields of a record reach the reward function."""
+    """JSON lines, or parquet, of prompts; further fields of a record reach the reward function."""
     sft_path: PathText | None = None
-    """JSON lines of demonstrations that the policy goes on imitating, see ppo.sft_coef; null for none."""
+    """JSON lines, or parquet, of demonstrations that the policy goes on imitating, see ppo.sft_coef; null for
+    none."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a longer one is a bad record."""
     on_error: Literal["raise", "skip"] = "raise"

@@ -134,9 +134,9 @@ class DemonstrationsSection:
     """The answers that are imitated."""
 
     path: PathText
-    """JSON lines of demonstrations to learn from."""
+    """JSON lines, or parquet, of demonstrations to learn from."""
     eval_path: PathText | None = None
-    """JSON lines of demonstrations to evaluate on; null for none."""
+    """JSON lines, or parquet, of demonstrations to evaluate on; null for none."""
     eval_records: Count = 1000
     """The evaluation takes at most so many of them, the first ones."""
     max_prompt_tokens: Count = 4096
@@ -154,11 +154,11 @@ class PairsSection:
     """The answers that are compared."""
 
     path: PathText
-    """JSON lines of pairs to learn from."""
+    """JSON lines, or parquet, of pairs to learn from."""
     form: Literal["pairs", "hh-rlhf"] = "pairs"
     """Form of the records: prompt, chosen, rejected; or hh-rlhf's two whole dialogues."""
     eval_path: PathText | None = None
-    """JSON lines of pairs, of the same form, to evaluate on; null for none."""
+    """JSON lines, or parquet, of pairs, of the same form, to evaluate on; null for none."""
     eval_records: Count = 1000
     """The evaluation takes at most so many of them, the first ones."""
     max_prompt_tokens: Count = 4096

@@ -28,6 +28,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pydantic",
+    "pyarrow",
 )
 ABSENT = "not installed"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -2,71 +2,30 @@
 
 import gzip
 import json
-import logging
 import math
-import stat
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import IO
 
-OnError = Literal["raise", "skip"]
-Record = TypeVar("Record")
+from glm_rlhf.engine.data.record_reading import (
+    OnError,
+    Place,
+    ReadReport,
+    Record,
+    RecordError,
+    check_on_error,
+    file_head,
+    parse_records,
+)
 
 DEFAULT_MAX_LINE_BYTES = 16 * 2**20
 """A line longer than this (16 MiB, uncompressed) is an error, and never wholly in memory."""
 
-_NUM_KEPT_ERRORS = 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _GZIP_MARK = b"\x1f\x8b"
-
-_log = logging.getLogger(__name__)
-
-
-class RecordError(ValueError):
-    """A data file or a line of it that cannot be used."""
-
-    def __init__(self, path: str | Path, line: int, reason: str) -> None:
-        """Keep the place: `line` counts from 1; 0 stands for the file as a whole."""
-        super().__init__(f"{path}:{line}: {reason}" if line else f"{path}: {reason}")
-        self.path = Path(path)
-        self.line = line
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.path, self.line, self.reason)
-
-
-@dataclass(slots=True, kw_only=True)
-class ReadReport:
-    """What became of a file's lines; filled while it is read, complete when the reader is exhausted."""
-
-    num_records: int = 0
-    """Records handed out."""
-    num_skipped: int = 0
-    """Lines left out because they were bad (`on_error="skip"`)."""
-    num_blank: int = 0
-    """Blank lines, which are no records and no errors."""
-    errors: list[RecordError] = field(default_factory=list)
-    """The first 20 errors skipped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a record stands."""
-
-    path: Path
-    """The file."""
-    line: int
-    """Its line, from 1; blank lines count."""
-    index: int
-    """Its place among the file's records, from 0; blank lines do not count, skipped records do."""
-
-    def error(self, reason: str) -> RecordError:
-        """Return the error that something is wrong here."""
-        return RecordError(self.path, self.line, reason)
+_PARQUET_MARK = b"PAR1"
 
 
 def read_json_lines(
@@ -99,62 +58,35 @@ def read_json_lines(
     Raises:
         RecordError: as above. ValueError: an unknown `on_error`, a `max_line_bytes` below 1.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error is {on_error!r}; it must be "raise" or "skip"')
+    check_on_error(on_error)
     if max_line_bytes < 1:
         raise ValueError(f"max_line_bytes is {max_line_bytes}; it must be at least 1")
     path = Path(path)
     check_file(path)
-    return _records(path, parse, on_error, max_line_bytes, ReadReport() if report is None else report)
+
+    def parse_line(line: tuple[bytes, bool], place: Place) -> Record:
+        content, is_too_long = line
+        if is_too_long:
+            raise place.error(
+                f"the line is longer than {max_line_bytes} bytes; split it, or raise max_line_bytes"
+            )
+        return parse(_parse_object(content, place), place)
+
+    return parse_records(
+        path,
+        _lines(path, max_line_bytes),
+        parse_line,
+        on_error=on_error,
+        report=ReadReport() if report is None else report,
+        blank="every line is blank",
+    )
 
 
-def _records(
-    path: Path,
-    parse: Callable[[dict, Place], Record],
-    on_error: OnError,
-    max_line_bytes: int,
-    report: ReadReport,
-) -> Iterator[Record]:
-    index = 0
-    for line, content, is_too_long in _lines(path, max_line_bytes):
-        if not content.strip() and not is_too_long:
-            report.num_blank += 1
-            continue
-        place = Place(path=path, line=line, index=index)
-        index += 1
-        try:
-            if is_too_long:
-                raise place.error(
-                    f"the line is longer than {max_line_bytes} bytes; split it, or raise max_line_bytes"
-                )
-            record = parse(_parse_object(content, place), place)
-        except RecordError as error:
-            if on_error == "raise":
-                raise
-            report.num_skipped += 1
-            if len(report.errors) < _NUM_KEPT_ERRORS:
-                report.errors.append(error)
-            continue
-        report.num_records += 1
-        yield record
-    _conclude(path, index, report)
+def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, tuple[bytes, bool] | None]]:
+    """Yield `(line number, (content, is_too_long))`, None of a blank line.
 
-
-def _conclude(path: Path, num_lines: int, report: ReadReport) -> None:
-    if report.num_skipped:
-        first = report.errors[0]
-        _log.warning(
-            "%s: skipped %d of %d records; the first: %s", path, report.num_skipped, num_lines, first
-        )
-    if not report.num_records:
-        first = (
-            f"all {num_lines} are bad; the first: {report.errors[0]}" if num_lines else "every line is blank"
-        )
-        raise RecordError(path, 0, f"no record is left: {first}")
-
-
-def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield `(line number, content, is_too_long)`; of a line over the limit only the beginning is kept."""
+    Of a line over the limit only the beginning is kept.
+    """
     limit = max_line_bytes + 2  # room for CR LF, so that a line of exactly the limit is read with its end
     with _open(path) as file:
         number = 0
@@ -172,7 +104,9 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes, bool]]
             if not content:
                 return
             number += 1
-            yield number, content.removeprefix(_UTF8_MARK) if number == 1 else content, is_too_long
+            content = content.removeprefix(_UTF8_MARK) if number == 1 else content
+            is_blank = not is_too_long and not content.strip()
+            yield number, None if is_blank else (content, is_too_long)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -183,22 +117,12 @@ def check_file(path: Path) -> None:
     """Return nothing when a file can be read as JSON lines, as far as its beginning tells.
 
     Raises:
-        RecordError: it is missing, empty, a folder, UTF-16, or its name and its compression disagree.
+        RecordError: it is missing, empty, a folder, UTF-16, parquet, or its name and its compression
+            disagree.
     """
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            inside = sorted(p.name for p in path.iterdir() if ".jsonl" in p.suffixes)[:3]
-            hint = f", such as {', '.join(inside)} in it" if inside else ""
-            raise RecordError(path, 0, f"is a folder; give a JSON-lines file{hint}")
-        if not stat.S_ISREG(mode):
-            raise RecordError(path, 0, "is no regular file; write the records to a file first")
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise RecordError(path, 0, f"cannot be read: {error.strerror or error}") from error
-    if not head:
-        raise RecordError(path, 0, "is empty; it must hold one JSON object a line")
+    head = file_head(path)
+    if head == _PARQUET_MARK:
+        raise RecordError(path, 0, f"is parquet; name it {path.stem}.parquet")
     is_gzip, is_named_gzip = head.startswith(_GZIP_MARK), path.suffix == ".gz"
     if is_gzip and not is_named_gzip:
         raise RecordError(path, 0, f"is gzip; name it {path.name}.gz, or unpack it with gunzip")

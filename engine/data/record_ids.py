@@ -1,7 +1,7 @@
 """The token ids of a record's prompt and answers, rendered, or taken as they were given."""
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import Place
+from glm_rlhf.engine.data.record_reading import Place
 from glm_rlhf.engine.data.records import Answer, Prompt, TokenIds
 
 

@@ -1,4 +1,4 @@
-"""Prompts, demonstrations and preference pairs, read from JSON lines and checked."""
+"""Prompts, demonstrations and preference pairs, read from a file and checked."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from glm_rlhf.engine.data.hh_rlhf import split_dialogue_pair
-from glm_rlhf.engine.data.jsonl import (
-    DEFAULT_MAX_LINE_BYTES,
-    OnError,
-    Place,
-    ReadReport,
-    json_type,
-    read_json_lines,
-)
+from glm_rlhf.engine.data.jsonl import DEFAULT_MAX_LINE_BYTES, json_type
 from glm_rlhf.engine.data.messages import Message, RoleError, check_conversation, lone_surrogate
+from glm_rlhf.engine.data.record_files import read_record_file
+from glm_rlhf.engine.data.record_reading import OnError, Place, ReadReport
 
 PairForm = Literal["pairs", "hh-rlhf"]
 Result = TypeVar("Result")
@@ -97,7 +92,7 @@ def read_prompts(
     report: ReadReport | None = None,
     then: Callable[[PromptRecord], Result] = _as_it_is,
 ) -> Iterator[Result]:
-    """Return an iterator over the prompts of a JSON-lines file; `read_json_lines` says what a file may be.
+    """Return an iterator over the prompts of a file; `read_record_file` says what it may be.
 
     A record holds exactly one of
     - `prompt`: a text, which is one user's turn; not blank,
@@ -107,10 +102,10 @@ def read_prompts(
     Every other field is kept in `extra`.
 
     Args:
-        path: a `.jsonl` or `.jsonl.gz` file.
+        path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
         vocab_size: ids given in place of a text must be below it.
         on_error: `raise` at the first bad record, or `skip` bad records, counting them.
-        max_line_bytes: longest line accepted, in bytes.
+        max_line_bytes: longest line of JSON accepted, in bytes.
         report: filled while reading; a new one for each file.
         then: makes of a record what is handed out; a `RecordError` of it makes the record a bad one.
 
@@ -121,7 +116,7 @@ def read_prompts(
     def parse(fields: dict, place: Place) -> Result:
         return then(_prompt_record(fields, place, vocab_size=vocab_size))
 
-    return read_json_lines(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
+    return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
 def read_demonstrations(
@@ -133,7 +128,7 @@ def read_demonstrations(
     report: ReadReport | None = None,
     then: Callable[[DemonstrationRecord], Result] = _as_it_is,
 ) -> Iterator[Result]:
-    """Return an iterator over the demonstrations of a JSON-lines file.
+    """Return an iterator over the demonstrations of a file.
 
     A record is a prompt (see `read_prompts`, where the arguments are explained too) and exactly one of
     `response`, a text which may be empty, and `response_tokens`, a list of ids which may not.
@@ -145,7 +140,7 @@ def read_demonstrations(
     def parse(fields: dict, place: Place) -> Result:
         return then(_demonstration_record(fields, place, vocab_size=vocab_size))
 
-    return read_json_lines(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
+    return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
 def read_pairs(
@@ -158,7 +153,7 @@ def read_pairs(
     report: ReadReport | None = None,
     then: Callable[[PairRecord], Result] = _as_it_is,
 ) -> Iterator[Result]:
-    """Return an iterator over the preference pairs of a JSON-lines file.
+    """Return an iterator over the preference pairs of a file.
 
     A record is a prompt (see `read_prompts`, where the other arguments are explained too), exactly one of
     `chosen` and `chosen_tokens`, and exactly one of `rejected` and `rejected_tokens`.
@@ -177,7 +172,7 @@ def read_pairs(
     def parse(fields: dict, place: Place) -> Result:
         return then(parsers[form](fields, place))
 
-    return read_json_lines(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
+    return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
 def _prompt_record(fields: dict, place: Place, *, vocab_size: int) -> PromptRecord:

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import OnError, Place, ReadReport, RecordError
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
+from glm_rlhf.engine.data.record_reading import OnError, Place, ReadReport, RecordError
 from glm_rlhf.engine.data.records import (
     DemonstrationRecord,
     PairForm,

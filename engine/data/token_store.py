@@ -11,7 +11,8 @@ import numpy as np
 
 from glm_rlhf.engine.data.cached_folder import DamagedFolder, ensure_folder, file_digest, read_folder
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import OnError, RecordError, check_file
+from glm_rlhf.engine.data.record_files import check_record_file
+from glm_rlhf.engine.data.record_reading import OnError, RecordError
 from glm_rlhf.engine.data.records import ANY_ID, PairForm
 from glm_rlhf.engine.data.token_files import (
     ANSWERS,
@@ -170,7 +171,7 @@ def open_store(
     is_builder: bool = True,
     barrier: Callable[[], object] = _alone,
 ) -> TokenStore:
-    """Return the records of a JSON-lines file as ids, tokenised at the first call and mapped afterwards.
+    """Return the records of a file as ids, tokenised at the first call and mapped afterwards.
 
     Arrays lie in a folder whose name follows from the file's content, the tokenizer, the kind, the limits and
     the form's version, so that a changed input is tokenised anew; a damaged folder is rebuilt, see
@@ -181,7 +182,7 @@ def open_store(
     writes before it, the others read behind it. A fault of the builder's is an error on all ranks.
 
     Args:
-        path: a `.jsonl` or `.jsonl.gz` file.
+        path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
         kind: what its records are.
         folder: where arrays are kept, seen by all ranks of a machine; runs may share it, and may build at
             once. It may be removed when no run uses it.
@@ -215,7 +216,7 @@ def open_store(
     _check_vocabulary(tokenizer, vocab_size)
     fault: Exception | None = None
     try:
-        check_file(source.path)
+        check_record_file(source.path)
         identity = _identity(source, tokenizer)
         name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
         place = Path(folder) / f"{kind}-{name}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glm_rlhf.engine.config_evaluate import EvaluateConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import ReadReport
+from glm_rlhf.engine.data.record_reading import ReadReport
 from glm_rlhf.engine.rollout.answers import answer_prompts
 from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.stages.evaluation import EvaluationSettings, Measured, judge_rollouts, measure

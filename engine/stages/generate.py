@@ -13,9 +13,9 @@ from tqdm import tqdm
 from glm_rlhf.engine.config import GenerateConfig, GenerationSection
 from glm_rlhf.engine.config_training import LabelConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
 from glm_rlhf.engine.data.record_ids import prompt_ids
+from glm_rlhf.engine.data.record_reading import ReadReport
 from glm_rlhf.engine.data.records import PromptRecord, read_prompts
 from glm_rlhf.engine.rollout.generation import BatchSettings, GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.queue import Completion, GenerationRequest

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from glm_rlhf.engine.config_training import LabelConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import Place, ReadReport, read_json_lines
 from glm_rlhf.engine.data.lines_out import json_lines
 from glm_rlhf.engine.data.preferences import VarianceReport, filter_prompts_by_reward_variance
+from glm_rlhf.engine.data.record_files import read_record_file
+from glm_rlhf.engine.data.record_reading import Place, ReadReport
 from glm_rlhf.engine.rollout.scoring import score_sequences
 from glm_rlhf.engine.stages.generate import Prompt, generate_answers, read_prompt_ids
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
@@ -230,7 +231,7 @@ def _write_prompts(
         return place.index, fields
 
     with json_lines(config.label.prompts_out) as write:
-        for index, fields in read_json_lines(config.data.path, numbered, on_error=config.data.on_error):
+        for index, fields in read_record_file(config.data.path, numbered, on_error=config.data.on_error):
             if index in indices:
                 write(fields)
     return report

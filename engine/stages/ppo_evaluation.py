@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from glm_rlhf.engine.data.jsonl import ReadReport
+from glm_rlhf.engine.data.record_reading import ReadReport
 from glm_rlhf.engine.rollout.answers import answer_prompts
 from glm_rlhf.engine.stages.evaluation import EvaluationSettings, as_metrics, judge_rollouts, measure
 from glm_rlhf.engine.stages.judged_answers import JudgedAnswer

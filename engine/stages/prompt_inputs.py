@@ -4,8 +4,8 @@ from functools import partial
 from typing import Literal
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.record_ids import prompt_ids
+from glm_rlhf.engine.data.record_reading import ReadReport
 from glm_rlhf.engine.data.records import PromptRecord, read_prompts
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.glm_config import GLMConfig
@@ -23,7 +23,7 @@ def read_prompt_inputs(
     """Return the prompts of a file in its order, each of which leaves room for an answer.
 
     Args:
-        path: JSON lines of prompts.
+        path: a file of prompts.
         tokenizer: for those that are texts; None where there is none.
         glm: shape of the model that answers.
         max_prompt_tokens: a longer one is a bad record.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from glm_rlhf.engine.cluster.watchdog import watchdog
 from glm_rlhf.engine.config_ppo import PPOConfig
-from glm_rlhf.engine.data.jsonl import ReadReport
+from glm_rlhf.engine.data.record_reading import ReadReport
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop

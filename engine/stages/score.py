@@ -16,9 +16,9 @@ from tqdm import tqdm
 from glm_rlhf.engine.config import ScoreConfig
 from glm_rlhf.engine.data.batching import pack_by_tokens
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import ReadReport
 from glm_rlhf.engine.data.lines_out import WriteLine, json_lines
 from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
+from glm_rlhf.engine.data.record_reading import ReadReport
 from glm_rlhf.engine.data.records import DemonstrationRecord, read_demonstrations
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
 from glm_rlhf.engine.stages.score_reward import score_answers

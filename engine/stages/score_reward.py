@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from glm_rlhf.engine.config import ScoreConfig
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.jsonl import Place, ReadReport
 from glm_rlhf.engine.data.lines_out import json_lines
 from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
+from glm_rlhf.engine.data.record_reading import Place, ReadReport
 from glm_rlhf.engine.data.records import (
     DemonstrationRecord,
     PairRecord,

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from glm_rlhf.engine.data.hh_rlhf import split_dialogue, split_dialogue_pair
-from glm_rlhf.engine.data.jsonl import ReadReport, RecordError
 from glm_rlhf.engine.data.messages import Message
+from glm_rlhf.engine.data.record_reading import ReadReport, RecordError
 from glm_rlhf.engine.data.records import read_pairs
 
 

@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from glm_rlhf.engine.data.jsonl import ReadReport, RecordError, read_json_lines
+from glm_rlhf.engine.data.jsonl import read_json_lines
+from glm_rlhf.engine.data.record_reading import ReadReport, RecordError
 
 GOOD = b'{"a": 1}\n'
 
@@ -68,6 +69,7 @@ WHOLE_FILE = {
     "UTF-16 little end": ('{"a": 1}\n'.encode("utf-16-le"), "data.jsonl", "is UTF-16"),
     "UTF-16 big end": ('{"a": 1}\n'.encode("utf-16-be"), "data.jsonl", "is UTF-16"),
     "gzip named jsonl": (gzip.compress(GOOD), "data.jsonl", r"is gzip; name it data\.jsonl\.gz"),
+    "parquet named jsonl": (b"PAR1", "data.jsonl", r"is parquet; name it data\.parquet"),
     "jsonl named gz": (GOOD, "data.jsonl.gz", "is not gzip"),
 }
 
@@ -85,7 +87,7 @@ def test_missing_files_and_folders_are_refused(tmp_path, write):
     with pytest.raises(RecordError, match=r"absent\.jsonl: cannot be read: No such file"):
         read_json_lines(tmp_path / "absent.jsonl", pairs_of)
     write(GOOD, "train.jsonl")
-    with pytest.raises(RecordError, match=r"is a folder; give a JSON-lines file, such as train\.jsonl in it"):
+    with pytest.raises(RecordError, match=r"is a folder; give a file of records, such as train\.jsonl in it"):
         read_json_lines(tmp_path, pairs_of)
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from glm_rlhf.engine.data.jsonl import Place, RecordError
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.record_ids import answer_ids, prompt_ids
+from glm_rlhf.engine.data.record_reading import Place, RecordError
 from glm_rlhf.engine.data.records import TokenIds
 
 PLACE = Place(path=Path("data.jsonl"), line=3, index=2)

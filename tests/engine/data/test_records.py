@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from glm_rlhf.engine.data.jsonl import ReadReport, RecordError
 from glm_rlhf.engine.data.messages import Message
+from glm_rlhf.engine.data.record_reading import ReadReport, RecordError
 from glm_rlhf.engine.data.records import TokenIds, read_demonstrations, read_pairs, read_prompts
 
 USER = Message(role="user", content="hi")

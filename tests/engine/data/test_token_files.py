@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stored_ids import ids, open_ids, parts, stores, write_lines
 
-from glm_rlhf.engine.data.jsonl import RecordError
+from glm_rlhf.engine.data.record_reading import RecordError
 from glm_rlhf.engine.data.token_files import tokenizer_digest
 from glm_rlhf.engine.data.token_store import open_store
 

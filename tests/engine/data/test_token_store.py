@@ -14,8 +14,8 @@ import pytest
 from stored_ids import ANSWER_NAMES, ids, open_ids, parts, stores, write_lines
 
 from glm_rlhf.engine.data import token_store
-from glm_rlhf.engine.data.jsonl import RecordError
 from glm_rlhf.engine.data.messages import Message
+from glm_rlhf.engine.data.record_reading import RecordError
 from glm_rlhf.engine.data.token_store import open_store
 
 REPOSITORY = Path(__file__).parents[3]

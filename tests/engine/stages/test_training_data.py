@@ -7,7 +7,8 @@ import pytest
 from tiny_training import CONFIG
 
 from glm_rlhf.engine.config_training import DemonstrationsSection, PairsSection
-from glm_rlhf.engine.data.jsonl import RecordError
+from glm_rlhf.engine.data.record_reading import ReadReport, RecordError
+from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.engine.stages.training_data import open_demonstrations, open_pairs
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.topology import topology
@@ -99,3 +100,44 @@ def test_all_ranks_end_or_have_the_same_records(ranks, tmp_path):
     assert any("pairs.jsonl:2: there is no 'prompt'" in answer for answer in said)
     assert all(isinstance(answer, str) for answer in said)
     assert ranks.run(open_on_all_ranks, path, tmp_path / "skip", "skip") == [2] * 4
+
+
+def as_parquet(lines: list[str], path: Path) -> Path:
+    """Write the records of some lines as a table."""
+    pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import Table, parquet
+
+    columns = {"prompt_tokens": None, "chosen_tokens": None, "rejected_tokens": None, "response_tokens": None}
+    parquet.write_table(Table.from_pylist([columns | json.loads(line) for line in lines]), path)
+    return path
+
+
+def test_parquet_is_opened_as_json_lines_are(ranks, tmp_path):
+    path = as_parquet([PAIR, "{}", PAIR], tmp_path / "pairs.parquet")
+    said = ranks.run(open_on_all_ranks, path, tmp_path / "raise", "raise")
+    assert any("pairs.parquet:2: there is no 'prompt'" in answer for answer in said)
+    assert all(isinstance(answer, str) for answer in said)
+    assert ranks.run(open_on_all_ranks, path, tmp_path / "skip", "skip") == [2] * 4
+
+    path.write_bytes(path.read_bytes()[:-20])
+    said = ranks.run(open_on_all_ranks, path, tmp_path / "cut", "skip")
+    assert all("pairs.parquet: is damaged or cut off" in answer for answer in said)
+
+    lines, _ = open_lines("demonstrations", [DEMONSTRATION] * 3, tmp_path)
+    table = as_parquet([DEMONSTRATION] * 3, tmp_path / "demonstrations.parquet")
+    section = DemonstrationsSection(path=str(table), **LIMITS)
+    with topology(Layout()) as place:
+        rows, _ = open_demonstrations(section, tmp_path / "run", None, CONFIG, place=place)
+    of_lines, of_rows = (
+        [records.examples(number)[0] for number in range(len(records))] for records in (lines, rows)
+    )
+    assert [example.tokens_T.tolist() for example in of_rows] == [[3, 4, 5, 6]] * 3
+    assert [example.tokens_T.tolist() for example in of_lines] == [[3, 4, 5, 6]] * 3
+
+    path = as_parquet([DEMONSTRATION, PAIR], tmp_path / "prompts.parquet")
+    report = ReadReport()
+    prompts = read_prompt_inputs(
+        str(path), None, CONFIG, max_prompt_tokens=6, on_error="raise", report=report
+    )
+    assert [prompt.tokens for prompt in prompts] == [(3, 4), (3, 4)]
+    assert prompts[1].extra == {"chosen_tokens": [5, 6], "rejected_tokens": [7]}
