@@ -1,1 +1,6 @@
 """Measurements of what the engine claims: run `python -m benchmarks.<name> --help` in the repository root."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+"""Where reports go that are kept."""

@@ -18,8 +18,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.machine import description
-from benchmarks.report import RESULTS
+from benchmarks import RESULTS
+from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.parallel.checkpoint_parts import stored_tensors
 from glm_rlhf.parallel.checkpoint_reader import checkpoint_at, restore
 from glm_rlhf.parallel.checkpoint_writer import CheckpointWriter

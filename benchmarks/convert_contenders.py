@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.memory import forget_peak, resident_bytes
+from glm_rlhf.engine.bench.memory import forget_peak, resident_bytes
 from glm_rlhf.parallel.hf_config import read_config
 from glm_rlhf.parallel.hf_export import export_tensors
 from glm_rlhf.parallel.hf_import import ShardStream, iterate_shard

@@ -14,12 +14,13 @@ from statistics import median
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks import convert_contenders as contenders
 from benchmarks.fresh_process import PreparedProcesses
-from benchmarks.harness import Entry, summary
-from benchmarks.machine import Rates, description, measured_rates
-from benchmarks.report import RESULTS, Report, Row, write
 from benchmarks.synthetic_checkpoint import config_of_size, write_checkpoint
+from glm_rlhf.engine.bench.harness import Entry, summary
+from glm_rlhf.engine.bench.machine import Rates, description, measured_rates
+from glm_rlhf.engine.bench.report import Report, Row, write
 
 MEMORY_COLUMN = "peak MB above the tensors"
 MEMORY_FOLDER = Path("/dev/shm")

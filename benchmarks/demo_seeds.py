@@ -15,8 +15,8 @@ from statistics import fmean, stdev
 
 import torch
 
-from benchmarks.machine import description
-from benchmarks.report import RESULTS
+from benchmarks import RESULTS
+from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.stages.demo_report import RESULTS_NAME
 
 SEEDS = (0, 1, 2, 3, 4)

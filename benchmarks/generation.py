@@ -23,10 +23,10 @@ from benchmarks.generation_mixes import (
     run_of,
 )
 from benchmarks.generation_ticks import tick_rows, tick_verdict
-from benchmarks.harness import Contender, Problem, measure
-from benchmarks.machine import description
-from benchmarks.report import Report, Row, write
 from benchmarks.thread_counts import parse_options, rows_of
+from glm_rlhf.engine.bench.harness import Contender, Problem, measure
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.report import Report, Row, write
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.topology import topology

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from benchmarks.fresh_process import in_fresh_process
 from benchmarks.generation_mixes import MAX_BATCH, Mix, mixes, phase_of, random_model, requests_of
-from benchmarks.harness import Entry
-from benchmarks.report import Row
+from glm_rlhf.engine.bench.harness import Entry
+from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.parallel.generation import TickCount
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model

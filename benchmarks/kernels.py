@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Entry, measure
-from benchmarks.kernel_rows.case import Case, without_compiled
-from benchmarks.kernel_rows.table import full_cases, small_cases
-from benchmarks.machine import H200, Rates, description, measured_rates
-from benchmarks.report import RESULTS, Report, Row, write
+from benchmarks import RESULTS
+from glm_rlhf.engine.bench.harness import Entry, measure
+from glm_rlhf.engine.bench.kernel_rows.case import Case, without_compiled
+from glm_rlhf.engine.bench.kernel_rows.table import full_cases, small_cases
+from glm_rlhf.engine.bench.machine import H200, Rates, description, measured_rates
+from glm_rlhf.engine.bench.report import Report, Row, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

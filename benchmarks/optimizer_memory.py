@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.fresh_process import in_fresh_process
-from benchmarks.harness import Entry
-from benchmarks.machine import description
-from benchmarks.memory import LiveGradients, held_and_peak_bytes
-from benchmarks.report import RESULTS, Report, Row, write
+from glm_rlhf.engine.bench.harness import Entry
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.memory import LiveGradients, held_and_peak_bytes
+from glm_rlhf.engine.bench.report import Report, Row, write
 from glm_rlhf.parallel.glm import GLMModel, build_model
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.heads import next_tokens

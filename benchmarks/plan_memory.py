@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.live_storages import live_peak_bytes
-from benchmarks.machine import description
 from benchmarks.one_rank_world import world_of_one_rank
-from benchmarks.report import RESULTS
+from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.cluster.plan_activations import CPU
 from glm_rlhf.engine.cluster.plan_memory import RankMemory, rank_memory
 from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.machine import description
+from benchmarks import RESULTS
 from benchmarks.plan_memory import make_roles
-from benchmarks.rates import Size, least_s, rates_of
-from benchmarks.report import RESULTS
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.rates import Size, least_s, rates_of
 from glm_rlhf.engine.cluster.plan_cluster import GPUS, Cluster, Rates
 from glm_rlhf.engine.cluster.plan_estimate import Estimate, estimate
 from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work

@@ -19,9 +19,8 @@ from statistics import fmean, median, stdev
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.fresh_process import in_fresh_process
-from benchmarks.harness import Entry, summary
-from benchmarks.machine import description
 from benchmarks.ppo_peers_task import (
     ADAM_BETAS,
     CLIP,
@@ -41,7 +40,9 @@ from benchmarks.ppo_peers_task import (
     share_of_low_ids,
 )
 from benchmarks.ppo_peers_trl import run_in_turns
-from benchmarks.report import RESULTS, Report, Row, write
+from glm_rlhf.engine.bench.harness import Entry, summary
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.report import Report, Row, write
 from glm_rlhf.engine.config import GenerationSection, ModelSection
 from glm_rlhf.engine.config_ppo import (
     CriticSection,

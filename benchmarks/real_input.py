@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import ROOT
+from benchmarks import RESULTS
 from benchmarks.real_input_checks import MAX_TRANSFORMERS_GAP, Check, check_metrics, check_samples
 from benchmarks.real_input_files import RecordFiles, write_narrow_chatglm3, write_records
 from benchmarks.real_input_report import write_report
-from benchmarks.report import RESULTS
+from glm_rlhf.engine.bench.machine import ROOT
 from glm_rlhf.engine.data.tokenizer import load_tokenizer
 
 DATA = ROOT.parent / "shared" / "data"

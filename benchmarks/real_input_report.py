@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import description
-from benchmarks.report import number
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.report import number
 
 _COLUMNS = {
     "reward, less baseline": "critic/rewards/mean",

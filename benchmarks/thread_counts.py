@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import RESULTS
 from benchmarks.fresh_process import in_fresh_process
-from benchmarks.report import RESULTS, Row
+from glm_rlhf.engine.bench.report import Row
 
 
 def parse_options(

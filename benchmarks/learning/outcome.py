@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from benchmarks.machine import description
-from benchmarks.report import RESULTS, number
+from benchmarks import RESULTS
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.report import number
 
 # Student's t at 97.5 %, by degrees of freedom: two-sided 95 % intervals of a mean.
 _T_95 = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201}

@@ -52,7 +52,7 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a rank reaches; measured by `benchmarks.rates`, or assumed from public figures."""
+    """What a rank reaches; measured by `glm_rlhf.engine.bench.rates`, or assumed from public figures."""
 
     flop_per_s: float
     """Large matrix products."""
@@ -116,7 +116,7 @@ def read_rates(path: str | Path) -> Rates:
         raise ValueError(f"cluster.rates names {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(
-            f"{path} is no JSON: {error}; `python -m benchmarks.rates` writes such a file"
+            f"{path} is no JSON: {error}; `python -m glm_rlhf.engine.bench.rates` writes such a file"
         ) from error
     names = [field.name for field in fields(Rates)]
     if not isinstance(given, dict) or sorted(given) != sorted(names):

@@ -3,8 +3,8 @@
 from benchmarks.generation import verdict
 from benchmarks.generation_mixes import LONGEST_ANSWER, SHAPE, mixes
 from benchmarks.generation_ticks import tick_verdict
-from benchmarks.harness import Entry, Timing
-from benchmarks.report import Row
+from glm_rlhf.engine.bench.harness import Entry, Timing
+from glm_rlhf.engine.bench.report import Row
 
 
 def test_mixes_have_the_lengths_that_the_notes_state():

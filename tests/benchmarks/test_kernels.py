@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from benchmarks.harness import measure
-from benchmarks.kernel_rows.advantages import cases as advantage_cases
-from benchmarks.kernel_rows.case import without_compiled
-from benchmarks.kernel_rows.decode import sampling_cases
-from benchmarks.kernel_rows.layers import cases as layer_cases
-from benchmarks.kernel_rows.logits import cases as logits_cases
-from benchmarks.kernel_rows.optimizer import cases as optimizer_cases
-from benchmarks.kernel_rows.table import full_cases
-from benchmarks.kernel_rows.vocabulary_head import cases as head_cases
 from benchmarks.kernels import main
-from benchmarks.machine import H200
+from glm_rlhf.engine.bench.harness import measure
+from glm_rlhf.engine.bench.kernel_rows.advantages import cases as advantage_cases
+from glm_rlhf.engine.bench.kernel_rows.case import without_compiled
+from glm_rlhf.engine.bench.kernel_rows.decode import sampling_cases
+from glm_rlhf.engine.bench.kernel_rows.layers import cases as layer_cases
+from glm_rlhf.engine.bench.kernel_rows.logits import cases as logits_cases
+from glm_rlhf.engine.bench.kernel_rows.optimizer import cases as optimizer_cases
+from glm_rlhf.engine.bench.kernel_rows.table import full_cases
+from glm_rlhf.engine.bench.kernel_rows.vocabulary_head import cases as head_cases
+from glm_rlhf.engine.bench.machine import H200
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 

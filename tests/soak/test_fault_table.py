@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import make_model, save_folder
 from tiny_ppo_line import ppo_line
 
-from benchmarks.machine import description
+from glm_rlhf.engine.bench.machine import description
 
 REPORT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "reliability_cpu.md"
 DEADLINE_S = 30.0

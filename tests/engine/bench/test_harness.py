@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.harness import Contender, Problem, interleaved, measure, relative_error, summary
+from glm_rlhf.engine.bench.harness import Contender, Problem, interleaved, measure, relative_error, summary
 
 CPU = torch.device("cpu")
 

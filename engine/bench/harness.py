@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import peak_bytes
+from glm_rlhf.engine.bench.memory import peak_bytes
 
 Answer = Sequence[torch.Tensor | None]
 """What a task yields; None where a contender does not compute one of the tensors."""

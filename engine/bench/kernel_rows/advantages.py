@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.harness import Answer, Contender, Problem
-from benchmarks.kernel_rows.case import Case, random_normal
+from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
+from glm_rlhf.engine.bench.kernel_rows.case import Case, random_normal
 from glm_rlhf.kernels.advantage import ppo_advantages
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05

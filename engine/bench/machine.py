@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Contender, interleaved
+from glm_rlhf.engine.bench.harness import Contender, interleaved
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout, where the sources are run from one."""
 PACKAGES = ("torch", "triton", "megatron-core", "transformers", "safetensors")
 PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flashinfer-python")
 
@@ -92,6 +93,8 @@ def version_of(package: str) -> str | None:
 
 def commit() -> str:
     """Return the commit that is checked out, and whether the files differ from it."""
+    if not (ROOT / "setup.py").is_file():
+        return f"unknown (installed, {version_of('glm-rlhf')})"  # a checkout around it is another project's
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.kernel_rows import advantages, decode, layers, logits, optimizer, vocabulary_head
-from benchmarks.kernel_rows.case import Case
+from glm_rlhf.engine.bench.kernel_rows import advantages, decode, layers, logits, optimizer, vocabulary_head
+from glm_rlhf.engine.bench.kernel_rows.case import Case
 from glm_rlhf.parallel.names import names_within, weights_of
 from glm_rlhf.parallel.presets import preset
 

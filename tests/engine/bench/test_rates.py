@@ -1,4 +1,4 @@
-"""Measured rates are a file that `plan` reads; predicted phases are those that are measured."""
+"""Measured rates are a file that `plan` reads."""
 
 import json
 from dataclasses import asdict, fields
@@ -6,9 +6,9 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from benchmarks import plan_time, rates
-from benchmarks.machine import Rates as DeviceRates
-from glm_rlhf.engine.cluster.plan_cluster import GPUS, assumed_rates, read_rates
+from glm_rlhf.engine.bench import rates
+from glm_rlhf.engine.bench.machine import Rates as DeviceRates
+from glm_rlhf.engine.cluster.plan_cluster import read_rates
 from glm_rlhf.parallel.presets import preset
 
 
@@ -28,11 +28,3 @@ def test_measured_rates_are_read_by_plan(tmp_path, device_rates):
     assert found.bytes_per_s == 1e10
     assert all(getattr(found, field.name) > 0 for field in fields(found) if field.name != "source")
     assert "measured" in found.source
-
-
-@pytest.mark.parametrize("axes", plan_time.LAYOUTS, ids=str)
-def test_every_layout_of_the_comparison_can_be_predicted(axes):
-    assumed = assumed_rates(GPUS["h100"], network_bytes_per_s=50e9)
-    predicted = plan_time.predict(axes, assumed, 2)
-    assert predicted.keys() == {"generate", "score", "update"}
-    assert all(seconds > 0 for seconds in predicted.values())

@@ -1,10 +1,12 @@
 """Row b: from logits that exist to logprob and entropy, and their gradient in the logits' memory."""
 
+from collections.abc import Callable
+
 import torch
 
-from benchmarks.harness import Answer, Contender, Problem
-from benchmarks.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
-from benchmarks.peers import peer
+from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
+from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
+from glm_rlhf.engine.bench.peers import peer
 from glm_rlhf.kernels.logprob import logprobs_from_logits
 
 # Rows of one slice of the definition: fp32 copies of 1024 × 151552 are 0.6 GB.
@@ -94,7 +96,7 @@ def _in_place(device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_s
         with torch.no_grad():
             logits_TV.copy_(original_TV)
 
-    def contender(name: str, logprobs) -> Contender:
+    def contender(name: str, logprobs: Callable[[], torch.Tensor]) -> Contender:
         def run() -> Answer:
             logprobs_T = logprobs()
             (gradient_TV,) = torch.autograd.grad(logprobs_T, logits_TV, upstream_T.to(logprobs_T.dtype))

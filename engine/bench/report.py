@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.harness import Entry, Timing
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from glm_rlhf.engine.bench.harness import Entry, Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import Answer, Contender
+from glm_rlhf.engine.bench.harness import Answer, Contender
 
 
 def peer(

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, Problem
-from benchmarks.kernel_rows.case import Case, peers, random_normal
-from benchmarks.peers import peer
+from glm_rlhf.engine.bench.harness import Contender, Problem
+from glm_rlhf.engine.bench.kernel_rows.case import Case, peers, random_normal
+from glm_rlhf.engine.bench.peers import peer
 from glm_rlhf.kernels.adamw import AdamWTable, adamw, join_master, split_master
 
 # So large an epsilon that the change depends on the gradient's size, so large a rate that the change shows

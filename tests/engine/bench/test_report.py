@@ -2,8 +2,8 @@
 
 import json
 
-from benchmarks.harness import Entry, Timing
-from benchmarks.report import Report, Row, as_json, as_markdown, write
+from glm_rlhf.engine.bench.harness import Entry, Timing
+from glm_rlhf.engine.bench.report import Report, Row, as_json, as_markdown, write
 
 
 def timing(median_s: float) -> Timing:

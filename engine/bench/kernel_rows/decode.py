@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Answer, Contender, Problem
-from benchmarks.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
-from benchmarks.peers import peer
+from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
+from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
+from glm_rlhf.engine.bench.peers import peer
 from glm_rlhf.kernels.attention import paged_attention
 from glm_rlhf.kernels.sampling import sample
 

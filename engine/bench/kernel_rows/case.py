@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, Problem
+from glm_rlhf.engine.bench.harness import Contender, Problem
 
 # Relative error that is not wrong. bf16: contenders that round logits to bf16 are off by some 2⁻⁸.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}

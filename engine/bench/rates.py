@@ -1,6 +1,6 @@
 """The rates that `glm-rlhf plan` takes in `cluster.rates`, measured on the machine at hand.
 
-    torchrun --nproc-per-node=8 -m benchmarks.rates --model glm-4-9b --out rates.json
+    torchrun --nproc-per-node=8 -m glm_rlhf.engine.bench.rates --model glm-4-9b --out rates.json
 
 All ranks measure at once, as they work at once in training. Times are those of the engine's own passes on a
 model of the given widths with one layer and with two, each the fastest of several runs, as the slowest rank
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.machine import description, measured_rates
+from glm_rlhf.engine.bench.machine import description, measured_rates
 from glm_rlhf.engine.cluster.plan_activations import MicroBatch
 from glm_rlhf.engine.cluster.plan_cluster import Rates
 from glm_rlhf.engine.cluster.plan_time import layer_matrix_elements
@@ -103,7 +103,7 @@ def rates_of(model: GLMConfig, size: Size) -> Rates:
 
 def _source(place: Topology) -> str:
     facts = description(place.device)
-    return f"measured by benchmarks.rates on {facts['device']}, {place.world_size} ranks, {facts['date']}"
+    return f"measured by engine/bench/rates.py on {facts['device']}, {place.world_size} ranks, {facts['date']}"
 
 
 def _shallow(model: GLMConfig, num_layers: int) -> GLMConfig:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import Answer, Contender, Problem
-from benchmarks.kernel_rows.case import (
+from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
+from glm_rlhf.engine.bench.kernel_rows.case import (
     TOLERANCE,
     Case,
     clearing,
@@ -14,7 +14,7 @@ from benchmarks.kernel_rows.case import (
     random_ids,
     random_normal,
 )
-from benchmarks.peers import peer
+from glm_rlhf.engine.bench.peers import peer
 from glm_rlhf.kernels.linear_logprob import linear_logprob
 from glm_rlhf.kernels.linear_ppo_loss import linear_ppo_loss
 from glm_rlhf.kernels.policy_loss import ppo_policy_loss

@@ -1,0 +1,1 @@
+"""What `glm-rlhf bench` measures, by the one harness that every claim goes through."""
