@@ -103,7 +103,7 @@ def rates_of(model: GLMConfig, size: Size) -> Rates:
 
 def _source(place: Topology) -> str:
     facts = description(place.device)
-    return f"measured by engine/bench/rates.py on {facts['device']}, {place.world_size} ranks, {facts['date']}"
+    return f"measured on {facts['device']}, {place.world_size} ranks, {facts['date']}"
 
 
 def _shallow(model: GLMConfig, num_layers: int) -> GLMConfig:
