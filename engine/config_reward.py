@@ -25,6 +25,10 @@ class PPORewardSection:
     """How often a batch is asked for again when the server is down, slow, or answers what it must not."""
     batch_size: Count = 64
     """Most answers that a reward server is sent at once."""
+    concurrency: CountOrZero = 1
+    """Most calls of the function at once, in background threads: `ppo` has answers judged as they end, while
+    others are generated. 0 calls it once, with all answers, after the last has ended, on the main thread: for
+    a function that compares answers with each other, or sets signals."""
 
     def __post_init__(self) -> None:
         if self.path is None and self.function is None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,8 @@ class Trace:
 
     The file is an array of complete events, in microseconds of the wall clock, so that the files of ranks
     whose clocks agree lie over each other; a rank is a process there, and its waits are a thread of their
-    own. A run that was killed leaves the array open, which both viewers take.
+    own, as are calls in background threads. A run that was killed leaves the array open, which both viewers
+    take.
     """
 
     def __init__(self, path: Path, *, rank: int) -> None:
@@ -30,14 +33,11 @@ class Trace:
         self._file = path.open("w", encoding="utf-8")
         self._rank = rank
         self._offset_s = time.time() - time.perf_counter()
-        self._events: list[tuple[str, float, float]] = []
+        self._events: deque[tuple[str, float, float, str]] = deque()  # background threads add to it
+        self._threads: dict[str, int] = {threading.main_thread().name: 0}
         self._waited_s = 0.0
         names = [("process_name", 0, f"rank {rank}"), ("thread_name", 0, "work"), ("thread_name", 1, WAIT)]
-        lines = [
-            {"name": kind, "ph": "M", "pid": rank, "tid": thread, "args": {"name": name}}
-            for kind, thread, name in names
-        ]
-        self._file.write("[\n" + ",\n".join(map(json.dumps, lines)))
+        self._file.write("[\n" + ",\n".join(json.dumps(self._named(*one)) for one in names))
 
     def take_wait_s(self) -> float:
         """Return the seconds waited since the last call, and write the spans so far."""
@@ -57,20 +57,27 @@ class Trace:
             self._waited_s += end - start
             if end - start < _SHORTEST_WAIT_S:
                 return
-        self._events.append((name, start, end))
+        self._events.append((name, start, end, threading.current_thread().name))
+
+    def _named(self, kind: str, thread: int, name: str) -> dict[str, object]:
+        return {"name": kind, "ph": "M", "pid": self._rank, "tid": thread, "args": {"name": name}}
 
     def _flush(self) -> None:
-        for name, start, end in self._events:
+        while self._events:
+            name, start, end, thread = self._events.popleft()
+            if thread not in self._threads:
+                self._threads[thread] = len(self._threads) + 1  # 1 is that of waits
+                named = self._named("thread_name", self._threads[thread], thread)
+                self._file.write(",\n" + json.dumps(named))
             event = {
                 "name": name,
                 "ph": "X",
                 "ts": round((start + self._offset_s) * 1e6, 1),
                 "dur": round((end - start) * 1e6, 1),
                 "pid": self._rank,
-                "tid": int(name == WAIT),
+                "tid": 1 if name == WAIT else self._threads[thread],
             }
             self._file.write(",\n" + json.dumps(event))
-        self._events.clear()
         self._file.flush()
 
 

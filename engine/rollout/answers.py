@@ -1,7 +1,7 @@
 """Answers of a policy to a list of prompts, as rollouts of this rank's data-parallel share."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from glm_rlhf.parallel.nonfinite import refuse_nonfinite
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import Topology
+
+OnEnded = Callable[[int, PromptInput, Completion], None]
+"""Takes an answer: its place among those of all data-parallel ranks, its prompt, and what was generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,7 @@ def answer_prompts(
     topology: Topology,
     is_share: bool = False,
     resharded: ReshardedWeights | None = None,
+    on_ended: OnEnded | None = None,
 ) -> Rollouts:
     """Return this data-parallel rank's share of the answers; every rank gives the same prompts.
 
@@ -63,6 +67,7 @@ def answer_prompts(
         topology: layout and groups of `chunks`.
         is_share: whether `prompts` is this data-parallel rank's own share already.
         resharded: the same policy in a second layout, which then generates; not with `is_share`.
+        on_ended: is given each answer of this rank's share that this rank generates, as it ends.
 
     Raises:
         ValueError: no prompts, or one that leaves no room for an answer; its place is named.
@@ -84,6 +89,7 @@ def answer_prompts(
     lengths = [len(prompt.tokens) for prompt in prompts]
     dp = (0, 1) if is_share else (topology.dp_rank, topology.dp)
     share = sorted(deal_by_length(lengths, rank=dp[0], num_ranks=dp[1]))
+    mine_alone = set(share)
     dealt, copies = share, topology.cp_group
     if resharded is not None:
         assert not is_share, "in a second layout other ranks share a copy of the model"
@@ -110,7 +116,10 @@ def answer_prompts(
     ):
         found, findings = [], []
         try:
-            found = list(phase.run(requests, settings.sampling, stop_check=settings.stop_check))
+            for done in phase.run(requests, settings.sampling, stop_check=settings.stop_check):
+                found.append(done)
+                if on_ended is not None and done.request in mine_alone:
+                    on_ended(_index(done, settings), prompts[done.request], done)
         except FloatingPointError as error:  # on every rank of this copy of the model; others go on
             findings = [str(error)]
         except Leaving:  # likewise
@@ -122,7 +131,6 @@ def answer_prompts(
         everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
         dist.all_gather_object(everyone, found, group=copies)
         found = [completion for part in everyone for completion in part]
-    mine_alone = set(share)
     found = [done for done in found if done.request in mine_alone]
     found.sort(key=lambda done: (done.request, done.sample))
     return _as_rollouts(found, prompts, settings, topology)
@@ -131,6 +139,11 @@ def answer_prompts(
 def _fingerprint(prompt: PromptInput) -> int:
     """Return a number below 2^32 that follows from the prompt alone."""
     return zlib.crc32(",".join(map(str, prompt.tokens)).encode())
+
+
+def _index(done: Completion, settings: AnswerSettings) -> int:
+    """Return an answer's place among those to all prompts."""
+    return done.request * settings.num_samples + done.sample
 
 
 def _as_rollouts(
@@ -155,6 +168,6 @@ def _as_rollouts(
         is_finished=tuple(done.finish_reason == "stop" for done in found),
         logprobs_T=torch.tensor(logprobs, dtype=torch.float32, device=topology.device),
         temperature=settings.sampling.temperature,
-        indices=tuple(done.request * settings.num_samples + done.sample for done in found),
+        indices=tuple(_index(done, settings) for done in found),
         num_everywhere=len(prompts) * settings.num_samples,
     )

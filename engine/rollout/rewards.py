@@ -92,10 +92,15 @@ def judge(
         answers = [RewardFault(reason=reason)] * len(requests)
     found = [_checked(answer, request) for answer, request in zip(answers, requests, strict=True)]
     if not masks_faults:
-        for index, reward in enumerate(found):
-            if isinstance(reward, RewardFault):
-                raise RewardError(f"reward {index} of {len(found)}, {describe(requests[index], reward)}")
+        refuse_faults(found, requests)
     return found
+
+
+def refuse_faults(found: Sequence[Reward | RewardFault], requests: Sequence[RewardRequest]) -> None:
+    """Raise RewardError where an answer has a fault in place of a reward; the message names the first."""
+    for index, reward in enumerate(found):
+        if isinstance(reward, RewardFault):
+            raise RewardError(f"reward {index} of {len(found)}, {describe(requests[index], reward)}")
 
 
 def describe(request: RewardRequest, fault: RewardFault) -> str:

@@ -128,6 +128,7 @@ def _rewarder(
         function=function,
         function_weight=config.reward.function_weight,
         masks_faults=config.reward.on_error == "mask",
+        concurrency=config.reward.concurrency,
     )
 
 

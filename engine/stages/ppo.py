@@ -155,6 +155,7 @@ def _build(
         reward_function=function,
         reward_function_weight=config.reward.function_weight,
         masks_reward_faults=config.reward.on_error == "mask",
+        reward_concurrency=config.reward.concurrency,
         uses_reference_baseline=config.ppo.reference_baseline,
         settings=_settings(config),
         answers=answer_settings_of(config, tokenizer, glm, place),

@@ -51,6 +51,7 @@ class PPORoles:
         reward_function: RewardFunction | None = None,
         reward_function_weight: float = 1.0,
         masks_reward_faults: bool = False,
+        reward_concurrency: int = 1,
         uses_reference_baseline: bool = False,
         demonstrations: DemonstrationStream | None = None,
         resharded: ReshardedWeights | None = None,
@@ -70,6 +71,7 @@ class PPORoles:
             reward_function: judges answers, beside or in place of the reward model.
             reward_function_weight: factor of its rewards.
             masks_reward_faults: whether an answer that it has no reward for is left out, not an error.
+            reward_concurrency: most calls of it at once, while answers are generated; 0 calls it afterwards.
             uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
             demonstrations: what the policy's steps imitate beside learning from rewards; None for nothing.
             resharded: the policy in the layout that it generates in; None where that is `topology`'s.
@@ -87,6 +89,7 @@ class PPORoles:
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
+        self._newest: Rollouts | None = None  # whose answers were judged as they ended
         self.answer_seed = seed if answer_seed is None else answer_seed
         # Not a method of this object: a circle of references would keep the models until a collector comes.
         answer_by_reference = partial(
@@ -105,20 +108,30 @@ class PPORoles:
             function=reward_function,
             function_weight=reward_function_weight,
             masks_faults=masks_reward_faults,
+            concurrency=reward_concurrency,
             answer_by_reference=answer_by_reference if uses_reference_baseline else None,
         )
 
     def generate(self, prompts: Sequence[PromptInput]) -> Rollouts:
-        """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank."""
+        """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank.
+
+        A reward function judges answers as they end, in the background; `make_experience` of what this
+        returns takes its rewards.
+        """
         self._num_answered += 1
-        return answer_prompts(
+        judge = self.rewards.judge
+        if judge is not None:
+            judge.forget()
+        self._newest = answer_prompts(
             self.policy,
             prompts,
             self.answers,
             seed=(self.answer_seed << 20) + self._num_answered,
             topology=self.topology,
             resharded=self.resharded,
+            on_ended=judge and judge.ask_early,
         )
+        return self._newest
 
     def make_experience(self, rollouts: Rollouts) -> Experience:
         """Return rollouts with rewards, logprobs, values and advantages.
@@ -126,12 +139,13 @@ class PPORoles:
         Raises:
             RewardError, FloatingPointError: a reward failed, or a number is none; on every rank.
         """
+        is_newest, self._newest = rollouts is self._newest, None
         return make_experience(
             rollouts,
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
-            rewarder=self.rewards,
+            rewarder=partial(self.rewards, uses_early=is_newest),
             settings=self.settings,
             kl_coef=self.kl_coef,
             topology=self.topology,

@@ -1,21 +1,13 @@
 """The reward of PPO: a reward model, a function, or both, less that of a reference answer."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rollout.rewards import (
-    Reward,
-    RewardError,
-    RewardFault,
-    RewardFunction,
-    RewardRequest,
-    describe,
-    judge,
-)
+from glm_rlhf.engine.rollout.rewards import RewardFault, RewardFunction
+from glm_rlhf.engine.stages.answer_judge import AnswerJudge
 from glm_rlhf.engine.stages.stream_batches import stream_batches
 from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
 from glm_rlhf.parallel.glm import GLMModel
@@ -39,6 +31,7 @@ class RewardTerms:
         function: RewardFunction | None = None,
         function_weight: float = 1.0,
         masks_faults: bool = False,
+        concurrency: int = 1,
         answer_by_reference: AnswerByReference | None = None,
     ) -> None:
         """Combine the terms.
@@ -52,6 +45,7 @@ class RewardTerms:
             function_weight: factor of the function's reward.
             masks_faults: whether an answer that the function has no reward for is left out, and told on
                 stderr, rather than ending the run.
+            concurrency: most calls of the function at once, as for `AnswerJudge`.
             answer_by_reference: where given, the reward of its answer to the same prompt is subtracted
                 (ChatGLM-RLHF's baseline); each prompt is answered once and its score kept.
 
@@ -61,14 +55,23 @@ class RewardTerms:
         if model is None and function is None:
             raise ValueError("a reward needs a reward model or a function")
         self.topology, self.micro_batch_tokens = topology, micro_batch_tokens
-        self.tokenizer, self.model = tokenizer, model
-        self.function, self.function_weight = function, function_weight
-        self.masks_faults = masks_faults
+        self.model, self.function_weight = model, function_weight
+        self.judge = None
+        if function is not None:
+            self.judge = AnswerJudge(
+                function,
+                topology=topology,
+                tokenizer=tokenizer,
+                masks_faults=masks_faults,
+                concurrency=concurrency,
+            )
         self.answer_by_reference = answer_by_reference
         self.baselines: dict[tuple[int, ...], float] = {}
 
-    def __call__(self, rollouts: Rollouts) -> Rewards:
+    def __call__(self, rollouts: Rollouts, *, uses_early: bool = False) -> Rewards:
         """Return rewards less baselines; every rank of the topology calls this.
+
+        With `uses_early` the function was asked for these answers as they ended, by `judge.ask_early`.
 
         Where faults are masked, an answer is left out when it or its prompt's reference answer has no
         reward; the reference is asked again the next time that the prompt comes.
@@ -76,7 +79,7 @@ class RewardTerms:
         Raises:
             RewardError: the function failed on some rank, or for all answers; on every rank.
         """
-        rewards = self.without_baseline(rollouts)
+        rewards = self.without_baseline(rollouts, uses_early=uses_early)
         if self.answer_by_reference is None:
             return rewards
         self._learn_baselines(rollouts.prompts)
@@ -119,7 +122,7 @@ class RewardTerms:
             if index not in rewards.left_out:
                 self.baselines.setdefault(prompt.tokens, score)
 
-    def without_baseline(self, rollouts: Rollouts) -> Rewards:
+    def without_baseline(self, rollouts: Rollouts, *, uses_early: bool = False) -> Rewards:
         """Return rewards with nothing subtracted; every rank of the topology calls this.
 
         Raises:
@@ -129,8 +132,8 @@ class RewardTerms:
         total_B, token_T, left_out = torch.zeros(rollouts.num_sequences, device=device), None, set()
         if self.model is not None:
             total_B += self._model_scores(rollouts)
-        if self.function is not None:
-            for index, reward in enumerate(self._judge_together(rollouts)):
+        if self.judge is not None:
+            for index, reward in enumerate(self.judge(rollouts, uses_early=uses_early)):
                 if isinstance(reward, RewardFault):
                     left_out.add(index)
                 elif isinstance(reward, tuple):
@@ -158,43 +161,3 @@ class RewardTerms:
         for batch, rows in zip(batches, found, strict=True):
             batch.put(rows, rows_T)
         return rows_T[rollouts.cu_seqlens[1:].long() - 1]
-
-    def _judge_together(self, rollouts: Rollouts) -> list[Reward | RewardFault]:
-        """Let one rank of those that share the sequences ask the function, and tell the others."""
-        place, found, faults, error = self.topology, None, [], None
-        if place.tp_rank == place.pp_rank == place.cp_rank == 0:
-            requests = self._requests(rollouts)
-            try:
-                found = judge(self.function, requests, masks_faults=self.masks_faults)
-                pairs = zip(requests, found, strict=True)
-                faults = [describe(one, fault) for one, fault in pairs if isinstance(fault, RewardFault)]
-            except RewardError as raised:
-                error = str(raised)
-        everyone: list = [None] * place.world_size
-        dist.all_gather_object(everyone, (place.dp_rank, found, faults, error))
-        answered = [part for part in everyone if part[1] is not None or part[3] is not None]
-        raised = next((error for *_, error in answered if error is not None), None)
-        if raised is not None:
-            raise RewardError(raised)
-        all_faults = [words for _, _, faults, _ in answered for words in faults]
-        if all_faults and len(all_faults) == sum(len(rewards) for _, rewards, _, _ in answered):
-            raise RewardError(f"no answer of {len(all_faults)} has a reward, the first {all_faults[0]}")
-        if all_faults and place.is_reporter:
-            sys.stderr.write(f"{len(all_faults)} answers are left out, the first reward {all_faults[0]}\n")
-        return next(rewards for rank, rewards, *_ in answered if rank == place.dp_rank)
-
-    def _requests(self, rollouts: Rollouts) -> list[RewardRequest]:
-        requests = []
-        for index, prompt in enumerate(rollouts.prompts):
-            response = rollouts.answer(index).tolist()
-            requests.append(
-                RewardRequest(
-                    prompt_tokens=prompt.tokens,
-                    response_tokens=tuple(response),
-                    prompt=self.tokenizer and self.tokenizer.decode(prompt.tokens, unknown="replace"),
-                    response=self.tokenizer and self.tokenizer.decode_response(response, unknown="replace"),
-                    is_finished=rollouts.is_finished[index],
-                    extra=prompt.extra,
-                )
-            )
-        return requests

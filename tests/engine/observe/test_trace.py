@@ -1,6 +1,7 @@
 """Traces: a file that Perfetto reads, also of a run that was killed, and the seconds that a rank waited."""
 
 import json
+import threading
 import time
 
 from glm_rlhf.engine.observe.phases import Phases
@@ -34,6 +35,20 @@ def test_phases_are_seconds_and_spans(tmp_path):
     assert seconds["timing_s/outer"] >= seconds["timing_s/inner"] >= 0.02
     # In whole microseconds, and within what is timed: the processor may be taken away in between.
     assert 0.02e6 - 2 <= spans[0]["dur"] + spans[1]["dur"] <= seconds["timing_s/inner"] * 1e6 + 2
+
+
+def test_background_threads_are_threads_of_their_own(tmp_path):
+    trace = Trace(tmp_path / "rank_0.json", rank=0)
+    for name in ("reward 0", "reward 1", "reward 0"):
+        thread = threading.Thread(target=trace.record, args=("reward call", 1.0, 2.0), name=name)
+        thread.start()
+        thread.join()
+    trace.record("generate", 0.0, 3.0)
+    trace.close()
+    events = json.loads((tmp_path / "rank_0.json").read_text())
+    assert [event["tid"] for event in events if event["ph"] == "X"] == [2, 3, 2, 0]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert names == {0: "work", 1: "wait", 2: "reward 0", 3: "reward 1"}
 
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_rules import share_of_low_ids
 from tiny_models import make_model, save_folder
 from tiny_ppo import make_roles, prompts
 
@@ -192,6 +193,28 @@ def test_an_update_stops_early_when_the_policy_moves_too_far(folder):
     with topology(Layout()) as place:
         (metrics,) = iterate(make_roles(folder, place, settings={"epochs": 50, "max_kl": 1e-6}), 1)
     assert metrics["actor/stopped_early"] == 1.0
+
+
+def test_a_reward_function_judges_each_answer_once_and_some_while_others_are_generated(folder):
+    judged, is_generating = [], [True]
+
+    def rule(requests):
+        judged.extend((request.response_tokens, is_generating[0]) for request in requests)
+        return share_of_low_ids(requests)
+
+    with topology(Layout()) as place:
+        engine = make_roles(folder, place, function=rule)
+        rollouts = engine.generate(prompts())
+        is_generating[0] = False
+        rewards = engine.make_experience(rollouts).rewards_B.tolist()
+        again = engine.make_experience(rollouts).rewards_B.tolist()  # of answers that are not new any more
+        after = make_roles(folder, place, function=rule, reward_concurrency=0)
+        expected = after.make_experience(after.generate(prompts())).rewards_B.tolist()
+    answers = sorted(tuple(rollouts.answer(i).tolist()) for i in range(rollouts.num_sequences))
+    assert sorted(tokens for tokens, _ in judged[: len(answers)]) == answers
+    assert any(is_early for _, is_early in judged)
+    assert not any(is_early for _, is_early in judged[-len(answers) :])
+    assert rewards == again == expected
 
 
 def broken_reward(requests) -> list[float]:
