@@ -109,6 +109,8 @@ class GLMModel(MegatronModule):
                 bias=False,
                 tp_group=topology.tp_group,
             )
+        self.most_tokens: dict[str, int] = {}
+        """Of a micro-batch, in `training` and `forward`, where memory once ran out; see `fitting`."""
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         _mark_shards(self)
         self._mark_shared_weight()

@@ -53,6 +53,29 @@ class PackedTokens:
         tokens_T = self.tokens_T.to(device, non_blocking=True)
         return PackedTokens(tokens_T=tokens_T, lengths=self.lengths, num_filler=self.num_filler)
 
+    def halves(self, multiple: int, *, num_together: int = 1) -> "list[tuple[PackedTokens, slice, slice]]":
+        """Return the stream cut in two between sequences, tokens as even as may be, or nothing.
+
+        Args:
+            multiple: `Layout.token_multiple`.
+            num_together: sequences that stay together, such as the two of a pair.
+
+        Returns:
+            (half, its tokens, its sequences), places in this stream; none where there is no cut that leaves
+            tokens on both sides.
+        """
+        starts = self.boundaries
+        end = len(self.lengths)
+        cuts = [cut for cut in range(num_together, end, num_together) if 0 < starts[cut] < starts[-1]]
+        if not cuts:
+            return []
+        cut = min(cuts, key=lambda place: abs(2 * starts[place] - starts[-1]))
+        pieces = self.split(self.tokens_T)
+        return [
+            (pack(pieces[a:b], multiple=multiple), slice(starts[a], starts[b]), slice(a, b))
+            for a, b in ((0, cut), (cut, end))
+        ]
+
     def split(self, values_T: torch.Tensor) -> list[torch.Tensor]:
         """Return the part of `values_T` (first dim T) that belongs to each real sequence, as views."""
         starts = self.boundaries

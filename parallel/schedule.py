@@ -11,9 +11,10 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.out_of_memory import Attempt, backward_or_zeros, stand_in
 from glm_rlhf.parallel.packing import PackedTokens, TokenShare, pack, share
 from glm_rlhf.parallel.schedule_order import num_fillers
-from glm_rlhf.parallel.spans import is_recording, make_progress, span
+from glm_rlhf.parallel.spans import make_progress, span
 from glm_rlhf.parallel.stage_link import StageLink
 from glm_rlhf.parallel.topology import Topology
 
@@ -46,6 +47,10 @@ def run_micro_batches(
             hidden states of micro-batch `index`; the loss is None when `forward_only`.
         topology: layout and groups.
         forward_only: no gradients, nothing kept for backward.
+
+    Raises:
+        OutOfMemory: on every rank of the schedule where memory ran out on one; `fitting` runs it again.
+        ValueError: memory ran out where that cannot be, see `out_of_memory`.
     """
     if forward_only and not micro_batches:
         return []
@@ -54,10 +59,13 @@ def run_micro_batches(
     fillers = _fillers(len(shares), topology)
     # Fillers come first: reductions that overlap with backward wait for gradients of the last micro-batch.
     shares = fillers + shares
+    # What has a context for accumulation communicates, or changes weights, where backward leaves it.
+    is_final = not forward_only and unwrap(chunks[0]).config.no_sync_func is not None
+    attempt = Attempt(shares, len(fillers), topology, is_final=is_final)
     run = partial(
         schedules.get_forward_backward_func(),
         **_communication(chunks, shares, topology),
-        forward_step_func=partial(_forward_step, step, len(fillers)),
+        forward_step_func=partial(_forward_step, step, len(fillers), attempt),
         data_iterator=[iter(enumerate(shares)) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(shares),
@@ -69,8 +77,9 @@ def run_micro_batches(
         with torch.no_grad():
             outputs = run(collect_non_loss_data=True)
     else:
-        with _backward_spans():
+        with _own_backward(attempt):
             outputs = run()
+    attempt.agree(forward_only=forward_only)
     return outputs[len(fillers) :]
 
 
@@ -120,27 +129,42 @@ def _in_stream_order(
 
 
 def _forward_step(
-    step: Step, num_fillers: int, data: Iterator[tuple[int, TokenShare]], model: torch.nn.Module
+    step: Step,
+    num_fillers: int,
+    attempt: Attempt,
+    data: Iterator[tuple[int, TokenShare]],
+    model: torch.nn.Module,
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     make_progress()
     place, token_share = next(data)
-    with span("forward"):
-        hidden = model(token_share)
-    return hidden, partial(_apply, step, _unwrap(model), place - num_fillers)
+    hidden = None
+    if not attempt.is_over:
+        with attempt.enduring(place), span("forward"):
+            hidden = model(token_share)
+    if hidden is None:
+        hidden = stand_in(unwrap(model), token_share)
+    return hidden, partial(_apply, step, unwrap(model), place - num_fillers, attempt)
 
 
 def _apply(
-    step: Step, model: GLMModel, index: int, hidden_TD: torch.Tensor, non_loss_data: bool = False
+    step: Step,
+    model: GLMModel,
+    index: int,
+    attempt: Attempt,
+    hidden_TD: torch.Tensor,
+    non_loss_data: bool = False,
 ) -> Any:
     """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output).
 
     A filler has a negative index.
     """
-    with span("head"):
-        loss, output = (None, None) if index < 0 else step(model, hidden_TD, index)
+    loss, output = None, None
+    if index >= 0 and not attempt.is_over:
+        with attempt.enduring(), span("head"):
+            loss, output = step(model, hidden_TD, index)
     if non_loss_data:
         return output
-    if index < 0 or not loss.requires_grad:
+    if loss is None or not loss.requires_grad:
         loss = _zero_loss(model, hidden_TD)
     # A loss that is not finite gets a gradient of NaN: an optimizer in backward sees the gradient alone.
     # And a copy, because the schedule empties the tensor in its hands, and the output may share its memory.
@@ -149,18 +173,15 @@ def _apply(
 
 
 @contextlib.contextmanager
-def _backward_spans() -> Iterator[None]:
-    """Make each backward a span where they are recorded: Megatron-core's schedule calls it by name."""
-    if not is_recording():
-        yield
-        return
+def _own_backward(attempt: Attempt) -> Iterator[None]:
+    """Make each backward a span that may run out of memory: Megatron-core's schedule calls it by name."""
     backward_step = schedules.backward_step
 
-    def spanned(*args: Any) -> Any:
+    def spanned(*given: Any) -> Any:
         with span("backward"):
-            return backward_step(*args)
+            return backward_step(*given)
 
-    schedules.backward_step = spanned
+    schedules.backward_step = partial(backward_or_zeros, attempt, spanned)
     try:
         yield
     finally:
@@ -181,7 +202,7 @@ def _communication(
         return {}
     split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     num_rows = [token_share.packed.num_tokens // split for token_share in shares]
-    link = StageLink(_unwrap(chunks[0]).config, topology, num_rows, len(chunks))
+    link = StageLink(unwrap(chunks[0]).config, topology, num_rows, len(chunks))
     return {"p2p_communicator": link, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
 
@@ -200,5 +221,6 @@ def _fillers(num_real: int, topology: Topology) -> list[TokenShare]:
     return [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp)] * missing
 
 
-def _unwrap(model: torch.nn.Module) -> GLMModel:
-    return model if isinstance(model, GLMModel) else _unwrap(model.module)
+def unwrap(model: torch.nn.Module) -> GLMModel:
+    """Return a chunk as it was before it was wrapped for training."""
+    return model if isinstance(model, GLMModel) else unwrap(model.module)

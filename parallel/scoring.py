@@ -1,9 +1,11 @@
 """What a sharded model says of given tokens, without gradients: logprobs of a policy, scalars of a critic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from glm_rlhf.parallel.fitting import run_fitting
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import next_tokens, shift_to_tokens, token_logprobs, token_values
 from glm_rlhf.parallel.packing import PackedTokens, share
@@ -32,25 +34,25 @@ def score_tokens(
             but each sequence's first when None.
         temperature: divides the logits.
 
+    Where memory runs out in a micro-batch its sequences go through the model in parts.
+
     Returns:
         A micro-batch: (logprobs [T], entropy [T]) fp32, the same on every rank that called.
+
+    Raises:
+        ValueError: there is no room for one sequence.
     """
     if not micro_batches:
         return []
-    targets = [
-        next_tokens(packed, None if wanted is None else wanted[index])
-        for index, packed in enumerate(micro_batches)
-    ]
+    masks = [None] * len(micro_batches) if wanted is None else wanted
 
-    def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[None, torch.Tensor]:
-        mine = share(micro_batches[index], cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
-        logprobs, entropy = token_logprobs(
-            model, hidden_TD, mine.take(targets[index]), temperature=temperature
-        )
-        return None, torch.stack((logprobs, entropy), dim=1)
+    def step(model: GLMModel, hidden_TD: torch.Tensor, part: _Part) -> torch.Tensor:
+        mine = share(part.packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
+        targets_T = next_tokens(part.packed, part.wanted_T)
+        logprobs, entropy = token_logprobs(model, hidden_TD, mine.take(targets_T), temperature=temperature)
+        return torch.stack((logprobs, entropy), dim=1)
 
-    outputs = run_micro_batches(chunks, micro_batches, step, topology=topology, forward_only=True)
-    rows = collect_rows(outputs, micro_batches, 2, topology=topology)
+    rows = _score(step, chunks, micro_batches, masks, 2, topology)
     return [tuple(shift_to_tokens(row).unbind(dim=1)) for row in rows]
 
 
@@ -68,12 +70,73 @@ def score_rows(
         fp32 [T] a micro-batch, the same on every rank that called.
 
     Raises:
-        ValueError: the model has no scalar head.
+        ValueError: the model has no scalar head, or there is no room for one sequence.
     """
+    if not micro_batches:
+        return []
 
-    def step(model: GLMModel, hidden_TD: torch.Tensor, _index: int) -> tuple[None, torch.Tensor]:
-        return None, token_values(model, hidden_TD).unsqueeze(1)
+    def step(model: GLMModel, hidden_TD: torch.Tensor, _: _Part) -> torch.Tensor:
+        return token_values(model, hidden_TD).unsqueeze(1)
 
-    outputs = run_micro_batches(chunks, micro_batches, step, topology=topology, forward_only=True)
-    rows = collect_rows(outputs, micro_batches, 1, topology=topology)
+    rows = _score(step, chunks, micro_batches, [None] * len(micro_batches), 1, topology)
     return [row.squeeze(1) for row in rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Some sequences of a micro-batch."""
+
+    packed: PackedTokens
+    """Their tokens."""
+    wanted_T: torch.Tensor | None
+    """Bool [T]: whose results are wanted; None for all."""
+    place: int
+    """Which micro-batch they are of."""
+
+    def halves(self, multiple: int) -> tuple["_Part", ...]:
+        """Return the sequences in two parts, or these where there is one."""
+        parts = []
+        for packed, tokens, _ in self.packed.halves(multiple):
+            wanted_T = self.wanted_T
+            if wanted_T is not None:
+                wanted_T = torch.nn.functional.pad(wanted_T[tokens], (0, packed.num_filler))
+            parts.append(_Part(packed=packed, wanted_T=wanted_T, place=self.place))
+        return tuple(parts) or (self,)
+
+
+def _score(
+    step: Callable[[GLMModel, torch.Tensor, _Part], torch.Tensor],
+    chunks: Sequence[GLMModel],
+    micro_batches: Sequence[PackedTokens],
+    wanted: Sequence[torch.Tensor | None],
+    num_columns: int,
+    topology: Topology,
+) -> list[torch.Tensor]:
+    """Return what `step` gives for the rows of each micro-batch, fp32 [T, num_columns], on every rank."""
+
+    def run(parts: Sequence[_Part]) -> list[torch.Tensor]:
+        outputs = run_micro_batches(
+            chunks,
+            [part.packed for part in parts],
+            lambda model, hidden_TD, index: (None, step(model, hidden_TD, parts[index])),
+            topology=topology,
+            forward_only=True,
+        )
+        return collect_rows(outputs, [part.packed for part in parts], num_columns, topology=topology)
+
+    given = [
+        _Part(packed=packed, wanted_T=wanted_T, place=place)
+        for place, (packed, wanted_T) in enumerate(zip(micro_batches, wanted, strict=True))
+    ]
+    rows, parts = run_fitting(
+        run, given, lambda _: "one sequence", chunks=chunks, place=topology, forward_only=True
+    )
+    whole = []
+    for place, packed in enumerate(micro_batches):
+        own = [(part.packed, row) for part, row in zip(parts, rows, strict=True) if part.place == place]
+        if len(own) > 1:
+            pieces = [row[: part.boundaries[-1]] for part, row in own]
+            whole.append(torch.nn.functional.pad(torch.cat(pieces), (0, 0, 0, packed.num_filler)))
+        else:
+            whole.append(own[0][1])
+    return whole

@@ -48,11 +48,6 @@ def phase_of(error: BaseException) -> str:
     return getattr(error, "_spans", "")
 
 
-def is_recording() -> bool:
-    """Return whether there is a recorder."""
-    return _recorder is not None
-
-
 @contextlib.contextmanager
 def span(name: str) -> Iterator[None]:
     """Run a block as a span; for a recorder one that raises is none."""

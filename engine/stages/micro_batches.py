@@ -28,6 +28,18 @@ class MicroBatch:
         """Tokens of each sequence's answer."""
         return tuple(a - b for a, b in zip(self.packed.lengths, self.prompt_lengths, strict=True))
 
+    def halves(self, multiple: int) -> "tuple[MicroBatch, ...]":
+        """Return the records in two micro-batches, or this one alone; see `fitting.Divisible`."""
+        num_together = len(self.packed.lengths) // len(self.records)
+        return tuple(
+            MicroBatch(
+                records=self.records[own.start // num_together : own.stop // num_together],
+                packed=packed,
+                prompt_lengths=self.prompt_lengths[own],
+            )
+            for packed, _, own in self.packed.halves(multiple, num_together=num_together)
+        ) or (self,)
+
     def mask(self) -> torch.Tensor:
         """Return bool [T] on the device, true for the answers' tokens."""
         mask_T = answer_mask(self.packed.lengths, self.prompt_lengths, num_tokens=self.packed.num_tokens)

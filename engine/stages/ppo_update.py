@@ -1,12 +1,14 @@
 """One update: epochs of mini-batches through policy and critic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.stages.experience import answers_with
+from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.sft_term import SFTTerm
 from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
@@ -14,6 +16,7 @@ from glm_rlhf.engine.types import Experience, Rollouts
 from glm_rlhf.kernels import ppo_value_loss
 from glm_rlhf.kernels.reference.policy_loss import POLICY_SUMS, PolicyStatistics
 from glm_rlhf.kernels.reference.value_loss import VALUE_SUMS, ValueStatistics
+from glm_rlhf.parallel.fitting import run_fitting
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import next_tokens, shift_to_rows, token_values
 from glm_rlhf.parallel.in_backward import AnyTrainingState
@@ -101,16 +104,13 @@ def policy_step(
     Raises:
         FloatingPointError: a loss or gradient is not finite; on every rank, no step was taken.
     """
-    packed = [batch.packed for batch in mini_batch.batches]
-    num_policy = len(packed)
     mask_T = experience.rollouts.action_mask_T
 
-    def step(
-        model: GLMModel, hidden_TD: torch.Tensor, index: int
+    def loss(
+        model: GLMModel, hidden_TD: torch.Tensor, batch: StreamBatch | MicroBatch
     ) -> tuple[torch.Tensor, PolicyStatistics | torch.Tensor]:
-        if index >= num_policy:
-            return sft.loss(model, hidden_TD, index - num_policy)
-        batch = mini_batch.batches[index]
+        if isinstance(batch, MicroBatch):
+            return sft.loss(model, hidden_TD, batch)
         rows = _RowsOf(batch, topology)
         return linear_ppo_loss(
             hidden_TD,
@@ -128,13 +128,12 @@ def policy_step(
             reduces_hidden_gradient=not model.config.sequence_parallel,
         )
 
-    if sft is not None:
-        packed += sft.packed
-    state.zero_grad()
-    found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
+    given = [*mini_batch.batches, *(sft.batches if sft is not None else ())]
+    found, batches = _gradient(state, loss, given, experience.rollouts, topology)
+    num_policy = sum(isinstance(batch, StreamBatch) for batch in batches)
     found, demonstrated = found[:num_policy], found[num_policy:]
     losses = [statistics.sums for statistics in found]
-    result = _step_of("policy", state, losses, demonstrated, experience, mini_batch, topology)
+    result = _step_of("policy", state, losses, demonstrated, experience, batches[:num_policy], topology)
     sums = _summed(losses, len(POLICY_SUMS), topology)
     maxima = _largest([statistics.maxima for statistics in found], topology)
     sft_loss = None
@@ -158,11 +157,12 @@ def critic_step(
     Raises:
         FloatingPointError: as `policy_step`.
     """
-    packed = [batch.packed for batch in mini_batch.batches]
     mask_T = experience.rollouts.action_mask_T
 
-    def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, ValueStatistics]:
-        rows = _RowsOf(mini_batch.batches[index], topology)
+    def loss(
+        model: GLMModel, hidden_TD: torch.Tensor, batch: StreamBatch
+    ) -> tuple[torch.Tensor, ValueStatistics]:
+        rows = _RowsOf(batch, topology)
         return ppo_value_loss(
             token_values(model, hidden_TD),
             rows(experience.values_T),
@@ -172,12 +172,43 @@ def critic_step(
             denominator=mini_batch.num_actions,
         )
 
-    state.zero_grad()
-    found = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
+    found, batches = _gradient(state, loss, mini_batch.batches, experience.rollouts, topology)
     losses = [statistics.sums for statistics in found]
-    result = _step_of("critic", state, losses, (), experience, mini_batch, topology)
+    result = _step_of("critic", state, losses, (), experience, batches, topology)
     sums = _summed(losses, len(VALUE_SUMS), topology)
     return result, ValueStatistics(sums=sums)
+
+
+def _gradient(
+    state: AnyTrainingState,
+    loss: Callable[[GLMModel, torch.Tensor, Any], tuple[torch.Tensor, Any]],
+    batches: Sequence[StreamBatch | MicroBatch],
+    rollouts: Rollouts,
+    topology: Topology,
+) -> tuple[list[Any], list[StreamBatch | MicroBatch]]:
+    """Return what `loss` tells of the micro-batches on the last stage, and the micro-batches as memory has
+    room for them; the state holds their gradient. Every rank calls this together.
+
+    Raises:
+        ValueError: there is no memory for a single sequence; on every rank.
+    """
+
+    def begin(batches: Sequence[StreamBatch | MicroBatch]) -> list[Any]:
+        state.zero_grad()
+        return run_micro_batches(
+            state.chunks,
+            [batch.packed for batch in batches],
+            lambda model, hidden_TD, index: loss(model, hidden_TD, batches[index]),
+            topology=topology,
+            forward_only=False,
+        )
+
+    def name(batch: StreamBatch | MicroBatch) -> str:
+        if isinstance(batch, MicroBatch):
+            return "a demonstration"
+        return f"answer {named(_answers_of(rollouts, batch))} with its prompt"
+
+    return run_fitting(begin, batches, name, chunks=state.chunks, place=topology, forward_only=False)
 
 
 def _step_of(
@@ -186,7 +217,7 @@ def _step_of(
     losses: Sequence[torch.Tensor],
     demonstrated: Sequence[torch.Tensor],
     experience: Experience,
-    mini_batch: MiniBatch,
+    batches: Sequence[StreamBatch],
     topology: Topology,
 ) -> StepResult:
     """Change the weights, where every loss and gradient is finite; every rank calls this together.
@@ -197,7 +228,7 @@ def _step_of(
         losses: sums of each micro-batch on the last stage; elsewhere nothing.
         demonstrated: of each micro-batch of demonstrations.
         experience: what is learned from.
-        mini_batch: its part in this step.
+        batches: its part in this step.
         topology: layout and groups.
 
     Raises:
@@ -205,7 +236,7 @@ def _step_of(
             of one. The message names the ranks, and the answers or the weights.
     """
     rollouts, findings = experience.rollouts, []
-    for sums, batch in zip(losses, mini_batch.batches if losses else (), strict=True):
+    for sums, batch in zip(losses, batches if losses else (), strict=True):
         if not bool(sums.isfinite().all()):
             findings.append(f"the {role}'s loss on answers {named(_answers_of(rollouts, batch))}")
     if not all(bool(sums.isfinite().all()) for sums in demonstrated):
@@ -214,7 +245,7 @@ def _step_of(
     refuse_nonfinite(findings, consequence, device=topology.device)
     result = state.step()
     if not result.is_applied:
-        answers = [i for batch in mini_batch.batches for i in _answers_of(rollouts, batch)]
+        answers = [i for batch in batches for i in _answers_of(rollouts, batch)]
         names = state.nonfinite_gradients()
         where = [f"those of {named(names)} in a step on answers {named(sorted(answers))}"] if names else []
         raise FloatingPointError(

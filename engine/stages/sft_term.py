@@ -10,7 +10,6 @@ from glm_rlhf.engine.stages.micro_batches import MicroBatch, take_share
 from glm_rlhf.engine.stages.sft import AnswerLikelihood
 from glm_rlhf.engine.stages.training_records import Demonstrations
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.packing import PackedTokens
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -27,14 +26,11 @@ class SFTTerm:
     coef: float
     """Weight beside the policy's own loss."""
 
-    @property
-    def packed(self) -> list[PackedTokens]:
-        """Tokens of the micro-batches."""
-        return [batch.packed for batch in self.batches]
-
-    def loss(self, model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(
+        self, model: GLMModel, hidden_TD: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (this rank's weighted part of the loss, unweighted fp64 sums of `AnswerLikelihood`)."""
-        loss, sums = self.objective.loss(model, hidden_TD, self.batches[index], self.num_answer_tokens)
+        loss, sums = self.objective.loss(model, hidden_TD, batch, self.num_answer_tokens)
         return self.coef * loss, sums
 
 

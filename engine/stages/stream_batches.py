@@ -18,6 +18,13 @@ class StreamBatch:
     rows: torch.Tensor
     """Where the micro-batch's real tokens stand in the stream, int64."""
 
+    def halves(self, multiple: int) -> "tuple[StreamBatch, ...]":
+        """Return the sequences in two micro-batches, or this one alone; see `fitting.Divisible`."""
+        return tuple(
+            StreamBatch(packed=packed, rows=self.rows[tokens])
+            for packed, tokens, _ in self.packed.halves(multiple)
+        ) or (self,)
+
     def take(self, values_T: torch.Tensor) -> torch.Tensor:
         """Return the micro-batch's part of a stream's `values_T`, 0 or False at filler."""
         taken = values_T.new_zeros((self.packed.num_tokens, *values_T.shape[1:]))

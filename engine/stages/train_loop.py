@@ -136,7 +136,8 @@ def train(
         lr = settings.lr_of(index)
         state.set_lr(lr)
         with span("update"):
-            result = update(state, objective, batches, objective.denominator(numbers), place=place)
+            denominator = objective.denominator(numbers)
+            result = update(state, objective, batches, denominator, place=place, name=records.name)
         clock.lap("timing_s/update")
         step_tokens = int(records.lengths[numbers].sum())
         metrics = _named(objective.metrics(result.sums), objective.prefix)
@@ -188,9 +189,8 @@ def _evaluate(
     batches = take_share(
         held.records, list(held.numbers), max_tokens=settings.micro_batch_tokens, place=place
     )
-    sums = evaluate(
-        state.chunks, held.objective, batches, held.objective.denominator(held.numbers), place=place
-    )
+    denominator = held.objective.denominator(held.numbers)
+    sums = evaluate(state.chunks, held.objective, batches, denominator, place=place, name=held.records.name)
     if held.on_result is not None and place.is_reporter:
         held.on_result(step, sums)
     return _named(held.objective.metrics(sums), "eval")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
+from glm_rlhf.parallel.fitting import run_fitting
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import AnyTrainingState
 from glm_rlhf.parallel.nonfinite import gathered, named
@@ -63,6 +64,7 @@ def update(
     denominator: float,
     *,
     place: Topology,
+    name: Callable[[int], str],
 ) -> UpdateResult:
     """Return what one step did; every rank calls this together.
 
@@ -76,9 +78,18 @@ def update(
         batches: this data-parallel rank's, perhaps none.
         denominator: of the whole step.
         place: layout and groups.
+        name: of a record, for messages.
+
+    Raises:
+        ValueError: there is no memory for a single record; on every rank. Where there is none for several,
+            their micro-batch is split, and the step begins again: its gradient is the same.
     """
-    state.zero_grad()
-    outputs = _run(state.chunks, objective, batches, denominator, place, forward_only=False)
+
+    def begin(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        state.zero_grad()
+        return _run(state.chunks, objective, batches, denominator, place, forward_only=False)
+
+    outputs, batches = _fitted(begin, state.chunks, batches, place, name, forward_only=False)
     sums = _total(outputs, objective, place)
     if not math.isfinite(sums["loss"]):
         culprits = _find_culprits(outputs, batches, place)
@@ -98,10 +109,38 @@ def evaluate(
     denominator: float,
     *,
     place: Topology,
+    name: Callable[[int], str],
 ) -> dict[str, float]:
-    """Return the objective's sums over all ranks, without gradients; every rank calls this together."""
-    outputs = _run(chunks, objective, batches, denominator, place, forward_only=True)
+    """Return the objective's sums over all ranks, without gradients; every rank calls this together.
+
+    Raises:
+        ValueError: there is no memory for a single record.
+    """
+
+    def run(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return _run(chunks, objective, batches, denominator, place, forward_only=True)
+
+    outputs, _ = _fitted(run, chunks, batches, place, name, forward_only=True)
     return _total(outputs, objective, place)
+
+
+def _fitted(
+    run: Callable[[Sequence[MicroBatch]], list[torch.Tensor]],
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    place: Topology,
+    name: Callable[[int], str],
+    *,
+    forward_only: bool,
+) -> tuple[list[torch.Tensor], list[MicroBatch]]:
+    return run_fitting(
+        run,
+        batches,
+        lambda batch: name(batch.records[0]),
+        chunks=chunks,
+        place=place,
+        forward_only=forward_only,
+    )
 
 
 def _run(

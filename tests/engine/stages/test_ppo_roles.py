@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from little_memory import little_memory
 from reward_rules import share_of_low_ids
 from tiny_models import make_model, save_folder
 from tiny_ppo import make_roles, prompts
@@ -99,6 +100,22 @@ def test_a_reference_baseline_gives_the_metrics_of_one_rank(ranks, folder, alone
             for name in (name for name in expected if not name.startswith(TIMED)):
                 # As above.
                 assert one[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), name
+
+
+def run_with_little_memory(folder: Path, axes: dict) -> list[dict[str, float]]:
+    with topology(Layout(**axes)) as place:
+        roles = make_roles(folder, place, settings={"micro_batch_tokens": 200})
+        with little_memory(None, 40) as met:
+            metrics = iterate(roles, 1)
+        assert met
+        return metrics
+
+
+def test_little_memory_gives_the_metrics_of_enough(ranks, folder, alone):
+    for (found,) in ranks.run(run_with_little_memory, folder, {"tp": 2, "pp": 2}):
+        for name in (name for name in found if not name.startswith(TIMED)):
+            # As between layouts.
+            assert found[name] == pytest.approx(alone[False][0][name], rel=1e-5, abs=5e-6), name
 
 
 def run_in_backward(folder: Path, axes: dict, in_backward: bool) -> list[dict[str, float]]:
