@@ -4,6 +4,8 @@ import contextlib
 import functools
 import itertools
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,7 +135,7 @@ def _start_world(timeout_s: float) -> None:
         torch.cuda.set_device(local_rank)
     store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = _meeting_point()
+        store, rank, world_size = _meeting_point(timeout_s)
         store.set_timeout(timeout)
     # The store outlives a world and remembers where its ranks were: each world has names of its own.
     store = dist.PrefixStore(f"world_{next(_world_numbers)}", store)
@@ -141,9 +143,40 @@ def _start_world(timeout_s: float) -> None:
 
 
 @functools.cache
-def _meeting_point() -> tuple[dist.Store, int, int]:
-    """Return the launcher's store, this process's rank, and the world's size."""
-    return next(dist.rendezvous("env://"))
+def _meeting_point(timeout_s: float) -> tuple[dist.Store, int, int]:
+    """Return a store in the launcher's that nobody used before, this process's rank, and the world's size."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return dist.PrefixStore(fresh_name(store, rank, world_size, timeout_s), store), rank, world_size
+
+
+def fresh_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Return a name that no earlier ranks of the store have had; every rank calls this, and gets the same.
+
+    A launcher that starts ranks again keeps its store, and in it what the ranks before them wrote, such as
+    where they were. Rank 0 draws the name. Each other rank asks for it under a word of its own, since an
+    answer that is there already may be an old one; rank 0 answers until all have taken it.
+
+    Raises:
+        TimeoutError: a rank did not come in time.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"word/{rank}", word)
+        name = store.get(f"name/{word}").decode()
+        store.set(f"taken/{name}/{rank}", "")
+        return name
+    name, missing = uuid.uuid4().hex, set(range(1, world_size))
+    deadline = time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"word/{other}"]):
+                store.set(f"name/{store.get(f'word/{other}').decode()}", name)
+        missing -= {other for other in missing if store.check([f"taken/{name}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"rank {min(missing)} of {world_size} did not come within {timeout_s:g} s")
+        time.sleep(0.01 if missing else 0)
+    return name
 
 
 def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:

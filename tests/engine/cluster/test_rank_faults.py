@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_run import launch, run_with_fault
+from faulty_run import Fault, launch, run_with_fault
 from safetensors.torch import load_file
 from tiny_models import make_model, save_folder
 from tiny_ppo_line import ppo_line
+from warm_launches import WarmLaunches
 
 from glm_rlhf.engine.cli import main
 
@@ -22,20 +23,27 @@ def line(tmp_path_factory) -> list[str]:
     return ppo_line(save_folder(folder / "model", "glm", make_model("glm")), folder)
 
 
-@pytest.mark.parametrize("phase", ["generate", "update"])
-def test_a_killed_rank_ends_the_run_and_is_named(line, tmp_path, phase):
-    code, said, seconds = launch("kill", phase, 1, [*line, f"run.output={tmp_path}"], timeout_s=110)
+@pytest.fixture(scope="module")
+def warm_launch():
+    with WarmLaunches() as launches:
+        yield launches
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(line, tmp_path):
+    fault = Fault(kind="kill", phase="update", rank=1)
+    code, said, seconds = launch(fault, [*line, f"run.output={tmp_path}"], timeout_s=110)
     assert code != 0
     assert seconds < DEADLINE_S, said
     assert re.search(r"rank\s*: 1 ", said), said  # torchrun's summary
     assert "Signal 9 (SIGKILL) received" in said
     # The rank that was left says in which phase it lost the other one.
-    assert re.search(rf"\[rank 0\] glm-rlhf ppo: failed in phase iteration/{phase}", said), said
+    assert re.search(r"\[rank 0\] glm-rlhf ppo: failed in phase iteration/update", said), said
 
 
-def test_a_rank_that_skips_a_collective_is_found(line, tmp_path):
+def test_a_rank_that_skips_a_collective_is_found(warm_launch, line, tmp_path):
     options = [f"run.output={tmp_path}", "run.watchdog_s=5"]
-    code, said, seconds = launch("hang", "values", 1, [*line, *options], timeout_s=110)
+    fault = Fault(kind="hang", phase="values", rank=1)
+    code, said, seconds = warm_launch(fault, [*line, *options], timeout_s=110)
     assert code != 0
     assert seconds < 5 + 10, said
     found = re.findall(r"\[rank (\d)\] hung for (\d+) s in phase (\S+): (.*)", said)
@@ -46,6 +54,19 @@ def test_a_rank_that_skips_a_collective_is_found(line, tmp_path):
     assert "most recent call first" in said  # the stacks
 
 
+def test_a_run_that_is_started_again_goes_on_to_the_same_bits(warm_launch, line, tmp_path):
+    code, *_ = warm_launch(Fault(), [*line, f"run.output={tmp_path / 'wanted'}"], timeout_s=110)
+    assert code == 0
+    given = [*line, f"run.output={tmp_path / 'found'}", "train.save_every=1", "train.async_save=false"]
+    fault = Fault(kind="kill", phase="policy", rank=1)
+    code, said, _ = warm_launch(fault, given, timeout_s=110, num_restarts=1)
+    assert code == 0, said
+    assert said.count("going on from") == 1
+    wanted, found = (final_weights(tmp_path / name) for name in ("wanted", "found"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
 def final_weights(output: Path) -> dict[str, torch.Tensor]:
     (file,) = (output / "checkpoints" / "step_3").glob("*.safetensors")
     return load_file(file)
@@ -53,7 +74,7 @@ def final_weights(output: Path) -> dict[str, torch.Tensor]:
 
 def leave_and_go_on(kind: str, phase: str, line: list[str]) -> tuple[int, int]:
     rank = torch.distributed.get_rank()
-    return run_with_fault(kind, phase, 2, line, rank), main(line)
+    return run_with_fault(Fault(kind=kind, phase=phase, rank=2), line, rank), main(line)
 
 
 @pytest.fixture(scope="module")
