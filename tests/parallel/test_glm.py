@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_models import FAMILIES, in_family, make_model, reference_gradients, reference_logprobs, save_folder
 
 from glm_rlhf.parallel.glm import build_model
@@ -140,7 +141,7 @@ def gradient_error(gradients, expected, chunks) -> float:
     return worst
 
 
-@pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("axes", layout_params(LAYOUTS, soak=("tp4", "tp2 pp2", "tp2 cp2", "cp2")))
 def test_every_layout_equals_transformers(ranks, checkpoints, axes):
     for answers in ranks.run(check_layout, checkpoints, axes):
         assert answers.keys() == set(FAMILIES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_models import FAMILIES, make_model, reference_logprobs, save_folder
 
 from glm_rlhf.engine.cli import main
@@ -77,7 +78,7 @@ def written(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "generate.jsonl").open()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layout_params({name: name for name in LAYOUTS}, soak=LAYOUTS[2:9:6]))
 def test_greedy_answers_equal_transformers_with_a_cache_too_small_for_all(
     ranks, models, prompts, tmp_path, layout
 ):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from little_memory import little_memory
 from reward_rules import share_of_low_ids
 from tiny_models import make_model, save_folder
@@ -67,11 +68,8 @@ def alone(folder):
     "axes",
     [
         pytest.param(None, id="alone"),
-        # Four ranks on few cores sum over gloo for a minute there.
-        *(
-            pytest.param(axes, id=name, marks=[pytest.mark.soak] if name == "tp4 sp" else [])
-            for name, axes in LAYOUTS.items()
-        ),
+        # Four ranks on few cores sum over gloo for a minute in the first of them.
+        *layout_params(LAYOUTS, soak=("tp4 sp", "pp2 vpp2", "cp2")),
     ],
 )
 def test_five_iterations_have_their_stored_metrics_in_every_layout(ranks, folder, axes):
@@ -179,6 +177,7 @@ def test_an_engine_lets_go_of_its_models_at_once(folder):
         gc.enable()
 
 
+@pytest.mark.soak
 def test_reward_rises_on_an_easy_rule(folder):
     with topology(Layout()) as place:
         metrics = iterate(make_roles(folder, place, settings={"kl_coef": 0.0, "kl_target": None}), 25)
