@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import RESULTS
-from glm_rlhf.engine.bench.harness import Entry, measure
-from glm_rlhf.engine.bench.kernel_rows.case import Case, without_compiled
+from glm_rlhf.engine.bench.harness import Entry
+from glm_rlhf.engine.bench.kernel_part import is_not_compiled, measured_case, row_of
+from glm_rlhf.engine.bench.kernel_rows.case import Case
 from glm_rlhf.engine.bench.kernel_rows.table import full_cases, small_cases
 from glm_rlhf.engine.bench.machine import H200, Rates, description, measured_rates
 from glm_rlhf.engine.bench.report import Report, Row, write
@@ -75,33 +76,21 @@ def _measured(
 ) -> Row:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-        return _row(case, rates, [Entry(name="ours", status="not measured: the time was used up")], device)
+        late = Entry(name="ours", status="not measured: the time was used up")
+        return row_of(case, rates, [late], _command(case, device))
     is_late = left_s < options.deadline_s * 2 / 3
-    torch.compiler.reset()
-    try:
-        problem = case.build(device)
-    except (RuntimeError, ValueError) as error:  # such as: out of memory
-        text = str(error).strip().splitlines()[0][:160]
-        return _row(case, rates, [Entry(name="ours", status=f"failed: {text}")], device)
-    if options.no_compile or is_late:
-        problem = without_compiled(problem)
-    entries = measure(problem, device=device, budget_s=options.budget_s, counts_memory=case.counts_memory)
-    del problem
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return _row(case, rates, entries, device)
-
-
-def _row(case: Case, rates: Rates, entries: Sequence[Entry], device: torch.device) -> Row:
-    return Row(
-        row=case.row,
-        what=case.what,
-        shape=f"{case.model}: {case.shape}",
-        command=f"python -m benchmarks.kernels --device {device.type} --rows {case.row}",
-        entries=entries,
-        limit_s=rates.limit_s(case.num_bytes, case.num_flop),
-        target_s=case.target_s,
+    return measured_case(
+        case,
+        device,
+        rates,
+        budget_s=options.budget_s,
+        command=_command(case, device),
+        keeps=is_not_compiled if options.no_compile or is_late else lambda _contender: True,
     )
+
+
+def _command(case: Case, device: torch.device) -> str:
+    return f"python -m benchmarks.kernels --device {device.type} --rows {case.row}"
 
 
 def report(rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_full_shapes: bool) -> Report:
@@ -127,7 +116,7 @@ def report(rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_ful
             f"{H200.source}, their other cells are empty because no CUDA device was at hand"
         )
         cuda = torch.device("cuda")
-        rows = [*rows, *(_row(case, H200, (), cuda) for case in full_cases())]
+        rows = [*rows, *(row_of(case, H200, (), _command(case, cuda)) for case in full_cases())]
     return Report(
         title=f"Kernels, {device.type.upper()}",
         claim=verdict(rows),

@@ -21,22 +21,17 @@ from benchmarks import RESULTS
 from benchmarks.live_storages import live_peak_bytes
 from benchmarks.one_rank_world import world_of_one_rank
 from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.ppo_part import make_roles
 from glm_rlhf.engine.cluster.plan_activations import CPU
 from glm_rlhf.engine.cluster.plan_memory import RankMemory, rank_memory
 from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
-from glm_rlhf.engine.rollout.answers import AnswerSettings
-from glm_rlhf.engine.rollout.generation import BatchSettings
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
-from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.ppo_update import critic_step, mini_batches, policy_step
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
-from glm_rlhf.parallel.glm import build_model
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
-from glm_rlhf.parallel.token_draw import SamplingSettings
+from glm_rlhf.parallel.optimizer import TrainingState
 from glm_rlhf.parallel.topology import Topology, topology
-from glm_rlhf.parallel.weights import randomize_weights
 
 WORLD_SIZE = 4
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -223,41 +218,6 @@ def _given_up(step: Callable[[], object]) -> None:
     """Take a step, which the engine gives up at its end where a message that nobody sent held no numbers."""
     with contextlib.suppress(FloatingPointError):
         step()
-
-
-def make_roles(place: Topology, *, model: GLMConfig, work: Work, choice: Choice) -> PPORoles:
-    """Return four roles of one shape with weights at random, whose answers are all of full length."""
-    models = {}
-    for index, role in enumerate(("policy", "critic", "reference", "reward")):
-        recomputes = choice.recompute_layers and role in ("policy", "critic")
-        models[role] = build_model(
-            model, place, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
-        )
-        randomize_weights(models[role], seed=index)
-    return PPORoles(
-        topology=place,
-        policy=models["policy"],
-        critic=models["critic"],
-        reference=models["reference"],
-        reward_model=models["reward"],
-        settings=PPOSettings(
-            epochs=work.epochs,
-            minibatches=work.minibatches,
-            micro_batch_tokens=choice.micro_batch_tokens,
-        ),
-        answers=AnswerSettings(
-            sampling=SamplingSettings(),
-            batch=BatchSettings(
-                max_batch=work.max_batch, max_step_tokens=work.max_step_tokens, page_size=work.page_size
-            ),
-            max_new_tokens=work.max_new_tokens,
-            stop_ids=frozenset(),
-            num_samples=work.num_samples,
-        ),
-        policy_adam=AdamSettings(lr=1e-5),
-        critic_adam=AdamSettings(lr=1e-5),
-        seed=3,
-    )
 
 
 def _experience(case: Case) -> Experience:

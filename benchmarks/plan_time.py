@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import RESULTS
-from benchmarks.plan_memory import make_roles
 from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.ppo_part import make_roles
 from glm_rlhf.engine.bench.rates import Size, least_s, rates_of
 from glm_rlhf.engine.cluster.plan_cluster import GPUS, Cluster, Rates
 from glm_rlhf.engine.cluster.plan_estimate import Estimate, estimate

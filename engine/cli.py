@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
+from glm_rlhf.engine.config_bench import BenchConfig
 from glm_rlhf.engine.config_evaluate import EvaluateConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config_keys import help_text
@@ -116,6 +117,12 @@ COMMANDS = (
         summary="what is installed, which fast paths are active and why the others are not",
         config=DoctorConfig,
         function="glm_rlhf.engine.cluster.doctor:run",
+    ),
+    Command(
+        name="bench",
+        summary="times of kernels, passes, PPO, checkpoints and scaling, beside peers; rates for plan",
+        config=BenchConfig,
+        function="glm_rlhf.engine.bench.command:run",
     ),
 )
 

@@ -53,7 +53,7 @@ class ClusterSection:
     network: NumBytes = 50 * 10**9
     """Bytes a second and GPU between nodes, one direction; 50GB is 400 Gb/s."""
     rates: PathText | None = None
-    """JSON of measured rates, see engine/bench/rates.py; null assumes shares of public peaks."""
+    """rates.json that `bench` measured; null assumes shares of public peaks."""
 
     def __post_init__(self) -> None:
         if self.gpus > self.per_node and self.gpus % self.per_node:

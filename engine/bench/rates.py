@@ -1,20 +1,14 @@
 """The rates that `glm-rlhf plan` takes in `cluster.rates`, measured on the machine at hand.
 
-    torchrun --nproc-per-node=8 -m glm_rlhf.engine.bench.rates --model glm-4-9b --out rates.json
-
 All ranks measure at once, as they work at once in training. Times are those of the engine's own passes on a
 model of the given widths with one layer and with two, each the fastest of several runs, as the slowest rank
 took them: what a layer takes is their difference, what depends on rows the difference of two lengths.
 Attention counts at the rate of the products; links between nodes at that of the world that was launched.
 """
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -32,7 +26,6 @@ from glm_rlhf.parallel.heads import token_values
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
 from glm_rlhf.parallel.packing import PackedTokens, pack
-from glm_rlhf.parallel.presets import preset
 from glm_rlhf.parallel.schedule import run_micro_batches
 from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import Topology, topology
@@ -63,42 +56,47 @@ class Size:
 def rates_of(model: GLMConfig, size: Size) -> Rates:
     """Return this world's rates; every rank calls this, and all get the same."""
     with topology(Layout()) as place:
-        device = measured_rates(place.device)
-        itemsize = size.dtype.itemsize
-        half = replace(size, tokens=size.tokens // 2)
-        forward = {
-            (layers, one.tokens): _forward_s(_shallow(model, layers), one, place)
-            for layers in (1, 2)
-            for one in (size, half)
-        }
-        layer_s = _difference(forward, (2, size.tokens), (1, size.tokens))
-        half_layer_s = _difference(forward, (2, half.tokens), (1, half.tokens))
-        rows_s = max(layer_s - half_layer_s, 0.3 * layer_s)  # of half the rows
-        flop_per_s = _flop_rate(model, size, rows_s, device.bytes_per_s)
-        both = {layers: _training_s(_shallow(model, layers), size, place) for layers in (1, 2)}
-        step_s, num_weights = _step_s(_shallow(model, 2), size, place)
-        decode = {layers: _decode_s(_shallow(model, layers), size, place) for layers in (1, 2)}
-        products = 2 * size.batch * layer_matrix_elements(model, Layout()) / flop_per_s
-        head = 2 * size.batch * model.vocab_size * model.hidden_size / flop_per_s
-        moved = layer_matrix_elements(model, Layout()) * itemsize / device.bytes_per_s
-        decode_layer_s = decode[2] - decode[1]
-        latency_s, link_bytes_per_s = _link(place, size.repetitions)
-        return Rates(
-            flop_per_s=flop_per_s,
-            attention_flop_per_s=flop_per_s,
-            bytes_per_s=device.bytes_per_s,
-            node_bytes_per_s=link_bytes_per_s,
-            network_bytes_per_s=link_bytes_per_s,
-            node_latency_s=latency_s,
-            network_latency_s=latency_s,
-            layer_s=max(_LEAST, layer_s - 2 * rows_s),
-            decode_layer_s=max(_LEAST, decode_layer_s - max(products, moved)),
-            pass_s=max(_LEAST, forward[1, size.tokens] - layer_s),
-            turn_s=max(_LEAST, decode[1] - decode_layer_s - head),
-            step_s=max(_LEAST, step_s - 44 * num_weights / place.dp / device.bytes_per_s),
-            backward_factor=max(0.5, (both[2] - both[1]) / layer_s - 1),
-            source=_source(place),
-        )
+        return rates_on(place, model, size)
+
+
+def rates_on(place: Topology, model: GLMConfig, size: Size) -> Rates:
+    """Return the rates of the ranks of a plain data-parallel topology; see `rates_of`."""
+    device = measured_rates(place.device)
+    itemsize = size.dtype.itemsize
+    half = replace(size, tokens=size.tokens // 2)
+    forward = {
+        (layers, one.tokens): _forward_s(_shallow(model, layers), one, place)
+        for layers in (1, 2)
+        for one in (size, half)
+    }
+    layer_s = _difference(forward, (2, size.tokens), (1, size.tokens))
+    half_layer_s = _difference(forward, (2, half.tokens), (1, half.tokens))
+    rows_s = max(layer_s - half_layer_s, 0.3 * layer_s)  # of half the rows
+    flop_per_s = _flop_rate(model, size, rows_s, device.bytes_per_s)
+    both = {layers: _training_s(_shallow(model, layers), size, place) for layers in (1, 2)}
+    step_s, num_weights = _step_s(_shallow(model, 2), size, place)
+    decode = {layers: _decode_s(_shallow(model, layers), size, place) for layers in (1, 2)}
+    products = 2 * size.batch * layer_matrix_elements(model, Layout()) / flop_per_s
+    head = 2 * size.batch * model.vocab_size * model.hidden_size / flop_per_s
+    moved = layer_matrix_elements(model, Layout()) * itemsize / device.bytes_per_s
+    decode_layer_s = decode[2] - decode[1]
+    latency_s, link_bytes_per_s = _link(place, size.repetitions)
+    return Rates(
+        flop_per_s=flop_per_s,
+        attention_flop_per_s=flop_per_s,
+        bytes_per_s=device.bytes_per_s,
+        node_bytes_per_s=link_bytes_per_s,
+        network_bytes_per_s=link_bytes_per_s,
+        node_latency_s=latency_s,
+        network_latency_s=latency_s,
+        layer_s=max(_LEAST, layer_s - 2 * rows_s),
+        decode_layer_s=max(_LEAST, decode_layer_s - max(products, moved)),
+        pass_s=max(_LEAST, forward[1, size.tokens] - layer_s),
+        turn_s=max(_LEAST, decode[1] - decode_layer_s - head),
+        step_s=max(_LEAST, step_s - 44 * num_weights / place.dp / device.bytes_per_s),
+        backward_factor=max(0.5, (both[2] - both[1]) / layer_s - 1),
+        source=_source(place),
+    )
 
 
 def _source(place: Topology) -> str:
@@ -211,8 +209,8 @@ def _link(place: Topology, repetitions: int) -> tuple[float, float]:
     return seconds[0], moved / max(_LEAST, seconds[1] - seconds[0])
 
 
-def least_s(work: Callable[[], None], place: Topology, repetitions: int) -> float:
-    """Return the fastest of several runs, each as long as its slowest rank takes; every rank calls this."""
+def seconds_on_all(work: Callable[[], None], place: Topology, repetitions: int) -> list[float]:
+    """Return the seconds of several runs, each as long as its slowest rank takes; every rank calls this."""
     seconds = []
     for _ in range(repetitions + 1):  # the first warms up
         dist.barrier()
@@ -223,32 +221,9 @@ def least_s(work: Callable[[], None], place: Topology, repetitions: int) -> floa
         taken = torch.tensor([time.perf_counter() - started], device=place.device)
         dist.all_reduce(taken, op=dist.ReduceOp.MAX)
         seconds.append(float(taken))
-    return min(seconds[1:])
+    return seconds[1:]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and let the first rank write the file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="glm-4-9b", help="preset whose widths are measured")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=64, help="sequences that generate at once")
-    parser.add_argument("--repetitions", type=int, default=5, help="runs of which the fastest counts")
-    parser.add_argument("--out", type=Path, default=Path("rates.json"), help="file to write")
-    options = parser.parse_args(argv)
-    size = Size(
-        tokens=options.tokens,
-        length=options.length,
-        batch=options.batch,
-        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-        repetitions=options.repetitions,
-    )
-    rates = rates_of(preset(options.model), size)
-    if os.environ.get("RANK", "0") == "0":
-        options.out.write_text(json.dumps(asdict(rates), indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def least_s(work: Callable[[], None], place: Topology, repetitions: int) -> float:
+    """Return the fastest of several runs, as `seconds_on_all` takes them."""
+    return min(seconds_on_all(work, place, repetitions))

@@ -43,16 +43,16 @@ def roles_of(config: PlanConfig) -> Roles:
     Raises:
         ValueError: neither a preset's name nor a folder that can be read.
     """
-    policy = _shape(config.model.path)
+    policy = shape_of(config.model.path)
     reward = None
     if config.reward.path is not None or config.reward.function is None:
-        reward = policy if config.reward.path is None else _shape(config.reward.path)
+        reward = policy if config.reward.path is None else shape_of(config.reward.path)
     critic_path = config.critic.path
     reference_path = config.reference.path
     return Roles(
         policy=policy,
-        critic=(reward or policy) if critic_path is None else _shape(critic_path),
-        reference=policy if reference_path is None else _shape(reference_path),
+        critic=(reward or policy) if critic_path is None else shape_of(critic_path),
+        reference=policy if reference_path is None else shape_of(reference_path),
         reward=reward,
     )
 
@@ -133,7 +133,7 @@ def limits_of(config: PlanConfig) -> Limits:
     )
 
 
-def _shape(path: str) -> GLMConfig:
+def shape_of(path: str) -> GLMConfig:
     """Return the shape of a preset, or of a folder.
 
     Raises:

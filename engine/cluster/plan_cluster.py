@@ -52,7 +52,7 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a rank reaches; measured by `glm_rlhf.engine.bench.rates`, or assumed from public figures."""
+    """What a rank reaches; measured by `bench`, or assumed from public figures."""
 
     flop_per_s: float
     """Large matrix products."""
@@ -115,9 +115,7 @@ def read_rates(path: str | Path) -> Rates:
     except OSError as error:
         raise ValueError(f"cluster.rates names {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(
-            f"{path} is no JSON: {error}; `python -m glm_rlhf.engine.bench.rates` writes such a file"
-        ) from error
+        raise ValueError(f"{path} is no JSON: {error}; `glm-rlhf bench` writes such a file") from error
     names = [field.name for field in fields(Rates)]
     if not isinstance(given, dict) or sorted(given) != sorted(names):
         found = sorted(given) if isinstance(given, dict) else type(given).__name__

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.kernels import main
 from glm_rlhf.engine.bench.harness import measure
+from glm_rlhf.engine.bench.kernel_part import is_not_compiled, with_contenders
 from glm_rlhf.engine.bench.kernel_rows.advantages import cases as advantage_cases
-from glm_rlhf.engine.bench.kernel_rows.case import without_compiled
 from glm_rlhf.engine.bench.kernel_rows.decode import sampling_cases
 from glm_rlhf.engine.bench.kernel_rows.layers import cases as layer_cases
 from glm_rlhf.engine.bench.kernel_rows.logits import cases as logits_cases
@@ -31,7 +31,7 @@ def tiny_cases():
 
 @pytest.mark.parametrize("case", tiny_cases(), ids=lambda case: case.row)
 def test_every_contender_of_a_row_is_right(case):
-    problem = without_compiled(case.build(CPU))
+    problem = with_contenders(case.build(CPU), is_not_compiled)
     entries = measure(problem, device=CPU, budget_s=0.0)
     assert len(entries) >= 2
     assert {entry.name: entry.status for entry in entries} == {entry.name: "" for entry in entries}

@@ -67,18 +67,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def without_compiled(problem: Problem) -> Problem:
-    """Return the problem without its torch.compile contenders."""
-    kept = [c for c in problem.contenders if not c.name.startswith("torch.compile")]
-    return Problem(
-        contenders=kept,
-        expected=problem.expected,
-        tolerance=problem.tolerance,
-        error=problem.error,
-        besides_bytes=problem.besides_bytes,
-    )
-
-
 def peers(device: torch.device, contenders: Sequence[Callable[[], Contender]]) -> list[Contender]:
     """Return the peers' contenders; the CPU has none of them."""
     return [make() for make in contenders] if device.type == "cuda" else []

@@ -69,7 +69,7 @@ def test_a_bad_file_is_refused_by_name(tmp_path, change, message):
 def test_a_missing_name_and_no_json_are_refused(tmp_path):
     path = tmp_path / "rates.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"is no JSON: .*bench\.rates"):
+    with pytest.raises(ValueError, match=r"is no JSON: .*glm-rlhf bench"):
         read_rates(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=fields(Rates)[0].name):

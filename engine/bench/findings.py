@@ -1,0 +1,192 @@
+"""What `bench` found, as a table on the terminal, Markdown, JSON and plots."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from glm_rlhf.engine.bench.plots import bar_chart, scaling_chart, stacked_bar
+from glm_rlhf.engine.bench.ppo_part import PHASES
+from glm_rlhf.engine.bench.report import Report, Row, as_markdown, number
+from glm_rlhf.engine.bench.scaling import ScalingPoint, efficiencies
+
+STEM = "bench"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Everything that one run measured."""
+
+    machine: dict[str, str]
+    """Hardware, versions, commit, date."""
+    rows: Sequence[Row]
+    """Tasks with their contenders."""
+    scaling: Sequence[ScalingPoint]
+    """Worlds, fewest ranks first."""
+    notes: Sequence[str]
+    """Sizes and peers."""
+    seconds: float
+    """That the run took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """How far one contender's figures are from an earlier run's."""
+
+    row: str
+    """Row and contender."""
+    factor: float
+    """Median ÷ the earlier median."""
+    overlaps: bool
+    """Whether the two ranges between quartiles have a point in common."""
+
+
+def write_findings(findings: Findings, folder: Path, *, earlier: dict | None) -> str:
+    """Write `bench.md`, `bench.json` and the plots into a folder, and return the terminal's table.
+
+    Args:
+        findings: of this run.
+        folder: run folder; made where it is missing.
+        earlier: what `read_earlier` gave; None compares nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = _plots(findings)
+    for name, text in plots.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    agreement = None if earlier is None else agreement_text(compare(findings.rows, earlier))
+    report = Report(
+        title="Benchmark",
+        claim=agreement or "One run; give `bench.earlier=…/bench.json` to compare the next with it.",
+        machine=findings.machine,
+        rows=findings.rows,
+        notes=[*findings.notes, f"the run took {findings.seconds:.0f} s"],
+    )
+    sections = [as_markdown(report), *_scaling_lines(findings.scaling)]
+    sections += [f"![{name.removesuffix('.svg')}]({name})\n" for name in plots]
+    (folder / f"{STEM}.md").write_text("\n".join(sections), encoding="utf-8")
+    content = asdict(findings) | {"agreement": agreement}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (folder / f"{STEM}.json").write_text(text + "\n", encoding="utf-8")
+    lines = [*_table(findings.rows), *_scaling_lines(findings.scaling), *([agreement] if agreement else [])]
+    return "\n".join([*lines, f"written to {folder / STEM}.md", ""])
+
+
+def read_earlier(path: Path) -> dict:
+    """Return the content of an earlier run's `bench.json`.
+
+    Raises:
+        ValueError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bench.earlier: {path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or "rows" not in found:
+        raise ValueError(f"bench.earlier: {path} has no rows; give the bench.json of an earlier run")
+    return found
+
+
+def compare(rows: Sequence[Row], earlier: dict) -> list[Moved]:
+    """Return each contender that both runs timed on the same shape."""
+    before = {
+        (row["row"], row["shape"], entry["name"]): entry["timing"]
+        for row in earlier["rows"]
+        for entry in row["entries"]
+        if entry["timing"] is not None
+    }
+    found = []
+    for row in rows:
+        for entry in row.entries:
+            old = before.get((row.row, row.shape, entry.name))
+            if entry.timing is None or old is None:
+                continue
+            new = entry.timing
+            found.append(
+                Moved(
+                    row=f"{row.row} {entry.name}",
+                    factor=new.median_s / old["median_s"],
+                    overlaps=new.low_s <= old["high_s"] and old["low_s"] <= new.high_s,
+                )
+            )
+    return found
+
+
+def agreement_text(moved: Sequence[Moved]) -> str:
+    """Return what the comparison with the earlier run says, in two sentences."""
+    if not moved:
+        return "The earlier run timed nothing that this one did."
+    num_alike = sum(one.overlaps for one in moved)
+    far = max(moved, key=lambda one: max(one.factor, 1 / one.factor))
+    typical = median(abs(one.factor - 1) for one in moved)
+    return (
+        f"Against the earlier run: in {num_alike} of {len(moved)} timings the ranges between quartiles "
+        f"overlap. A median moved by {typical:.0%} typically, at most by the factor {far.factor:.2f} "
+        f"({far.row})."
+    )
+
+
+def _plots(findings: Findings) -> dict[str, str]:
+    """Return the plots by file name, those that there are figures for."""
+    plots = {}
+    shares = [
+        (f"{row.row} {row.what.partition(';')[0][:34]}", row.limit_s / row.entries[0].timing.median_s)
+        for row in findings.rows
+        if row.limit_s is not None and row.entries[0].timing is not None
+    ]
+    if shares:
+        plots["roofline.svg"] = bar_chart(
+            "Kernels: share of the roofline",
+            "the larger of bytes ÷ bandwidth and FLOP ÷ rate, over the time taken; 1 is the limit",
+            shares,
+            mark=1.0,
+        )
+    for row in findings.rows:
+        if row.row == "ppo" and row.entries[0].timing is not None:
+            figures = {phase: row.entries[0].figures[f"{phase} ms"] for phase in PHASES}
+            plots["phases.svg"] = stacked_bar("PPO: an iteration by phase", "milliseconds", figures)
+    if len(findings.scaling) > 1:
+        ranks = [point.num_ranks for point in findings.scaling]
+        plots["scaling.svg"] = scaling_chart(
+            "A training step on more ranks", ranks, efficiencies(findings.scaling)
+        )
+    return plots
+
+
+def _scaling_lines(points: Sequence[ScalingPoint]) -> list[str]:
+    """Return scaling as a Markdown table."""
+    if not points:
+        return []
+    found = efficiencies(points)
+    lines = [
+        "",
+        f"A training step over data-parallel ranks, {points[0].backend}; {points[0].tokens} tokens a rank "
+        "(weak) or in all (strong); median (fastest–slowest) of the steps, as their slowest rank took them.",
+        "",
+        "| ranks | weak ms | weak efficiency | strong ms | strong efficiency |",
+        "|---|---|---|---|---|",
+    ]
+    for place, point in enumerate(points):
+        cells = [str(point.num_ranks)]
+        for name, seconds in (("weak", point.weak_s), ("strong", point.strong_s)):
+            low, middle, high = (number(1e3 * s) for s in (min(seconds), median(seconds), max(seconds)))
+            cells += [f"{middle} ({low}–{high})", f"{found[name][place]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Return lines of aligned columns: row, contender, median, quartiles, times ours."""
+    cells = [("row", "contender", "median ms", "quartiles ms", "ours is × as fast")]
+    for row in rows:
+        for entry in row.entries:
+            timing, ours = entry.timing, row.entries[0].timing
+            if timing is None:
+                cells.append((row.row, entry.name, "", "", entry.status))
+                continue
+            times = [number(1e3 * seconds) for seconds in (timing.median_s, timing.low_s, timing.high_s)]
+            ratio = "" if ours is None or timing is ours else f"{timing.median_s / ours.median_s:.2f}"
+            cells.append((row.row, entry.name, times[0], f"{times[1]}–{times[2]}", ratio))
+    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells)
+    return ["  ".join(line).rstrip() for line in padded]
