@@ -27,8 +27,8 @@ from benchmarks.ppo_peers_task import (
     GAMMA,
     KL_COEF,
     LAM,
+    LOW_IDS,
     LR,
-    MEAN_LENGTH,
     PROMPT_TOKENS,
     PROMPTS,
     SHAPE,
@@ -175,10 +175,11 @@ def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
         rows=rows,
         notes=(
             f"model: GLM of {sizes}; random weights, the same folders for both",
-            f"reward: the share of an answer's ids that are below 48; {PROMPTS} "
+            f"reward: the share of an answer's ids that are below {LOW_IDS}; {PROMPTS} "
             "random prompts, the same in every iteration",
-            "full lengths: no stop id, so that nothing is padded. Answers that stop: at a stop id, drawn at "
-            f"one token in {MEAN_LENGTH} before the first update",
+            "full lengths: no stop id, so that nothing is padded. Answers that stop: at one of the ids, drawn "
+            f"at about one token in {SHAPE['vocab_size']} by random weights; how long answers are in later "
+            "iterations is each contender's own, see `answer tokens`",
             f"both: one epoch, one mini-batch, one micro-batch; lr {LR} constant for policy and critic, "
             f"Adam with betas {ADAM_BETAS}, no clipping of the gradient, clip {CLIP} for ratios and values, "
             f"kl_coef {KL_COEF} (k1), gamma {GAMMA}, lambda {LAM}, advantages whitened, temperature 1",
@@ -213,10 +214,12 @@ class _Turn:
         self.run.seconds.append(found.pop("timing_s/iteration"))
         self.run.phases.append(found)
         self.run.rewards.append(float(experience.rewards_B.mean()))
+        self.run.lengths.append(float(rollouts.action_mask_T.sum()) / len(self._prompts))
 
 
 def _entry(name: str, runs: Sequence[Run]) -> Entry:
     figures = {f"reward at {n}": fmean(run.rewards[n - 1] for run in runs) for n in _marks(runs[0])}
+    figures["answer tokens"] = fmean(n for run in runs for n in run.lengths[WARM_UP_ITERATIONS:])
     gains = [gain(run.rewards) for run in runs]
     figures |= {"gain": fmean(gains), "gain, lowest seed": min(gains), "gain, highest seed": max(gains)}
     for phase in runs[0].phases[0] if runs[0].phases else ():

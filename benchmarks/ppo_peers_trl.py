@@ -108,7 +108,7 @@ def run_in_turns(
         processing_class=SimpleNamespace(pad_token_id=_NO_ID, eos_token_id=_NO_ID),
         model=policy,
         ref_model=reference,
-        reward_model=_Rule(prompts.shape[1]),
+        reward_model=_Rule(prompts.shape[1], run.lengths),
         value_model=critic,
         train_dataset=[{"input_ids": prompt} for prompt in prompts],
         eval_dataset=[{"input_ids": prompt} for prompt in prompts],
@@ -130,12 +130,16 @@ class _Rule(torch.nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, lengths: list[float]) -> None:
+        """Take the prompts' length, and where the mean length of answers goes at each call."""
         super().__init__()
-        self._num_prompt_tokens = num_prompt_tokens
+        self._num_prompt_tokens, self._lengths = num_prompt_tokens, lengths
 
-    def backbone(self, input_ids: torch.Tensor, **options: object) -> SimpleNamespace:
+    def backbone(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: object
+    ) -> SimpleNamespace:
         """Return as hidden states [B, T, 1] whether each id is one of the answer's and low."""
+        self._lengths.append(attention_mask.sum(1).float().mean().item() - self._num_prompt_tokens)
         is_low_BT = input_ids < LOW_IDS
         is_low_BT[:, : self._num_prompt_tokens] = False
         return SimpleNamespace(hidden_states=[is_low_BT.float()[..., None]])

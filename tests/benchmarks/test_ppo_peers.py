@@ -9,7 +9,7 @@ from benchmarks.ppo_peers_trl import _Rule
 
 
 def run_of(seconds: float, *rewards: float) -> Run:
-    return Run(seconds=[seconds] * len(rewards), rewards=list(rewards))
+    return Run(seconds=[seconds] * len(rewards), rewards=list(rewards), lengths=[24.0] * len(rewards))
 
 
 def test_both_forms_of_the_rule_agree_wherever_an_answer_ends():
@@ -17,9 +17,12 @@ def test_both_forms_of_the_rule_agree_wherever_an_answer_ends():
     answers_BT = torch.randint(0, 2 * LOW_IDS, (4, 48), generator=generator)
     prompts_BT = draw_prompts(0)[:4]
     prompts_BT[:, 5] = 3  # a low id of the prompt's does not count
-    rule = _Rule(prompts_BT.shape[1])
+    lengths: list[float] = []
+    rule = _Rule(prompts_BT.shape[1], lengths)
     ids_BT = torch.cat((prompts_BT, answers_BT), dim=1)
-    scores_BT1 = rule.score(rule.backbone(input_ids=ids_BT).hidden_states[-1])
+    hidden = rule.backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).hidden_states[-1]
+    scores_BT1 = rule.score(hidden)
+    assert lengths == [48.0]
     assert scores_BT1.shape == (*ids_BT.shape, 1)
     for length in (1, 17, 48):
         at_end_B = scores_BT1[:, prompts_BT.shape[1] + length - 1, 0]
