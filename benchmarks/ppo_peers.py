@@ -177,8 +177,8 @@ def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
             f"model: GLM of {sizes}; random weights, the same folders for both",
             f"reward: the share of an answer's ids that are below {LOW_IDS}; {PROMPTS} "
             "random prompts, the same in every iteration",
-            "full lengths: no stop id, so that nothing is padded. Answers that stop: at one of the ids, drawn "
-            f"at about one token in {SHAPE['vocab_size']} by random weights; how long answers are in later "
+            "full lengths: no stop id, so that nothing is padded. Answers that stop: at an id which "
+            f"random weights draw at one token in {SHAPE['vocab_size']}; how long answers are in later "
             "iterations is each contender's own, see `answer tokens`",
             f"both: one epoch, one mini-batch, one micro-batch; lr {LR} constant for policy and critic, "
             f"Adam with betas {ADAM_BETAS}, no clipping of the gradient, clip {CLIP} for ratios and values, "
