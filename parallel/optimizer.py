@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from glm_rlhf.parallel.cpu import cuda_type_names
 from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.parking import Parking
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -105,6 +106,9 @@ class TrainingState:
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(
                 config, self.chunks, use_gloo_process_groups=False
             )
+        self._parking = Parking(
+            partial(_optimizer_tensors, self.optimizer, self.chunks), device=topology.device
+        )
         for group in self.optimizer.param_groups:
             # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
@@ -122,6 +126,8 @@ class TrainingState:
 
     def zero_grad(self) -> None:
         """Make every gradient zero; before the first micro-batch of a step."""
+        for gradients in self._gradient_buffers():
+            gradients.untyped_storage().resize_(gradients.numel() * gradients.element_size())
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -136,6 +142,7 @@ class TrainingState:
 
         With `overlap_communication` the next training step gathers them, see `gather_weights`.
         """
+        self._parking.wait()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
         if not math.isfinite(grad_norm):
@@ -148,6 +155,31 @@ class TrainingState:
             self.before_change()
         self.optimizer.step_with_ready_grads()
         return StepResult(is_applied=True, grad_norm=grad_norm)
+
+    def park(self) -> int:
+        """Begin to take the optimizer's state to host memory, and give up the gradient buffers.
+
+        The buffers are there again with `zero_grad`, the state with `step`, or what is told below.
+
+        Returns:
+            Bytes that the device need not hold when the copies are done.
+        """
+        if self.before_change is not None:
+            self.before_change()
+        self._parking.park()
+        num_bytes = self._parking.parked_bytes
+        for gradients in self._gradient_buffers():
+            num_bytes += gradients.numel() * gradients.element_size()
+            gradients.untyped_storage().resize_(0)
+        return num_bytes
+
+    def begin_return(self) -> None:
+        """Begin to bring the optimizer's state back from host memory, beside the work up to `step`."""
+        self._parking.begin_return()
+
+    def bring_back(self) -> None:
+        """Have the optimizer's state on the device, for whoever reads or changes it beside `step`."""
+        self._parking.wait()
 
     def nonfinite_gradients(self) -> list[str]:
         """Return the names of this rank's weights whose gradient is not finite, until `zero_grad`.
@@ -162,6 +194,11 @@ class TrainingState:
             if weight.requires_grad and not bool(weight.main_grad.isfinite().all())
         ]
 
+    def _gradient_buffers(self) -> Iterator[torch.Tensor]:
+        for chunk in self.chunks:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                yield buffer.grad_data
+
     def gather_weights(self) -> None:
         """Finish at once what `overlap_communication` would gather during the next training step.
 
@@ -172,6 +209,24 @@ class TrainingState:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+
+def _optimizer_tensors(
+    outer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]
+) -> Iterator[torch.Tensor]:
+    """Yield the optimizer's own tensors: averages, and fp32 weights that are not the model's themselves."""
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    models_own = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
+    for optimizer in getattr(outer, "chained_optimizers", [outer]):
+        if getattr(optimizer, "is_stub_optimizer", False):
+            continue
+        inner = optimizer.optimizer
+        for group in inner.param_groups:
+            for main in group["params"]:
+                for tensor in (main, *inner.state.get(main, {}).values()):
+                    is_counter = not isinstance(tensor, torch.Tensor) or tensor.dim() == 0
+                    if not is_counter and tensor.untyped_storage().data_ptr() not in models_own:
+                        yield tensor
 
 
 def check_trainable(chunks: Sequence[GLMModel]) -> None:

@@ -38,8 +38,9 @@ def parts_of(state: TrainingState) -> Iterator[Part]:
     """Yield the parts that this rank owns, in the model's order.
 
     Data- and context-parallel ranks share a trained parameter's elements without overlap; each of them has
-    the whole of a frozen one.
+    the whole of a frozen one. What is parked is brought back first.
     """
+    state.bring_back()
     optimizers = _optimizers(state)
     for chunk in state.bare_chunks:
         for name, parameter in chunk.named_weights():
@@ -66,6 +67,7 @@ def averages_of(part: Part) -> dict[str, torch.Tensor]:
 
 def num_steps_of(state: TrainingState) -> int:
     """Return the steps that Adam has taken, 0 also on a rank that owns nothing that is trained."""
+    state.bring_back()
     for optimizer in _optimizers(state):
         inner = optimizer.optimizer
         for found in inner.state.values():
