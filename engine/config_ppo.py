@@ -75,6 +75,10 @@ class PPOTrainSection:
     """Precision of weights and activations; the optimizers keep fp32 weights."""
     recompute_layers: bool = False
     """Whether backward runs each layer again in place of keeping its activations."""
+    park: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
+    """What waits in pinned host memory in phases that do not need it. optimizers: the states of policy and
+    critic while answers are generated and scored, gradient buffers are given up meanwhile. reference, reward:
+    the model's weights while answers are generated and learned from; it then scores none early."""
     save_every: CountOrZero = 0
     """Iterations between two checkpoints <run.output>/resume/step_N to go on from; 0: after the last only."""
     keep_last: Count = 2
@@ -126,6 +130,11 @@ class PPOSection:
     """An update ends when a mini-batch's KL from the old policy, in nats a token, is above; null: never."""
     max_logprob_gap: NotNegative = 1e-4
     """The sampler's logprobs serve as the old ones up to this mean distance, in nats, from a forward pass."""
+    scores_early: bool = True
+    """Whether reference, critic and reward model score answers that have ended while others are generated, in
+    turns in which a pipeline stage would be idle. Off it saves the memory of a forward pass over an answer
+    beside the cache. Without parallel.pp no turn is idle; with parallel.cp, generation.tp or generation.pp
+    none is used."""
     reference_baseline: bool = True
     """Whether each reward has that of the reference's answer to the same prompt subtracted."""
 
@@ -192,6 +201,11 @@ class PPOConfig:
             raise ValueError(
                 f"data.sft_path is {self.data.sft_path}, but ppo.sft_coef is 0, so that it would not be "
                 "learned from: set ppo.sft_coef above 0, or data.sft_path to null"
+            )
+        if "optimizers" in self.train.park and self.optimizer.in_backward:
+            raise ValueError(
+                f"train.park is {list(self.train.park)} with optimizer.in_backward, whose state is not "
+                "parked: leave optimizers out, or set optimizer.in_backward to false"
             )
         if self.train.sft_batch_size is not None and self.data.sft_path is None:
             raise ValueError(

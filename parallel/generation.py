@@ -10,7 +10,7 @@ The order of the queue's calls, the same everywhere: take(g) for what g drew in 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -57,7 +57,12 @@ class TickCount:
 
 
 def run_queue(
-    stage: GenerationStage, queue: Queue[Done], *, num_groups: int, ticks: TickCount | None = None
+    stage: GenerationStage,
+    queue: Queue[Done],
+    *,
+    num_groups: int,
+    ticks: TickCount | None = None,
+    when_idle: Callable[[], None] | None = None,
 ) -> Iterator[Done]:
     """Yield sequences as they complete, until the queue is finished; on every rank the same.
 
@@ -69,6 +74,9 @@ def run_queue(
         queue: who runs.
         num_groups: groups that the queue was made with, at least the number of stages.
         ticks: counted up as turns pass.
+        when_idle: called before a round for each turn of the last one that had no work, on every rank of both
+            groups alike; all sequences that have ended were yielded, and no hidden state is on its way, so
+            that it may communicate in the same groups.
 
     Raises:
         ValueError: fewer groups than stages.
@@ -80,7 +88,7 @@ def run_queue(
         raise ValueError(f"{num_groups} groups for {num_stages} stages: some stage would always wait")
     ticks = TickCount() if ticks is None else ticks
     running: list[Turn | None] = [None] * num_groups
-    place, num_rounds = stage.topology, 0
+    place, num_rounds, num_idle = stage.topology, 0, 0
     while not queue.is_finished:
         make_progress()
         num_rounds += 1
@@ -89,6 +97,9 @@ def run_queue(
         ):
             _finish_turns(stage, [], running)
             raise Leaving
+        for _ in range(num_idle if when_idle is not None else 0):
+            when_idle()
+        num_idle = 0
         for group in range(num_groups):
             finished, running[group] = running[group], None
             if finished is not None:
@@ -101,6 +112,7 @@ def run_queue(
             plan = queue.next(group)
             ticks.busy += plan is not None
             ticks.idle += plan is None
+            num_idle += plan is None
             if plan is not None:
                 with span("token step"):
                     running[group] = stage.start(plan)

@@ -29,6 +29,7 @@ def run_micro_batches(
     *,
     topology: Topology,
     forward_only: bool,
+    postponed: list[Attempt] | None = None,
 ) -> list[Output]:
     """Return what `step` gives for each micro-batch, in order, on the last stage; elsewhere nothing.
 
@@ -47,6 +48,8 @@ def run_micro_batches(
             hidden states of micro-batch `index`; the loss is None when `forward_only`.
         topology: layout and groups.
         forward_only: no gradients, nothing kept for backward.
+        postponed: takes the schedule's attempt, so that no stage waits for the others at its end; before
+            its results are used, or another kind of schedule runs, the caller lets the ranks agree.
 
     Raises:
         OutOfMemory: on every rank of the schedule where memory ran out on one; `fitting` runs it again.
@@ -79,7 +82,10 @@ def run_micro_batches(
     else:
         with _own_backward(attempt):
             outputs = run()
-    attempt.agree(forward_only=forward_only)
+    if postponed is None:
+        attempt.agree(forward_only=forward_only)
+    else:
+        postponed.append(attempt)
     return outputs[len(fillers) :]
 
 

@@ -8,6 +8,7 @@ import torch
 from glm_rlhf.parallel.fitting import run_fitting
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import next_tokens, shift_to_tokens, token_logprobs, token_values
+from glm_rlhf.parallel.out_of_memory import Attempt, OutOfMemory
 from glm_rlhf.parallel.packing import PackedTokens, share
 from glm_rlhf.parallel.schedule import collect_rows, run_micro_batches
 from glm_rlhf.parallel.topology import Topology
@@ -45,14 +46,7 @@ def score_tokens(
     if not micro_batches:
         return []
     masks = [None] * len(micro_batches) if wanted is None else wanted
-
-    def step(model: GLMModel, hidden_TD: torch.Tensor, part: _Part) -> torch.Tensor:
-        mine = share(part.packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
-        targets_T = next_tokens(part.packed, part.wanted_T)
-        logprobs, entropy = token_logprobs(model, hidden_TD, mine.take(targets_T), temperature=temperature)
-        return torch.stack((logprobs, entropy), dim=1)
-
-    rows = _score(step, chunks, micro_batches, masks, 2, topology)
+    rows = _score(_token_step(topology, temperature), chunks, micro_batches, masks, 2, topology)
     return [tuple(shift_to_tokens(row).unbind(dim=1)) for row in rows]
 
 
@@ -74,12 +68,62 @@ def score_rows(
     """
     if not micro_batches:
         return []
-
-    def step(model: GLMModel, hidden_TD: torch.Tensor, _: _Part) -> torch.Tensor:
-        return token_values(model, hidden_TD).unsqueeze(1)
-
-    rows = _score(step, chunks, micro_batches, [None] * len(micro_batches), 1, topology)
+    rows = _score(_row_step, chunks, micro_batches, [None] * len(micro_batches), 1, topology)
     return [row.squeeze(1) for row in rows]
+
+
+class PostponedScores:
+    """Owns what the last stage has found of micro-batches that went one by one, until all ranks are told.
+
+    No stage waits for those behind it before `told_tokens` or `told_rows`.
+    """
+
+    def __init__(self, chunks: Sequence[GLMModel], *, topology: Topology) -> None:
+        """Take this rank's chunks of a model."""
+        self._chunks, self._topology = chunks, topology
+        self._micro_batches: list[PackedTokens] = []
+        self._outputs: list[torch.Tensor] = []
+        self._attempts: list[Attempt] = []
+
+    def add_tokens(self, packed: PackedTokens, wanted_T: torch.Tensor, *, temperature: float) -> None:
+        """Send a micro-batch through the model for `told_tokens`; ranks as for `score_tokens`."""
+        self._add(_token_step(self._topology, temperature), packed, wanted_T)
+
+    def add_rows(self, packed: PackedTokens) -> None:
+        """Send a micro-batch through the model for `told_rows`; ranks as for `score_rows`."""
+        self._add(_row_step, packed, None)
+
+    def told_tokens(self) -> list[torch.Tensor] | None:
+        """Return the logprobs of `score_tokens`, on every rank; None where memory has run out in one."""
+        rows = self._told(2)
+        return rows and [shift_to_tokens(row[:, 0]) for row in rows]
+
+    def told_rows(self) -> list[torch.Tensor] | None:
+        """Return the results of `score_rows`, on every rank; None where memory has run out in one."""
+        rows = self._told(1)
+        return rows and [row[:, 0] for row in rows]
+
+    def _add(self, step: "_Step", packed: PackedTokens, wanted_T: torch.Tensor | None) -> None:
+        part = _Part(packed=packed, wanted_T=wanted_T, place=0)
+        self._outputs += run_micro_batches(
+            self._chunks,
+            [packed],
+            lambda model, hidden_TD, _: (None, step(model, hidden_TD, part)),
+            topology=self._topology,
+            forward_only=True,
+            postponed=self._attempts,
+        )
+        self._micro_batches.append(packed)
+
+    def _told(self, num_columns: int) -> list[torch.Tensor] | None:
+        try:
+            for attempt in self._attempts:
+                attempt.agree(forward_only=True)
+        except OutOfMemory:
+            return None
+        if not self._micro_batches:
+            return []
+        return collect_rows(self._outputs, self._micro_batches, num_columns, topology=self._topology)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +148,26 @@ class _Part:
         return tuple(parts) or (self,)
 
 
+_Step = Callable[[GLMModel, torch.Tensor, _Part], torch.Tensor]
+"""Makes of the last hidden states what is wanted, a row a token."""
+
+
+def _token_step(topology: Topology, temperature: float) -> _Step:
+    def step(model: GLMModel, hidden_TD: torch.Tensor, part: _Part) -> torch.Tensor:
+        mine = share(part.packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
+        targets_T = next_tokens(part.packed, part.wanted_T)
+        logprobs, entropy = token_logprobs(model, hidden_TD, mine.take(targets_T), temperature=temperature)
+        return torch.stack((logprobs, entropy), dim=1)
+
+    return step
+
+
+def _row_step(model: GLMModel, hidden_TD: torch.Tensor, _: _Part) -> torch.Tensor:
+    return token_values(model, hidden_TD).unsqueeze(1)
+
+
 def _score(
-    step: Callable[[GLMModel, torch.Tensor, _Part], torch.Tensor],
+    step: _Step,
     chunks: Sequence[GLMModel],
     micro_batches: Sequence[PackedTokens],
     wanted: Sequence[torch.Tensor | None],

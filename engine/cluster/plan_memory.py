@@ -114,7 +114,10 @@ def rank_memory(
     answering = (roles.policy, roles.reference)
     phases = {
         "start": _start_bytes(held),
-        "generate": max(generation_bytes(m, work, choice, num_gpus=num_gpus) for m in answering),
+        "generate": max(
+            *(generation_bytes(m, work, choice, num_gpus=num_gpus) for m in answering),
+            _early_score_bytes(roles, work, choice),
+        ),
         "score": experience + max(batch(model).forward_workspace_bytes() for _, model in roles.items),
     }
     for name in TRAINED:
@@ -216,6 +219,14 @@ def generation_bytes(model: GLMConfig, work: Work, choice: Choice, *, num_gpus: 
     num_drawn = -(-num_sequences // layout.pp)
     logits = 2 * num_drawn * (model.vocab_size // layout.tp) * _FP32
     return max(plain.forward_workspace_bytes(), logits)
+
+
+def _early_score_bytes(roles: Roles, work: Work, choice: Choice) -> int:
+    """Return what `ppo.scores_early` takes between turns at most: a forward pass over the longest answer."""
+    if choice.layout.pp == 1 or choice.layout.cp > 1:
+        return 0
+    options = {"layout": choice.layout, "num_tokens": work.longest, "itemsize": work.itemsize}
+    return max(MicroBatch(model=model, **options).forward_workspace_bytes() for _, model in roles.items)
 
 
 def page_bytes(model: GLMConfig, layout: Layout, work: Work) -> int:

@@ -51,6 +51,7 @@ def answer_prompts(
     is_share: bool = False,
     resharded: ReshardedWeights | None = None,
     on_ended: OnEnded | None = None,
+    when_idle: Callable[[], None] | None = None,
 ) -> Rollouts:
     """Return this data-parallel rank's share of the answers; every rank gives the same prompts.
 
@@ -68,6 +69,7 @@ def answer_prompts(
         is_share: whether `prompts` is this data-parallel rank's own share already.
         resharded: the same policy in a second layout, which then generates; not with `is_share`.
         on_ended: is given each answer of this rank's share that this rank generates, as it ends.
+        when_idle: as for `GenerationPhase.run`.
 
     Raises:
         ValueError: no prompts, or one that leaves no room for an answer; its place is named.
@@ -116,7 +118,9 @@ def answer_prompts(
     ):
         found, findings = [], []
         try:
-            for done in phase.run(requests, settings.sampling, stop_check=settings.stop_check):
+            for done in phase.run(
+                requests, settings.sampling, stop_check=settings.stop_check, when_idle=when_idle
+            ):
                 found.append(done)
                 if on_ended is not None and done.request in mine_alone:
                     on_ended(_index(done, settings), prompts[done.request], done)

@@ -83,6 +83,7 @@ class GenerationPhase:
         sampling: SamplingSettings,
         *,
         stop_check: Callable[[Sequence[int]], bool] | None = None,
+        when_idle: Callable[[], None] | None = None,
     ) -> Iterator[Completion]:
         """Yield completions as they end, the same on every rank of the pipeline and tensor-parallel groups.
 
@@ -90,6 +91,7 @@ class GenerationPhase:
             requests: this data-parallel rank's prompts.
             sampling: the distribution.
             stop_check: says of an answer's tokens so far whether it ends here, beside its stop ids.
+            when_idle: uses turns in which pipeline stages have nothing to do, as `run_queue` tells.
 
         Raises:
             ValueError: a request that the cache can never hold; the message names it.
@@ -110,7 +112,11 @@ class GenerationPhase:
         )
         try:
             yield from run_queue(
-                self._stage_for(sampling), queue, num_groups=self.num_groups, ticks=self.ticks
+                self._stage_for(sampling),
+                queue,
+                num_groups=self.num_groups,
+                ticks=self.ticks,
+                when_idle=when_idle,
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} (prompts {named(queue.drawing)})") from error
@@ -134,6 +140,7 @@ class GenerationPhase:
         if self.batch.cache_bytes is not None:
             return min(wanted, num_pages_within(self.batch.cache_bytes, glm, layout, **options))
         if self.topology.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training let go of is free to the allocator alone until then
             free_bytes, _ = torch.cuda.mem_get_info(self.topology.device)
             fitting = num_pages_within(int(free_bytes * _SHARE_OF_FREE_MEMORY), glm, layout, **options)
             return self._smallest(min(wanted, fitting))

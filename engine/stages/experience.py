@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.stages.early_scores import EarlyRoles
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
-from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
+from glm_rlhf.engine.stages.stream_scores import batches_of, stream_logprobs, stream_rows
 from glm_rlhf.engine.types import Experience, Rewards, Rollouts
 from glm_rlhf.kernels import ppo_advantages, whiten
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import shift_to_tokens
 from glm_rlhf.parallel.nonfinite import named, refuse_nonfinite
-from glm_rlhf.parallel.scoring import score_rows, score_tokens
 from glm_rlhf.parallel.topology import Topology
 
 Rewarder = Callable[[Rollouts], Rewards]
@@ -31,6 +31,7 @@ def make_experience(
     settings: PPOSettings,
     kl_coef: float,
     topology: Topology,
+    early: EarlyRoles | None = None,
 ) -> Experience:
     """Return what an update needs of these rollouts; every rank of the topology calls this.
 
@@ -44,17 +45,13 @@ def make_experience(
         settings: of PPO.
         kl_coef: the KL coefficient as it stands.
         topology: layout and groups.
+        early: what reference and critic said of some of these answers while others were generated.
 
     Raises:
         FloatingPointError: a reward, logprob or value is not finite; the message, the same on every rank,
             names the role, the ranks and the answers.
     """
-    batches = stream_batches(
-        rollouts.tokens_T,
-        rollouts.lengths,
-        max_tokens=settings.micro_batch_tokens,
-        multiple=topology.layout.token_multiple,
-    )
+    options = {"max_tokens": settings.micro_batch_tokens, "topology": topology}
     phases = Phases()
     with phases.phase("reward"):
         rewards = rewarder(rollouts)
@@ -62,11 +59,14 @@ def make_experience(
     mask_T = rollouts.action_mask_T
     rewards_B = rewards.totals_B(rollouts.starts)
     with phases.phase("reference"):
-        ref_logprobs_T = _logprobs(reference, batches, mask_T, rollouts.temperature, topology)
+        known = early and early.reference
+        batches = batches_of(rollouts, **options, early=known)
+        ref_logprobs_T = stream_logprobs(reference, rollouts, batches, mask_T, topology=topology, early=known)
     with phases.phase("old_logprobs"):
-        old_logprobs_T, gap = _old_logprobs(policy, batches, rollouts, mask_T, settings, topology)
+        old_logprobs_T, gap = _old_logprobs(policy, rollouts, mask_T, settings, topology)
     with phases.phase("values"):
-        values_T = _values(critic, batches, mask_T, topology)
+        rows_T = stream_rows(critic, rollouts, **options, early=early and early.critic)
+        values_T = shift_to_tokens(rows_T) * mask_T
     found = {
         "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),
         "the reference's logprobs": ref_logprobs_T,
@@ -107,30 +107,8 @@ def make_experience(
     )
 
 
-def _logprobs(
-    chunks: Sequence[GLMModel],
-    batches: Sequence[StreamBatch],
-    mask_T: torch.Tensor,
-    temperature: float,
-    topology: Topology,
-) -> torch.Tensor:
-    """Return the logprobs of the tokens in `mask_T`, fp32 [T], 0 elsewhere."""
-    logprobs_T = torch.zeros(mask_T.shape, device=mask_T.device)
-    scored = score_tokens(
-        chunks,
-        [batch.packed for batch in batches],
-        topology=topology,
-        wanted=[batch.take(mask_T) for batch in batches],
-        temperature=temperature,
-    )
-    for batch, (found_T, _) in zip(batches, scored, strict=True):
-        batch.put(found_T, logprobs_T)
-    return logprobs_T
-
-
 def _old_logprobs(
     policy: Sequence[GLMModel],
-    batches: Sequence[StreamBatch],
     rollouts: Rollouts,
     mask_T: torch.Tensor,
     settings: PPOSettings,
@@ -140,10 +118,11 @@ def _old_logprobs(
 
     The sampler's are those at temperature 1: at any other all are computed, and the gap is unknown (NaN).
     """
+    batches = batches_of(rollouts, max_tokens=settings.micro_batch_tokens, topology=topology)
     if rollouts.temperature != 1.0:
-        return _logprobs(policy, batches, mask_T, rollouts.temperature, topology), float("nan")
+        return stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), float("nan")
     first = batches[:1]
-    found_T = _logprobs(policy, first, mask_T, 1.0, topology)
+    found_T = stream_logprobs(policy, rollouts, first, mask_T, topology=topology)
     compared_T = torch.zeros_like(mask_T)
     for batch in first:
         batch.put(batch.take(mask_T), compared_T)
@@ -153,17 +132,7 @@ def _old_logprobs(
     gap = (sums[0] / sums[1].clamp(min=1)).item()
     if gap <= settings.max_logprob_gap:
         return rollouts.logprobs_T * mask_T, gap
-    return found_T + _logprobs(policy, batches[1:], mask_T, 1.0, topology), gap
-
-
-def _values(
-    critic: Sequence[GLMModel], batches: Sequence[StreamBatch], mask_T: torch.Tensor, topology: Topology
-) -> torch.Tensor:
-    values_T = torch.zeros(mask_T.shape, device=mask_T.device)
-    scored = score_rows(critic, [batch.packed for batch in batches], topology=topology)
-    for batch, rows_T in zip(batches, scored, strict=True):
-        batch.put(shift_to_tokens(rows_T), values_T)
-    return values_T * mask_T
+    return found_T + stream_logprobs(policy, rollouts, batches[1:], mask_T, topology=topology), gap
 
 
 def _check_finite(found: dict[str, torch.Tensor], rollouts: Rollouts, topology: Topology) -> None:

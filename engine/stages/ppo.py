@@ -167,6 +167,7 @@ def _build(
         tokenizer=tokenizer,
         demonstrations=_demonstrations(config, tokenizer, glm, place),
         resharded=resharded,
+        parks=config.train.park,
     )
     return roles, tokenizer
 
@@ -225,6 +226,7 @@ def _settings(config: PPOConfig) -> PPOSettings:
         max_kl=ppo.max_kl,
         critic_warmup_iterations=config.critic.warmup_iterations,
         max_logprob_gap=ppo.max_logprob_gap,
+        scores_early=ppo.scores_early,
         micro_batch_tokens=config.train.micro_batch_tokens,
     )
 

@@ -74,6 +74,7 @@ class PPOEvaluation:
 
     def _answers(self, chunks: list[GLMModel], resharded: ReshardedWeights | None) -> list[JudgedAnswer]:
         engine = self._engine
+        engine.roles.parking.before_scoring()
         rollouts = answer_prompts(
             chunks,
             self._prompts,

@@ -1,6 +1,6 @@
 """The four roles of PPO on this rank, and the steps of an iteration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,10 @@ from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
 from glm_rlhf.engine.rollout.rewards import RewardFunction
+from glm_rlhf.engine.rollout.work import Completion
+from glm_rlhf.engine.stages.early_scores import EarlyRoles, EarlyScorer
 from glm_rlhf.engine.stages.experience import make_experience
+from glm_rlhf.engine.stages.ppo_parking import RoleParking
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.ppo_update import PolicyStep, critic_step, mini_batches, policy_step
 from glm_rlhf.engine.stages.reward_terms import RewardTerms
@@ -55,6 +58,7 @@ class PPORoles:
         uses_reference_baseline: bool = False,
         demonstrations: DemonstrationStream | None = None,
         resharded: ReshardedWeights | None = None,
+        parks: Collection[str] = (),
     ) -> None:
         """Take the models, their weights in place, and make the optimizers.
 
@@ -75,21 +79,30 @@ class PPORoles:
             uses_reference_baseline: whether each reward has that of the reference's answer subtracted.
             demonstrations: what the policy's steps imitate beside learning from rewards; None for nothing.
             resharded: the policy in the layout that it generates in; None where that is `topology`'s.
+            parks: what waits in host memory when it is not needed: "optimizers", "reference", "reward".
 
         Raises:
-            ValueError: no reward.
+            ValueError: no reward; or "optimizers" with `in_backward`.
         """
         self.topology, self.settings, self.answers, self.seed = topology, settings, answers, seed
         self.policy, self.reference, self.critic = list(policy), list(reference), list(critic)
         options = {"topology": topology, "in_backward": in_backward}
         self.policy_state = training_state(self.policy, policy_adam, **options)
         self.critic_state = training_state(self.critic, critic_adam, **options)
+        self.parking = RoleParking(
+            parks,
+            trained=self.trained.values(),
+            reference=self.reference,
+            reward_model=reward_model,
+            topology=topology,
+        )
         self.demonstrations = demonstrations
         self.resharded = resharded
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
-        self._newest: Rollouts | None = None  # whose answers were judged as they ended
+        # Rollouts whose answers were judged as they ended, and what models said of some of them by then.
+        self._newest: tuple[Rollouts, EarlyRoles | None] | None = None
         self.answer_seed = seed if answer_seed is None else answer_seed
         # Not a method of this object: a circle of references would keep the models until a collector comes.
         answer_by_reference = partial(
@@ -115,23 +128,33 @@ class PPORoles:
     def generate(self, prompts: Sequence[PromptInput]) -> Rollouts:
         """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank.
 
-        A reward function judges answers as they end, in the background; `make_experience` of what this
-        returns takes its rewards.
+        A reward function judges answers as they end, in the background, and models score some in turns in
+        which a pipeline stage would be idle; `make_experience` of what this returns takes both.
         """
         self._num_answered += 1
-        judge = self.rewards.judge
+        self.parking.before_generation()
+        judge, scorer = self.rewards.judge, self._early_scorer()
         if judge is not None:
             judge.forget()
-        self._newest = answer_prompts(
+
+        def on_ended(index: int, prompt: PromptInput, done: Completion) -> None:
+            if judge is not None:
+                judge.ask_early(index, prompt, done)
+            if scorer is not None:
+                scorer.add(index, prompt, done)
+
+        rollouts = answer_prompts(
             self.policy,
             prompts,
             self.answers,
             seed=(self.answer_seed << 20) + self._num_answered,
             topology=self.topology,
             resharded=self.resharded,
-            on_ended=judge and judge.ask_early,
+            on_ended=on_ended,
+            when_idle=scorer and scorer.work,
         )
-        return self._newest
+        self._newest = (rollouts, scorer and scorer.tell(rollouts))
+        return rollouts
 
     def make_experience(self, rollouts: Rollouts) -> Experience:
         """Return rollouts with rewards, logprobs, values and advantages.
@@ -139,17 +162,23 @@ class PPORoles:
         Raises:
             RewardError, FloatingPointError: a reward failed, or a number is none; on every rank.
         """
-        is_newest, self._newest = rollouts is self._newest, None
-        return make_experience(
+        self.parking.before_scoring()
+        newest, self._newest = self._newest, None
+        is_newest = newest is not None and rollouts is newest[0]
+        early = newest[1] if is_newest else None
+        experience = make_experience(
             rollouts,
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
-            rewarder=partial(self.rewards, uses_early=is_newest),
+            rewarder=partial(self.rewards, uses_early=is_newest, early=early and early.reward),
             settings=self.settings,
             kl_coef=self.kl_coef,
             topology=self.topology,
+            early=early,
         )
+        self.parking.before_update()
+        return experience
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Learn from an iteration's experience; return its metrics, those of time this rank's own.
@@ -209,6 +238,19 @@ class PPORoles:
     def export_hf(self, path: str | Path, *, source: str | Path | None = None) -> None:
         """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""
         export_model(self.policy, path, topology=self.topology, source=source)
+
+    def _early_scorer(self) -> EarlyScorer | None:
+        """Return what scores answers in idle turns; None where there are none, or ranks share answers."""
+        layout = self.topology.layout
+        if not self.settings.scores_early or layout.pp == 1 or layout.cp > 1 or self.resharded is not None:
+            return None
+        return EarlyScorer(
+            reference=None if "reference" in self.parking.parks else self.reference,
+            critic=self.critic,
+            reward_model=None if "reward" in self.parking.parks else self.rewards.model,
+            temperature=self.answers.sampling.temperature,
+            topology=self.topology,
+        )
 
     def _steer_kl(self, experience: Experience) -> None:
         """Move the KL coefficient towards its target, at most by a fifth of the way of one horizon."""

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rollout.rewards import RewardFault, RewardFunction
 from glm_rlhf.engine.stages.answer_judge import AnswerJudge
-from glm_rlhf.engine.stages.stream_batches import stream_batches
+from glm_rlhf.engine.stages.early_scores import EarlyScores
+from glm_rlhf.engine.stages.stream_scores import stream_rows
 from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.scoring import score_rows
 from glm_rlhf.parallel.topology import Topology
 
 AnswerByReference = Callable[[Sequence[PromptInput]], Rollouts]
@@ -68,10 +68,13 @@ class RewardTerms:
         self.answer_by_reference = answer_by_reference
         self.baselines: dict[tuple[int, ...], float] = {}
 
-    def __call__(self, rollouts: Rollouts, *, uses_early: bool = False) -> Rewards:
+    def __call__(
+        self, rollouts: Rollouts, *, uses_early: bool = False, early: EarlyScores | None = None
+    ) -> Rewards:
         """Return rewards less baselines; every rank of the topology calls this.
 
-        With `uses_early` the function was asked for these answers as they ended, by `judge.ask_early`.
+        With `uses_early` the function was asked for these answers as they ended, by `judge.ask_early`;
+        `early` is what the reward model has said of some.
 
         Where faults are masked, an answer is left out when it or its prompt's reference answer has no
         reward; the reference is asked again the next time that the prompt comes.
@@ -79,7 +82,7 @@ class RewardTerms:
         Raises:
             RewardError: the function failed on some rank, or for all answers; on every rank.
         """
-        rewards = self.without_baseline(rollouts, uses_early=uses_early)
+        rewards = self.without_baseline(rollouts, uses_early=uses_early, early=early)
         if self.answer_by_reference is None:
             return rewards
         self._learn_baselines(rollouts.prompts)
@@ -122,7 +125,9 @@ class RewardTerms:
             if index not in rewards.left_out:
                 self.baselines.setdefault(prompt.tokens, score)
 
-    def without_baseline(self, rollouts: Rollouts, *, uses_early: bool = False) -> Rewards:
+    def without_baseline(
+        self, rollouts: Rollouts, *, uses_early: bool = False, early: EarlyScores | None = None
+    ) -> Rewards:
         """Return rewards with nothing subtracted; every rank of the topology calls this.
 
         Raises:
@@ -131,7 +136,14 @@ class RewardTerms:
         device = rollouts.tokens_T.device
         total_B, token_T, left_out = torch.zeros(rollouts.num_sequences, device=device), None, set()
         if self.model is not None:
-            total_B += self._model_scores(rollouts)
+            rows_T = stream_rows(
+                self.model,
+                rollouts,
+                max_tokens=self.micro_batch_tokens,
+                topology=self.topology,
+                early=early,
+            )
+            total_B += rows_T[rollouts.cu_seqlens[1:].long() - 1]
         if self.judge is not None:
             for index, reward in enumerate(self.judge(rollouts, uses_early=uses_early)):
                 if isinstance(reward, RewardFault):
@@ -147,17 +159,3 @@ class RewardTerms:
                     total_B[index] += self.function_weight * reward
         total_B[sorted(left_out)] = 0.0
         return Rewards(rewards_B=total_B, token_rewards_T=token_T, left_out=frozenset(left_out))
-
-    def _model_scores(self, rollouts: Rollouts) -> torch.Tensor:
-        """Return the reward model's scalar at each sequence's last token."""
-        batches = stream_batches(
-            rollouts.tokens_T,
-            rollouts.lengths,
-            max_tokens=self.micro_batch_tokens,
-            multiple=self.topology.layout.token_multiple,
-        )
-        rows_T = torch.zeros(rollouts.tokens_T.shape, device=rollouts.tokens_T.device)
-        found = score_rows(self.model, [batch.packed for batch in batches], topology=self.topology)
-        for batch, rows in zip(batches, found, strict=True):
-            batch.put(rows, rows_T)
-        return rows_T[rollouts.cu_seqlens[1:].long() - 1]

@@ -280,6 +280,7 @@ def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
     if config.train.sample_every:
         num_prompts = max(math.ceil(_NUM_SAMPLES / config.generation.num_samples), place.dp)
         rollouts = engine.generate(first_prompts[:num_prompts])
+        engine.roles.parking.before_scoring()
         rewards = engine.roles.rewards(rollouts)
         rollouts = dataclasses.replace(rollouts, left_out=rewards.left_out)
         path = folder / SAMPLES_FOLDER / SAMPLES_AFTER

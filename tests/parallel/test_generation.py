@@ -63,6 +63,19 @@ def test_groups_rotate_and_chunks_follow_each_other():
     assert ticks.idle_fraction == pytest.approx(1 / 3)
 
 
+def test_idle_turns_are_used_before_the_next_round():
+    log = Log(num_groups=2, pp=2, steps=2)
+    log._left, log._total = [3, 1], 4
+    list(run_queue(log, log, num_groups=2, when_idle=lambda: log.calls.append("idle turn")))
+    assert log.calls == [
+        *("next 0", "chunk 0 of 0.2", "next 1", "chunk 0 of 1.0"),
+        *("drawn 0.2", "next 0", "chunk 0 of 0.1", "drawn 1.0", "next 1"),
+        *("idle turn", "drawn 0.1", "next 0", "chunk 0 of 0.0", "next 1"),
+        *("idle turn", "drawn 0.0", "next 0", "next 1"),
+        "finish",
+    ]
+
+
 def test_a_failure_takes_all_turns_to_their_end():
     log = Log(num_groups=3, pp=2, num_chunks=2, steps=5, fails="1.3")
     with pytest.raises(FloatingPointError, match=r"1\.3"):

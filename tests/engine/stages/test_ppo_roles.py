@@ -18,6 +18,7 @@ from tiny_ppo import make_roles, prompts
 from glm_rlhf.engine.rollout.rewards import RewardError
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.topology import topology
 
@@ -158,6 +159,37 @@ def test_addresses_never_change_and_weights_do(folder):
         assert all(not torch.equal(before[name], weight) for name, weight in weights.items())
         reference = dict(engine.reference[0].named_weights())
         assert all(torch.equal(before[name], reference[name]) for name in before)
+
+
+def iterate_parked(folder: Path, axes: dict) -> tuple:
+    """Metrics with all parked that may be, and with nothing; bytes parked; whether the policy stays."""
+    parks = ("optimizers", "reference", "reward")
+    with topology(Layout(**axes)) as place:
+        reward_model, _ = load_model(folder, place, role="reward", dtype=torch.float32, seed=8)
+        engine = make_roles(folder, place, reward_model=reward_model, parks=parks)
+        frozen = [weight for model in (engine.reference, reward_model) for weight in model[0].parameters()]
+        for weight in frozen:
+            weight.data = weight.data.clone()  # numpy has read it, and would keep a CPU's memory
+        addresses = [weight.data_ptr() for _, weight in engine.policy[0].named_weights()]
+        metrics, parked = [], []
+        for _ in range(2):
+            metrics += iterate(engine, 1)
+            parked.append(engine.parking.parked_bytes)
+            assert all(weight.untyped_storage().nbytes() == 0 for weight in frozen)
+        stays = [weight.data_ptr() for _, weight in engine.policy[0].named_weights()] == addresses
+        engine.parking.before_scoring()
+        plain = make_roles(folder, place, reward_model=reward_model)
+        return metrics, iterate(plain, 2), parked, stays
+
+
+def test_what_is_parked_changes_no_number_and_no_address_of_the_policy(ranks, folder):
+    for metrics, expected, parked, stays in ranks.run(iterate_parked, folder, {"pp": 2}):
+        assert stays
+        assert 0 < parked[0] < parked[1]  # averages come with the first step, frozen models go with it
+        for one, plain in zip(metrics, expected, strict=True):
+            for name in (name for name in plain if not name.startswith(TIMED)):
+                # Scored early or not: roundings of fp32, grown through updates.
+                assert one[name] == pytest.approx(plain[name], rel=1e-5, abs=5e-6), name
 
 
 def test_an_engine_lets_go_of_its_models_at_once(folder):
