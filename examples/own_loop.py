@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
             metrics = engine.update(experience)
             if engine.topology.is_reporter:
                 print(f"{number}: reward {metrics['critic/rewards/mean']:.3f}", file=sys.stderr)
+            engine.save(f"{config.run.output}/saved", progress={"iterations": number + 1}, keep_last=2)
         engine.export_hf(f"{config.run.output}/policy")
     if owns_world:
         dist.destroy_process_group()

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from glm_rlhf.engine.config_evaluate import EvaluateConfig
 from glm_rlhf.engine.config_ppo import PPOConfig
@@ -22,6 +23,7 @@ from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.rollout.stop_texts import stop_check
 from glm_rlhf.engine.stages.model_inputs import DTYPES, answer_seed, find_tokenizer, layout_of, stop_ids_of
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
+from glm_rlhf.engine.stages.ppo_saving import load_run, save_run
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.sft_term import DemonstrationStream
 from glm_rlhf.engine.stages.training_data import open_demonstrations
@@ -104,6 +106,40 @@ class PPOEngine:
     def export_hf(self, path: str | Path) -> None:
         """Write the policy as a Hugging Face folder, with the tokenizer of the one it was loaded from."""
         self.roles.export_hf(path, source=self.config.model.path)
+
+    def save(
+        self, folder: str | Path, *, progress: Mapping[str, Any] | None = None, keep_last: int = 0
+    ) -> Path:
+        """Write all that the run is as a checkpoint `<folder>/step_N`, N the updates behind it; return that.
+
+        Models, optimizers, random generators, KL coefficient, scores of reference answers. It is on the disk,
+        whole, when this returns; a kill at any moment leaves the earlier ones as they are.
+
+        Args:
+            folder: of the checkpoints, made where it is missing; all ranks see it.
+            progress: what the caller's loop goes on from, such as its place in the data, JSON values.
+            keep_last: newest checkpoints that stay; 0 for all.
+
+        Raises:
+            ValueError: it cannot be written; on every rank.
+        """
+        return save_run(
+            self.roles, self.config, Path(folder), place=self.topology, progress=progress, keep_last=keep_last
+        )
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Bring the engine to a checkpoint of `save`, in whatever layout that was; return its `progress`.
+
+        In the same layout the next iteration has the bits of the run that went on; in another one the
+        weights and optimizers have.
+
+        Args:
+            path: a checkpoint, or a folder of them: the newest whole one.
+
+        Raises:
+            ValueError: there is none, it is damaged, or of other settings or models; on every rank.
+        """
+        return load_run(self.roles, self.config, Path(path), place=self.topology)
 
     def close(self) -> None:
         """Leave the layout; the engine is of no use afterwards."""

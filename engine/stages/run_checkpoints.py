@@ -212,6 +212,10 @@ class RunCheckpoints:
         self.export(folder)
 
 
+def _as_json(config: SavedRun) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def is_due(step: int, every: int, is_last: bool) -> bool:
     """Return whether something happens after a step: after every so many (0: none), and after the last."""
     return is_last or (every > 0 and step % every == 0)
@@ -248,6 +252,33 @@ def open_checkpoints(
             )
         yield RunCheckpoints(config, models, None, identity=identity, export=export, place=place)
         return
+    with open_writer(
+        Path(config.run.output) / FOLDER,
+        config,
+        models,
+        place=place,
+        keep_last=train.keep_last,
+        keep_every=train.keep_every,
+        is_async=train.async_save,
+    ) as writer:
+        yield RunCheckpoints(config, models, writer, identity=identity, export=export, place=place)
+
+
+def open_writer(
+    folder: Path, config: SavedRun, models: Mapping[str, AnyTrainingState], *, place: Topology, **options: Any
+) -> CheckpointWriter:
+    """Return what writes a run's checkpoints into a folder, a context manager; every rank calls this.
+
+    Args:
+        folder: of the checkpoints.
+        config: of the run; a checkpoint as a model folder has what lies beside the weights of `model.path`.
+        models: what is trained, by name.
+        place: layout and groups.
+        options: of the writer: `keep_last`, `keep_every`, `is_async`.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
     chunk = next(iter(models.values())).bare_chunks[0]
     with agreed(f"reading {config.model.path}"):
         companions = {}
@@ -255,16 +286,8 @@ def open_checkpoints(
             companions = companion_files(
                 config.model.path, chunk.glm, dtype=chunk.config.params_dtype, role=chunk.role
             )
-    with CheckpointWriter(
-        Path(config.run.output) / FOLDER,
-        topology=place,
-        keep_last=train.keep_last,
-        keep_every=train.keep_every,
-        is_async=train.async_save,
-        config=json.loads(json.dumps(dataclasses.asdict(config))),
-        companions=companions,
-    ) as writer:
-        yield RunCheckpoints(config, models, writer, identity=identity, export=export, place=place)
+    given = _as_json(config)
+    return CheckpointWriter(folder, topology=place, config=given, companions=companions, **options)
 
 
 def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
@@ -275,23 +298,54 @@ def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is of another run, or of other models.
     """
-    place, manifest = checkpoints.place, origin.manifest
     if checkpoints.writer is None:
         raise ValueError(
             f"{origin.folder} cannot be resumed with optimizer.in_backward, whose state it lacks: set "
             "that to false, or run.resume to never and another run.name"
         )
+    if origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
+        checkpoints.hold(origin.manifest.step)
+    return restore_run(
+        origin,
+        checkpoints.models,
+        config=checkpoints.config,
+        identity=checkpoints.identity,
+        place=checkpoints.place,
+    )
+
+
+def restore_run(
+    origin: Checkpoint,
+    models: Mapping[str, AnyTrainingState],
+    *,
+    config: SavedRun,
+    identity: Mapping[str, Any],
+    place: Topology,
+) -> dict[str, Any]:
+    """Bring models, optimizers and random generators to a checkpoint; return the progress saved in it.
+
+    Every rank calls this. Random generators go on where the layout is the same.
+
+    Args:
+        origin: the checkpoint.
+        models: what is trained, by name.
+        config: settings of the run, which may differ in few ways from those then.
+        identity: fingerprints of what may not differ, on the reporter.
+        place: layout and groups.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or of other models.
+    """
+    manifest = origin.manifest
     with agreed(f"resuming from {origin.folder}"):
         check_same_run(
             origin.folder,
             manifest.config,
-            checkpoints.writer.config,
+            _as_json(config),
             manifest.state.get("identity", {}),
-            checkpoints.identity if place.is_reporter else None,
+            identity if place.is_reporter else None,
         )
-    if origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
-        checkpoints.hold(manifest.step)
-    for name, training in checkpoints.models.items():
+    for name, training in models.items():
         restore(training, origin, name)
     if is_same_layout(origin, place):
         with agreed(f"resuming from {origin.folder}"):

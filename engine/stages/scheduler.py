@@ -24,15 +24,15 @@ from glm_rlhf.engine.observe.trace import Trace, tracing
 from glm_rlhf.engine.stages.judged_answers import gather_answers, write_answers
 from glm_rlhf.engine.stages.ppo import PPOEngine
 from glm_rlhf.engine.stages.ppo_evaluation import PPOEvaluation
+from glm_rlhf.engine.stages.ppo_saving import identity_of_models, take_over
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.engine.stages.run_checkpoints import (
     RunCheckpoints,
     claim_folder,
-    is_same_layout,
     open_checkpoints,
     resume,
 )
-from glm_rlhf.engine.stages.same_run import lengths_identity, model_identity
+from glm_rlhf.engine.stages.same_run import lengths_identity
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
@@ -141,31 +141,18 @@ def run(config: PPOConfig) -> None:
 
 
 def _go_on(engine: PPOEngine, origin: Checkpoint, checkpoints: RunCheckpoints) -> int:
-    """Bring the engine to a checkpoint; return the iterations behind it.
-
-    Scores of reference answers are a data-parallel rank's own in the same layout; in another one every rank
-    takes over those of all.
-    """
-    place, manifest = engine.topology, origin.manifest
+    """Bring the engine to a checkpoint; return the iterations behind it."""
     progress = resume(origin, checkpoints)
-    engine.roles.set_progress(progress)
-    with agreed(f"resuming from {origin.folder}"):
-        for rank in [place.rank] if is_same_layout(origin, place) else range(manifest.world_size):
-            engine.roles.rewards.add_baselines(origin.rank_tensors(rank))
+    take_over(engine.roles, origin, progress)
     return progress["step"]
 
 
 def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, str]:
     """Return fingerprints of the models that a run starts from and of its prompts, on the reporter only."""
-    config = engine.config
     if not engine.topology.is_reporter:
         return {}
-    reference = config.reference.path or config.model.path
-    paths = {"model.path": config.model.path, "reference.path": reference}
-    paths |= {"reward.path": config.reward.path, "critic.path": config.critic.path}
-    identity = {key: model_identity(path) for key, path in paths.items() if path is not None}
-    identity["data.path"] = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
-    return identity
+    lengths = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
+    return identity_of_models(engine.config) | {"data.path": lengths}
 
 
 def _leave(engine: PPOEngine, checkpoints: RunCheckpoints, behind: Mapping[str, float | int]) -> None:

@@ -58,6 +58,7 @@ def test_the_loop_of_ones_own_trains_in_a_world_that_stays(tmp_path, capsys):
         dist.destroy_process_group()
     said = [line for line in capsys.readouterr().err.splitlines() if "reward" in line]
     assert [line.partition(":")[0] for line in said] == ["0", "1", "2", "3"]
+    assert sorted(path.name for path in (tmp_path / "run" / "saved").glob("step_*")) == ["step_3", "step_4"]
     old, new = (
         load_file(next(folder.glob("*.safetensors")))
         for folder in (tmp_path / "tiny" / "model", tmp_path / "run" / "policy")
