@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install test lint demo bench gpu docs soak clean
+.PHONY: install test lint demo bench claims gpu docs soak clean
 
 install: $(INSTALLED)
 
@@ -28,8 +28,12 @@ lint: install
 demo: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/glm-rlhf demo
 
-# Figures of this machine's CPU, into benchmarks/results.
+# Ratios to peers, phases and scaling on this machine, into outputs/bench; three minutes on two cores.
 bench: install
+	$(BIN)/glm-rlhf bench
+
+# What benchmarks/ claims of a CPU, into benchmarks/results; takes long.
+claims: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels --device cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convert_io
 	$(BIN)/python -m benchmarks.training

@@ -1,19 +1,6 @@
-"""Sequences of different lengths as rows of one length, as transformers takes them."""
+"""How much of a batch of padded sequences is filler."""
 
 from collections.abc import Sequence
-
-import torch
-
-
-def padded(sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask, int64 [B, longest]: rows filled with 0 on the right, the mask 1 where ids are."""
-    longest = max(len(sequence) for sequence in sequences)
-    tokens_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    mask_BT = torch.zeros_like(tokens_BT)
-    for row, sequence in enumerate(sequences):
-        tokens_BT[row, : len(sequence)] = sequence
-        mask_BT[row, : len(sequence)] = 1
-    return tokens_BT, mask_BT
 
 
 def padding_share(batches: Sequence[Sequence[int]]) -> float:

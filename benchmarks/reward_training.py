@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks.padding import padded, padding_share
+from benchmarks.padding import padding_share
 from benchmarks.thread_counts import parse_options, rows_of
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem, measure
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.transformers_peer import padded
 from glm_rlhf.engine.stages.micro_batches import take_share
 from glm_rlhf.engine.stages.reward import PairPreference
 from glm_rlhf.engine.stages.training_records import Example

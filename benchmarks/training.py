@@ -12,11 +12,12 @@ from statistics import NormalDist
 
 import torch
 
-from benchmarks.padding import padded, padding_share
+from benchmarks.padding import padding_share
 from benchmarks.thread_counts import parse_options, rows_of
 from glm_rlhf.engine.bench.harness import Contender, Problem, measure
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.transformers_peer import padded
 from glm_rlhf.parallel.heads import next_tokens
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model

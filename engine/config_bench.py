@@ -59,8 +59,11 @@ class BenchSection:
     up to the cores, at least to 2 and at most to 4."""
     threads: Count = 1
     """Threads of torch on a CPU, a rank."""
-    budget_s: Seconds = 0.5
-    """Seconds of timed runs of a kernel; other rows have eight times as many."""
+    visits: Count = 2
+    """Times that all rows are measured, one after another: what a machine does in minutes then shows in the
+    spread, which reaches from the lowest quartile of any visit to the highest."""
+    budget_s: Seconds = 0.25
+    """Seconds of timed runs of a kernel, a visit; other rows have eight times as many."""
     earlier: PathText | None = None
     """bench.json of an earlier run: the report says how far each median has moved; null compares nothing."""
 

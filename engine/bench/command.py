@@ -20,7 +20,7 @@ from glm_rlhf.engine.bench.machine import description, measured_rates
 from glm_rlhf.engine.bench.model_part import Policy, generation_row, model_rows
 from glm_rlhf.engine.bench.ppo_part import ppo_row
 from glm_rlhf.engine.bench.rates import Size, rates_on
-from glm_rlhf.engine.bench.report import Row
+from glm_rlhf.engine.bench.report import Row, joined
 from glm_rlhf.engine.bench.scaling import FILE, ScalingPoint, launch, measure_scaling, read_point, write_point
 from glm_rlhf.engine.bench.sizes import Sizes, ranks_for, sizes_for
 from glm_rlhf.engine.config_bench import PEER_PACKAGES, BenchConfig, BenchSection
@@ -53,10 +53,14 @@ def run(config: BenchConfig) -> int:
         return 0
     earlier = None if section.earlier is None else read_earlier(Path(section.earlier))
     started = time.monotonic()
-    rows = []
-    for row in _rows(section, sizes, device):
-        rows.append(row)
-        _tell(f"{row.row}: {row.what}; {time.monotonic() - started:.0f} s")
+    rows: list[Row] = []
+    for visit in range(section.visits):
+        for place, row in enumerate(_rows(section, sizes, device)):
+            if visit:
+                rows[place] = joined(rows[place], row)
+            else:
+                rows.append(row)
+            _tell(f"visit {visit + 1}, {row.row}: {row.what}; {time.monotonic() - started:.0f} s")
     points, failures = _worlds(section, folder)
     findings = Findings(
         machine=description(device),
@@ -65,6 +69,8 @@ def run(config: BenchConfig) -> int:
         notes=[
             f"model: {sizes.text()}",
             *(_peer_note(peer, device) for peer in section.against),
+            f"all rows were measured {section.visits} times, one after another; the range behind a median "
+            "reaches from the lowest quartile of any visit to the highest",
             *failures,
             *([f"torch uses {section.threads} thread(s) a rank"] if device.type == "cpu" else []),
         ],

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from glm_rlhf.engine.bench.harness import Entry, Timing
@@ -76,6 +76,31 @@ def as_markdown(report: Report) -> str:
     commands = dict.fromkeys(row.command for row in report.rows)
     lines += [f"- `{command}`" for command in commands]
     return "\n".join(lines) + "\n"
+
+
+def joined(first: Row, again: Row) -> Row:
+    """Return a row that was measured twice as one: mean of the medians by runs, the wider range, all runs.
+
+    A contender that was not timed in either visit is reported so.
+    """
+    entries = []
+    for before, after in zip(first.entries, again.entries, strict=True):
+        if before.timing is None or after.timing is None:
+            entries.append(before if before.timing is None else after)
+            continue
+        weight = after.timing.repetitions / (before.timing.repetitions + after.timing.repetitions)
+        timing = Timing(
+            median_s=before.timing.median_s * (1 - weight) + after.timing.median_s * weight,
+            low_s=min(before.timing.low_s, after.timing.low_s),
+            high_s=max(before.timing.high_s, after.timing.high_s),
+            repetitions=before.timing.repetitions + after.timing.repetitions,
+        )
+        figures = {
+            name: before.figures[name] * (1 - weight) + value * weight
+            for name, value in after.figures.items()
+        }
+        entries.append(replace(after, timing=timing, figures=figures))
+    return replace(again, entries=entries)
 
 
 _FIXED = ("row", "task", "shape", "contender", "median ms", "quartiles ms", "runs")

@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
+
 from glm_rlhf.engine.bench.harness import Entry, Timing
-from glm_rlhf.engine.bench.report import Report, Row, as_json, as_markdown, write
+from glm_rlhf.engine.bench.report import Report, Row, as_json, as_markdown, joined, write
 
 
 def timing(median_s: float) -> Timing:
@@ -77,3 +79,20 @@ def test_both_files_are_written_and_json_keeps_every_number(tmp_path):
     assert peer["timing"] is None
     text = (tmp_path / "new" / "name.md").read_text()
     assert "python -m benchmarks.x --rows a1" in text
+
+
+def test_a_row_that_was_measured_twice_has_the_wider_range():
+    def row(*entries: Entry) -> Row:
+        return Row(row="a1", what="task", shape="T 4", command="x", entries=entries)
+
+    first = Timing(median_s=1.0, low_s=0.9, high_s=1.1, repetitions=10)
+    again = Timing(median_s=2.0, low_s=1.8, high_s=2.5, repetitions=30)
+    late = Entry(name="late", status="failed: later")
+    both = joined(
+        row(Entry(name="ours", timing=first, figures={"x ms": 10.0}), Entry(name="late", timing=first)),
+        row(Entry(name="ours", timing=again, figures={"x ms": 20.0}), late),
+    )
+    ours, other = both.entries
+    assert ours.timing == Timing(median_s=1.75, low_s=0.9, high_s=2.5, repetitions=40)
+    assert ours.figures == {"x ms": pytest.approx(17.5)}
+    assert other == late
