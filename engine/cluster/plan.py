@@ -74,6 +74,7 @@ def work_of(config: PlanConfig) -> Work:
         epochs=config.ppo.epochs,
         minibatches=config.ppo.minibatches,
         recomputes_logprobs=generation.temperature != 1.0,
+        parks=frozenset(config.train.park),
     )
 
 

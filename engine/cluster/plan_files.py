@@ -57,6 +57,7 @@ def ppo_config(config: PlanConfig, plan: Plan) -> PPOConfig:
             micro_batch_tokens=plan.choice.micro_batch_tokens,
             dtype=config.train.dtype,
             recompute_layers=plan.choice.recompute_layers,
+            park=config.train.park,
         ),
         ppo=PPOSection(
             epochs=config.ppo.epochs,

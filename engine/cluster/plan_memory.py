@@ -52,8 +52,8 @@ class RankMemory:
     roles: dict[str, RoleBytes]
     """What each role holds from the first step on."""
     phases: dict[str, int]
-    """What each phase takes beside the roles, the key/value cache apart; `start` holds less than they do
-    later where it is below 0."""
+    """What each phase takes beside the roles, the key/value cache apart, less what is parked in it; `start`
+    holds less than they do later where it is below 0."""
     cache_page: int
     """One page of the key/value cache, of the policy or the reference, whichever takes more."""
 
@@ -129,6 +129,8 @@ def rank_memory(
             trained_share=share if name == "policy" else None,
         )
     phases["step"] = experience + max(held[name].moments // 2 for name in TRAINED)
+    for phase, parked in _parked_bytes(held, work).items():
+        phases[phase] -= parked
     cache_page = max(page_bytes(model, layout, work) for model in answering)
     return RankMemory(stage=stage, roles=held, phases=phases, cache_page=cache_page)
 
@@ -154,6 +156,14 @@ def role_bytes(
         masters=plain * _FP32 // num_shards if itemsize != _FP32 else 0,
         moments=2 * (plain + fp32) * _FP32 // num_shards,
     )
+
+
+def _parked_bytes(held: dict[str, RoleBytes], work: Work) -> dict[str, int]:
+    """Return what is in host memory in each phase; the reference's answers are generated with all models."""
+    optimizers = sum(held[name].optimizer + held[name].gradients for name in TRAINED)
+    frozen = sum(role.weights for name, role in held.items() if name in work.parks)
+    found = {"generate": optimizers, "score": optimizers} if "optimizers" in work.parks else {}
+    return found | {f"train {name}": frozen for name in TRAINED} | {"step": frozen}
 
 
 def _buffers(chunk: ChunkSizes, num_shards: int) -> tuple[int, int]:

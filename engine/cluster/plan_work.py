@@ -58,6 +58,8 @@ class Work:
     """Optimizer steps a pass."""
     recomputes_logprobs: bool
     """Whether the policy's logprobs are computed again for all answers and not for a sample of them."""
+    parks: frozenset[str] = frozenset()
+    """What waits in host memory where it is not needed, as `train.park` has it."""
 
     @property
     def longest(self) -> int:

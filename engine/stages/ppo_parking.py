@@ -17,7 +17,7 @@ class RoleParking:
     | parked | from | until |
     |---|---|---|
     | `optimizers`: states of policy and critic, and gradient buffers | generation | update |
-    | `reference`, `reward`: weights | update | scoring |
+    | `reference`, `reward`: weights | update, first generation | scoring |
 
     The policy's and critic's weights stay where they are.
     """
@@ -58,9 +58,11 @@ class RoleParking:
         self.parked_bytes = 0
 
     def before_generation(self) -> None:
-        """Take optimizers to the host."""
+        """Take optimizers to the host, and frozen models that are not there already."""
         self.parked_bytes = sum(state.park() for state in self._trained)
-        self.parked_bytes += sum(parking.parked_bytes for parking in self._frozen)
+        for parking in self._frozen:
+            parking.park()
+            self.parked_bytes += parking.parked_bytes
 
     def before_scoring(self) -> None:
         """Bring the weights of frozen models back, for whoever is going to use them."""

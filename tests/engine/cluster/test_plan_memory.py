@@ -1,8 +1,29 @@
 """The plan's memory against what the engine's own steps hold, storage by storage, in every kind of layout."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.plan_memory import CASES, WORLD_SIZE, count, predict, predicted_phases
+from glm_rlhf.engine.cluster.plan_memory import TRAINED, rank_memory
+from glm_rlhf.engine.cluster.plan_work import Roles
+
+
+def test_what_is_parked_leaves_the_phases_that_do_not_need_it():
+    case = CASES[0]
+    roles = Roles(**dict.fromkeys(("policy", "critic", "reference", "reward"), case.model))
+    works = (case.work, replace(case.work, parks=frozenset({"optimizers", "reference"})))
+    plain, parked = (rank_memory(roles, w, case.choice, num_gpus=WORLD_SIZE, stage=0) for w in works)
+    trained = [plain.roles[name] for name in TRAINED]
+    optimizers = sum(role.optimizer + role.gradients for role in trained)
+    less = {name: plain.phases[name] - parked.phases[name] for name in plain.phases}
+    reference = plain.roles["reference"].weights
+    assert less == {
+        **dict.fromkeys(("generate", "score"), optimizers),
+        **dict.fromkeys(("train policy", "train critic", "step"), reference),
+        "start": 0,
+    }
+    assert parked.resident == plain.resident
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
