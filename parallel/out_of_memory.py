@@ -11,7 +11,7 @@ and the launcher with it the run.
 """
 
 import contextlib
-import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,9 +23,10 @@ from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.packing import TokenShare
 from glm_rlhf.parallel.topology import Topology
 
-_PEERS_S = 10.0
+_PEERS_S = 5.0
 """How long a rank waits for its tensor- and context-parallel peers to say that they have no memory either."""
 _NONE = 2**62
+_num_asked: Counter[str] = Counter()
 
 
 class OutOfMemory(Exception):
@@ -149,13 +150,16 @@ def backward_or_zeros(attempt: Attempt, backward_step: Callable[..., Any], *give
 
 def _has_failed_on_peers(place: Topology) -> bool:
     """Return whether memory ran out on all ranks that share layers and sequences, at the same collective."""
-    own = [group for group in (place.tp_group, place.cp_group) if group.size() > 1]
-    at = ".".join(f"{group.group_name}:{group._get_sequence_number_for_group()}" for group in own)
     store = dist.PrefixStore("out_of_memory", dist.distributed_c10d._get_default_store())
-    peers = set(itertools.chain.from_iterable(dist.get_process_group_ranks(group) for group in own))
-    store.set(f"{at}/{place.rank}", "")
+    awaited = []
+    for group in (place.tp_group, place.cp_group):
+        name = group.group_name
+        _num_asked[name] += 1
+        at = f"{name}/{_num_asked[name]}/{group._get_sequence_number_for_group()}"
+        store.set(f"{at}/{place.rank}", "")
+        awaited += [f"{at}/{peer}" for peer in dist.get_process_group_ranks(group)]
     try:
-        store.wait([f"{at}/{peer}" for peer in sorted(peers)], timedelta(seconds=_PEERS_S))
+        store.wait(awaited, timedelta(seconds=_PEERS_S))
     except dist.DistStoreError:
         return False
     return True

@@ -3,6 +3,7 @@
 As a script under torchrun it is one rank of such a command.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NO_PHASE = "no phase"
+_lasting = contextlib.ExitStack()
 
 
 def _raise(error: Exception) -> None:
@@ -26,10 +28,10 @@ def _out_of_memory() -> None:
 
 
 def _little_memory() -> None:
-    """Have memory run out in the model's next forward pass of any but the shortest micro-batches."""
+    """Have memory for the shortest micro-batches only from now on."""
     from little_memory import little_memory
 
-    little_memory(None, 60).__enter__()
+    _lasting.enter_context(little_memory(None, 30))
 
 
 def _slow_disk() -> None:
