@@ -10,7 +10,7 @@ from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.checkpoint_manifest import AVERAGES, WEIGHT, CheckpointError
 from glm_rlhf.parallel.checkpoint_parts import frozen_weights, held_shards
 from glm_rlhf.parallel.checkpoint_tensors import Checkpoint, ShardedTensor, StoredShard, open_checkpoint
-from glm_rlhf.parallel.checkpoint_writer import TRACKER, step_folders
+from glm_rlhf.parallel.checkpoint_writer import TRACKER, bring_back, step_folders
 from glm_rlhf.parallel.optimizer import TrainingState
 from glm_rlhf.parallel.optimizer_state import parts_of, refresh_weights, set_averages
 from glm_rlhf.parallel.sharding import Piece, Shard, read_shard
@@ -31,9 +31,11 @@ def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint |
         CheckpointError: there are checkpoints, none of them whole.
     """
     folder = Path(folder)
-    steps: list = [None]
+    steps: list = [[]]
     if topology.is_reporter:
-        steps[0] = list(step_folders(folder)) if folder.is_dir() else []
+        if folder.is_dir():
+            bring_back(folder)
+            steps[0] = list(step_folders(folder))
     dist.broadcast_object_list(steps, src=0)
     refusals = []
     for step in steps[0]:

@@ -44,8 +44,19 @@ TRACKER = "latest"
 """File beside the checkpoints with the name of the one that was written last."""
 
 _STEP = re.compile(r"step_(\d{1,18})")
-_LEFTOVER = re.compile(r"\.step_\d+\.(partial|replaced|removed)")
+_LEFTOVER = re.compile(r"\.step_(\d+)\.(partial|replaced|removed)")
 _JOIN_TIMEOUT_S = 60.0
+
+
+def bring_back(folder: Path) -> None:
+    """Give a checkpoint its name back that a kill found between giving way and being replaced."""
+    for path in folder.iterdir():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and match[2] == "replaced":
+            name = folder / f"step_{match[1]}"
+            if not os.path.lexists(name):
+                with contextlib.suppress(OSError):  # read-only: the ones before it are there
+                    os.rename(path, name)
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -287,7 +298,7 @@ class CheckpointWriter:
         sync(partial)
         target = self.folder / f"step_{job.step}"
         replaced = self.folder / f".step_{job.step}.replaced"
-        if os.path.lexists(target):  # a damaged one that the run went back behind
+        if os.path.lexists(target):  # one inside this step, or a damaged one that the run went back behind
             os.rename(target, replaced)
         os.rename(partial, target)
         sync(self.folder)

@@ -1,9 +1,10 @@
 """The four roles of PPO on this rank, and the steps of an iteration."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.observe.phases import Phases
@@ -17,11 +18,14 @@ from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.ppo_update import PolicyStep, critic_step, mini_batches, policy_step
 from glm_rlhf.engine.stages.reward_terms import RewardTerms
 from glm_rlhf.engine.stages.sft_term import DemonstrationStream
+from glm_rlhf.engine.stages.unfinished_update import UnfinishedUpdate
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
+from glm_rlhf.kernels.reference.value_loss import ValueStatistics
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import AnyTrainingState, training_state
-from glm_rlhf.parallel.optimizer import AdamSettings
+from glm_rlhf.parallel.leaving import Leaving
+from glm_rlhf.parallel.optimizer import AdamSettings, StepResult
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.topology import Topology
 
@@ -101,6 +105,7 @@ class PPORoles:
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
+        self.unfinished: UnfinishedUpdate | None = None
         # Rollouts whose answers were judged as they ended, and what models said of some of them by then.
         self._newest: tuple[Rollouts, EarlyRoles | None] | None = None
         self.answer_seed = seed if answer_seed is None else answer_seed
@@ -180,29 +185,51 @@ class PPORoles:
         self.parking.before_update()
         return experience
 
-    def update(self, experience: Experience) -> dict[str, float]:
+    def update(
+        self, experience: Experience, *, is_leaving: Callable[[], bool] | None = None
+    ) -> dict[str, float]:
         """Learn from an iteration's experience; return its metrics, those of time this rank's own.
+
+        Args:
+            experience: of this rank's share.
+            is_leaving: asked between two epochs, the same on all ranks: whether the update is left there.
 
         Raises:
             FloatingPointError: a loss or gradient was not finite: the steps from there on were not taken, or
                 with `in_backward` perhaps a part of one; on every rank.
+            Leaving: the update was left; `unfinished` is what `finish_update` goes on with.
         """
+        return self._learn(UnfinishedUpdate(experience=experience), is_leaving)
+
+    def finish_update(self, *, is_leaving: Callable[[], bool] | None = None) -> dict[str, float]:
+        """Go on with the update that was left, as `update` does."""
+        unfinished, self.unfinished = self.unfinished, None
+        self.parking.before_update()
+        return self._learn(unfinished, is_leaving)
+
+    def _learn(self, work: UnfinishedUpdate, is_leaving: Callable[[], bool] | None) -> dict[str, float]:
         phases = Phases()
-        policies, critics, is_stopped = [], [], False
+        experience, policies, critics = work.experience, work.policy_steps, work.critic_steps
+        is_stopped, first = False, work.epoch
         trains_policy = self.iteration >= self.settings.critic_warmup_iterations
-        for epoch in range(self.settings.epochs):
+        for epoch in range(first, self.settings.epochs):
+            if epoch > first and is_leaving is not None and is_leaving():
+                work.epoch, self.unfinished = epoch, work
+                raise Leaving
             seed = (self.seed << 20) + self.iteration * 1000 + epoch
             for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
                 given = (experience, part, self.settings)
                 with phases.phase("critic"):
-                    critics.append(critic_step(self.critic_state, *given, topology=self.topology))
+                    found = critic_step(self.critic_state, *given, topology=self.topology)
+                    critics.append(_of_critic(*found))
                 if not trains_policy:
                     continue
                 sft = self.demonstrations and self.demonstrations.take(self.topology)
                 with phases.phase("policy"):
-                    policies.append(policy_step(self.policy_state, *given, topology=self.topology, sft=sft))
+                    step = policy_step(self.policy_state, *given, topology=self.topology, sft=sft)
+                    policies.append(_of_policy(step))
                 limit = self.settings.max_kl
-                is_stopped = limit is not None and policies[-1].statistics.approximate_kl.item() > limit
+                is_stopped = limit is not None and policies[-1]["actor/ppo_kl"] > limit
                 if is_stopped:
                     break
             if is_stopped:
@@ -262,35 +289,45 @@ class PPORoles:
         self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share
 
 
-def _policy_metrics(steps: Sequence[PolicyStep]) -> dict[str, float]:
-    """Return means over the mini-batches' steps; extremes are over all."""
-    if not steps:
-        return {}
-    found = [step.statistics for step in steps]
+def _of_policy(step: PolicyStep) -> dict[str, float]:
+    """Return the metrics of one step."""
+    statistics = step.statistics
     metrics = {
-        "actor/pg_loss": _mean(statistics.policy_loss for statistics in found),
-        "actor/ppo_kl": _mean(statistics.approximate_kl for statistics in found),
-        "actor/first_ppo_kl": found[0].approximate_kl.item(),
-        "actor/pg_clipfrac": _mean(statistics.clip_fraction for statistics in found),
-        "actor/entropy": _mean(statistics.entropy for statistics in found),
-        "actor/ratio_max": max(statistics.ratio_max.item() for statistics in found),
-        "actor/ratio_min": min(statistics.ratio_min.item() for statistics in found),
-        "actor/grad_norm": _mean(step.result.grad_norm for step in steps),
+        "actor/pg_loss": float(statistics.policy_loss),
+        "actor/ppo_kl": float(statistics.approximate_kl),
+        "actor/pg_clipfrac": float(statistics.clip_fraction),
+        "actor/entropy": float(statistics.entropy),
+        "actor/ratio_max": float(statistics.ratio_max),
+        "actor/ratio_min": float(statistics.ratio_min),
+        "actor/grad_norm": float(step.result.grad_norm),
     }
-    if steps[0].sft_loss is not None:
-        metrics["actor/sft_loss"] = _mean(step.sft_loss for step in steps)
+    if step.sft_loss is not None:
+        metrics["actor/sft_loss"] = float(step.sft_loss)
     return metrics
 
 
-def _critic_metrics(steps: Sequence[tuple]) -> dict[str, float]:
+def _of_critic(result: StepResult, statistics: ValueStatistics) -> dict[str, float]:
     return {
-        "critic/vf_loss": _mean(statistics.value_loss for _, statistics in steps),
-        "critic/vf_clipfrac": _mean(statistics.clip_fraction for _, statistics in steps),
-        "critic/vf_explained_var": steps[-1][1].explained_variance.item(),
-        "critic/grad_norm": _mean(result.grad_norm for result, _ in steps),
+        "critic/vf_loss": float(statistics.value_loss),
+        "critic/vf_clipfrac": float(statistics.clip_fraction),
+        "critic/vf_explained_var": float(statistics.explained_variance),
+        "critic/grad_norm": float(result.grad_norm),
     }
 
 
-def _mean(values: object) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers)
+def _policy_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over the steps; extremes are over all."""
+    if not steps:
+        return {}
+    metrics = {name: fmean(step[name] for step in steps) for name in steps[0]}
+    metrics["actor/first_ppo_kl"] = steps[0]["actor/ppo_kl"]
+    metrics["actor/ratio_max"] = max(step["actor/ratio_max"] for step in steps)
+    metrics["actor/ratio_min"] = min(step["actor/ratio_min"] for step in steps)
+    return metrics
+
+
+def _critic_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over the steps; the explained variance is the last one's."""
+    metrics = {name: fmean(step[name] for step in steps) for name in steps[0]}
+    metrics["critic/vf_explained_var"] = steps[-1]["critic/vf_explained_var"]
+    return metrics

@@ -27,6 +27,9 @@ FOLDER = "resume"
 EXPORTS = "checkpoints"
 """Folder of the Hugging Face folders."""
 
+IS_INSIDE = "is_inside"
+"""Entry of a run's progress that is true where it was left before the end of the checkpoint's step."""
+
 
 class SavedRun(Protocol):
     """The part of a command's settings that checkpoints depend on."""
@@ -155,10 +158,16 @@ class RunCheckpoints:
         progress: Mapping[str, Any],
         *,
         rank_tensors: Mapping[str, torch.Tensor] | None = None,
+        is_inside: bool = False,
     ) -> None:
         """Save what `after_step` of this step did not, for a run that ends early; every rank calls this.
 
         Where a run has no checkpoints the models are exported.
+
+        Args:
+            step: the newest step.
+            progress, rank_tensors: as of `after_step`.
+            is_inside: whether the run is left before this step's end.
 
         Raises:
             ValueError: this save, or the one before it, failed; on every rank.
@@ -171,7 +180,8 @@ class RunCheckpoints:
         elif self._is_export_missing(step):
             self._export(step)
         if self.place.is_reporter:
-            sys.stderr.write(f"left after step {step} of {self.config.train.steps}, as a signal asked\n")
+            where = "inside" if is_inside else "after"
+            sys.stderr.write(f"left {where} step {step} of {self.config.train.steps}, as a signal asked\n")
 
     def _save(
         self, step: int, progress: Mapping[str, Any], rank_tensors: Mapping[str, torch.Tensor] | None
@@ -303,7 +313,8 @@ def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
             f"{origin.folder} cannot be resumed with optimizer.in_backward, whose state it lacks: set "
             "that to false, or run.resume to never and another run.name"
         )
-    if origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
+    is_whole_step = not origin.manifest.state["progress"].get(IS_INSIDE)
+    if is_whole_step and origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
         checkpoints.hold(origin.manifest.step)
     return restore_run(
         origin,

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,16 @@ from glm_rlhf.engine.stages.ppo_evaluation import PPOEvaluation
 from glm_rlhf.engine.stages.ppo_saving import identity_of_models, take_over
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.engine.stages.run_checkpoints import (
+    IS_INSIDE,
     RunCheckpoints,
     claim_folder,
+    is_same_layout,
     open_checkpoints,
     resume,
 )
 from glm_rlhf.engine.stages.same_run import lengths_identity
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
+from glm_rlhf.engine.stages.unfinished_update import tensors_of, update_of
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
@@ -113,7 +117,9 @@ def run(config: PPOConfig) -> None:
             for step in range(first, config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 try:
-                    metrics = _iterate(engine, batch, step, trace)
+                    metrics = _iterate(
+                        engine, batch, step, trace, has_checkpoints=checkpoints.writer is not None
+                    )
                 except FloatingPointError as error:  # the same on every rank
                     num_given_up += 1
                     _give_up(step, num_given_up, error, config, place)
@@ -132,7 +138,7 @@ def run(config: PPOConfig) -> None:
                     checkpoints.after_step(
                         step + 1, behind, rank_tensors=engine.roles.rewards.baseline_tensors()
                     )
-                if not num_given_up:
+                if "perf/tokens_per_s" in metrics:  # a whole iteration
                     progress.show(step + 1, metrics)
                 if step + 1 < config.train.steps and is_wished((None, place.device)):
                     _leave(engine, checkpoints, behind)
@@ -144,6 +150,17 @@ def _go_on(engine: PPOEngine, origin: Checkpoint, checkpoints: RunCheckpoints) -
     """Bring the engine to a checkpoint; return the iterations behind it."""
     progress = resume(origin, checkpoints)
     take_over(engine.roles, origin, progress)
+    if progress.get(IS_INSIDE):
+        place = engine.topology
+        with agreed(f"resuming from {origin.folder}"):
+            if not is_same_layout(origin, place):
+                raise ValueError(
+                    f"{origin.folder} was left inside iteration {progress['step'] + 1}, and holds its "
+                    "answers as its own layout deals them: go on in that one "
+                    f"({origin.manifest.layout}, {origin.manifest.world_size} ranks), or remove it "
+                    "and go on from the one before it"
+                )
+            engine.roles.unfinished = update_of(origin.rank_tensors(place.rank), device=place.device)
     return progress["step"]
 
 
@@ -156,9 +173,15 @@ def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, st
 
 
 def _leave(engine: PPOEngine, checkpoints: RunCheckpoints, behind: Mapping[str, float | int]) -> None:
-    """Save the run as it was after the last whole iteration: an update that has begun is always finished."""
-    rank_tensors = engine.roles.rewards.baseline_tensors()
-    checkpoints.leave(behind["step"], behind, rank_tensors=rank_tensors)
+    """Save the run as it was after the last whole iteration, or inside one between two epochs."""
+    roles, step = engine.roles, behind["step"]
+    rank_tensors = roles.rewards.baseline_tensors()
+    if roles.unfinished is None:
+        checkpoints.leave(step, behind, rank_tensors=rank_tensors)
+        return
+    progress = {"step": step, IS_INSIDE: True} | roles.progress()
+    rank_tensors |= tensors_of(roles.unfinished)
+    checkpoints.leave(step + 1, progress, rank_tensors=rank_tensors, is_inside=True)
 
 
 def _give_up(
@@ -181,9 +204,18 @@ def _give_up(
 
 
 def _iterate(
-    engine: PPOEngine, prompts: Sequence[PromptInput], step: int, trace: Trace | None
+    engine: PPOEngine,
+    prompts: Sequence[PromptInput],
+    step: int,
+    trace: Trace | None,
+    *,
+    has_checkpoints: bool,
 ) -> dict[str, float]:
-    """Run one iteration and return its metrics with the time of each phase."""
+    """Run one iteration, or the rest of one, and return its metrics with the time of each phase.
+
+    Raises:
+        Leaving: a rank was asked to leave; inside the update only where a checkpoint can hold it.
+    """
     config, place = engine.config, engine.topology
     engine.set_lr(
         cosine_lr(
@@ -197,25 +229,29 @@ def _iterate(
     if trace is not None:
         trace.take_wait_s()  # of what came between two iterations
     phases = Phases()
+    is_wished_here = partial(is_wished, (None, place.device))
+    is_leaving = is_wished_here if has_checkpoints else None
+    unfinished = engine.roles.unfinished
     with phases.phase("iteration"):
-        with phases.phase("generate"):
-            rollouts = engine.generate(prompts)
-        with phases.phase("experience"):
-            experience = engine.make_experience(rollouts)
-            if is_wished((None, place.device)):
-                raise Leaving
-        with phases.phase("update"):
-            metrics = engine.update(experience)
-    elapsed_s = phases.seconds["timing_s/iteration"]
-    num_answer_tokens = metrics["response_length/mean"] * rollouts.num_everywhere
-    num_tokens = num_answer_tokens + metrics["prompt_length/mean"] * rollouts.num_everywhere
-    metrics |= phases.seconds | {
-        "perf/tokens_per_s": num_tokens / elapsed_s,
-        "perf/tokens_per_s_per_gpu": num_tokens / elapsed_s / place.world_size,
-        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / elapsed_s / place.world_size,
-    }
+        if unfinished is None:
+            with phases.phase("generate"):
+                rollouts = engine.generate(prompts)
+            with phases.phase("experience"):
+                experience = engine.make_experience(rollouts)
+                if is_wished_here():
+                    raise Leaving
+            with phases.phase("update"):
+                metrics = engine.roles.update(experience, is_leaving=is_leaving)
+        else:
+            experience = unfinished.experience
+            with phases.phase("update"):
+                metrics = engine.roles.finish_update(is_leaving=is_leaving)
+    elapsed_s, num_answers = phases.seconds["timing_s/iteration"], experience.rollouts.num_everywhere
+    metrics |= phases.seconds
     metrics["actor/is_step_skipped"] = 0.0
-    metrics |= _mfu(engine, metrics, rollouts.num_everywhere)
+    if unfinished is None:  # else the time is that of a part of the iteration
+        metrics |= _speed(metrics, num_answers, elapsed_s, place)
+        metrics |= _mfu(engine, metrics, num_answers)
     if trace is not None and place.device.type == "cpu":  # on CUDA the host does not see waits
         metrics |= _idle(trace.take_wait_s() / elapsed_s, place)
     is_last = step + 1 == config.train.steps
@@ -223,6 +259,18 @@ def _iterate(
         path = Path(config.run.output) / SAMPLES_FOLDER / f"step_{step + 1}.jsonl"
         _write_samples(engine, path, experience.rollouts, experience.rewards_B)
     return metrics
+
+
+def _speed(
+    metrics: Mapping[str, float], num_answers: int, elapsed_s: float, place: Topology
+) -> dict[str, float]:
+    num_answer_tokens = metrics["response_length/mean"] * num_answers
+    num_tokens = num_answer_tokens + metrics["prompt_length/mean"] * num_answers
+    return {
+        "perf/tokens_per_s": num_tokens / elapsed_s,
+        "perf/tokens_per_s_per_gpu": num_tokens / elapsed_s / place.world_size,
+        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / elapsed_s / place.world_size,
+    }
 
 
 def _mfu(engine: PPOEngine, metrics: Mapping[str, float], num_sequences: int) -> dict[str, float]:

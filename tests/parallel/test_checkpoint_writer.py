@@ -13,7 +13,7 @@ from saved_runs import OPTIONS, save_steps, tiny_run
 
 from glm_rlhf.parallel import checkpoint_writer
 from glm_rlhf.parallel.checkpoint_reader import newest_checkpoint
-from glm_rlhf.parallel.checkpoint_writer import TRACKER, step_folders
+from glm_rlhf.parallel.checkpoint_writer import TRACKER, bring_back, step_folders
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.topology import topology
 
@@ -167,3 +167,12 @@ def test_a_damaged_checkpoint_gives_way_to_a_new_one_of_its_step(tmp_path):
     save_steps(tmp_path, {}, [4])
     assert newest(tmp_path).manifest.step == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [TRACKER, "step_2", "step_4"]
+
+
+def test_what_gave_way_to_a_save_that_was_killed_gets_its_name_back(tmp_path):
+    for name in (".step_3.replaced", ".step_5.replaced", "step_5", ".step_4.partial", ".step_2.removed"):
+        (tmp_path / name).mkdir()
+    bring_back(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".step_2.removed", ".step_4.partial", ".step_5.replaced", "step_3", "step_5")
+    ]

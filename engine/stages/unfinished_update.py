@@ -1,0 +1,82 @@
+"""An update that a run was left in between two epochs, and how a checkpoint holds it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
+
+_PREFIX = "update."
+_FACTS = f"{_PREFIX}facts"
+"""Tensor with everything that is none, as JSON in bytes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class UnfinishedUpdate:
+    """What a rank has learned from an iteration's experience so far, and what it goes on with."""
+
+    experience: Experience
+    """Of this rank's share of the answers."""
+    epoch: int = 0
+    """The epoch that comes next."""
+    policy_steps: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of the policy's optimizer steps so far."""
+    critic_steps: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of the critic's."""
+
+
+def tensors_of(update: UnfinishedUpdate) -> dict[str, torch.Tensor]:
+    """Return an update as tensors by name, for a rank's part of a checkpoint."""
+    experience, rollouts = update.experience, update.experience.rollouts
+    tensors: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] = {
+        "epoch": update.epoch,
+        "policy_steps": update.policy_steps,
+        "critic_steps": update.critic_steps,
+        "experience": _parts(experience, "experience.", tensors),
+        "rollouts": _parts(rollouts, "rollouts.", tensors),
+    }
+    facts["experience"].pop("rollouts")
+    facts["experience"]["metrics"] = dict(experience.metrics)
+    facts["rollouts"]["left_out"] = sorted(rollouts.left_out)
+    facts["rollouts"]["prompts"] = [[prompt.tokens, dict(prompt.extra)] for prompt in rollouts.prompts]
+    text = json.dumps(facts).encode()
+    return tensors | {_FACTS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> UnfinishedUpdate:
+    """Return the update that `tensors_of` took apart, its tensors on a device.
+
+    Raises:
+        KeyError: there is none in the tensors.
+    """
+    facts = json.loads(tensors[_FACTS].numpy().tobytes())
+    moved = {name: tensor.to(device) for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in facts["rollouts"].items()}
+    given["left_out"] = frozenset(given["left_out"])
+    given["prompts"] = tuple(PromptInput(tokens=tuple(ids), extra=extra) for ids, extra in given["prompts"])
+    rollouts = Rollouts(**given, **_named(moved, "rollouts."))
+    experience = Experience(rollouts=rollouts, **facts["experience"], **_named(moved, "experience."))
+    steps = {name: facts[name] for name in ("epoch", "policy_steps", "critic_steps")}
+    return UnfinishedUpdate(experience=experience, **steps)
+
+
+def _parts(whole: Experience | Rollouts, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Put the tensors of a batch into `tensors`; return its other fields."""
+    others = {}
+    for one in dataclasses.fields(whole):
+        value = getattr(whole, one.name)
+        if isinstance(value, torch.Tensor):
+            tensors[f"{_PREFIX}{prefix}{one.name}"] = value
+        else:
+            others[one.name] = value
+    return others
+
+
+def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    start = f"{_PREFIX}{prefix}"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
