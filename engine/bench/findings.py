@@ -40,6 +40,8 @@ class Moved:
     """Median ÷ the earlier median."""
     overlaps: bool
     """Whether the two ranges between quartiles have a point in common."""
+    ratios: tuple[float, ...]
+    """Of a peer: its median ÷ that of ours, in the earlier run and in this one; empty for ours."""
 
 
 def write_findings(findings: Findings, folder: Path, *, earlier: dict | None) -> str:
@@ -54,7 +56,7 @@ def write_findings(findings: Findings, folder: Path, *, earlier: dict | None) ->
     plots = _plots(findings)
     for name, text in plots.items():
         (folder / name).write_text(text, encoding="utf-8")
-    agreement = None if earlier is None else agreement_text(compare(findings.rows, earlier))
+    agreement = None if earlier is None else agreement_text(findings.rows, earlier)
     report = Report(
         title="Benchmark",
         claim=agreement or "One run; give `bench.earlier=…/bench.json` to compare the next with it.",
@@ -89,41 +91,49 @@ def read_earlier(path: Path) -> dict:
 
 def compare(rows: Sequence[Row], earlier: dict) -> list[Moved]:
     """Return each contender that both runs timed on the same shape."""
-    before = {
-        (row["row"], row["shape"], entry["name"]): entry["timing"]
-        for row in earlier["rows"]
-        for entry in row["entries"]
-        if entry["timing"] is not None
-    }
+    before = {(row["row"], row["shape"]): _timings(row) for row in earlier["rows"]}
     found = []
     for row in rows:
-        for entry in row.entries:
-            old = before.get((row.row, row.shape, entry.name))
-            if entry.timing is None or old is None:
-                continue
-            new = entry.timing
-            found.append(
-                Moved(
-                    row=f"{row.row} {entry.name}",
-                    factor=new.median_s / old["median_s"],
-                    overlaps=new.low_s <= old["high_s"] and old["low_s"] <= new.high_s,
-                )
-            )
+        old = before.get((row.row, row.shape), {})
+        new = _timings(asdict(row))
+        ours = row.entries[0].name
+        for name in new.keys() & old.keys():
+            factor = new[name]["median_s"] / old[name]["median_s"]
+            ratios = ()
+            if name != ours and ours in new and ours in old:
+                ratios = tuple(run[name]["median_s"] / run[ours]["median_s"] for run in (old, new))
+            overlaps = new[name]["low_s"] <= old[name]["high_s"] and old[name]["low_s"] <= new[name]["high_s"]
+            found.append(Moved(row=f"{row.row} {name}", factor=factor, overlaps=overlaps, ratios=ratios))
     return found
 
 
-def agreement_text(moved: Sequence[Moved]) -> str:
-    """Return what the comparison with the earlier run says, in two sentences."""
+def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
+    """Return what the comparison with an earlier run says."""
+    moved = compare(rows, earlier)
     if not moved:
         return "The earlier run timed nothing that this one did."
     num_alike = sum(one.overlaps for one in moved)
-    far = max(moved, key=lambda one: max(one.factor, 1 / one.factor))
     typical = median(abs(one.factor - 1) for one in moved)
-    return (
+    far = max(moved, key=lambda one: max(one.factor, 1 / one.factor))
+    text = (
         f"Against the earlier run: in {num_alike} of {len(moved)} timings the ranges between quartiles "
         f"overlap. A median moved by {typical:.0%} typically, at most by the factor {far.factor:.2f} "
         f"({far.row})."
     )
+    pairs = [one.ratios for one in moved if one.ratios]
+    if pairs:
+        same = sum((old > 1) == (new > 1) for old, new in pairs)
+        typical = median(abs(new / old - 1) for old, new in pairs)
+        text += (
+            f" A peer's time ÷ ours moved by {typical:.0%} typically; in {same} of {len(pairs)} the same of "
+            "the two is faster."
+        )
+    return text
+
+
+def _timings(row: dict) -> dict[str, dict]:
+    """Return the timings of a row, as JSON has it, by contender."""
+    return {entry["name"]: entry["timing"] for entry in row["entries"] if entry["timing"] is not None}
 
 
 def _plots(findings: Findings) -> dict[str, str]:

@@ -70,12 +70,21 @@ def test_what_was_not_measured_has_no_plot(tmp_path):
 def test_two_runs_are_compared_by_their_ranges(tmp_path, factor, alike):
     write_findings(findings(), tmp_path, earlier=None)
     earlier = read_earlier(tmp_path / "bench.json")
-    moved = compare(findings(factor).rows, earlier)
+    rows = findings(factor).rows
+    moved = compare(rows, earlier)
     assert len(moved) == 4  # the absent peer has no time
     assert sum(one.overlaps for one in moved) == alike
     assert max(one.factor for one in moved) == pytest.approx(factor)
-    assert f"in {alike} of 4 timings" in agreement_text(moved)
-    assert f"the factor {factor:.2f} (" in agreement_text(moved)
+    text = agreement_text(rows, earlier)
+    assert f"in {alike} of 4 timings" in text
+    assert f"the factor {factor:.2f} (" in text
+    assert f"÷ ours moved by {1 - 1 / factor:.0%} typically; in 1 of 1 the same" in text
+
+
+def test_a_peer_that_was_slower_and_is_faster_now_is_counted(tmp_path):
+    write_findings(findings(), tmp_path, earlier=None)
+    text = agreement_text(findings(3.0).rows, read_earlier(tmp_path / "bench.json"))
+    assert "in 0 of 1 the same of the two is faster" in text
 
 
 def test_another_shape_is_not_compared(tmp_path):
@@ -84,7 +93,7 @@ def test_another_shape_is_not_compared(tmp_path):
     for one in earlier["rows"]:
         one["shape"] = "T 8"
     assert compare(findings().rows, earlier) == []
-    assert "timed nothing" in agreement_text([])
+    assert "timed nothing" in agreement_text(findings().rows, earlier)
 
 
 @pytest.mark.parametrize(
