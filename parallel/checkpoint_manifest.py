@@ -15,12 +15,12 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
@@ -77,9 +77,19 @@ class ModelFacts:
     dtype: str
     """The format's name of the type of its weights in training, such as `BF16`; they are stored in fp32."""
     num_steps: int
-    """Optimizer steps taken; with 0 no averages are stored."""
+    """Optimizer steps taken."""
     frozen: tuple[str, ...]
     """Our names of the weights that are not trained, and have no averages."""
+    gradient_squares: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(
+        default_factory=dict
+    )
+    """Squared norms of parts of the last gradient, by what names of weights begin with; of an optimizer in
+    backward, which clips by them."""
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether Adam's averages are stored; an optimizer in backward has them before its first step."""
+        return self.num_steps > 0 or bool(self.gradient_squares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,15 +7,16 @@ import torch
 
 from glm_rlhf.parallel.checkpoint_manifest import WEIGHT, ModelFacts
 from glm_rlhf.parallel.checkpoint_tensors import tensor_name
+from glm_rlhf.parallel.in_backward import AnyTrainingState
 from glm_rlhf.parallel.names import Weight, weights_of
-from glm_rlhf.parallel.optimizer import TrainingState
-from glm_rlhf.parallel.optimizer_state import averages_of, num_steps_of, parts_of
+from glm_rlhf.parallel.optimizer_part import SplitMaster
+from glm_rlhf.parallel.optimizer_state import gradient_squares_of, num_steps_of, parts_of
 from glm_rlhf.parallel.safetensors_header import DTYPE_NAMES
 from glm_rlhf.parallel.sharding import Shard, first_holder, shards_of
 from glm_rlhf.parallel.weights import part_of
 
 
-def held_shards(training: TrainingState) -> Iterator[tuple[Weight, Shard, int]]:
+def held_shards(training: AnyTrainingState) -> Iterator[tuple[Weight, Shard, int]]:
     """Yield (row of the table, parameter, first tensor-parallel rank with the same one) for this rank."""
     place = training.topology
     tp = {"tp_rank": place.tp_rank, "tp_size": place.layout.tp}
@@ -25,7 +26,9 @@ def held_shards(training: TrainingState) -> Iterator[tuple[Weight, Shard, int]]:
                 yield weight, shard, first_holder(weight, shard, chunk.glm, **tp)
 
 
-def stored_tensors(model: str, training: TrainingState) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def stored_tensors(
+    model: str, training: AnyTrainingState
+) -> tuple[dict[str, torch.Tensor | SplitMaster], dict[str, int]]:
     """Return the tensors that this rank stores of a model, and the first element of each parameter's part.
 
     Of equal parameters the first is stored: tensor-parallel ranks hold norms, and key/value heads that they
@@ -40,14 +43,15 @@ def stored_tensors(model: str, training: TrainingState) -> tuple[dict[str, torch
     }
     tensors, starts = {}, {}
     for part in parts_of(training):
-        if part.ours in stored and (part.optimizer is not None or place.dp_cp_group.rank() == 0):
+        if part.ours in stored and (part.is_trained or place.dp_cp_group.rank() == 0):
             starts[part.ours] = part.start
-            for kind, values in {WEIGHT: part.weight.detach(), **averages_of(part)}.items():
+            weight = part.weight if isinstance(part.weight, SplitMaster) else part.weight.detach()
+            for kind, values in {WEIGHT: weight, **part.averages}.items():
                 tensors[tensor_name(model, kind, part.ours)] = values
     return tensors, starts
 
 
-def facts_of(training: TrainingState) -> ModelFacts:
+def facts_of(training: AnyTrainingState) -> ModelFacts:
     """Return what this rank knows of a model; `joined_facts` makes it whole."""
     chunk = training.bare_chunks[0]
     return ModelFacts(
@@ -56,6 +60,7 @@ def facts_of(training: TrainingState) -> ModelFacts:
         dtype=DTYPE_NAMES[chunk.config.params_dtype],
         num_steps=num_steps_of(training),
         frozen=tuple(sorted(frozen_weights(training))),
+        gradient_squares=gradient_squares_of(training),
     )
 
 
@@ -65,10 +70,11 @@ def joined_facts(facts: Sequence[ModelFacts]) -> ModelFacts:
         facts[0],
         num_steps=max(one.num_steps for one in facts),
         frozen=tuple(sorted({name for one in facts for name in one.frozen})),
+        gradient_squares={name: square for one in facts for name, square in one.gradient_squares.items()},
     )
 
 
-def frozen_weights(training: TrainingState) -> set[str]:
+def frozen_weights(training: AnyTrainingState) -> set[str]:
     """Return our names of the weights on this rank that are not trained."""
     trained = {name: p.requires_grad for chunk in training.bare_chunks for name, p in chunk.named_weights()}
     return {
@@ -78,5 +84,5 @@ def frozen_weights(training: TrainingState) -> set[str]:
     }
 
 
-def _is_tied_copy(weight: Weight, training: TrainingState) -> bool:
+def _is_tied_copy(weight: Weight, training: AnyTrainingState) -> bool:
     return weight.ours == "output_layer.weight" and training.bare_chunks[0].glm.has_tied_head

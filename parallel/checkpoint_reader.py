@@ -11,8 +11,8 @@ from glm_rlhf.parallel.checkpoint_manifest import AVERAGES, WEIGHT, CheckpointEr
 from glm_rlhf.parallel.checkpoint_parts import frozen_weights, held_shards
 from glm_rlhf.parallel.checkpoint_tensors import Checkpoint, ShardedTensor, StoredShard, open_checkpoint
 from glm_rlhf.parallel.checkpoint_writer import TRACKER, bring_back, step_folders
-from glm_rlhf.parallel.optimizer import TrainingState
-from glm_rlhf.parallel.optimizer_state import parts_of, refresh_weights, set_averages
+from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.optimizer_state import go_on, parts_of, set_averages
 from glm_rlhf.parallel.sharding import Piece, Shard, read_shard
 from glm_rlhf.parallel.topology import Topology
 from glm_rlhf.parallel.weights import part_of
@@ -94,12 +94,12 @@ def _tell(folder: Path, step: int, refusals: list[str], topology: Topology) -> N
 
 
 @torch.no_grad()
-def restore(state: TrainingState, checkpoint: Checkpoint, model: str) -> None:
+def restore(state: AnyTrainingState, checkpoint: Checkpoint, model: str) -> None:
     """Fill weights and averages from a model of a checkpoint; every rank of the topology calls this.
 
     A rank reads what it owns. In the layout that wrote it, that is one stretch of a file for each parameter;
     in another one the parameter is put together from the parts that overlap it. The data-parallel group
-    gathers the weights.
+    gathers the weights. The ordinary optimizer and the one in backward load each other's.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
@@ -125,17 +125,17 @@ def restore(state: TrainingState, checkpoint: Checkpoint, model: str) -> None:
                 f"frozen there: {sorted(held & set(facts.frozen))}, here: {sorted(frozen_weights(state))}"
             )
         sources = {WEIGHT: _Source(checkpoint, model, WEIGHT)}
-        if facts.num_steps:
+        if facts.has_averages:
             sources |= {kind: _Source(checkpoint, model, kind) for kind in AVERAGES}
         shards = {shard.ours: (shard, holder) for _, shard, holder in held_shards(state)}
         for part in parts_of(state):
             shard, holder = shards[part.ours]
             span = part.start, part.stop
             part.weight.copy_(sources[WEIGHT].read(shard, holder, *span))
-            if part.optimizer is not None and facts.num_steps:
+            if part.is_trained and facts.has_averages:
                 averages = {kind: sources[kind].read(shard, holder, *span) for kind in AVERAGES}
                 set_averages(part, averages, facts.num_steps)
-    refresh_weights(state)
+    go_on(state, facts.num_steps, facts.gradient_squares)
 
 
 class _Source:

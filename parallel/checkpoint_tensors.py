@@ -270,7 +270,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     _check_names(folder, manifest, headers)
     checkpoint = Checkpoint(folder=folder, manifest=manifest, headers=headers)
     for model, facts in manifest.models.items():
-        for kind in (WEIGHT, *(AVERAGES if facts.num_steps else ())):
+        for kind in (WEIGHT, *(AVERAGES if facts.has_averages else ())):
             checkpoint.shards(model, kind)
     return checkpoint
 

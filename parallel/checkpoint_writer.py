@@ -36,7 +36,8 @@ from glm_rlhf.parallel.checkpoint_manifest import (
 from glm_rlhf.parallel.checkpoint_parts import facts_of, joined_facts, stored_tensors
 from glm_rlhf.parallel.checkpoint_tensors import tensor_name
 from glm_rlhf.parallel.disk import replace_file, sync, write_all, write_synced
-from glm_rlhf.parallel.optimizer import TrainingState
+from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.optimizer_part import SplitMaster
 from glm_rlhf.parallel.safetensors_header import HeaderEntry, plan_file
 from glm_rlhf.parallel.topology import Topology
 
@@ -117,7 +118,7 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        models: Mapping[str, TrainingState],
+        models: Mapping[str, AnyTrainingState],
         *,
         state: Mapping[str, Any],
         rank_tensors: Mapping[str, torch.Tensor] | None = None,
@@ -192,7 +193,7 @@ class CheckpointWriter:
     def _plan(
         self,
         step: int,
-        models: Mapping[str, TrainingState],
+        models: Mapping[str, AnyTrainingState],
         state: Mapping[str, Any],
         rank_tensors: Mapping[str, torch.Tensor],
     ) -> "_Job":
@@ -269,6 +270,8 @@ class CheckpointWriter:
                 stack.enter_context(torch.cuda.stream(stream))
             for name, entry in job.entries.items():
                 values = job.tensors[name]
+                if isinstance(values, SplitMaster):  # made here, one at a time: a save needs no more memory
+                    values = values.joined()
                 target = memory[entry.offset : entry.offset + entry.num_bytes].view(values.dtype)
                 target.copy_(values.reshape(-1), non_blocking=is_cuda)
             if is_cuda:
@@ -322,7 +325,7 @@ class _Job:
     step: int
     prefix: bytes
     entries: Mapping[str, HeaderEntry]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor | SplitMaster]
     starts: dict[str, dict[str, int]]
     models: dict[str, ModelFacts]
     state: dict[str, Any]

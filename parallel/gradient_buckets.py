@@ -7,8 +7,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from glm_rlhf.kernels import AdamWTable, adamw
+from glm_rlhf.parallel.checkpoint_manifest import AVERAGES
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.optimizer import AdamSettings, sum_replicas
+from glm_rlhf.parallel.optimizer_part import Part, SplitMaster
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -16,18 +18,23 @@ def buckets_of(chunks: Sequence[GLMModel], topology: Topology) -> Iterator["Buck
     """Return the weights to be trained in buckets: a layer each, the embedding, the final norm, the head."""
     for chunk in chunks:
         members: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in chunk.named_weights():
             parts = name.split(".")
             key = ".".join(parts[:3]) if name.startswith("decoder.layers.") else parts[0]
             if parameter.requires_grad:
                 members.setdefault(key, []).append((name, parameter))
-        yield from (Bucket(found, topology) for found in members.values())
+        yield from (Bucket(key, found, topology) for key, found in members.items())
 
 
 class Bucket:
     """Weights that are updated together, their gradients while they exist, this rank's optimizer state."""
 
-    def __init__(self, members: Sequence[tuple[str, torch.nn.Parameter]], topology: Topology) -> None:
+    def __init__(
+        self, name: str, members: Sequence[tuple[str, torch.nn.Parameter]], topology: Topology
+    ) -> None:
+        self.name = name
+        """What its weights' names in the whole model begin with."""
+        self._names = [member for member, _ in members]
         self.parameters = [parameter for _, parameter in members]
         self.waits_for_other_stage = any(hasattr(p, "shared_embedding") for p in self.parameters)
         self._topology = topology
@@ -115,10 +122,32 @@ class Bucket:
                 weight_decay=settings.weight_decay if decays else 0.0,
                 clip_factor=clip_factor,
             )
+        self.gather()
+        self.is_updated = True
+
+    def gather(self) -> None:
+        """Have every rank's share of the weights on all ranks that have the same."""
         started = [shard.start_gather() for shard in self._shards]
         for shard, (whole, work) in zip(self._shards, started, strict=True):
             shard.finish_gather(_finished(whole, work))
-        self.is_updated = True
+
+    def parts(self) -> Iterator[Part]:
+        """Return this rank's shares, without filler; a rank may have none of a small weight."""
+        for table, places, _ in self._tables:
+            for row, place in enumerate(places):
+                start, count = self._shards[place].span
+                if count:
+                    weight = table.weights[row][:count]
+                    moments = table.first_moments[row][:count], table.second_moments[row][:count]
+                    yield Part(
+                        ours=self._names[place],
+                        start=start,
+                        weight=weight
+                        if table.remainders is None
+                        else SplitMaster(weight=weight, remainder=table.remainders[row][:count]),
+                        is_trained=True,
+                        averages=dict(zip(AVERAGES, moments, strict=True)),
+                    )
 
 
 class _Shard:
@@ -131,6 +160,12 @@ class _Shard:
         whole = self._padded(parameter.detach())
         self.weight_S = self._own(whole) if not self._num_filler else self._own(whole).clone()
         """Elements of the weight itself, or where they do not divide evenly a copy with filler."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(first element, how many without filler) of the flattened weight."""
+        start = self._group.rank() * self._size
+        return start, max(0, min(self._size, self._parameter.numel() - start))
 
     def start_reduction(self, gradient: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:
         """Return (this rank's part of the sum of all ranks' gradients, what to wait for)."""

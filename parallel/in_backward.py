@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from glm_rlhf.parallel.optimizer import (
     TrainingState,
     check_trainable,
 )
+from glm_rlhf.parallel.optimizer_part import Part
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -63,7 +64,10 @@ class InBackwardState:
         self.topology, self.settings = topology, settings
         self.chunks = list(chunks)
         self._lr = settings.lr
-        self._num_steps = 0
+        self.before_change: Callable[[], None] | None = None
+        """Called before weights and averages change: returns when nobody reads them any more."""
+        self.num_steps = 0
+        """Steps that were taken."""
         self._buckets = list(buckets_of(chunks, topology))
         self._is_last_micro_batch = True
         # Squared norms of buckets: the newest, those of the last step that was taken, and of other stages.
@@ -71,6 +75,11 @@ class InBackwardState:
         self._taken_squares_K = self._squares_K.clone()
         self._square_elsewhere = self._squares_K.new_zeros(())
         self._hook()
+
+    @property
+    def bare_chunks(self) -> list[GLMModel]:
+        """This rank's chunks."""
+        return self.chunks
 
     def zero_grad(self) -> None:
         """Forget gradients of a step that was given up; before the first micro-batch of a step."""
@@ -90,14 +99,13 @@ class InBackwardState:
         finite; see the class for what then has changed.
         """
         own = self._squares_K.sum()
-        total = own.clone()
-        dist.all_reduce(total, group=self.topology.pp_group)
+        total = self._sum_over_stages(own)
         grad_norm = math.sqrt(total.item())
         if not math.isfinite(grad_norm):
             return StepResult(is_applied=False, grad_norm=grad_norm)
         self._taken_squares_K.copy_(self._squares_K)
         self._square_elsewhere = total - own
-        self._num_steps += 1
+        self.num_steps += 1
         return StepResult(is_applied=True, grad_norm=grad_norm)
 
     def nonfinite_gradients(self) -> list[str]:
@@ -106,6 +114,37 @@ class InBackwardState:
 
     def gather_weights(self) -> None:
         """Do nothing: weights are gathered as they change."""
+
+    def parts(self) -> dict[str, Part]:
+        """Return this rank's shares of the weights that are trained, by their names in the whole model."""
+        return {part.ours: part for bucket in self._buckets for part in bucket.parts()}
+
+    @property
+    def gradient_squares(self) -> dict[str, float]:
+        """Squared norm of each bucket of this pipeline stage in the last step, which the next clips by."""
+        names = (bucket.name for bucket in self._buckets)
+        return dict(zip(names, self._taken_squares_K.tolist(), strict=True))
+
+    def go_on(self, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
+        """Gather the weights of `parts` that were filled, and continue; every rank calls this.
+
+        Args:
+            num_steps: steps behind them.
+            gradient_squares: of all stages' buckets; those that are not in it count 0, as in a first step.
+        """
+        self.num_steps = num_steps
+        squares = [gradient_squares.get(bucket.name, 0.0) for bucket in self._buckets]
+        self._taken_squares_K.copy_(torch.tensor(squares, dtype=torch.float64))
+        own = self._taken_squares_K.sum()
+        self._square_elsewhere = self._sum_over_stages(own) - own
+        for bucket in self._buckets:
+            bucket.gather()
+        self.zero_grad()
+
+    def _sum_over_stages(self, own: torch.Tensor) -> torch.Tensor:
+        total = own.clone()
+        dist.all_reduce(total, group=self.topology.pp_group)
+        return total
 
     def _hook(self) -> None:
         """Have gradients brought to their buckets, and Megatron-core's schedules tell when a step ends."""
@@ -147,9 +186,11 @@ class InBackwardState:
         dist.all_reduce(square, group=self.topology.dp_cp_group)
         dist.all_reduce(square, group=self.topology.tp_group)
         self._squares_K[index] = square
+        if self.before_change is not None:
+            self.before_change()
         bucket.update(
             gradients,
-            step=self._num_steps + 1,
+            step=self.num_steps + 1,
             lr=self._lr,
             clip_factor=self._clip_factor(),
             settings=self.settings,

@@ -1,72 +1,63 @@
 """What a rank owns of a model in training: fp32 weights and Adam's averages, in flat parts of parameters.
 
 The distributed optimizer cuts the flattened parameters of a rank into dp × cp stretches and keeps fp32
-weights and averages of its own stretch only. A part is one parameter's share of that stretch, so that every
-rank can write, and fill again, exactly what it has; nothing is communicated for it.
+weights and averages of its own stretch only; the optimizer in backward cuts each parameter. A part is what
+a rank has of one parameter, so that every rank can write, and fill again, exactly what it has; nothing is
+communicated for it.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from glm_rlhf.parallel.checkpoint_manifest import AVERAGES
+from glm_rlhf.parallel.in_backward import AnyTrainingState, InBackwardState
 from glm_rlhf.parallel.optimizer import TrainingState
+from glm_rlhf.parallel.optimizer_part import Part
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Some consecutive elements of one flattened parameter of this rank."""
-
-    ours: str
-    """The parameter's name in the whole model."""
-    start: int
-    """First element."""
-    weight: torch.Tensor
-    """The elements: the very tensor that the optimizer changes, fp32; or a view of a frozen parameter."""
-    optimizer: DistributedOptimizer | None = field(repr=False)
-    """What trains the parameter; None where it is frozen."""
-
-    @property
-    def stop(self) -> int:
-        """Element behind the last."""
-        return self.start + self.weight.numel()
-
-
-def parts_of(state: TrainingState) -> Iterator[Part]:
+def parts_of(state: AnyTrainingState) -> Iterator[Part]:
     """Yield the parts that this rank owns, in the model's order.
 
     Data- and context-parallel ranks share a trained parameter's elements without overlap; each of them has
     the whole of a frozen one. What is parked is brought back first.
     """
-    state.bring_back()
-    optimizers = _optimizers(state)
+    if isinstance(state, InBackwardState):
+        found = state.parts()
+    else:
+        state.bring_back()
+        found = {part.ours: part for part in _distributed_parts(state)}
     for chunk in state.bare_chunks:
         for name, parameter in chunk.named_weights():
             if not parameter.requires_grad:
-                yield Part(ours=name, start=0, weight=parameter.detach().view(-1), optimizer=None)
-                continue
-            for optimizer in optimizers:
+                yield Part(ours=name, start=0, weight=parameter.detach().view(-1), is_trained=False)
+            elif name in found:
+                yield found[name]
+
+
+def _distributed_parts(state: TrainingState) -> Iterator[Part]:
+    """Yield the parts of what is trained, for Megatron-core's optimizers."""
+    for optimizer in _optimizers(state):
+        for chunk in state.bare_chunks:
+            for name, parameter in chunk.named_weights():
                 if parameter in optimizer.model_param_gbuf_map:
+                    main = _main_parameter(optimizer, parameter)
+                    averages = optimizer.optimizer.state.get(main, {})
                     yield Part(
                         ours=name,
                         start=optimizer._get_model_param_range_map(parameter)["param"].start,
-                        weight=_main_parameter(optimizer, parameter),
+                        weight=main,
+                        is_trained=True,
+                        averages={kind: averages[kind] for kind in AVERAGES if kind in averages},
                         optimizer=optimizer,
                     )
 
 
-def averages_of(part: Part) -> dict[str, torch.Tensor]:
-    """Return Adam's averages of a part; nothing before the first step, and of frozen weights."""
-    if part.optimizer is None:
-        return {}
-    found = part.optimizer.optimizer.state.get(part.weight, {})
-    return {name: found[name] for name in AVERAGES if name in found}
-
-
-def num_steps_of(state: TrainingState) -> int:
+def num_steps_of(state: AnyTrainingState) -> int:
     """Return the steps that Adam has taken, 0 also on a rank that owns nothing that is trained."""
+    if isinstance(state, InBackwardState):
+        return state.num_steps
     state.bring_back()
     for optimizer in _optimizers(state):
         inner = optimizer.optimizer
@@ -79,8 +70,17 @@ def num_steps_of(state: TrainingState) -> int:
     return 0
 
 
-def set_averages(part: Part, averages: dict[str, torch.Tensor], num_steps: int) -> None:
-    """Give Adam its averages of a part, fp32 tensors that it keeps, and the steps behind them."""
+def gradient_squares_of(state: AnyTrainingState) -> dict[str, float]:
+    """Return what an optimizer in backward clips its next step by; the ordinary one needs nothing."""
+    return state.gradient_squares if isinstance(state, InBackwardState) else {}
+
+
+def set_averages(part: Part, averages: Mapping[str, torch.Tensor], num_steps: int) -> None:
+    """Give Adam its averages of a part, fp32 tensors that it may keep, and the steps behind them."""
+    if part.optimizer is None:
+        for name, values in part.averages.items():
+            values.copy_(averages[name])
+        return
     inner = part.optimizer.optimizer
     main = part.weight
     inner.state[main] = {name: averages[name].to(main.device) for name in AVERAGES}
@@ -91,8 +91,17 @@ def set_averages(part: Part, averages: dict[str, torch.Tensor], num_steps: int) 
         group["step"] = num_steps
 
 
-def refresh_weights(state: TrainingState) -> None:
-    """Round the fp32 weights to the model's own and gather them over dp; every rank calls this."""
+def go_on(state: AnyTrainingState, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
+    """Continue with parts that were filled, their weights gathered over dp; every rank calls this.
+
+    Args:
+        state: whose parts were filled.
+        num_steps: steps behind them.
+        gradient_squares: what an optimizer in backward clips its next step by; empty after the ordinary one.
+    """
+    if isinstance(state, InBackwardState):
+        state.go_on(num_steps, gradient_squares)
+        return
     for optimizer in _optimizers(state):
         optimizer._copy_main_params_to_model_params()
     for chunk in state.chunks:

@@ -18,7 +18,6 @@ from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.checkpoint_writer import CheckpointWriter, step_folders
 from glm_rlhf.parallel.hf_export import companion_files
 from glm_rlhf.parallel.in_backward import AnyTrainingState
-from glm_rlhf.parallel.optimizer import TrainingState
 from glm_rlhf.parallel.random_state import random_state, set_random_state
 from glm_rlhf.parallel.topology import Topology
 
@@ -253,15 +252,6 @@ def open_checkpoints(
         ValueError: the folder cannot be made, or the last save failed.
     """
     train = config.train
-    if not all(isinstance(training, TrainingState) for training in models.values()):
-        if train.save_every:
-            raise ValueError(
-                f"train.save_every is {train.save_every} with optimizer.in_backward, whose state checkpoints "
-                "do not hold yet: set train.save_every to 0 (train.export_every writes weights), or "
-                "optimizer.in_backward to false"
-            )
-        yield RunCheckpoints(config, models, None, identity=identity, export=export, place=place)
-        return
     with open_writer(
         Path(config.run.output) / FOLDER,
         config,
@@ -308,11 +298,6 @@ def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is of another run, or of other models.
     """
-    if checkpoints.writer is None:
-        raise ValueError(
-            f"{origin.folder} cannot be resumed with optimizer.in_backward, whose state it lacks: set "
-            "that to false, or run.resume to never and another run.name"
-        )
     is_whole_step = not origin.manifest.state["progress"].get(IS_INSIDE)
     if is_whole_step and origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
         checkpoints.hold(origin.manifest.step)

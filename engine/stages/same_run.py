@@ -16,12 +16,12 @@ _FREE_KEYS = {
     *("run.name", "run.output", "run.resume"),
     *("train.steps", "train.micro_batch_tokens", "train.recompute_layers", "train.overlap_communication"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.async_save", "train.export_every"),
-    *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps"),
+    *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "optimizer.in_backward"),
     *("generation.max_batch", "generation.max_step_tokens", "generation.page_size", "generation.cache_bytes"),
     *("data.eval_path", "data.eval_records"),
 }
 """Settings that a run may change where it goes on: none of them decides what a step computes, but for
-`train.steps`, at which the learning rate ends."""
+`train.steps`, at which the learning rate ends, and `optimizer.in_backward`, which clips by other norms."""
 
 
 def model_identity(folder: str | Path) -> str:

@@ -10,17 +10,34 @@ from glm_rlhf.parallel.checkpoint_manifest import AVERAGES, WEIGHT
 from glm_rlhf.parallel.checkpoint_reader import checkpoint_at, newest_checkpoint, restore
 from glm_rlhf.parallel.checkpoint_tensors import open_checkpoint
 from glm_rlhf.parallel.checkpoint_writer import CheckpointWriter
+from glm_rlhf.parallel.in_backward import training_state
 from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
+from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.topology import topology
 
 ADAM = AdamSettings(lr=1e-2, weight_decay=0.01)
+# In backward a layout also decides by which norms a layer is clipped; the same layout does so again.
+UNCLIPPED, CLIPPED = replace(ADAM, clip_grad=0.0), replace(ADAM, clip_grad=0.1)
 CASES = {
     "policy": Case(settings=ADAM),
     "critic": Case(role="critic", settings=ADAM),
     "tied": Case(changes={"has_tied_head": True}, settings=ADAM),
     "bf16": Case(dtype=torch.bfloat16, settings=ADAM),
     "frozen": Case(frozen=("embedding", "decoder.layers.0"), settings=ADAM),
+    "unclipped": Case(settings=UNCLIPPED),
+    "backward": Case(settings=UNCLIPPED, in_backward=True),
+    "backward bf16": Case(dtype=torch.bfloat16, settings=UNCLIPPED, in_backward=True),
+    "backward tied": Case(
+        changes={"has_tied_head": True, "ffn_size": 44, "vocab_size": 68},  # sizes that no group divides
+        settings=UNCLIPPED,
+        in_backward=True,
+    ),
+    "backward frozen": Case(
+        role="critic", frozen=("embedding", "decoder.layers.0"), settings=UNCLIPPED, in_backward=True
+    ),
+    "clipped": Case(settings=CLIPPED, in_backward=True),
+    "clipped tied": Case(changes={"has_tied_head": True}, settings=CLIPPED, in_backward=True),
+    "clipped bf16": Case(dtype=torch.bfloat16, settings=CLIPPED, in_backward=True),
 }
 TP4 = {"tp": 4, "sequence_parallel": True}  # more ranks than key/value heads: these are copied
 PAIRS = [
@@ -40,12 +57,30 @@ PAIRS = [
     ("bf16", {"tp": 2}, {"pp": 2}),
     ("bf16", {}, TP4),
     ("frozen", {"pp": 2}, {"tp": 2, "pp": 2}),
+    ("backward bf16", {"tp": 2}, {"pp": 2}),
+    ("backward tied", {"tp": 2, "pp": 2}, {}),
+    ("backward", {"pp": 2}, TP4),
+    ("backward", TP4, {"pp": 2, "vpp": 2}),
+    ("backward", {"cp": 2}, {"tp": 2, "pp": 2}),
+    ("backward bf16", {}, TP4),
+    ("backward tied", {}, {"pp": 4}),
+    ("backward frozen", {"pp": 2}, {"tp": 2}),
 ]
-SAME = [("policy", {"tp": 2}), ("bf16", {"pp": 2, "vpp": 2}), ("critic", {"cp": 2}), ("tied", {"pp": 2})]
+SAME = [
+    ("policy", {"tp": 2}),
+    ("bf16", {"pp": 2, "vpp": 2}),
+    ("clipped bf16", {"pp": 2}),
+    ("critic", {"cp": 2}),
+    ("tied", {"pp": 2}),
+    ("clipped", TP4),
+    ("clipped", {"pp": 2, "vpp": 2}),
+    ("clipped tied", {"tp": 2, "pp": 2}),
+]
 
 
 def make_state(case, place, seed=7):
-    return TrainingState(make_chunks(case, place, seed=seed), case.settings, topology=place)
+    chunks = make_chunks(case, place, seed=seed)
+    return training_state(chunks, case.settings, topology=place, in_backward=case.in_backward)
 
 
 def take_steps(case, state, place, count):
@@ -64,8 +99,11 @@ def weights_here(state):
     )
 
 
-def saved_and_loaded(folder, case, source, target):
-    """On each rank: weights and further losses of a run, and of one that goes on from its checkpoint."""
+def saved_and_loaded(folder, case, source, target, later=None):
+    """On each rank: weights and further losses of a run, and of one that goes on from its checkpoint.
+
+    The second is of the case `later`, the same if there is none.
+    """
     with topology(Layout(**source)) as place:
         state = make_state(case, place)
         take_steps(case, state, place, 2)
@@ -75,7 +113,7 @@ def saved_and_loaded(folder, case, source, target):
         losses = take_steps(case, state, place, 2)
         after = weights_here(state)
     with topology(Layout(**target)) as place:
-        state = make_state(case, place, seed=8)
+        state = make_state(later or case, place, seed=8)
         restore(state, newest_checkpoint(folder, topology=place), "policy")
         loaded = weights_here(state)
         with CheckpointWriter(folder, topology=place, keep_last=2, is_async=False) as writer:
@@ -93,7 +131,14 @@ def whole_tensors(folder, kind):
     return found
 
 
-QUICK = (0, 3, 5, 7, 11)
+def assert_same_content(folder, case):
+    """Check that what was saved right after loading is what was loaded."""
+    kinds = (WEIGHT,) if case.frozen else (WEIGHT, *AVERAGES)  # frozen weights have no averages
+    for kind in kinds:
+        assert whole_tensors(folder / "step_3", kind) == whole_tensors(folder / "step_2", kind), kind
+
+
+QUICK = (0, 3, 5, 7, 11, 16, 17)
 """Of the pairs, those that run with every change; the soak runs all."""
 
 
@@ -110,18 +155,16 @@ def test_another_layout_has_the_same_bits_and_goes_on(ranks, tmp_path, name, sou
     assert before.keys() == loaded.keys()
     for weight, expected in before.items():
         assert torch.equal(loaded[weight], expected), weight
-    kinds = (WEIGHT,) if name == "frozen" else (WEIGHT, *AVERAGES)  # frozen weights have no averages
-    for kind in kinds:
-        assert whole_tensors(tmp_path / "step_3", kind) == whole_tensors(tmp_path / "step_2", kind), kind
+    assert_same_content(tmp_path, case)
     # bf16 keeps 8 bits, and sums over ranks round differently; fp32 differs in the order of sums.
-    tolerance = 2e-2 if name == "bf16" else 1e-6
+    tolerance = 2e-2 if case.dtype is torch.bfloat16 else 1e-6
     for *_, losses, others, _, _ in answers:
         assert others == pytest.approx(losses, rel=tolerance)
         assert others[1] < others[0]
 
 
 @pytest.mark.parametrize(
-    "name, axes", [*SAME[:2], *(pytest.param(*case, marks=pytest.mark.soak) for case in SAME[2:])], ids=str
+    "name, axes", [*SAME[:3], *(pytest.param(*case, marks=pytest.mark.soak) for case in SAME[3:])], ids=str
 )
 def test_the_same_layout_goes_on_bit_for_bit(ranks, tmp_path, name, axes):
     for _, _, losses, others, after, later in ranks.run(saved_and_loaded, tmp_path, CASES[name], axes, axes):
@@ -129,6 +172,59 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks, tmp_path, name, axes):
         for expected, found in zip(after, later, strict=True):
             assert found[:3] == expected[:3]
             assert torch.equal(found[3], expected[3]), found[0]
+
+
+OPTIMIZERS = [
+    ("unclipped", {"tp": 2, "pp": 2}, "backward", {"tp": 2, "pp": 2}),
+    ("backward", {"tp": 2}, "unclipped", {"pp": 2}),
+    ("unclipped", {}, "backward", TP4),
+    ("backward", {"pp": 2, "vpp": 2}, "unclipped", {"cp": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    "name, source, later, target",
+    [OPTIMIZERS[0], *(pytest.param(*case, marks=pytest.mark.soak) for case in OPTIMIZERS[1:])],
+    ids=str,
+)
+def test_either_optimizer_goes_on_from_the_others_checkpoint(ranks, tmp_path, name, source, later, target):
+    answers = ranks.run(saved_and_loaded, tmp_path, CASES[name], source, target, CASES[later])
+    (before, _), (loaded, _) = (assemble([answer[i] for answer in answers]) for i in (0, 1))
+    for weight, expected in before.items():
+        assert torch.equal(loaded[weight], expected), weight
+    assert_same_content(tmp_path, CASES[name])
+    for *_, losses, others, _, _ in answers:
+        assert others == pytest.approx(losses, rel=1e-6)  # fp32, in another order
+
+
+def go_on_after_a_step_that_ended_half_way(folder):
+    """Changes of two steps more, and what they clip by: of a run, and of one from its checkpoint."""
+    case = CASES["clipped bf16"]
+    with topology(Layout()) as place:
+        state, found = make_state(case, place), []
+        weight = dict(state.bare_chunks[0].named_weights())[
+            "decoder.layers.1.self_attention.linear_proj.weight"
+        ]
+        handle = weight.register_hook(lambda gradient: gradient * torch.nan)
+        train_step(case, state, make_batches(case, place), place)
+        assert not state.step().is_applied
+        handle.remove()
+        with CheckpointWriter(folder, topology=place, keep_last=1, is_async=False) as writer:
+            writer.save(0, {"policy": state}, state={})
+        again = make_state(case, place, seed=8)
+        restore(again, checkpoint_at(folder / "step_0", topology=place), "policy")
+        for each in (state, again):
+            take_steps(case, each, place, 2)
+            found.append((weights_here(each), each.gradient_squares))
+        return found
+
+
+def test_averages_of_a_first_step_that_ended_half_way_are_kept(tmp_path):
+    (expected, squares), (found, others) = go_on_after_a_step_that_ended_half_way(tmp_path)
+    assert others == squares
+    assert sum(squares.values()) > CLIPPED.clip_grad**2
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one[3], other[3]), one[0]
 
 
 def load_alone(folder, case):

@@ -247,6 +247,25 @@ def test_a_state_lets_go_of_its_model_and_the_model_of_it():
         gc.enable()
 
 
+def test_whoever_reads_the_weights_is_waited_for_before_they_change():
+    with topology(Layout()) as place:
+        case = Case()
+        chunks, batches = make_chunks(case, place), make_batches(case, place)
+        state = InBackwardState(chunks, SETTINGS, topology=place)
+        before = {name: p.detach().clone() for name, p in chunks[0].named_weights()}
+        changed = []
+
+        def note() -> None:
+            weights = chunks[0].named_weights()
+            changed.append({name for name, p in weights if not torch.equal(p, before[name])})
+
+        state.before_change = note
+        train_step(case, state, batches, place)
+        assert state.step().is_applied
+        assert changed[0] == set()
+        assert changed[-1] == {name for name in before if not name.startswith("embedding.")}
+
+
 def test_what_cannot_be_combined_is_refused():
     with topology(Layout()) as place:
         chunks = make_chunks(Case(), place)

@@ -121,6 +121,9 @@ def run_stops(inputs: Path, name: str, place: Path, options: tuple[str, ...]) ->
 FOUR = [
     ("sft", ("parallel.tp=2", "parallel.pp=2")),
     ("ppo", ("parallel.tp=2",)),
+    # One rank goes on with the ordinary optimizer.
+    ("sft", ("parallel.tp=2", "parallel.pp=2", "optimizer.in_backward=true")),
+    pytest.param("ppo", ("parallel.tp=2", "optimizer.in_backward=true"), marks=pytest.mark.soak),
 ]
 
 
