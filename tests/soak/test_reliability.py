@@ -147,9 +147,9 @@ ROWS = (
         f"{PARALLEL}/test_fitting.py",
         f"{ENGINE}/stages/test_update.py",
         f"{ROLES}::test_little_memory_gives_the_metrics_of_enough",
-        missing="with tp it holds where memory runs out on all ranks that share layers at one collective; on "
-        "one alone, with optimizer.in_backward or train.overlap_communication, the run ends and says what to "
-        "lower; cp, for which the same is written, is not tried",
+        missing="with tp or cp it holds where memory runs out on all ranks that share layers, at the same "
+        "collective; on one alone, with optimizer.in_backward or train.overlap_communication, the run ends "
+        "and says what to lower",
     ),
     _row(
         15,
