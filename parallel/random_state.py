@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from glm_rlhf.parallel.cpu import is_needed as is_cpu
 
 _TRACKED = "megatron/"
+_ALWAYS = ("python", "python_gauss", "numpy", "numpy_gauss", "torch")
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -32,7 +33,17 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    """Put every generator into the state that `random_state` returned."""
+    """Put every generator into the state that `random_state` returned.
+
+    Raises:
+        ValueError: a generator has no state there.
+    """
+    missing = [name for name in _ALWAYS if name not in state]
+    if missing:
+        raise ValueError(
+            f"there is no state of the random generators {', '.join(missing)}; {', '.join(_ALWAYS)} are "
+            "required: remove this checkpoint to go on from the one before it"
+        )
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = state["numpy"].tolist()

@@ -68,7 +68,8 @@ ROWS = (
         "all state is in the checkpoint",
         "what is dropped is caught",
         RUNS,
-        missing="no test drops one item of the state at a time; that runs go on bit for bit rests on it all",
+        f"{ENGINE}/stages/test_dropped_state.py",
+        missing="items are dropped and replaced one at a time on one rank only",
     ),
     _row(
         4,
