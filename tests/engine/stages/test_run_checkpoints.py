@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from run_lines import run_on_two_ranks
 from tiny_models import make_model, save_folder
 from training_curves import curve, metrics_of, run_main, write_demonstrations, write_lines, write_pairs
 
@@ -87,12 +88,18 @@ def later_stops(inputs: Path, name: str, output: Path, whole: Path, stops, optio
     expected = outcome(whole)
     assert len(expected[0]) >= 2
     for stop in stops:
-        copied = output / str(stop)
-        shutil.copytree(whole, copied, ignore=shutil.ignore_patterns("checkpoints", "step_*"))
-        shutil.copytree(whole / "resume" / f"step_{stop}", copied / "resume" / f"step_{stop}")
+        copied = copy_until(stop, whole, output)
         code, said = run_main(command(name, inputs, copied, *options))
         assert code == 0, said
         assert outcome(copied) == expected, stop
+
+
+def copy_until(stop: int, whole: Path, output: Path) -> Path:
+    """Return a copy of a run folder as it was when the run was stopped after a step."""
+    copied = output / str(stop)
+    shutil.copytree(whole, copied, ignore=shutil.ignore_patterns("checkpoints", "step_*"))
+    shutil.copytree(whole / "resume" / f"step_{stop}", copied / "resume" / f"step_{stop}")
+    return copied
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
@@ -106,6 +113,27 @@ def test_one_rank_goes_on_bit_for_bit(inputs, tmp_path, name):
     assert code == 0, said
     assert outcome(stopped) == outcome(whole)
     later_stops(inputs, name, tmp_path, whole, (1, 2, 3, 4, 5) if name == "sft" else (5,), ())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("name", ["ppo", "reward"])
+def test_every_step_is_a_place_to_go_on_from(inputs, tmp_path, name, num_ranks):
+    """With the stops between two epochs of PPO, of `test_unfinished_update`, six places."""
+    whole, options = tmp_path / "whole", ("parallel.tp=2",) if num_ranks == 2 else ()
+    line = command(name, inputs, whole, *options)
+    if num_ranks == 1:
+        assert run_main(line)[0] == 0
+        later_stops(inputs, name, tmp_path, whole, range(1, STEPS), options)
+        return
+    run_on_two_ranks([line], tmp_path, timeout_s=200)
+    copies = [copy_until(stop, whole, tmp_path) for stop in range(1, STEPS)]
+    run_on_two_ranks([command(name, inputs, one, *options) for one in copies], tmp_path, timeout_s=200)
+    expected = outcome(whole)
+    assert len(expected[0]) >= 3
+    for copied in copies:
+        assert outcome(copied) == expected, copied.name
 
 
 def run_stops(inputs: Path, name: str, place: Path, options: tuple[str, ...]) -> list[tuple[int, str]]:
