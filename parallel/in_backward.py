@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.hooks import RemovableHandle
 
 from glm_rlhf.parallel.glm import GLMModel
-from glm_rlhf.parallel.gradient_buckets import buckets_of
+from glm_rlhf.parallel.gradient_buckets import Bucket, buckets_of
 from glm_rlhf.parallel.optimizer import (
     AdamSettings,
     StepResult,
@@ -41,8 +42,9 @@ class InBackwardState:
     Clipping. The norm of the whole gradient is not known before backward ends. Each bucket is clipped by
     `clip_grad` / the newest norm there is: of this step for the buckets that came before it and for itself,
     of the step before for those to come and for other pipeline stages, 0 in the first step. Its last bucket
-    without pipeline stages is clipped by the true norm; all are when norms do not change. With `clip_grad`
-    0 the weights are those of `TrainingState`.
+    without pipeline stages is clipped by the true norm; all are when norms do not change. Stages that share
+    a tied head know each other's norms when they update it. With `clip_grad` 0 the weights are those of
+    `TrainingState`.
 
     A gradient that is not finite. Its bucket and all after it stay as they are, on every rank that shares
     their layers; buckets before it have changed already. A loss that is not finite has a gradient of NaN
@@ -70,10 +72,10 @@ class InBackwardState:
         """Steps that were taken."""
         self._buckets = list(buckets_of(chunks, topology))
         self._is_last_micro_batch = True
-        # Squared norms of buckets: the newest, those of the last step that was taken, and of other stages.
+        # Squared norms of buckets: the newest, those of the last step that was taken, their sum over stages.
         self._squares_K = torch.zeros(len(self._buckets), dtype=torch.float64, device=topology.device)
         self._taken_squares_K = self._squares_K.clone()
-        self._square_elsewhere = self._squares_K.new_zeros(())
+        self._taken_total = self._squares_K.new_zeros(())
         self._hook()
 
     @property
@@ -98,13 +100,12 @@ class InBackwardState:
         The pipeline's stages add up their norms, 8 bytes. `is_applied` is false when some gradient was not
         finite; see the class for what then has changed.
         """
-        own = self._squares_K.sum()
-        total = self._sum_over_stages(own)
+        total = self._sum_over_stages(self._squares_K.sum())
         grad_norm = math.sqrt(total.item())
         if not math.isfinite(grad_norm):
             return StepResult(is_applied=False, grad_norm=grad_norm)
         self._taken_squares_K.copy_(self._squares_K)
-        self._square_elsewhere = total - own
+        self._taken_total = total
         self.num_steps += 1
         return StepResult(is_applied=True, grad_norm=grad_norm)
 
@@ -135,8 +136,7 @@ class InBackwardState:
         self.num_steps = num_steps
         squares = [gradient_squares.get(bucket.name, 0.0) for bucket in self._buckets]
         self._taken_squares_K.copy_(torch.tensor(squares, dtype=torch.float64))
-        own = self._taken_squares_K.sum()
-        self._square_elsewhere = self._sum_over_stages(own) - own
+        self._taken_total = self._sum_over_stages(self._taken_squares_K.sum())
         for bucket in self._buckets:
             bucket.gather()
         self.zero_grad()
@@ -192,13 +192,21 @@ class InBackwardState:
             gradients,
             step=self.num_steps + 1,
             lr=self._lr,
-            clip_factor=self._clip_factor(),
+            clip_factor=self._clip_factor(bucket),
             settings=self.settings,
         )
 
-    def _clip_factor(self) -> torch.Tensor:
-        """Return what a bucket's gradient is multiplied by, fp32 []; NaN where a norm is not finite."""
-        norm = (self._squares_K.sum() + self._square_elsewhere).sqrt()
+    def _clip_factor(self, bucket: Bucket) -> torch.Tensor:
+        """Return what a bucket's gradient is multiplied by, fp32 []; NaN where a norm is not finite.
+
+        Both stages of a tied head take the same, that the copies stay copies: they know each other's norms.
+        """
+        newest, taken = self._squares_K.sum(), self._taken_squares_K.sum()
+        if bucket.waits_for_other_stage:
+            both = torch.stack([newest, taken])
+            dist.all_reduce(both, group=parallel_state.get_embedding_group())
+            newest, taken = both
+        norm = (newest + (self._taken_total - taken).clamp(min=0.0)).sqrt()
         limit = self.settings.clip_grad
         factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
         return torch.where(norm.isfinite(), factor, torch.nan).float()

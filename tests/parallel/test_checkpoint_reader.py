@@ -36,7 +36,9 @@ CASES = {
         role="critic", frozen=("embedding", "decoder.layers.0"), settings=UNCLIPPED, in_backward=True
     ),
     "clipped": Case(settings=CLIPPED, in_backward=True),
-    "clipped tied": Case(changes={"has_tied_head": True}, settings=CLIPPED, in_backward=True),
+    "clipped tied": Case(
+        dtype=torch.bfloat16, changes={"has_tied_head": True}, settings=CLIPPED, in_backward=True
+    ),
     "clipped bf16": Case(dtype=torch.bfloat16, settings=CLIPPED, in_backward=True),
 }
 TP4 = {"tp": 4, "sequence_parallel": True}  # more ranks than key/value heads: these are copied
@@ -69,12 +71,14 @@ PAIRS = [
 SAME = [
     ("policy", {"tp": 2}),
     ("bf16", {"pp": 2, "vpp": 2}),
-    ("clipped bf16", {"pp": 2}),
+    ("clipped tied", {"pp": 2}),
     ("critic", {"cp": 2}),
     ("tied", {"pp": 2}),
     ("clipped", TP4),
     ("clipped", {"pp": 2, "vpp": 2}),
     ("clipped tied", {"tp": 2, "pp": 2}),
+    ("clipped tied", {"pp": 4}),
+    ("clipped bf16", {"tp": 2}),
 ]
 
 
