@@ -104,7 +104,7 @@ class RunCheckpoints:
         self,
         config: SavedRun,
         models: Mapping[str, AnyTrainingState],
-        writer: CheckpointWriter | None,
+        writer: CheckpointWriter,
         *,
         identity: Mapping[str, Any],
         export: Callable[[Path], None],
@@ -137,10 +137,9 @@ class RunCheckpoints:
         """
         train = self.config.train
         is_last = step >= train.steps
-        if self.writer is not None:
-            self.writer.poll()
+        self.writer.poll()
         exports = is_due(step, train.export_every, is_last)
-        saves = self.writer is not None and is_due(step, train.save_every, is_last)
+        saves = is_due(step, train.save_every, is_last)
         if saves:
             self._save(step, progress, rank_tensors)
         if saves and is_last:
@@ -161,8 +160,6 @@ class RunCheckpoints:
     ) -> None:
         """Save what `after_step` of this step did not, for a run that ends early; every rank calls this.
 
-        Where a run has no checkpoints the models are exported.
-
         Args:
             step: the newest step.
             progress, rank_tensors: as of `after_step`.
@@ -171,13 +168,10 @@ class RunCheckpoints:
         Raises:
             ValueError: this save, or the one before it, failed; on every rank.
         """
-        if self.writer is not None:
-            self.writer.poll()
-            if step and self._saved_step != step:
-                self._save(step, progress, rank_tensors)
-            self.writer.finish()
-        elif self._is_export_missing(step):
-            self._export(step)
+        self.writer.poll()
+        if step and self._saved_step != step:
+            self._save(step, progress, rank_tensors)
+        self.writer.finish()
         if self.place.is_reporter:
             where = "inside" if is_inside else "after"
             sys.stderr.write(f"left {where} step {step} of {self.config.train.steps}, as a signal asked\n")

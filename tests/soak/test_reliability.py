@@ -79,6 +79,7 @@ ROWS = (
         "at least 12 pairs of layouts, weights bit-equal, next loss within 1e-6",
         f"{READER}::test_another_layout_has_the_same_bits_and_goes_on",
         f"{READER}::test_one_rank_and_four_load_each_others",
+        f"{READER}::test_either_optimizer_goes_on_from_the_others_checkpoint",
         least=12,
     ),
     _row(
