@@ -1,5 +1,7 @@
 """A PPO run that is left between two epochs goes on to the bits of the run that never stopped."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -29,10 +31,11 @@ def line(tmp_path_factory) -> list[str]:
     ]
 
 
-def leave_and_go_on(line: list[str]) -> tuple[int, ...]:
-    """Leave, try another layout, then go on."""
-    left = run_with_fault(FAULT, line, torch.distributed.get_rank())
-    return left, main([*line, "parallel.tp=1"]), main(line)
+def leave_and_go_on(line: list[str]) -> tuple[tuple[int, ...], str]:
+    """Leave, try another layout, then go on; exit codes, and what was said."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        left = run_with_fault(FAULT, line, torch.distributed.get_rank())
+        return (left, main([*line, "parallel.tp=1"]), main(line)), said.getvalue()
 
 
 def result_of(output: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -42,12 +45,12 @@ def result_of(output: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return kept, load_file(file)
 
 
-def test_it_goes_on_bit_for_bit(ranks, line, tmp_path, capfd):
+def test_it_goes_on_bit_for_bit(ranks, line, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks.run(main, [*line, f"run.output={whole}"]) == [0] * 4
-    capfd.readouterr()
-    assert ranks.run(leave_and_go_on, [*line, f"run.output={parts}"]) == [(0, 2, 0)] * 4
-    said = capfd.readouterr().err
+    answers = ranks.run(leave_and_go_on, [*line, f"run.output={parts}"])
+    assert [codes for codes, _ in answers] == [(0, 2, 0)] * 4
+    said = answers[0][1]
     assert "left inside step 1 of 1" in said
     assert "was left inside iteration 1" in said
     (metrics, weights), (expected, wanted) = result_of(parts), result_of(whole)
