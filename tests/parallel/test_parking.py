@@ -6,7 +6,7 @@ from tiny_training import Case, make_batches, make_chunks, train_step
 
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
-from glm_rlhf.parallel.optimizer_state import averages_of, num_steps_of, parts_of
+from glm_rlhf.parallel.optimizer_state import num_steps_of, parts_of
 from glm_rlhf.parallel.parking import Parking
 from glm_rlhf.parallel.topology import topology
 
@@ -79,7 +79,7 @@ def train_three_steps(parks: bool) -> tuple[list[torch.Tensor], list[tuple[int, 
                 buffers = [buffer for chunk in state.chunks for buffer in chunk.buffers]
                 parts = list(parts_of(state))
                 held = sum(p.weight.numel() * 4 for p in parts)
-                held += sum(a.numel() * 4 for p in parts for a in averages_of(p).values())
+                held += sum(a.numel() * 4 for p in parts for a in p.averages.values())
                 held += sum(buffer.grad_data.numel() * 4 for buffer in buffers)
                 bytes_parked.append((state.park(), held))
                 assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in buffers)
@@ -93,7 +93,7 @@ def train_three_steps(parks: bool) -> tuple[list[torch.Tensor], list[tuple[int, 
         assert num_steps_of(state) == 3
         found = [weight.detach().clone() for chunk in chunks for weight in chunk.parameters()]
         for part in parts_of(state):
-            found += [part.weight.detach().clone(), *(a.clone() for a in averages_of(part).values())]
+            found += [part.weight.detach().clone(), *(a.clone() for a in part.averages.values())]
         return found, bytes_parked
 
 

@@ -133,9 +133,9 @@ def run_with_broken_iterations(line: list[str], hit: set[int]) -> int:
 
     original, count = PPORoles.update, iter(range(100))
 
-    def update(self, experience):
+    def update(self, experience, **options):
         with hurt_loss("ppo_value_loss", next(count) in hit and self.topology.rank == 1):
-            return original(self, experience)
+            return original(self, experience, **options)
 
     PPORoles.update = update
     try:
