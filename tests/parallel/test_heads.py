@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_training import CONFIG, READS_GRADIENT, Case, assert_equal, make_chunks, run_cases
 
 from glm_rlhf.parallel.heads import next_tokens, shift_to_rows, shift_to_tokens, token_values
@@ -31,7 +32,7 @@ def expected():
     return run_cases({}, CASES)
 
 
-@pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("axes", layout_params(LAYOUTS, soak=("tp4 sp", "pp2 cp2")))
 def test_scalar_and_tied_heads_equal_one_rank(ranks, expected, axes):
     found = ranks.run(run_cases, axes, CASES)
     for index, answers in enumerate(expected):

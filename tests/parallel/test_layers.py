@@ -14,7 +14,15 @@ SANDWICH = {"family": "glm4", "has_sandwich_norms": True}
 CASES = [Case(changes=SANDWICH), Case(role="critic")]
 
 
-@pytest.mark.parametrize("axes", [{"tp": 4, "sequence_parallel": True}, {"pp": 2, "vpp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param({"tp": 4, "sequence_parallel": True}, marks=pytest.mark.soak),
+        {"tp": 2, "sequence_parallel": True},
+        {"pp": 2, "vpp": 2},
+    ],
+    ids=str,
+)
 def test_layers_that_run_again_in_backward_give_the_same_gradients(ranks, axes):
     expected = run_cases({}, CASES)
     again = [replace(case, recomputes=True, overlaps=index == 0) for index, case in enumerate(CASES)]

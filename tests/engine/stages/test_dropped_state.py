@@ -144,7 +144,13 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("item", REPLACED)
+@pytest.mark.parametrize(
+    "item",
+    [
+        pytest.param(item, marks=[pytest.mark.soak] if number % 3 else [])
+        for number, item in enumerate(REPLACED)
+    ],
+)
 def test_another_value_changes_bits(whole, tmp_path, item):
     code, said = go_on_after(REPLACED[item], whole, tmp_path / "run")
     assert code == 0, said

@@ -50,7 +50,12 @@ def drive(path: Path):
 
 @pytest.mark.parametrize(
     "parallel, generation",
-    [("tp: 2", "tp: 1, pp: 2"), ("pp: 2, tp: 2", "tp: 1, pp: 1"), ("cp: 2", "tp: 4"), ("pp: 4", "pp: 1")],
+    [
+        ("tp: 2", "tp: 1, pp: 2"),
+        ("pp: 2, tp: 2", "tp: 1, pp: 1"),
+        pytest.param("cp: 2", "tp: 4", marks=pytest.mark.soak),
+        pytest.param("pp: 4", "pp: 1", marks=pytest.mark.soak),
+    ],
 )
 def test_another_layout_for_generation_changes_nothing_but_where_it_runs(
     ranks, folder, tmp_path, parallel, generation
