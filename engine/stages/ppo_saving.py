@@ -7,11 +7,9 @@ from typing import Any
 
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
-from glm_rlhf.engine.stages.run_checkpoints import is_same_layout, open_writer, restore_run
+from glm_rlhf.engine.stages.run_checkpoints import find_checkpoint, is_same_layout, open_writer, restore_run
 from glm_rlhf.engine.stages.same_run import model_identity
 from glm_rlhf.parallel.agreement import agreed
-from glm_rlhf.parallel.checkpoint_manifest import is_checkpoint
-from glm_rlhf.parallel.checkpoint_reader import checkpoint_at, newest_checkpoint
 from glm_rlhf.parallel.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.random_state import random_state
 from glm_rlhf.parallel.topology import Topology
@@ -49,10 +47,7 @@ def save_run(
 
 def load_run(roles: PPORoles, config: PPOConfig, path: Path, *, place: Topology) -> dict[str, Any]:
     """Bring the roles to a checkpoint, as `PPOEngine.load` says; every rank calls this."""
-    if is_checkpoint(path):
-        origin = checkpoint_at(path, topology=place)
-    else:
-        origin = newest_checkpoint(path, topology=place)
+    origin = find_checkpoint(path, place)
     if origin is None:
         raise ValueError(f"{path} is no checkpoint and holds none: give what PPOEngine.save was given")
     with agreed(f"fingerprinting the models of {config.model.path}"):

@@ -56,8 +56,7 @@ def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
             return _told(found, place)
     elif wanted != "never":
         path = Path(wanted)
-        found = checkpoint_at(path, topology=place) if is_checkpoint(path) else None
-        found = found or newest_checkpoint(path, topology=place)
+        found = find_checkpoint(path, place)
         if found is None:
             raise ValueError(
                 f"run.resume is {wanted}: there is no checkpoint; give its folder, auto or never"
@@ -81,6 +80,18 @@ def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
                         "run.name or run.output, or remove them"
                     )
     return None
+
+
+def find_checkpoint(path: Path, place: Topology) -> Checkpoint | None:
+    """Return the checkpoint at a path, or the newest whole one in a folder of them; None where there is none.
+
+    Every rank calls this.
+
+    Raises:
+        CheckpointError: it is damaged, or none in the folder is whole; on every rank.
+    """
+    find = checkpoint_at if is_checkpoint(path) else newest_checkpoint
+    return find(path, topology=place)
 
 
 def is_same_layout(found: Checkpoint, place: Topology) -> bool:

@@ -117,9 +117,7 @@ def run(config: PPOConfig) -> None:
             for step in range(first, config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 try:
-                    metrics = _iterate(
-                        engine, batch, step, trace, has_checkpoints=checkpoints.writer is not None
-                    )
+                    metrics = _iterate(engine, batch, step, trace)
                 except FloatingPointError as error:  # the same on every rank
                     num_given_up += 1
                     _give_up(step, num_given_up, error, config, place)
@@ -204,17 +202,12 @@ def _give_up(
 
 
 def _iterate(
-    engine: PPOEngine,
-    prompts: Sequence[PromptInput],
-    step: int,
-    trace: Trace | None,
-    *,
-    has_checkpoints: bool,
+    engine: PPOEngine, prompts: Sequence[PromptInput], step: int, trace: Trace | None
 ) -> dict[str, float]:
     """Run one iteration, or the rest of one, and return its metrics with the time of each phase.
 
     Raises:
-        Leaving: a rank was asked to leave; inside the update only where a checkpoint can hold it.
+        Leaving: a rank was asked to leave; inside an update between two of its epochs.
     """
     config, place = engine.config, engine.topology
     engine.set_lr(
@@ -229,8 +222,7 @@ def _iterate(
     if trace is not None:
         trace.take_wait_s()  # of what came between two iterations
     phases = Phases()
-    is_wished_here = partial(is_wished, (None, place.device))
-    is_leaving = is_wished_here if has_checkpoints else None
+    is_leaving = partial(is_wished, (None, place.device))
     unfinished = engine.roles.unfinished
     with phases.phase("iteration"):
         if unfinished is None:
@@ -238,7 +230,7 @@ def _iterate(
                 rollouts = engine.generate(prompts)
             with phases.phase("experience"):
                 experience = engine.make_experience(rollouts)
-                if is_wished_here():
+                if is_leaving():
                     raise Leaving
             with phases.phase("update"):
                 metrics = engine.roles.update(experience, is_leaving=is_leaving)
