@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install test lint demo bench claims gpu docs soak clean
+.PHONY: install test lint demo bench claims gpu docs soak wide clean
 
 install: $(INSTALLED)
 
@@ -51,8 +51,13 @@ docs: install
 	$(BIN)/python docs/configuration_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The table of what must not break, tried and reported; under ten minutes on two cores.
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
+
+# Dear cases and layouts that cheaper ones stand for in `make test`, and random models in random layouts.
+wide: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m wide -s
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs site

@@ -143,12 +143,12 @@ def assert_same_content(folder, case):
 
 
 QUICK = (0, 3, 5, 7, 11, 16, 17)
-"""Of the pairs, those that run with every change; the soak runs all."""
+"""Of the pairs, those that run with every change; `make wide` and the table of promises run all."""
 
 
 @pytest.mark.parametrize(
     "name, source, target",
-    [pair if i in QUICK else pytest.param(*pair, marks=pytest.mark.soak) for i, pair in enumerate(PAIRS)],
+    [pair if i in QUICK else pytest.param(*pair, marks=pytest.mark.wide) for i, pair in enumerate(PAIRS)],
     ids=lambda value: str(value).replace(" ", ""),
 )
 def test_another_layout_has_the_same_bits_and_goes_on(ranks, tmp_path, name, source, target):
@@ -168,7 +168,7 @@ def test_another_layout_has_the_same_bits_and_goes_on(ranks, tmp_path, name, sou
 
 
 @pytest.mark.parametrize(
-    "name, axes", [*SAME[:3], *(pytest.param(*case, marks=pytest.mark.soak) for case in SAME[3:])], ids=str
+    "name, axes", [*SAME[:3], *(pytest.param(*case, marks=pytest.mark.wide) for case in SAME[3:])], ids=str
 )
 def test_the_same_layout_goes_on_bit_for_bit(ranks, tmp_path, name, axes):
     for _, _, losses, others, after, later in ranks.run(saved_and_loaded, tmp_path, CASES[name], axes, axes):
@@ -188,7 +188,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize(
     "name, source, later, target",
-    [OPTIMIZERS[0], *(pytest.param(*case, marks=pytest.mark.soak) for case in OPTIMIZERS[1:])],
+    [OPTIMIZERS[0], *(pytest.param(*case, marks=pytest.mark.wide) for case in OPTIMIZERS[1:])],
     ids=str,
 )
 def test_either_optimizer_goes_on_from_the_others_checkpoint(ranks, tmp_path, name, source, later, target):
@@ -245,7 +245,7 @@ def load_here(folder, case, axes):
         return weights_here(state), take_steps(case, state, place, 1)
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2, "pp": 2}, pytest.param(TP4, marks=pytest.mark.soak)], ids=str)
+@pytest.mark.parametrize("axes", [{"tp": 2, "pp": 2}, pytest.param(TP4, marks=pytest.mark.wide)], ids=str)
 def test_one_rank_and_four_load_each_others(ranks, tmp_path, axes):
     case = CASES["policy"]
     answers = ranks.run(saved_and_loaded, tmp_path / "four", case, axes, axes)

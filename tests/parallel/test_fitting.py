@@ -22,7 +22,7 @@ ROOM = 12  # tokens: every micro-batch has to be cut, no sequence has
 LAYOUTS = (
     {"pp": 2, "vpp": 2},
     {"tp": 2, "pp": 2, "sequence_parallel": True},
-    *(pytest.param(axes, marks=pytest.mark.soak) for axes in ({}, {"pp": 4}, {"tp": 2}, {"cp": 2})),
+    *(pytest.param(axes, marks=pytest.mark.wide) for axes in ({}, {"pp": 4}, {"tp": 2}, {"cp": 2})),
 )
 
 

@@ -17,7 +17,7 @@ CASES = [Case(changes=SANDWICH), Case(role="critic")]
 @pytest.mark.parametrize(
     "axes",
     [
-        pytest.param({"tp": 4, "sequence_parallel": True}, marks=pytest.mark.soak),
+        pytest.param({"tp": 4, "sequence_parallel": True}, marks=pytest.mark.wide),
         {"tp": 2, "sequence_parallel": True},
         {"pp": 2, "vpp": 2},
     ],

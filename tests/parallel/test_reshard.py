@@ -93,7 +93,7 @@ def loaded(case, axes):
 @pytest.mark.parametrize(
     "case, source, target",
     [
-        pytest.param(case, *pair, marks=[pytest.mark.soak] if n % (3 if case == "bf16, tied" else 2) else [])
+        pytest.param(case, *pair, marks=[pytest.mark.wide] if n % (3 if case == "bf16, tied" else 2) else [])
         for case in CASES
         for n, pair in enumerate(PAIRS)
     ],

@@ -79,7 +79,7 @@ def test_alone_it_prints_one_json_object(alone: None, capsys: pytest.CaptureFixt
     assert len(report["ranks"]) == report["world_size"] == 1
 
 
-@pytest.mark.soak
+@pytest.mark.wide
 def test_under_torchrun_rank_0_reports_every_rank():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "glm_rlhf.engine", "doctor", "doctor.json=true"]

@@ -147,7 +147,7 @@ REPLACED = {
 @pytest.mark.parametrize(
     "item",
     [
-        pytest.param(item, marks=[pytest.mark.soak] if number % 3 else [])
+        pytest.param(item, marks=[pytest.mark.wide] if number % 3 else [])
         for number, item in enumerate(REPLACED)
     ],
 )

@@ -78,7 +78,7 @@ def written(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "generate.jsonl").open()]
 
 
-@pytest.mark.parametrize("layout", layout_params({name: name for name in LAYOUTS}, soak=LAYOUTS[2:9:6]))
+@pytest.mark.parametrize("layout", layout_params({name: name for name in LAYOUTS}, wide=LAYOUTS[2:9:6]))
 def test_greedy_answers_equal_transformers_with_a_cache_too_small_for_all(
     ranks, models, prompts, tmp_path, layout
 ):

@@ -53,8 +53,8 @@ def drive(path: Path):
     [
         ("tp: 2", "tp: 1, pp: 2"),
         ("pp: 2, tp: 2", "tp: 1, pp: 1"),
-        pytest.param("cp: 2", "tp: 4", marks=pytest.mark.soak),
-        pytest.param("pp: 4", "pp: 1", marks=pytest.mark.soak),
+        pytest.param("cp: 2", "tp: 4", marks=pytest.mark.wide),
+        pytest.param("pp: 4", "pp: 1", marks=pytest.mark.wide),
     ],
 )
 def test_another_layout_for_generation_changes_nothing_but_where_it_runs(

@@ -70,7 +70,7 @@ def alone(folder):
     [
         pytest.param(None, id="alone"),
         # Four ranks on few cores sum over gloo for a minute in the first of them.
-        *layout_params(LAYOUTS, soak=("tp4 sp", "pp2 vpp2", "cp2")),
+        *layout_params(LAYOUTS, wide=("tp4 sp", "pp2 vpp2", "cp2")),
     ],
 )
 def test_five_iterations_have_their_stored_metrics_in_every_layout(ranks, folder, axes):
@@ -209,7 +209,7 @@ def test_an_engine_lets_go_of_its_models_at_once(folder):
         gc.enable()
 
 
-@pytest.mark.soak
+@pytest.mark.wide
 def test_reward_rises_on_an_easy_rule(folder):
     with topology(Layout()) as place:
         metrics = iterate(make_roles(folder, place, settings={"kl_coef": 0.0, "kl_target": None}), 25)

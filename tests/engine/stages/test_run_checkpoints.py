@@ -115,7 +115,7 @@ def test_one_rank_goes_on_bit_for_bit(inputs, tmp_path, name):
     later_stops(inputs, name, tmp_path, whole, (1, 2, 3, 4, 5) if name == "sft" else (5,), ())
 
 
-@pytest.mark.soak
+@pytest.mark.wide
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["ppo", "reward"])
@@ -151,7 +151,7 @@ FOUR = [
     ("ppo", ("parallel.tp=2",)),
     # One rank goes on with the ordinary optimizer.
     ("sft", ("parallel.tp=2", "parallel.pp=2", "optimizer.in_backward=true")),
-    pytest.param("ppo", ("parallel.tp=2", "optimizer.in_backward=true"), marks=pytest.mark.soak),
+    pytest.param("ppo", ("parallel.tp=2", "optimizer.in_backward=true"), marks=pytest.mark.wide),
 ]
 
 

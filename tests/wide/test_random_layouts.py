@@ -41,7 +41,7 @@ def run_mains(lines: list[list[str]]) -> list[int]:
     return [main(line) for line in lines]
 
 
-@pytest.mark.soak
+@pytest.mark.wide
 @pytest.mark.timeout(900)
 def test_random_models_in_random_layouts(ranks, tmp_path):
     start, num_cases = time.monotonic(), 0
