@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from glm_rlhf.engine.cluster.stopped_ranks import kill_stopped, rank_processes
 from glm_rlhf.parallel.spans import open_spans, progress_time
 
 HUNG = 124
@@ -24,7 +25,9 @@ def watchdog(
 
     Progress is a span that begins or ends, a micro-batch, or a round of generation. Before the end stderr
     gets one line with the phase and the collective that the main thread waits in, if any, and the stacks of
-    all threads. Where no Python runs any more, the stacks alone, some seconds later.
+    all threads. Where no Python runs any more, the stacks alone, some seconds later. Ranks of this machine
+    that are stopped (SIGSTOP), for which this one may have waited, are named and killed: a launcher's
+    SIGTERM does not reach them. Every rank enters; where each has its process is gathered once.
 
     Args:
         timeout_s: without progress; None for no watchdog.
@@ -34,6 +37,7 @@ def watchdog(
     if timeout_s is None:
         yield
         return
+    processes = rank_processes()
     is_over, main, entered = threading.Event(), threading.get_ident(), time.monotonic()
 
     def watch() -> None:
@@ -46,6 +50,9 @@ def watchdog(
                 sys.stderr.write(f"[rank {rank}] hung for {idle_s:.0f} s in phase {phase}: {where}\n")
                 sys.stderr.flush()
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                for stopped in kill_stopped(processes):
+                    sys.stderr.write(f"[rank {rank}] rank {stopped} is stopped (SIGSTOP), and is killed\n")
+                sys.stderr.flush()
                 end(HUNG)
                 return
 

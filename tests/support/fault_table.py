@@ -57,11 +57,10 @@ FOUND = Promise(
     deadline_s=WATCHDOG_S + 10,
     said=(r"\[rank \d\] hung for \d+ s in phase .*(?s:.)*most recent call first",),
 )
-# torchrun sends a stopped rank SIGTERM, which waits, and SIGKILL 30 s later.
 STOPPED = Promise(
-    words="found by the other rank's watchdog; torchrun kills the stopped one 30 s later",
-    deadline_s=WATCHDOG_S + 10 + 32,
-    said=FOUND.said,
+    words=f"found by the other rank's watchdog ({WATCHDOG_S:g} s), which names and kills the stopped one",
+    deadline_s=WATCHDOG_S + 10,
+    said=(*FOUND.said, r"\[rank {other}\] rank {rank} is stopped"),
 )
 LEFT = Promise(
     words="saved and left, exit 0; the same command goes on to the unfaulted run's bits",
