@@ -25,7 +25,7 @@ LAST = 6
 Change = Callable[[dict, dict], None]
 
 
-def command(inputs: Path, output: Path) -> list[str]:
+def command(inputs: Path, output: Path, *more: str) -> list[str]:
     options = {
         "model.path": inputs / "model",
         "data.path": inputs / "prompts.jsonl",
@@ -43,13 +43,13 @@ def command(inputs: Path, output: Path) -> list[str]:
         "train.save_every": 1,
         "train.steps": LAST,
     }
-    return ["ppo", *(f"{key}={value}" for key, value in options.items())]
+    return ["ppo", *(f"{key}={value}" for key, value in options.items()), *more]
 
 
 def outcome(output: Path) -> tuple[dict[str, bytes], list[dict]]:
     """Bits of each tensor that the last iteration left, in whatever order, and metrics but for times."""
     files = [
-        output / "resume" / f"step_{LAST}" / rank_file_name(0),
+        *(output / "resume" / f"step_{LAST}").glob("*.safetensors"),
         output / "checkpoints" / f"step_{LAST}" / "model.safetensors",
     ]
     bits = {
@@ -64,14 +64,19 @@ def outcome(output: Path) -> tuple[dict[str, bytes], list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A run of six iterations, with its inputs beside it."""
+def inputs(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("dropped")
     save_folder(place / "model", "glm", make_model("glm", num_hidden_layers=2))
     write_lines(place / "prompts.jsonl", [{"prompt_tokens": [3 + i, 9, 5 + i]} for i in range(5)])
-    code, said = run_main(command(place, place / "whole"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(inputs) -> Path:
+    """A run of six iterations, with its inputs beside it."""
+    code, said = run_main(command(inputs, inputs / "whole"))
     assert code == 0, said
-    return place / "whole"
+    return inputs / "whole"
 
 
 def dropped(prefix: str) -> Change:
@@ -106,19 +111,24 @@ def other_generator(value: torch.Tensor) -> torch.Tensor:
     return torch.Generator().manual_seed(99).get_state()
 
 
-def go_on_after(change: Change, whole: Path, output: Path) -> tuple[int, str]:
-    """Run on from a checkpoint that was changed and has sound checksums all the same."""
+def change_checkpoint(change: Change, whole: Path, output: Path, *, rank: int) -> None:
+    """Copy a run as it stood at step 5, what one rank stored changed, with sound checksums all the same."""
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns("checkpoints", "step_*"))
     folder = output / "resume" / f"step_{STOP}"
     shutil.copytree(whole / "resume" / folder.name, folder)
-    file = folder / rank_file_name(0)
+    file = folder / rank_file_name(rank)
     tensors, manifest = load_file(file), read_manifest(folder)
     change(tensors, manifest.state)
     save_file(tensors, file)
     content = file.read_bytes()
     facts = FileFacts(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    manifest = replace(manifest, ranks=(replace(manifest.ranks[0], facts=facts),))
-    (folder / FILE_NAME).write_bytes(manifest_bytes(manifest))
+    parts = list(manifest.ranks)
+    parts[rank] = replace(parts[rank], facts=facts)
+    (folder / FILE_NAME).write_bytes(manifest_bytes(replace(manifest, ranks=tuple(parts))))
+
+
+def go_on_after(change: Change, whole: Path, output: Path) -> tuple[int, str]:
+    change_checkpoint(change, whole, output, rank=0)
     return run_main(command(whole.parent, output))
 
 
@@ -172,3 +182,47 @@ def test_what_lacks_or_is_of_another_run_is_refused(whole, tmp_path, item):
     code, said = go_on_after(REFUSED[item], whole, tmp_path / "run")
     assert code == 2, said
     assert not (tmp_path / "run" / "resume" / "step_6").exists()
+
+
+LAYOUT = "parallel.tp=2"
+REPLACED_ON_RANKS = {
+    "policy": (3, replaced("policy/weight/")),
+    "critic": (2, replaced("critic/weight/")),
+    "policy's running means": (1, replaced("policy/exp_avg/")),
+    "policy's running squares": (3, replaced("policy/exp_avg_sq/", torch.ones_like)),
+    "critic's running means": (3, replaced("critic/exp_avg/")),
+    "critic's running squares": (2, replaced("critic/exp_avg_sq/", torch.ones_like)),
+    "torch's generator": (3, replaced("rank//torch", other_generator)),
+    "scores of reference answers": (2, replaced("rank//baseline_scores")),
+}
+REFUSED_ON_RANKS = {
+    "policy's weights": (3, dropped("policy/weight/")),
+    "policy's optimizer": (2, dropped("policy/exp_avg_sq/")),
+    "critic's optimizer": (1, dropped("critic/exp_avg/")),
+    "torch's generator": (3, dropped("rank//torch")),
+    "Python's generator": (1, dropped("rank//python")),
+    "numpy's generator": (2, dropped("rank//numpy")),
+}
+
+
+def run_mains(lines: list[list[str]]) -> list[tuple[int, str]]:
+    return [run_main(line) for line in lines]
+
+
+@pytest.mark.wide
+def test_what_one_of_four_ranks_stored_is_missed_as_well(ranks, inputs, tmp_path):
+    """Two tensor-parallel ranks, twice: each holds a share of its own of everything."""
+    whole, unchanged = inputs / "whole of four", (0, lambda tensors, state: None)
+    for ((code, said),) in ranks.run(run_mains, [command(inputs, whole, LAYOUT)]):
+        assert code == 0, said
+    changes = {"nothing": unchanged, **REPLACED_ON_RANKS}
+    changes |= {f"no {item}": change for item, change in REFUSED_ON_RANKS.items()}
+    for item, (rank, change) in changes.items():
+        change_checkpoint(change, whole, tmp_path / item, rank=rank)
+    answers = ranks.run(run_mains, [command(inputs, tmp_path / item, LAYOUT) for item in changes])
+    codes = {item: {answer[n][0] for answer in answers} for n, item in enumerate(changes)}
+    assert codes == {item: {2} if item.startswith("no ") else {0} for item in changes}, answers
+    expected = outcome(whole)
+    assert outcome(tmp_path / "nothing") == expected
+    for item in REPLACED_ON_RANKS:
+        assert outcome(tmp_path / item) != expected, item

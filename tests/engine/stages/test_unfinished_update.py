@@ -45,7 +45,9 @@ def result_of(output: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return kept, load_file(file)
 
 
-def test_it_goes_on_bit_for_bit(ranks, line, tmp_path):
+@pytest.mark.parametrize("more", [[], ["optimizer.in_backward=true"]], ids=["", "in backward"])
+def test_it_goes_on_bit_for_bit(ranks, line, tmp_path, more):
+    line = [*line, *more]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks.run(main, [*line, f"run.output={whole}"]) == [0] * 4
     answers = ranks.run(leave_and_go_on, [*line, f"run.output={parts}"])
