@@ -129,7 +129,8 @@ class PPOSection:
     max_kl: Positive | None = None
     """An update ends when a mini-batch's KL from the old policy, in nats a token, is above; null: never."""
     max_logprob_gap: NotNegative = 1e-4
-    """The sampler's logprobs serve as the old ones up to this mean distance, in nats, from a forward pass."""
+    """The sampler's logprobs serve as the old ones up to this mean distance, in nats, from a forward pass
+    over one answer in eight; above it, the pass goes over all."""
     scores_early: bool = True
     """Whether reference, critic and reward model score answers that have ended while others are generated, in
     turns in which a pipeline stage would be idle. Off it saves the memory of a forward pass over an answer

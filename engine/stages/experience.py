@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.stages.early_scores import EarlyRoles
+from glm_rlhf.engine.stages.old_logprobs import old_logprobs
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.stream_scores import batches_of, stream_logprobs, stream_rows
 from glm_rlhf.engine.types import Experience, Rewards, Rollouts
@@ -30,12 +31,13 @@ def make_experience(
     rewarder: Rewarder,
     settings: PPOSettings,
     kl_coef: float,
+    sample_seed: int,
     topology: Topology,
     early: EarlyRoles | None = None,
 ) -> Experience:
     """Return what an update needs of these rollouts; every rank of the topology calls this.
 
-    The policy's logprobs are the sampler's own where a forward pass over the first micro-batch shows that
+    The policy's logprobs are the sampler's own where a forward pass over a sample of the sequences shows that
     they are the same, at temperature 1; else the pass goes over all of them.
 
     Args:
@@ -44,6 +46,7 @@ def make_experience(
         rewarder: gives the rewards.
         settings: of PPO.
         kl_coef: the KL coefficient as it stands.
+        sample_seed: of that sample.
         topology: layout and groups.
         early: what reference and critic said of some of these answers while others were generated.
 
@@ -60,10 +63,11 @@ def make_experience(
     rewards_B = rewards.totals_B(rollouts.starts)
     with phases.phase("reference"):
         known = early and early.reference
-        batches = batches_of(rollouts, **options, early=known)
+        batches = batches_of(rollouts, **options, without=known.sequences if known else ())
         ref_logprobs_T = stream_logprobs(reference, rollouts, batches, mask_T, topology=topology, early=known)
     with phases.phase("old_logprobs"):
-        old_logprobs_T, gap = _old_logprobs(policy, rollouts, mask_T, settings, topology)
+        given = (policy, rollouts, mask_T, settings)
+        old_logprobs_T, gap = old_logprobs(*given, seed=sample_seed, topology=topology)
     with phases.phase("values"):
         rows_T = stream_rows(critic, rollouts, **options, early=early and early.critic)
         values_T = shift_to_tokens(rows_T) * mask_T
@@ -105,34 +109,6 @@ def make_experience(
         metrics=_metrics(rollouts, rewards_B, estimate.kl_T, values_T, mask_T, gap, topology)
         | phases.seconds,
     )
-
-
-def _old_logprobs(
-    policy: Sequence[GLMModel],
-    rollouts: Rollouts,
-    mask_T: torch.Tensor,
-    settings: PPOSettings,
-    topology: Topology,
-) -> tuple[torch.Tensor, float]:
-    """Return the policy's logprobs before the update, and the sampler's mean distance from them in nats.
-
-    The sampler's are those at temperature 1: at any other all are computed, and the gap is unknown (NaN).
-    """
-    batches = batches_of(rollouts, max_tokens=settings.micro_batch_tokens, topology=topology)
-    if rollouts.temperature != 1.0:
-        return stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), float("nan")
-    first = batches[:1]
-    found_T = stream_logprobs(policy, rollouts, first, mask_T, topology=topology)
-    compared_T = torch.zeros_like(mask_T)
-    for batch in first:
-        batch.put(batch.take(mask_T), compared_T)
-    distance = ((found_T - rollouts.logprobs_T).abs() * compared_T).sum()
-    sums = torch.stack((distance, compared_T.sum().float())).double()
-    dist.all_reduce(sums, group=topology.dp_group)
-    gap = (sums[0] / sums[1].clamp(min=1)).item()
-    if gap <= settings.max_logprob_gap:
-        return rollouts.logprobs_T * mask_T, gap
-    return found_T + stream_logprobs(policy, rollouts, batches[1:], mask_T, topology=topology), gap
 
 
 def _check_finite(found: dict[str, torch.Tensor], rollouts: Rollouts, topology: Topology) -> None:

@@ -179,6 +179,7 @@ class PPORoles:
             rewarder=partial(self.rewards, uses_early=is_newest, early=early and early.reward),
             settings=self.settings,
             kl_coef=self.kl_coef,
+            sample_seed=(self.seed << 20) + self.iteration,
             topology=self.topology,
             early=early,
         )

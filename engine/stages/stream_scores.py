@@ -1,6 +1,6 @@
 """What models say of all sequences of rollouts, as streams beside their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -13,16 +13,15 @@ from glm_rlhf.parallel.topology import Topology
 
 
 def batches_of(
-    rollouts: Rollouts, *, max_tokens: int, topology: Topology, early: EarlyScores | None = None
+    rollouts: Rollouts, *, max_tokens: int, topology: Topology, without: Collection[int] = ()
 ) -> list[StreamBatch]:
-    """Return the sequences, but for those that are scored already, in micro-batches of `max_tokens`."""
-    scored = frozenset() if early is None else early.sequences
+    """Return the sequences, but for those of the numbers `without`, in micro-batches of `max_tokens`."""
     return stream_batches(
         rollouts.tokens_T,
         rollouts.lengths,
         max_tokens=max_tokens,
         multiple=topology.layout.token_multiple,
-        indices=[number for number in range(rollouts.num_sequences) if number not in scored],
+        indices=[number for number in range(rollouts.num_sequences) if number not in without],
     )
 
 
@@ -72,7 +71,8 @@ def stream_rows(
 
     Ranks that share the sequences call this together; arguments as above.
     """
-    batches = batches_of(rollouts, max_tokens=max_tokens, topology=topology, early=early)
+    scored = early.sequences if early else ()
+    batches = batches_of(rollouts, max_tokens=max_tokens, topology=topology, without=scored)
     rows_T = _begun(rollouts.tokens_T, early)
     found = score_rows(chunks, [batch.packed for batch in batches], topology=topology)
     for batch, rows in zip(batches, found, strict=True):
