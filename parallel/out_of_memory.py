@@ -90,7 +90,7 @@ class Attempt:
                     "reduced during backward: lower train.micro_batch_tokens, or set optimizer.in_backward "
                     f"and train.overlap_communication to false ({error})"
                 ) from error
-            if not _has_failed_on_peers(self._place):
+            if not has_failed_on_peers(self._place.rank, (self._place.tp_group, self._place.cp_group)):
                 raise ValueError(
                     f"{what} tokens, but not on the ranks that share its layers and now wait for it: lower "
                     f"train.micro_batch_tokens; the same command goes on from the last checkpoint ({error})"
@@ -148,18 +148,25 @@ def backward_or_zeros(attempt: Attempt, backward_step: Callable[..., Any], *give
     return None if inputs is None else torch.zeros_like(inputs)
 
 
-def _has_failed_on_peers(place: Topology) -> bool:
-    """Return whether memory ran out on all ranks that share layers and sequences, at the same collective."""
+def has_failed_on_peers(rank: int, groups: Sequence[dist.ProcessGroup]) -> bool:
+    """Return whether memory ran out on all ranks of the groups, at the same collective of each.
+
+    Called where it has run out on this one; waits some seconds for the others.
+
+    Args:
+        rank: of this process, in the world.
+        groups: those in which ranks wait for each other inside a layer.
+    """
     store = dist.PrefixStore("out_of_memory", dist.distributed_c10d._get_default_store())
     awaited = []
-    for group in (place.tp_group, place.cp_group):
+    for group in groups:
         name = group.group_name
         _num_asked[name] += 1
         at = f"{name}/{_num_asked[name]}/{group._get_sequence_number_for_group()}"
-        store.set(f"{at}/{place.rank}", "")
+        store.set(f"{at}/{rank}", "")
         awaited += [f"{at}/{peer}" for peer in dist.get_process_group_ranks(group)]
     try:
         store.wait(awaited, timedelta(seconds=_PEERS_S))
-    except dist.DistStoreError:
+    except RuntimeError:  # DistStoreError, a FileStore's own, or a store that is gone
         return False
     return True

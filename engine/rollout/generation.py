@@ -1,7 +1,8 @@
 """Answers to prompts, generated on the ranks and weights that train."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +14,7 @@ from glm_rlhf.parallel.generation_stage import GenerationStage
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.kv_cache import KVCache, num_pages_within
 from glm_rlhf.parallel.nonfinite import named
+from glm_rlhf.parallel.out_of_memory import has_failed_on_peers
 from glm_rlhf.parallel.token_draw import SamplingSettings
 from glm_rlhf.parallel.topology import Topology
 
@@ -87,6 +89,9 @@ class GenerationPhase:
     ) -> Iterator[Completion]:
         """Yield completions as they end, the same on every rank of the pipeline and tensor-parallel groups.
 
+        Where memory runs out in a step, its sequences wait again and steps are half as large for the rest of
+        the phase. Tensor-parallel ranks can do so where it runs out on all of them at the same collective.
+
         Args:
             requests: this data-parallel rank's prompts.
             sampling: the distribution.
@@ -94,7 +99,9 @@ class GenerationPhase:
             when_idle: uses turns in which pipeline stages have nothing to do, as `run_queue` tells.
 
         Raises:
-            ValueError: a request that the cache can never hold; the message names it.
+            ValueError: a request that the cache can never hold; the message names it. Or memory ran out for a
+                single token, on one tensor-parallel rank alone or with pipeline stages, whose messages are on
+                their way.
             FloatingPointError: logits are not finite; the message names the prompts that were being answered.
                 On every rank of the pipeline and tensor-parallel groups.
         """
@@ -111,17 +118,41 @@ class GenerationPhase:
             stop_check=stop_check,
         )
         try:
-            yield from run_queue(
-                self._stage_for(sampling),
-                queue,
-                num_groups=self.num_groups,
-                ticks=self.ticks,
-                when_idle=when_idle,
-            )
+            while not queue.is_finished:
+                try:
+                    yield from run_queue(
+                        self._stage_for(sampling),
+                        queue,
+                        num_groups=self.num_groups,
+                        ticks=self.ticks,
+                        when_idle=when_idle,
+                    )
+                except torch.OutOfMemoryError as error:
+                    self._shrink(queue, error)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} (prompts {named(queue.drawing)})") from error
         finally:
             queue.close()
+
+    def _shrink(self, queue: GenerationQueue, error: torch.OutOfMemoryError) -> None:
+        """Have smaller steps where memory ran out in one; see `run`."""
+        place, most = self.topology, 0
+        if place.layout.pp == 1 and has_failed_on_peers(place.rank, [place.tp_group]):
+            most = queue.shrink()
+        if not most:
+            raise ValueError(
+                f"rank {place.rank} has no memory for a step of generation, and with pipeline stages, on one "
+                "tensor-parallel rank alone or for a single token it cannot be made smaller: lower "
+                f"generation.max_step_tokens, generation.max_batch or generation.cache_bytes ({error})"
+            ) from error
+        self.batch = replace(self.batch, max_batch=min(self.batch.max_batch, most), max_step_tokens=most)
+        self._stage = None  # and its recorded steps
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+        sys.stderr.write(
+            f"[rank {place.rank}] out of memory in a step of generation: {most} tokens a step and as many "
+            "sequences at once, at most, from here on until the phase ends\n"
+        )
 
     def _stage_for(self, sampling: SamplingSettings) -> GenerationStage:
         """Return the stage that draws from a distribution; recorded steps are kept while it is the same."""

@@ -158,6 +158,20 @@ class GenerationQueue:
                 completions.append(_completion(sequence, reason))
         return completions
 
+    def shrink(self) -> int:
+        """Give up the steps in flight, whose sequences wait again, and make those to come half as large.
+
+        For one group: with several each would have to keep a sequence.
+
+        Returns:
+            The most tokens of a step from now on, and the most sequences at once; 0 where a step of a single
+            token was in flight, which stays.
+        """
+        most = self._roster.shrink()
+        if most:
+            self._in_flight = [None] * len(self._in_flight)
+        return most
+
     def close(self) -> None:
         """Give every page back and forget all sequences, also in mid-run; may be called twice.
 

@@ -105,6 +105,24 @@ class Roster:
                 self._end_prefill(prompt)
         self._in_flight[group] = None
 
+    def shrink(self) -> int:
+        """Give up the steps in flight and preempt all that run; feed half as much a step from here on.
+
+        Returns:
+            The most tokens a step, and sequences at once, from now on; 0 where the largest step that was in
+            flight had a single token, and nothing changes.
+        """
+        sizes = [sum(one.num_tokens for one in planned) for planned in self._in_flight if planned]
+        assert sizes, "no step is in flight that could have been too large"
+        most = max(sizes) // 2
+        if most:
+            self._max_step_tokens, self._max_batch = most, min(self._max_batch, most)
+            self._in_flight = [None] * len(self._groups)
+            for running in self._groups:
+                for sequence in running.copy():
+                    self._preempt(sequence)
+        return most
+
     def finish(self, sequence: SequenceState) -> None:
         """End a sequence; its pages go back, but for those that a waiting sibling can use."""
         prompt = sequence.prompt
