@@ -29,8 +29,9 @@ from benchmarks.ppo_peers_task import (
     LAM,
     LOW_IDS,
     LR,
-    PROMPT_TOKENS,
+    MAX_PROMPT_TOKENS,
     PROMPTS,
+    REAL_SCALE,
     SHAPE,
     TASKS,
     Run,
@@ -110,7 +111,7 @@ def measure_seed(task: Task, seed: int, iterations: int) -> Seed:
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
         save_models(folder, task, seed=seed)
-        prompts = draw_prompts(seed)
+        prompts = draw_prompts(task, seed)
         with contextlib.redirect_stderr(io.StringIO()), PPOEngine(_config(folder, task, seed)) as engine:
             turn = _Turn(engine, prompts)
             gc.collect()
@@ -156,7 +157,7 @@ def row_of(name: str, task: Task, seeds: Sequence[Seed], command: str) -> Row:
     return Row(
         row=name,
         what=f"an iteration, {task.name}: {PROMPTS} answers, then one update on them",
-        shape=f"prompts of {PROMPT_TOKENS} tokens, answers of {'up to ' * task.stops}"
+        shape=f"prompts of {_span(task.prompt_tokens)} tokens, answers of {'up to ' * task.stops}"
         f"{task.max_answer_tokens}, fp32",
         command=command,
         entries=[_entry("ours", [seed.ours for seed in seeds]), peer],
@@ -187,6 +188,10 @@ def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
             f"the first {WARM_UP_ITERATIONS} iterations of a seed are not in the times. What lived before "
             "the first iteration is frozen for the garbage collector, which TRL calls in every iteration: "
             "that is in TRL's favour",
+            f"lengths like real ones: prompts have {REAL_SCALE} times the lengths of hh-rlhf's in ChatGLM3's "
+            "tokenizer (quantiles: `ppo_peers_task.REAL_PROMPT_TOKENS`), so that they leave answers room in "
+            f"the model's positions, and at most {MAX_PROMPT_TOKENS} tokens; answers that stop. TRL gets "
+            "them padded on the left, which it masks; nothing is sorted or grouped",
             "samples are drawn by different random numbers: rewards are compared over seeds, as means",
             "reward at N: mean reward of the answers of iteration N, before its update",
         ),
@@ -196,9 +201,9 @@ def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
 class _Turn:
     """One iteration of ours a call, timed."""
 
-    def __init__(self, engine: PPOEngine, prompts: torch.Tensor) -> None:
+    def __init__(self, engine: PPOEngine, prompts: Sequence[Sequence[int]]) -> None:
         self._engine = engine
-        self._prompts = [PromptInput(tokens=tuple(prompt), extra={}) for prompt in prompts.tolist()]
+        self._prompts = [PromptInput(tokens=tuple(prompt), extra={}) for prompt in prompts]
         self.run = Run()
 
     def __call__(self) -> None:
@@ -228,6 +233,11 @@ def _entry(name: str, runs: Sequence[Run]) -> Entry:
         )
     seconds = [s for run in runs for s in run.seconds[WARM_UP_ITERATIONS:]]
     return Entry(name=name, timing=summary(seconds), figures=figures)
+
+
+def _span(lengths: Sequence[int]) -> str:
+    low, high = min(lengths), max(lengths)
+    return f"{low}" if low == high else f"{low} to {high}, {fmean(lengths):.1f} on average,"
 
 
 def _marks(run: Run) -> list[int]:

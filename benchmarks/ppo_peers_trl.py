@@ -31,7 +31,7 @@ _NO_ID = SHAPE["vocab_size"]
 def run_in_turns(
     folder: Path,
     task: Task,
-    prompts: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
     *,
     seed: int,
     iterations: int,
@@ -42,7 +42,7 @@ def run_in_turns(
     Args:
         folder: with the models of `save_models`.
         task: how long answers are.
-        prompts: ids, int64 [32, 24].
+        prompts: ids of each; shorter ones are padded on the left, and TRL masks the padding.
         seed: of TRL's answers.
         iterations: of each contender.
         other: one iteration of the other contender.
@@ -108,11 +108,11 @@ def run_in_turns(
         processing_class=SimpleNamespace(pad_token_id=_NO_ID, eos_token_id=_NO_ID),
         model=policy,
         ref_model=reference,
-        reward_model=_Rule(prompts.shape[1], run.lengths),
+        reward_model=_Rule(max(map(len, prompts)), run.lengths),
         value_model=critic,
         train_dataset=[{"input_ids": prompt} for prompt in prompts],
         eval_dataset=[{"input_ids": prompt} for prompt in prompts],
-        data_collator=_stacked,
+        data_collator=_padded,
         optimizers=(optimizer, schedule),
         callbacks=[Turns()],
     )
@@ -121,8 +121,10 @@ def run_in_turns(
     return run
 
 
-def _stacked(records: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.stack([record["input_ids"] for record in records])}
+def _padded(records: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    longest = max(len(record["input_ids"]) for record in records)
+    rows = [[_NO_ID] * (longest - len(record["input_ids"])) + [*record["input_ids"]] for record in records]
+    return {"input_ids": torch.tensor(rows)}
 
 
 class _Rule(torch.nn.Module):
@@ -131,7 +133,7 @@ class _Rule(torch.nn.Module):
     base_model_prefix = "backbone"
 
     def __init__(self, num_prompt_tokens: int, lengths: list[float]) -> None:
-        """Take the prompts' length, and where the mean length of answers goes at each call."""
+        """Take the prompts' length with padding, and where the mean length of answers goes at each call."""
         super().__init__()
         self._num_prompt_tokens, self._lengths = num_prompt_tokens, lengths
 
@@ -139,7 +141,7 @@ class _Rule(torch.nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: object
     ) -> SimpleNamespace:
         """Return as hidden states [B, T, 1] whether each id is one of the answer's and low."""
-        self._lengths.append(attention_mask.sum(1).float().mean().item() - self._num_prompt_tokens)
+        self._lengths.append(attention_mask[:, self._num_prompt_tokens :].sum(1).float().mean().item())
         is_low_BT = input_ids < LOW_IDS
         is_low_BT[:, : self._num_prompt_tokens] = False
         return SimpleNamespace(hidden_states=[is_low_BT.float()[..., None]])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.ppo_peers import Seed, gain, row_of, verdict
-from benchmarks.ppo_peers_task import LOW_IDS, TASKS, Run, draw_prompts, share_of_low_ids
-from benchmarks.ppo_peers_trl import _Rule
+from benchmarks.ppo_peers_task import LOW_IDS, PROMPTS, SHAPE, TASKS, Run, draw_prompts, share_of_low_ids
+from benchmarks.ppo_peers_trl import _NO_ID, _padded, _Rule
 
 
 def run_of(seconds: float, *rewards: float) -> Run:
@@ -15,7 +15,7 @@ def run_of(seconds: float, *rewards: float) -> Run:
 def test_both_forms_of_the_rule_agree_wherever_an_answer_ends():
     generator = torch.Generator().manual_seed(1)
     answers_BT = torch.randint(0, 2 * LOW_IDS, (4, 48), generator=generator)
-    prompts_BT = draw_prompts(0)[:4]
+    prompts_BT = torch.tensor(draw_prompts(TASKS[0], 0)[:4])
     prompts_BT[:, 5] = 3  # a low id of the prompt's does not count
     lengths: list[float] = []
     rule = _Rule(prompts_BT.shape[1], lengths)
@@ -28,6 +28,33 @@ def test_both_forms_of_the_rule_agree_wherever_an_answer_ends():
         at_end_B = scores_BT1[:, prompts_BT.shape[1] + length - 1, 0]
         for score, answer in zip(at_end_B.tolist(), answers_BT[:, :length].tolist(), strict=True):
             assert score == pytest.approx(share_of_low_ids(answer))
+
+
+def test_real_lengths_have_a_long_tail_and_fit_the_model():
+    task = TASKS[2]
+    prompts = draw_prompts(task, 0)
+    lengths = [len(prompt) for prompt in prompts]
+    assert sorted(lengths) == list(task.prompt_tokens)
+    assert lengths != sorted(lengths)
+    assert max(lengths) + task.max_answer_tokens <= SHAPE["max_position_embeddings"]
+    # A quarter of the data's mean of 120.4 and median of 92, the longest apart.
+    assert sum(lengths) / PROMPTS == pytest.approx(30, abs=1.5)
+    assert sorted(lengths)[PROMPTS // 2] == pytest.approx(23, abs=1.5)
+
+
+def test_padding_is_on_the_left_and_no_answers():
+    prompts_BT = _padded([{"input_ids": [9, 10, 11]}, {"input_ids": [12]}])["input_ids"]
+    assert prompts_BT.tolist() == [[9, 10, 11], [_NO_ID, _NO_ID, 12]]
+    lengths: list[float] = []
+    ids_BT = torch.cat((prompts_BT, torch.tensor([[1, 9], [1, _NO_ID]])), dim=1)
+    mask_BT = ids_BT != _NO_ID
+    rule = _Rule(3, lengths)
+    hidden = rule.backbone(input_ids=ids_BT.masked_fill(~mask_BT, 0), attention_mask=mask_BT).hidden_states[
+        -1
+    ]
+    scores_BT1 = rule.score(hidden)
+    assert lengths == [1.5]
+    assert [scores_BT1[0, 4, 0].item(), scores_BT1[1, 3, 0].item()] == [0.5, 1.0]
 
 
 def test_gain_is_from_the_first_to_the_mean_of_the_last_three():
