@@ -25,8 +25,9 @@ from glm_rlhf.engine.bench.ppo_part import make_roles
 from glm_rlhf.engine.cluster.plan_activations import CPU
 from glm_rlhf.engine.cluster.plan_memory import RankMemory, rank_memory
 from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
+from glm_rlhf.engine.stages.learning_step import take_steps
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
-from glm_rlhf.engine.stages.ppo_update import critic_step, mini_batches, policy_step
+from glm_rlhf.engine.stages.ppo_update import critic_learner, mini_batches, policy_learner
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
@@ -203,15 +204,18 @@ def _count_rollout(case: Case, roles: PPORoles) -> dict[str, int]:
 def _count_training(case: Case, roles: PPORoles, place: Topology) -> dict[str, int]:
     experience = _experience(case)
     (part,) = mini_batches(experience, roles.settings, seed=1, topology=place)
-    steps: dict[str, Callable[[], object]] = {
-        "train policy": lambda: policy_step(
-            roles.policy_state, experience, part, roles.settings, topology=place
-        ),
-        "train critic": lambda: critic_step(
-            roles.critic_state, experience, part, roles.settings, topology=place
-        ),
+    given = (experience, part, roles.settings)
+    critic = critic_learner(roles.critic_state, *given, topology=place)
+    policy = policy_learner(roles.policy_state, *given, topology=place)
+    schedules = {"train policy": [policy], "train critic": [critic]}
+    if place.layout.pp > 1:
+        schedules = {"train": [critic, policy]}
+    return {
+        name: live_peak_bytes(
+            partial(_given_up, partial(take_steps, own, experience.rollouts, topology=place))
+        )
+        for name, own in schedules.items()
     }
-    return {name: live_peak_bytes(partial(_given_up, step)) for name, step in steps.items()}
 
 
 def _given_up(step: Callable[[], object]) -> None:

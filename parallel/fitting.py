@@ -4,13 +4,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self, TypeVar
 
-import torch
 import torch.distributed as dist
 
-from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.model_turns import Chunks, unwrap
 from glm_rlhf.parallel.out_of_memory import OutOfMemory, groups_of
 from glm_rlhf.parallel.packing import PackedTokens
-from glm_rlhf.parallel.schedule import unwrap
 from glm_rlhf.parallel.topology import Topology
 
 
@@ -37,7 +35,7 @@ def run_fitting(
     batches: Sequence[Batch],
     name: Callable[[Batch], str],
     *,
-    chunks: Sequence[torch.nn.Module],
+    models: Sequence[Chunks],
     place: Topology,
     forward_only: bool,
 ) -> tuple[Result, list[Batch]]:
@@ -51,27 +49,32 @@ def run_fitting(
         run: one schedule, gradients made zero before it; called by all its ranks together.
         batches: this rank's.
         name: of a micro-batch with one record, for the message.
-        chunks: this rank's model chunks, wrapped for training or bare.
+        models: this rank's chunks of each model in the schedule, wrapped for training or bare. What one
+            holds leaves the others less: their micro-batches are cut alike.
         place: layout and groups.
         forward_only: whether `run` keeps nothing for backward.
 
     Raises:
         ValueError: there is no room for a single record; on all ranks of the schedule.
     """
-    model = unwrap(chunks[0])
-    limits, kind = model.most_tokens, "forward" if forward_only else "training"
+    limits = [unwrap(chunks[0]).most_tokens for chunks in models]
+    roles = " and ".join(unwrap(chunks[0]).role for chunks in models)
+    kind = "forward" if forward_only else "training"
     while True:
-        fitting = list(_cut(batches, limits.get(kind), place.layout.token_multiple))
+        limit = min((own[kind] for own in limits if kind in own), default=None)
+        fitting = list(_cut(batches, limit, place.layout.token_multiple))
         try:
             return run(fitting), fitting
         except OutOfMemory as fault:
             found = fault
-        limits[kind] = max(min(found.num_tokens, limits.get(kind, found.num_tokens)) // 2, 1)
-        _refuse_undivided(found, fitting, name, model, place, forward_only=forward_only)
+        limit = max(min(found.num_tokens, limit or found.num_tokens) // 2, 1)
+        for own in limits:
+            own[kind] = limit
+        _refuse_undivided(found, fitting, name, roles, place, forward_only=forward_only)
         if found.index is not None:
             sys.stderr.write(
                 f"[rank {place.rank}] out of memory in a micro-batch of {found.num_tokens} tokens, "
-                f"{model.role}, {kind}: all of more than {limits[kind]} are split from here on\n"
+                f"{roles}, {kind}: all of more than {limit} are split from here on\n"
             )
 
 
@@ -91,7 +94,7 @@ def _refuse_undivided(
     fault: OutOfMemory,
     batches: Sequence[Batch],
     name: Callable[[Batch], str],
-    model: GLMModel,
+    roles: str,
     place: Topology,
     *,
     forward_only: bool,
@@ -107,7 +110,7 @@ def _refuse_undivided(
         if not any(len(batch.halves(place.layout.token_multiple)) > 1 for batch in others):
             words = (
                 f"rank {place.rank} has no memory for {name(failed)} by itself, {failed.packed.num_tokens} "
-                f"tokens through the {model.role}: set train.recompute_layers to true, raise parallel.tp, "
+                f"tokens through the {roles}: set train.recompute_layers to true, raise parallel.tp, "
                 "parallel.pp or parallel.cp, or leave out what is so long (data.max_tokens, "
                 "data.max_prompt_tokens, generation.max_new_tokens)"
             )

@@ -17,6 +17,7 @@ from glm_rlhf.parallel.optimizer import (
     StepResult,
     TrainingState,
     check_trainable,
+    step_together,
 )
 from glm_rlhf.parallel.optimizer_part import Part
 from glm_rlhf.parallel.topology import Topology
@@ -75,7 +76,7 @@ class InBackwardState:
         # Squared norms of buckets: the newest, those of the last step that was taken, their sum over stages.
         self._squares_K = torch.zeros(len(self._buckets), dtype=torch.float64, device=topology.device)
         self._taken_squares_K = self._squares_K.clone()
-        self._taken_total = self._squares_K.new_zeros(())
+        self._taken_total = self._newest_total = self._squares_K.new_zeros(())
         self._hook()
 
     @property
@@ -97,17 +98,24 @@ class InBackwardState:
     def step(self) -> StepResult:
         """Return what the backward pass did; every rank calls this together, after the schedule.
 
-        The pipeline's stages add up their norms, 8 bytes. `is_applied` is false when some gradient was not
-        finite; see the class for what then has changed.
+        `is_applied` is false when some gradient was not finite; see the class for what then has changed.
         """
-        total = self._sum_over_stages(self._squares_K.sum())
-        grad_norm = math.sqrt(total.item())
-        if not math.isfinite(grad_norm):
-            return StepResult(is_applied=False, grad_norm=grad_norm)
+        (result,) = step_together([self])
+        return result
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, after the schedule; every rank calls this together.
+
+        The pipeline's stages add up theirs, 8 bytes.
+        """
+        self._newest_total = self._sum_over_stages(self._squares_K.sum())
+        return math.sqrt(self._newest_total.item())
+
+    def apply(self, _grad_norm: float) -> None:
+        """Count the step, whose norms the next one clips by: the weights have changed already."""
         self._taken_squares_K.copy_(self._squares_K)
-        self._taken_total = total
+        self._taken_total = self._newest_total
         self.num_steps += 1
-        return StepResult(is_applied=True, grad_norm=grad_norm)
 
     def nonfinite_gradients(self) -> list[str]:
         """Return nothing: gradients are gone when the step ends."""

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,8 @@ class StepResult:
     """What an optimizer step did."""
 
     is_applied: bool
-    """False when the gradient was not finite: the weights are what they were, but see `InBackwardState`."""
+    """False when the gradient was not finite, or one of a step taken together with this: the weights are what
+    they were, but see `InBackwardState`."""
     grad_norm: float
     """Norm of the gradient over the whole model, before clipping."""
 
@@ -142,11 +144,17 @@ class TrainingState:
 
         With `overlap_communication` the next training step gathers them, see `gather_weights`.
         """
+        (result,) = step_together([self])
+        return result
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, after the schedule; every rank calls this together."""
         self._parking.wait()
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
-        if not math.isfinite(grad_norm):
-            return StepResult(is_applied=False, grad_norm=grad_norm)
+        return float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
+
+    def apply(self, grad_norm: float) -> None:
+        """Do what `step` does, given what `grad_norm` returned, a finite number."""
         parameters = self.optimizer.get_parameters()
         if self.clip_grad > 0.0 and parameters:  # a rank may own no weight that is trained
             with cuda_type_names():  # it asserts the type's name
@@ -154,7 +162,6 @@ class TrainingState:
         if self.before_change is not None:
             self.before_change()
         self.optimizer.step_with_ready_grads()
-        return StepResult(is_applied=True, grad_norm=grad_norm)
 
     def park(self) -> int:
         """Begin to take the optimizer's state to host memory, and give up the gradient buffers.
@@ -209,6 +216,26 @@ class TrainingState:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+
+class Steppable(Protocol):
+    """A training state whose gradient is complete."""
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient."""
+
+    def apply(self, grad_norm: float) -> None:
+        """Change the weights, given that norm."""
+
+
+def step_together(states: Sequence[Steppable]) -> list[StepResult]:
+    """Take a step of every state, or of none where one's gradient is not finite; every rank calls this."""
+    norms = [state.grad_norm() for state in states]
+    is_applied = all(map(math.isfinite, norms))
+    if is_applied:
+        for state, norm in zip(states, norms, strict=True):
+            state.apply(norm)
+    return [StepResult(is_applied=is_applied, grad_norm=norm) for norm in norms]
 
 
 def _optimizer_tensors(

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.model_turns import Turn
 from glm_rlhf.parallel.packing import TokenShare
 from glm_rlhf.parallel.topology import Topology
 
@@ -43,20 +44,17 @@ class OutOfMemory(Exception):
 class Attempt:
     """Owns what this rank knows about its memory in one schedule."""
 
-    def __init__(
-        self, shares: Sequence[TokenShare], num_fillers: int, place: Topology, *, is_final: bool
-    ) -> None:
+    def __init__(self, turns: Sequence[Turn], place: Topology, *, is_final: bool) -> None:
         """Begin.
 
         Args:
-            shares: what goes through the schedule, fillers first.
-            num_fillers: how many there are.
+            turns: what goes through the schedule.
             place: layout and groups.
             is_final: whether weights change, or reductions begin, before the schedule's end: it cannot be
                 run again then.
         """
-        self._num_tokens = [token_share.packed.num_tokens for token_share in shares]
-        self._num_fillers = num_fillers
+        self._turns = turns
+        self._num_tokens = [turn.share.packed.num_tokens for turn in turns]
         self._place, self._is_final = place, is_final
         self._newest = 0
         self._failed: int | None = None
@@ -71,7 +69,7 @@ class Attempt:
         """Run a block of the schedule; where memory runs out in it the schedule is over.
 
         Args:
-            index: the micro-batch, among the shares, that the block begins with; None for the newest.
+            index: the turn that the block begins with; None for the newest.
 
         Raises:
             ValueError: memory has run out where the other ranks cannot come to the schedule's end.
@@ -116,7 +114,7 @@ class Attempt:
             return
         if self._place.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise OutOfMemory(num_tokens, None if self._failed is None else self._failed - self._num_fillers)
+        raise OutOfMemory(num_tokens, None if self._failed is None else self._turns[self._failed].index)
 
 
 def groups_of(place: Topology, *, forward_only: bool) -> list[dist.ProcessGroup]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -9,11 +10,23 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.model_turns import (
+    Chunks,
+    ChunksInTurn,
+    Turn,
+    backward_of,
+    communicates_in_backward,
+    shared_config,
+    turns_of,
+    unwrap,
+)
 from glm_rlhf.parallel.out_of_memory import Attempt, backward_or_zeros, stand_in
 from glm_rlhf.parallel.packing import PackedTokens, TokenShare, pack, share
-from glm_rlhf.parallel.schedule_order import num_fillers
+from glm_rlhf.parallel.pass_times import PassTimes
+from glm_rlhf.parallel.schedule_order import stage_order
 from glm_rlhf.parallel.spans import make_progress, span
 from glm_rlhf.parallel.stage_link import StageLink
 from glm_rlhf.parallel.topology import Topology
@@ -23,7 +36,7 @@ Step = Callable[[GLMModel, torch.Tensor, int], tuple[torch.Tensor | None, Output
 
 
 def run_micro_batches(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Chunks,
     micro_batches: Sequence[PackedTokens],
     step: Step,
     *,
@@ -55,24 +68,64 @@ def run_micro_batches(
         OutOfMemory: on every rank of the schedule where memory ran out on one; `fitting` runs it again.
         ValueError: memory ran out where that cannot be, see `out_of_memory`.
     """
-    if forward_only and not micro_batches:
+    return run_in_turn(
+        [chunks],
+        [micro_batches],
+        step,
+        topology=topology,
+        forward_only=forward_only,
+        postponed=postponed,
+    )
+
+
+def run_in_turn(
+    models: Sequence[Chunks],
+    micro_batches: Sequence[Sequence[PackedTokens]],
+    step: Step,
+    *,
+    topology: Topology,
+    forward_only: bool,
+    postponed: list[Attempt] | None = None,
+    times: PassTimes | None = None,
+) -> list[Output]:
+    """Return what `run_micro_batches` does, of several models whose micro-batches share one schedule.
+
+    Stages wait once for the pipeline to fill and to drain, and not once a model.
+
+    Args:
+        models: this rank's chunks of each. Shapes may differ, the dtype and whether gradients are reduced
+            during backward may not.
+        micro_batches: of each model, which go through the schedule in this order.
+        step: called with the index over all models' micro-batches, as results are ordered.
+        topology, forward_only, postponed: as for `run_micro_batches`.
+        times: is told each model's passes, by its role, which are spans of that name then too.
+
+    Raises:
+        OutOfMemory: as `run_micro_batches`; its index counts over all models' micro-batches.
+        ValueError: likewise; or the models' dtypes differ.
+    """
+    if forward_only and not any(micro_batches):
         return []
     layout = topology.layout
-    shares = [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp) for packed in micro_batches]
-    fillers = _fillers(len(shares), topology)
-    # Fillers come first: reductions that overlap with backward wait for gradients of the last micro-batch.
-    shares = fillers + shares
-    # What has a context for accumulation communicates, or changes weights, where backward leaves it.
-    is_final = not forward_only and unwrap(chunks[0]).config.no_sync_func is not None
-    attempt = Attempt(shares, len(fillers), topology, is_final=is_final)
+    shares = [
+        [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp) for packed in own]
+        for own in micro_batches
+    ]
+    # What communicates, or changes weights, where backward ends.
+    is_final = not forward_only and any(map(communicates_in_backward, models))
+    turns = turns_of(shares, _filler(topology), layout, is_final=is_final)
+    attempt = Attempt(turns, topology, is_final=is_final)
+    passes = _Passes(attempt=attempt, times=times)
+    config = shared_config(models)
+    chunks = [ChunksInTurn(group, config) for group in zip(*models, strict=True)]
     run = partial(
         schedules.get_forward_backward_func(),
-        **_communication(chunks, shares, topology),
-        forward_step_func=partial(_forward_step, step, len(fillers), attempt),
-        data_iterator=[iter(enumerate(shares)) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(shares),
-        seq_length=0,  # every micro-batch has its own length, see StageLink
+        **_communication(config, models, turns, topology),
+        forward_step_func=partial(_forward_step, step, passes),
+        data_iterator=[iter(enumerate(turns)) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(turns),
+        seq_length=0,  # every micro-batch has its own shape, see StageLink
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -80,13 +133,13 @@ def run_micro_batches(
         with torch.no_grad():
             outputs = run(collect_non_loss_data=True)
     else:
-        with _own_backward(attempt):
+        with _own_backward(models, turns, passes, topology):
             outputs = run()
     if postponed is None:
         attempt.agree(forward_only=forward_only)
     else:
         postponed.append(attempt)
-    return outputs[len(fillers) :]
+    return [output for output, turn in zip(outputs, turns, strict=bool(outputs)) if turn.index is not None]
 
 
 def collect_rows(
@@ -134,39 +187,51 @@ def _in_stream_order(
     return torch.cat(streams)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """What passes of a schedule run in."""
+
+    attempt: Attempt
+    times: PassTimes | None
+
+    @contextlib.contextmanager
+    def one(self, model: GLMModel, name: str) -> Iterator[None]:
+        """Run a pass through a chunk, or a part of one, as a span."""
+        with contextlib.ExitStack() as stack:
+            if self.times is not None:
+                stack.enter_context(span(model.role))
+                stack.enter_context(self.times.passing(model.role))
+            stack.enter_context(span(name))
+            yield
+
+
 def _forward_step(
-    step: Step,
-    num_fillers: int,
-    attempt: Attempt,
-    data: Iterator[tuple[int, TokenShare]],
-    model: torch.nn.Module,
+    step: Step, passes: _Passes, data: Iterator[tuple[int, Turn]], chunks: ChunksInTurn
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     make_progress()
-    place, token_share = next(data)
+    place, turn = next(data)
+    chunk = chunks.take(turn)
     hidden = None
-    if not attempt.is_over:
-        with attempt.enduring(place), span("forward"):
-            hidden = model(token_share)
+    if not passes.attempt.is_over:
+        with passes.attempt.enduring(place), passes.one(unwrap(chunk), "forward"):
+            hidden = chunk(turn.share)
     if hidden is None:
-        hidden = stand_in(unwrap(model), token_share)
-    return hidden, partial(_apply, step, unwrap(model), place - num_fillers, attempt)
+        hidden = stand_in(unwrap(chunk), turn.share)
+    return hidden, partial(_apply, step, unwrap(chunk), turn.index, passes)
 
 
 def _apply(
     step: Step,
     model: GLMModel,
-    index: int,
-    attempt: Attempt,
+    index: int | None,
+    passes: _Passes,
     hidden_TD: torch.Tensor,
     non_loss_data: bool = False,
 ) -> Any:
-    """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output).
-
-    A filler has a negative index.
-    """
+    """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output)."""
     loss, output = None, None
-    if index >= 0 and not attempt.is_over:
-        with attempt.enduring(), span("head"):
+    if index is not None and not passes.attempt.is_over:
+        with passes.attempt.enduring(), passes.one(model, "head"):
             loss, output = step(model, hidden_TD, index)
     if non_loss_data:
         return output
@@ -179,15 +244,25 @@ def _apply(
 
 
 @contextlib.contextmanager
-def _own_backward(attempt: Attempt) -> Iterator[None]:
+def _own_backward(
+    models: Sequence[Chunks], turns: Sequence[Turn], passes: _Passes, topology: Topology
+) -> Iterator[None]:
     """Make each backward a span that may run out of memory: Megatron-core's schedule calls it by name."""
     backward_step = schedules.backward_step
+    order = stage_order(topology.layout, len(turns), stage=topology.pp_rank)
+    coming = (turns[one.micro_batch] for one in order if one.kind == "backward")
 
-    def spanned(*given: Any) -> Any:
-        with span("backward"):
+    def spanned(model: GLMModel, *given: Any) -> Any:
+        with passes.one(model, "backward"):
             return backward_step(*given)
 
-    schedules.backward_step = partial(backward_or_zeros, attempt, spanned)
+    def in_turn(*given: Any) -> Any:
+        turn = next(coming)
+        chunks = models[turn.model]
+        with backward_of(chunks, is_last=turn.is_last):
+            return backward_or_zeros(passes.attempt, partial(spanned, unwrap(chunks[0])), *given)
+
+    schedules.backward_step = in_turn
     try:
         yield
     finally:
@@ -201,14 +276,15 @@ def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:
 
 
 def _communication(
-    chunks: Sequence[torch.nn.Module], shares: Sequence[TokenShare], topology: Topology
+    config: TransformerConfig, models: Sequence[Chunks], turns: Sequence[Turn], topology: Topology
 ) -> dict[str, Any]:
     layout = topology.layout
     if layout.pp == 1:
         return {}
     split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    num_rows = [token_share.packed.num_tokens // split for token_share in shares]
-    link = StageLink(unwrap(chunks[0]).config, topology, num_rows, len(chunks))
+    sizes = [unwrap(chunks[0]).config.hidden_size for chunks in models]
+    shapes = [[turn.share.packed.num_tokens // split, 1, sizes[turn.model]] for turn in turns]
+    link = StageLink(config, topology, shapes, layout.vpp)
     return {"p2p_communicator": link, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
 
@@ -216,17 +292,9 @@ def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int, device=tensor.device)
 
 
-def _fillers(num_real: int, topology: Topology) -> list[TokenShare]:
+def _filler(topology: Topology) -> TokenShare:
     """Return empty work: at least one micro-batch is needed, and interleaved a multiple of pp."""
     layout = topology.layout
-    missing = num_fillers(layout, num_real)
-    if not missing:
-        return []
     token = torch.zeros(1, dtype=torch.int64, device=topology.device)
     packed = pack([token], multiple=layout.token_multiple)
-    return [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp)] * missing
-
-
-def unwrap(model: torch.nn.Module) -> GLMModel:
-    """Return a chunk as it was before it was wrapped for training."""
-    return model if isinstance(model, GLMModel) else unwrap(model.module)
+    return share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp)

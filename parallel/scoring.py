@@ -191,7 +191,7 @@ def _score(
         for place, (packed, wanted_T) in enumerate(zip(micro_batches, wanted, strict=True))
     ]
     rows, parts = run_fitting(
-        run, given, lambda _: "one sequence", chunks=chunks, place=topology, forward_only=True
+        run, given, lambda _: "one sequence", models=[chunks], place=topology, forward_only=True
     )
     whole = []
     for place, packed in enumerate(micro_batches):

@@ -6,7 +6,7 @@ two stages of several chunks the exchange confuses the two directions between th
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -20,30 +20,26 @@ class StageLink(P2PCommunicator):
     """Megatron-core's communicator for one schedule of micro-batches of known lengths."""
 
     def __init__(
-        self, config: TransformerConfig, topology: Topology, num_rows: Sequence[int], num_chunks: int
+        self, config: TransformerConfig, topology: Topology, shapes: Sequence[list[int]], num_chunks: int
     ) -> None:
         """Plan what this rank will receive.
 
         Args:
             config: of the model.
             topology: this rank's stage.
-            num_rows: rows of the residual stream that a rank holds of each micro-batch, in order.
+            shapes: [rows, 1, hidden size] of what a rank holds of the residual stream of each micro-batch,
+                in order.
             num_chunks: model chunks of a stage.
         """
         super().__init__(topology.pp_group, config)
-        order = [(index, 0) for index in range(len(num_rows))]
+        order = [(index, 0) for index in range(len(shapes))]
         if num_chunks > 1:
             group_size = config.microbatch_group_size_per_vp_stage
-            order = get_schedule_table(len(num_rows), num_chunks, group_size)
+            order = get_schedule_table(len(shapes), num_chunks, group_size)
         is_first, is_last = topology.pp_rank == 0, topology.is_last_stage
         # Backward visits the chunks last to first; the model's very first and last chunk receive nothing.
-        forward = [index for index, chunk in order if not (is_first and chunk == 0)]
-        backward = [index for index, chunk in order if not (is_last and chunk == 0)]
-        self._from_previous = self._shapes(forward, num_rows)
-        self._from_next = self._shapes(backward, num_rows)
-
-    def _shapes(self, indices: Iterable[int], num_rows: Sequence[int]) -> deque[list[int]]:
-        return deque([num_rows[index], 1, self.config.hidden_size] for index in indices)
+        self._from_previous = deque(shapes[index] for index, chunk in order if not (is_first and chunk == 0))
+        self._from_next = deque(shapes[index] for index, chunk in order if not (is_last and chunk == 0))
 
     def _communicate_shapes(
         self,

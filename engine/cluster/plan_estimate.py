@@ -1,13 +1,13 @@
 """Seconds of an iteration of PPO under a layout, phase by phase."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glm_rlhf.engine.cluster.plan_activations import MicroBatch
 from glm_rlhf.engine.cluster.plan_cluster import Cluster
-from glm_rlhf.engine.cluster.plan_simulation import Played, is_filler, play_passes, play_rounds
+from glm_rlhf.engine.cluster.plan_simulation import is_filler, play_passes, play_rounds
 from glm_rlhf.engine.cluster.plan_time import (
-    Cost,
     DecodeCosts,
     PassCosts,
     forward_flop,
@@ -18,7 +18,7 @@ from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.names import SCALAR_ROLES
-from glm_rlhf.parallel.schedule_order import Pass
+from glm_rlhf.parallel.schedule_order import Pass, num_fillers
 
 _CONTEXTS = 8
 """Places along an answer at which a decode step's time is worked out."""
@@ -56,7 +56,7 @@ class Estimate:
     """An iteration."""
 
     phases: dict[str, PhaseTime]
-    """By name: generate, baseline, score, train policy, train critic."""
+    """By name: generate, baseline, score, train critic, train policy."""
     num_tokens: int
     """Tokens of all sequences, prompts included."""
     num_gpus: int
@@ -111,8 +111,12 @@ def estimate(
             share = num_sequences if work.recomputes_logprobs else min(num_sequences, plan.sequences_a_batch)
             score += plan.scoring(name, model, share)
     phases["score"] = score
-    phases["train policy"] = plan.training("policy", roles.policy)
-    phases["train critic"] = plan.training("critic", roles.critic)
+    trained = {"critic": roles.critic, "policy": roles.policy}
+    if choice.layout.pp > 1:
+        phases |= plan.training(trained)
+    else:
+        for name, model in trained.items():
+            phases |= plan.training({name: model})
     return Estimate(
         phases=phases,
         num_tokens=work.num_sequences * work.mean_tokens,
@@ -144,63 +148,82 @@ class _Plan:
     def _dp(self) -> int:
         return self.choice.layout.dp(self.cluster.num_gpus)
 
-    def training(self, role: str, model: GLMConfig) -> PhaseTime:
-        """Return all optimizer steps of a role."""
+    def training(self, models: Mapping[str, GLMConfig]) -> dict[str, PhaseTime]:
+        """Return all optimizer steps of roles whose micro-batches share a schedule, a phase each.
+
+        The schedule's time is shared as the passes of each take it.
+        """
         in_step = -(-self.num_sequences // self.work.minibatches)
-        passes = self._passes(role, model, in_step, trains=True)
-        update = optimizer_step(
-            model,
-            self.cluster,
-            self.choice,
-            itemsize=self.work.itemsize,
-            has_scalar_head=role == "critic",
-        )
-        step = passes + PhaseTime(
-            seconds=update.total_s, communication_s=update.communication_s, idle_s=0.0, flop=0.0
-        )
-        return _times(step, self.work.epochs * self.work.minibatches)
+        found = {}
+        for role, passes in self._passes(models, in_step, trains=True).items():
+            update = optimizer_step(
+                models[role],
+                self.cluster,
+                self.choice,
+                itemsize=self.work.itemsize,
+                has_scalar_head=role == "critic",
+            )
+            step = passes + PhaseTime(
+                seconds=update.total_s, communication_s=update.communication_s, idle_s=0.0, flop=0.0
+            )
+            found[f"train {role}"] = _times(step, self.work.epochs * self.work.minibatches)
+        return found
 
     def scoring(self, role: str, model: GLMConfig, num_sequences: int) -> PhaseTime:
         """Return one pass without gradients over a copy's sequences."""
-        return self._passes(role, model, num_sequences, trains=False)
+        return self._passes({role: model}, num_sequences, trains=False)[role]
 
-    def _passes(self, role: str, model: GLMConfig, num_sequences: int, *, trains: bool) -> PhaseTime:
+    def _passes(
+        self, models: Mapping[str, GLMConfig], num_sequences: int, *, trains: bool
+    ) -> dict[str, PhaseTime]:
+        """Return one schedule of a copy's sequences through each model, one after the other."""
         work, layout = self.work, self.choice.layout
         num_batches = -(-num_sequences // self.sequences_a_batch)
         tokens = num_sequences * work.mean_tokens // num_batches
         share = work.mean_new_tokens / work.mean_tokens
-        batch = MicroBatch(model=model, layout=layout, num_tokens=tokens, itemsize=work.itemsize)
-        costs = PassCosts(
-            cluster=self.cluster,
-            choice=self.choice,
-            batch=batch,
-            length=work.mean_tokens,
-            has_scalar_head=role in SCALAR_ROLES,
-            num_targets=math.ceil(batch.rows * share),
-        )
-        forward = {is_last: costs.forward(is_last=is_last, trains=trains) for is_last in (False, True)}
-        backward = costs.backward()
+        forward, backward, hops = {}, {}, []
+        for role, model in models.items():
+            batch = MicroBatch(model=model, layout=layout, num_tokens=tokens, itemsize=work.itemsize)
+            costs = PassCosts(
+                cluster=self.cluster,
+                choice=self.choice,
+                batch=batch,
+                length=work.mean_tokens,
+                has_scalar_head=role in SCALAR_ROLES,
+                num_targets=math.ceil(batch.rows * share),
+            )
+            for is_last in (False, True):
+                forward[role, is_last] = costs.forward(is_last=is_last, trains=trains)
+            backward[role] = costs.backward()
+            hops.append(costs.hop_s())
+        roles = [role for role in models for _ in range(num_batches)]
+        fillers = num_fillers(layout, len(roles))
+        busy_s = dict.fromkeys(models, 0.0)
 
-        def cost(stage: int, one: Pass) -> Cost:
-            if is_filler(layout, num_batches, one):
-                return Cost()
-            if one.kind == "backward":
-                return backward
-            return forward[stage == layout.pp - 1 and one.chunk == layout.vpp - 1]
+        def duration(stage: int, one: Pass) -> float:
+            if is_filler(layout, len(roles), one):
+                return 0.0
+            role = roles[one.micro_batch - fillers]
+            cost = backward[role]
+            if one.kind == "forward":
+                cost = forward[role, stage == layout.pp - 1 and one.chunk == layout.vpp - 1]
+            busy_s[role] += cost.total_s
+            return cost.total_s
 
-        played = play_passes(
-            layout,
-            num_batches,
-            lambda stage, one: cost(stage, one).total_s,
-            hop_s=costs.hop_s(),
-            forward_only=not trains,
-        )
-        communication_s = num_batches * layout.vpp * forward[False].communication_s
-        communication_s += num_batches * layout.vpp * backward.communication_s * trains
-        answered = self._dp * num_sequences
-        has_head = role in ("policy", "reference")
-        flop = forward_flop(model, answered, work.mean_tokens, has_head * answered * work.mean_new_tokens)
-        return _phase(played, communication_s, flop * (3 if trains else 1))
+        played = play_passes(layout, len(roles), duration, hop_s=max(hops), forward_only=not trains)
+        phases, answered = {}, self._dp * num_sequences
+        for role, model in models.items():
+            part = busy_s[role] / sum(busy_s.values())
+            communication_s = forward[role, False].communication_s + backward[role].communication_s * trains
+            has_head = role in ("policy", "reference")
+            flop = forward_flop(model, answered, work.mean_tokens, has_head * answered * work.mean_new_tokens)
+            phases[role] = PhaseTime(
+                seconds=played.seconds * part,
+                communication_s=num_batches * layout.vpp * communication_s,
+                idle_s=played.idle_fraction * played.seconds * part,
+                flop=flop * (3 if trains else 1),
+            )
+        return phases
 
     def generation(self, model: GLMConfig, num_sequences: int, num_concurrent: int) -> PhaseTime:
         """Return the time in which a copy's sequences are answered, in waves of what runs at once."""
@@ -243,15 +266,6 @@ class _Plan:
 def _elements(model: GLMConfig) -> int:
     """Return the elements of all layers' matrices."""
     return model.num_layers * layer_matrix_elements(model, Layout())
-
-
-def _phase(played: Played, communication_s: float, flop: float) -> PhaseTime:
-    return PhaseTime(
-        seconds=played.seconds,
-        communication_s=communication_s,
-        idle_s=played.idle_fraction * played.seconds,
-        flop=flop,
-    )
 
 
 def _times(phase: PhaseTime, factor: float) -> PhaseTime:

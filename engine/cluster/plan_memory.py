@@ -1,6 +1,7 @@
 """Memory of PPO on one rank, by phase, under a layout: arithmetic, nothing is allocated."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glm_rlhf.engine.cluster.plan_activations import CUDA, Kernels, MicroBatch
@@ -89,7 +90,8 @@ def rank_memory(
     """Return the memory of a rank of pipeline stage `stage`.
 
     Phases: `start` (optimizers are made, each with a copy of its weights), `generate` (without the cache),
-    `score`, `train policy`, `train critic`, `step` (the optimizer's own temporaries).
+    `score`, `train policy`, `train critic` (over pipeline stages one, `train`), `step` (the optimizer's own
+    temporaries).
 
     Raises:
         ValueError: as `fullest_rank`.
@@ -120,16 +122,16 @@ def rank_memory(
         ),
         "score": experience + max(batch(model).forward_workspace_bytes() for _, model in roles.items),
     }
-    for name in TRAINED:
-        phases[f"train {name}"] = experience + training_bytes(
-            batch(getattr(roles, name)),
-            choice.recompute_layers,
-            stage=stage,
-            num_micro_batches=num_in_step,
-            trained_share=share if name == "policy" else None,
+    trained = {name: (batch(getattr(roles, name)), share if name == "policy" else None) for name in TRAINED}
+    # Over pipeline stages both share a schedule.
+    together = {"train": list(trained.values())}
+    apart = {f"train {name}": [one] for name, one in trained.items()}
+    for phase, batches in (together if layout.pp > 1 else apart).items():
+        phases[phase] = experience + training_bytes(
+            batches, choice.recompute_layers, stage=stage, num_micro_batches=num_in_step
         )
     phases["step"] = experience + max(held[name].moments // 2 for name in TRAINED)
-    for phase, parked in _parked_bytes(held, work).items():
+    for phase, parked in _parked_bytes(held, work, phases).items():
         phases[phase] -= parked
     cache_page = max(page_bytes(model, layout, work) for model in answering)
     return RankMemory(stage=stage, roles=held, phases=phases, cache_page=cache_page)
@@ -158,12 +160,12 @@ def role_bytes(
     )
 
 
-def _parked_bytes(held: dict[str, RoleBytes], work: Work) -> dict[str, int]:
+def _parked_bytes(held: dict[str, RoleBytes], work: Work, phases: Iterable[str]) -> dict[str, int]:
     """Return what is in host memory in each phase; the reference's answers are generated with all models."""
     optimizers = sum(held[name].optimizer + held[name].gradients for name in TRAINED)
     frozen = sum(role.weights for name, role in held.items() if name in work.parks)
     found = {"generate": optimizers, "score": optimizers} if "optimizers" in work.parks else {}
-    return found | {f"train {name}": frozen for name in TRAINED} | {"step": frozen}
+    return found | {name: frozen for name in phases if name.startswith("train") or name == "step"}
 
 
 def _buffers(chunk: ChunkSizes, num_shards: int) -> tuple[int, int]:
@@ -187,34 +189,42 @@ def _start_bytes(held: dict[str, RoleBytes]) -> int:
 
 
 def training_bytes(
-    batch: MicroBatch,
+    batches: Sequence[tuple[MicroBatch, float | None]],
     recomputes: bool,
     *,
     stage: int,
     num_micro_batches: int,
-    trained_share: float | None,
 ) -> int:
     """Return what forward and backward of one optimizer step take on a rank at most.
 
     Args:
-        batch: a full micro-batch.
+        batches: a full micro-batch of each model in the schedule, with the share of its tokens that are
+            trained on; None for a scalar head, which reads all.
         recomputes: whether backward runs each layer again.
         stage: of the rank.
-        num_micro_batches: of the step, on this copy of the model.
-        trained_share: share of the tokens that are trained on; None for a scalar head, which reads all.
+        num_micro_batches: of each model in the step, on this copy.
     """
-    layout = batch.layout
-    num_layers = batch.model.num_layers // (layout.pp * layout.vpp)
-    in_flight = num_in_flight(layout, num_micro_batches, stage=stage)
-    saved = in_flight * batch.chunk_saved_bytes(num_layers, recomputes=recomputes)
+    layout = batches[0][0].layout
+    kept = [
+        batch.chunk_saved_bytes(batch.model.num_layers // (layout.pp * layout.vpp), recomputes=recomputes)
+        for batch, _ in batches
+    ]
+    in_flight = num_in_flight(layout, num_micro_batches * len(batches), stage=stage)
+    passes = sorted((one for one in kept for _ in range(num_micro_batches * layout.vpp)), reverse=True)
+    saved = sum(passes[:in_flight])  # of the larger model's, and where these are few of the other's
+    return saved + max(_pass_bytes(batch, share, recomputes, stage=stage) for batch, share in batches)
+
+
+def _pass_bytes(batch: MicroBatch, trained_share: float | None, recomputes: bool, *, stage: int) -> int:
+    """Return what the fullest pass takes beside what is saved for backward."""
     layer = batch.backward_workspace_bytes(recomputes=recomputes)
-    if stage < layout.pp - 1:
-        return saved + layer + batch.residual_bytes  # the gradient that came from the next stage
+    if stage < batch.layout.pp - 1:
+        return layer + batch.residual_bytes  # the gradient that came from the next stage
     if trained_share is None:
         at_loss, kept = batch.value_loss_bytes()
     else:
         at_loss, kept = batch.policy_loss_bytes(math.ceil(batch.rows * trained_share))
-    return saved + max(at_loss, kept + batch.hidden_bytes, layer + batch.residual_bytes)
+    return max(at_loss, kept + batch.hidden_bytes, layer + batch.residual_bytes)
 
 
 def generation_bytes(model: GLMConfig, work: Work, choice: Choice, *, num_gpus: int) -> int:

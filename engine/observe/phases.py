@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from glm_rlhf.parallel.spans import span
 
@@ -20,5 +20,17 @@ class Phases:
         start = time.perf_counter()
         with span(name):
             yield
+        self._add(name, time.perf_counter() - start)
+
+    @contextlib.contextmanager
+    def shared(self, name: str, part: Callable[[float], Mapping[str, float]]) -> Iterator[None]:
+        """Run a block as one span of several phases; `part` says of its seconds whose they are."""
+        start = time.perf_counter()
+        with span(name):
+            yield
+        for own, seconds in part(time.perf_counter() - start).items():
+            self._add(own, seconds)
+
+    def _add(self, name: str, seconds: float) -> None:
         metric = f"timing_s/{name}"
-        self.seconds[metric] = self.seconds.get(metric, 0.0) + time.perf_counter() - start
+        self.seconds[metric] = self.seconds.get(metric, 0.0) + seconds

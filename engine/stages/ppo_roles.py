@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.observe.phases import Phases
@@ -13,19 +14,26 @@ from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.rollout.work import Completion
 from glm_rlhf.engine.stages.early_scores import EarlyRoles, EarlyScorer
 from glm_rlhf.engine.stages.experience import make_experience
+from glm_rlhf.engine.stages.learning_step import Learner, take_steps
 from glm_rlhf.engine.stages.ppo_parking import RoleParking
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
-from glm_rlhf.engine.stages.ppo_update import PolicyStep, critic_step, mini_batches, policy_step
+from glm_rlhf.engine.stages.ppo_update import (
+    CriticStep,
+    PolicyStep,
+    critic_learner,
+    mini_batches,
+    policy_learner,
+)
 from glm_rlhf.engine.stages.reward_terms import RewardTerms
 from glm_rlhf.engine.stages.sft_term import DemonstrationStream
 from glm_rlhf.engine.stages.unfinished_update import UnfinishedUpdate
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
-from glm_rlhf.kernels.reference.value_loss import ValueStatistics
 from glm_rlhf.parallel.export import export_model
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.leaving import Leaving
-from glm_rlhf.parallel.optimizer import AdamSettings, StepResult
+from glm_rlhf.parallel.optimizer import AdamSettings
+from glm_rlhf.parallel.pass_times import PassTimes
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.topology import Topology
 
@@ -220,15 +228,17 @@ class PPORoles:
             seed = (self.seed << 20) + self.iteration * 1000 + epoch
             for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
                 given = (experience, part, self.settings)
-                with phases.phase("critic"):
-                    found = critic_step(self.critic_state, *given, topology=self.topology)
-                    critics.append(_of_critic(*found))
+                learners = [critic_learner(self.critic_state, *given, topology=self.topology)]
+                if trains_policy:
+                    sft = self.demonstrations and self.demonstrations.take(self.topology)
+                    learners.append(
+                        policy_learner(self.policy_state, *given, topology=self.topology, sft=sft)
+                    )
+                steps = self._steps(learners, experience.rollouts, phases)
+                critics.append(_of_critic(steps["critic"]))
                 if not trains_policy:
                     continue
-                sft = self.demonstrations and self.demonstrations.take(self.topology)
-                with phases.phase("policy"):
-                    step = policy_step(self.policy_state, *given, topology=self.topology, sft=sft)
-                    policies.append(_of_policy(step))
+                policies.append(_of_policy(steps["policy"]))
                 limit = self.settings.max_kl
                 is_stopped = limit is not None and policies[-1]["actor/ppo_kl"] > limit
                 if is_stopped:
@@ -241,6 +251,27 @@ class PPORoles:
         metrics["actor/stopped_early"] = float(is_stopped)
         self._steer_kl(experience)
         return metrics | phases.seconds
+
+    def _steps(
+        self, learners: Sequence[Learner[Any]], rollouts: Rollouts, phases: Phases
+    ) -> dict[str, CriticStep | PolicyStep]:
+        """Take an optimizer step of each learner; return what became of them by role.
+
+        Over pipeline stages all share one schedule, of which the time is shared as their passes took it.
+        Without, where no stage waits, each has its own: the time of each is known, and so is whose memory
+        ran out.
+        """
+        take = partial(take_steps, rollouts=rollouts, topology=self.topology)
+        if len(learners) > 1 and self.topology.layout.pp > 1:
+            times = PassTimes(self.topology.device)
+            with phases.shared("steps", times.shared):
+                steps = take(learners, times=times)
+        else:
+            steps = []
+            for learner in learners:
+                with phases.phase(learner.role):
+                    steps += take([learner])
+        return {learner.role: step for learner, step in zip(learners, steps, strict=True)}
 
     @property
     def trained(self) -> dict[str, AnyTrainingState]:
@@ -307,12 +338,13 @@ def _of_policy(step: PolicyStep) -> dict[str, float]:
     return metrics
 
 
-def _of_critic(result: StepResult, statistics: ValueStatistics) -> dict[str, float]:
+def _of_critic(step: CriticStep) -> dict[str, float]:
+    statistics = step.statistics
     return {
         "critic/vf_loss": float(statistics.value_loss),
         "critic/vf_clipfrac": float(statistics.clip_fraction),
         "critic/vf_explained_var": float(statistics.explained_variance),
-        "critic/grad_norm": float(result.grad_norm),
+        "critic/grad_norm": float(step.result.grad_norm),
     }
 
 

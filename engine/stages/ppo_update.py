@@ -1,29 +1,25 @@
-"""One update: epochs of mini-batches through policy and critic."""
+"""What policy and critic learn from one mini-batch of an iteration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.engine.stages.experience import answers_with
+from glm_rlhf.engine.stages.learning_step import Learner
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.sft_term import SFTTerm
 from glm_rlhf.engine.stages.stream_batches import StreamBatch, stream_batches
-from glm_rlhf.engine.types import Experience, Rollouts
+from glm_rlhf.engine.types import Experience
 from glm_rlhf.kernels import ppo_value_loss
 from glm_rlhf.kernels.reference.policy_loss import POLICY_SUMS, PolicyStatistics
 from glm_rlhf.kernels.reference.value_loss import VALUE_SUMS, ValueStatistics
-from glm_rlhf.parallel.fitting import run_fitting
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.heads import next_tokens, shift_to_rows, token_values
 from glm_rlhf.parallel.in_backward import AnyTrainingState
-from glm_rlhf.parallel.nonfinite import gathered, named, refuse_nonfinite
 from glm_rlhf.parallel.optimizer import StepResult
 from glm_rlhf.parallel.packing import PackedTokens, share
-from glm_rlhf.parallel.schedule import run_micro_batches
 from glm_rlhf.parallel.topology import Topology
 from glm_rlhf.parallel.vocab_loss import linear_ppo_loss
 
@@ -48,6 +44,16 @@ class PolicyStep:
     """Of the policy's own loss."""
     sft_loss: float | None
     """Loss on the step's demonstrations, in nats a token, without its weight; None without them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticStep:
+    """What became of one optimizer step of the critic, over all ranks."""
+
+    result: StepResult
+    """Of the optimizer."""
+    statistics: ValueStatistics
+    """Of its loss."""
 
 
 def mini_batches(
@@ -85,7 +91,7 @@ def mini_batches(
     ]
 
 
-def policy_step(
+def policy_learner(
     state: AnyTrainingState,
     experience: Experience,
     mini_batch: MiniBatch,
@@ -93,16 +99,13 @@ def policy_step(
     *,
     topology: Topology,
     sft: SFTTerm | None = None,
-) -> PolicyStep:
-    """Take one optimizer step of the policy; return what it did, over all ranks.
+) -> Learner[PolicyStep]:
+    """Return the policy's part in an optimizer step, which ends in what it did over all ranks.
 
     Loss: Σ over action tokens of the clipped objective - entropy_coef · entropy, divided by the action
     tokens of the mini-batch over all data-parallel ranks; plus, with `sft`, coef · Σ over answer tokens of
     the step's demonstrations of -log p, divided by these tokens over all data-parallel ranks. Micro-batches
     of both go through one pipeline schedule into one gradient, which is reduced and clipped once.
-
-    Raises:
-        FloatingPointError: a loss or gradient is not finite; on every rank, no step was taken.
     """
     mask_T = experience.rollouts.action_mask_T
 
@@ -128,34 +131,32 @@ def policy_step(
             reduces_hidden_gradient=not model.config.sequence_parallel,
         )
 
-    given = [*mini_batch.batches, *(sft.batches if sft is not None else ())]
-    found, batches = _gradient(state, loss, given, experience.rollouts, topology)
-    num_policy = sum(isinstance(batch, StreamBatch) for batch in batches)
-    found, demonstrated = found[:num_policy], found[num_policy:]
-    losses = [statistics.sums for statistics in found]
-    result = _step_of("policy", state, losses, demonstrated, experience, batches[:num_policy], topology)
-    sums = _summed(losses, len(POLICY_SUMS), topology)
-    maxima = _largest([statistics.maxima for statistics in found], topology)
-    sft_loss = None
-    if sft is not None:
-        sft_loss = _summed(demonstrated, len(sft.objective.sum_names), topology)[0].item()
-    return PolicyStep(result=result, statistics=PolicyStatistics(sums=sums, maxima=maxima), sft_loss=sft_loss)
+    def conclude(result: StepResult, found: Sequence[PolicyStatistics | torch.Tensor]) -> PolicyStep:
+        own = [one for one in found if isinstance(one, PolicyStatistics)]
+        sums = _summed([one.sums for one in own], len(POLICY_SUMS), topology)
+        maxima = _largest([one.maxima for one in own], topology)
+        sft_loss = None
+        if sft is not None:
+            demonstrated = [one for one in found if isinstance(one, torch.Tensor)]
+            sft_loss = _summed(demonstrated, len(sft.objective.sum_names), topology)[0].item()
+        statistics = PolicyStatistics(sums=sums, maxima=maxima)
+        return PolicyStep(result=result, statistics=statistics, sft_loss=sft_loss)
+
+    given = (*mini_batch.batches, *(sft.batches if sft is not None else ()))
+    return Learner(role="policy", state=state, batches=given, loss=loss, conclude=conclude)
 
 
-def critic_step(
+def critic_learner(
     state: AnyTrainingState,
     experience: Experience,
     mini_batch: MiniBatch,
     settings: PPOSettings,
     *,
     topology: Topology,
-) -> tuple[StepResult, ValueStatistics]:
-    """Take one optimizer step of the critic; return its result and statistics over all ranks.
+) -> Learner[CriticStep]:
+    """Return the critic's part in an optimizer step, which ends in what it did over all ranks.
 
     Loss: Σ over action tokens of ½ the squared error, clipped, divided as the policy's.
-
-    Raises:
-        FloatingPointError: as `policy_step`.
     """
     mask_T = experience.rollouts.action_mask_T
 
@@ -172,93 +173,11 @@ def critic_step(
             denominator=mini_batch.num_actions,
         )
 
-    found, batches = _gradient(state, loss, mini_batch.batches, experience.rollouts, topology)
-    losses = [statistics.sums for statistics in found]
-    result = _step_of("critic", state, losses, (), experience, batches, topology)
-    sums = _summed(losses, len(VALUE_SUMS), topology)
-    return result, ValueStatistics(sums=sums)
+    def conclude(result: StepResult, found: Sequence[ValueStatistics]) -> CriticStep:
+        sums = _summed([one.sums for one in found], len(VALUE_SUMS), topology)
+        return CriticStep(result=result, statistics=ValueStatistics(sums=sums))
 
-
-def _gradient(
-    state: AnyTrainingState,
-    loss: Callable[[GLMModel, torch.Tensor, Any], tuple[torch.Tensor, Any]],
-    batches: Sequence[StreamBatch | MicroBatch],
-    rollouts: Rollouts,
-    topology: Topology,
-) -> tuple[list[Any], list[StreamBatch | MicroBatch]]:
-    """Return what `loss` tells of the micro-batches on the last stage, and the micro-batches as memory has
-    room for them; the state holds their gradient. Every rank calls this together.
-
-    Raises:
-        ValueError: there is no memory for a single sequence; on every rank.
-    """
-
-    def begin(batches: Sequence[StreamBatch | MicroBatch]) -> list[Any]:
-        state.zero_grad()
-        return run_micro_batches(
-            state.chunks,
-            [batch.packed for batch in batches],
-            lambda model, hidden_TD, index: loss(model, hidden_TD, batches[index]),
-            topology=topology,
-            forward_only=False,
-        )
-
-    def name(batch: StreamBatch | MicroBatch) -> str:
-        if isinstance(batch, MicroBatch):
-            return "a demonstration"
-        return f"answer {named(_answers_of(rollouts, batch))} with its prompt"
-
-    return run_fitting(begin, batches, name, chunks=state.chunks, place=topology, forward_only=False)
-
-
-def _step_of(
-    role: str,
-    state: AnyTrainingState,
-    losses: Sequence[torch.Tensor],
-    demonstrated: Sequence[torch.Tensor],
-    experience: Experience,
-    batches: Sequence[StreamBatch],
-    topology: Topology,
-) -> StepResult:
-    """Change the weights, where every loss and gradient is finite; every rank calls this together.
-
-    Args:
-        role: whose step it is, for the message.
-        state: holds the gradient.
-        losses: sums of each micro-batch on the last stage; elsewhere nothing.
-        demonstrated: of each micro-batch of demonstrations.
-        experience: what is learned from.
-        batches: its part in this step.
-        topology: layout and groups.
-
-    Raises:
-        FloatingPointError: on every rank, no step was taken, or with an optimizer in backward perhaps a part
-            of one. The message names the ranks, and the answers or the weights.
-    """
-    rollouts, findings = experience.rollouts, []
-    for sums, batch in zip(losses, batches if losses else (), strict=True):
-        if not bool(sums.isfinite().all()):
-            findings.append(f"the {role}'s loss on answers {named(_answers_of(rollouts, batch))}")
-    if not all(bool(sums.isfinite().all()) for sums in demonstrated):
-        findings.append("the loss on demonstrations")
-    consequence = "no step was taken, or with optimizer.in_backward a part of one"
-    refuse_nonfinite(findings, consequence, device=topology.device)
-    result = state.step()
-    if not result.is_applied:
-        answers = [i for batch in batches for i in _answers_of(rollouts, batch)]
-        names = state.nonfinite_gradients()
-        where = [f"those of {named(names)} in a step on answers {named(sorted(answers))}"] if names else []
-        raise FloatingPointError(
-            f"the {role}'s gradient has the norm {result.grad_norm}; {consequence}; not finite: "
-            f"{gathered(where) or 'no gradient by itself, their squares overflow'}"
-        )
-    return result
-
-
-def _answers_of(rollouts: Rollouts, batch: StreamBatch) -> list[int]:
-    chosen_T = torch.zeros_like(rollouts.tokens_T, dtype=torch.bool)
-    chosen_T[batch.rows] = True
-    return answers_with(rollouts, chosen_T)
+    return Learner(role="critic", state=state, batches=mini_batch.batches, loss=loss, conclude=conclude)
 
 
 class _RowsOf:

@@ -137,7 +137,7 @@ def _fitted(
         run,
         batches,
         lambda batch: name(batch.records[0]),
-        chunks=chunks,
+        models=[chunks],
         place=place,
         forward_only=forward_only,
     )

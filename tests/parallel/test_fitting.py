@@ -48,7 +48,7 @@ def gradient(state, place) -> tuple[torch.Tensor, int]:
             forward_only=False,
         )
 
-    _, parts = run_fitting(begin, mine, str, chunks=state.chunks, place=place, forward_only=False)
+    _, parts = run_fitting(begin, mine, str, models=[state.chunks], place=place, forward_only=False)
     state.optimizer.prepare_grads()
     shards = [weight.grad.flatten() for weight in state.optimizer.get_parameters()]
     return torch.cat(shards).clone(), len(parts)

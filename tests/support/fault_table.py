@@ -73,7 +73,7 @@ DONE = Promise(words="the run goes on to the unfaulted run's bits", is_success=T
 SPLIT = Promise(
     words="micro-batches split on all ranks, gradient norms the unfaulted run's within 1e-6, the run goes on",
     is_success=True,
-    said=(r"\[rank {rank}\] out of memory in a micro-batch of \d+ tokens, \w+, (training|forward)",),
+    said=(r"\[rank {rank}\] out of memory in a micro-batch of \d+ tokens, [\w ]+, (training|forward)",),
     has_same_gradients=True,
 )
 ALONE = Promise(

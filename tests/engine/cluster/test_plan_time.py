@@ -139,15 +139,17 @@ def test_more_copies_take_less_time_and_stages_wait():
     assert alone["score"] / 2 < copies["score"] < alone["score"]
     layout = Layout(pp=2)
     found = estimate(
-        ROLES,
+        replace(ROLES, policy=replace(MODEL, vocab_size=1)),
         WORK,
         Choice(layout=layout, micro_batch_tokens=128, recompute_layers=False),
         cluster(2, node_bytes_per_s=1e30),
         num_concurrent=16,
         has_baseline=False,
     )
-    critic = found.phases["train critic"]
-    assert critic.idle_s / critic.seconds == pytest.approx(1 / 9)  # eight micro-batches, two stages
+    for name in ("train policy", "train critic"):
+        phase = found.phases[name]
+        # Twice eight micro-batches in one schedule of two stages, a head of next to nothing.
+        assert phase.idle_s / phase.seconds == pytest.approx(1 / 17, rel=1e-2), name
     assert found.phases["generate"].idle_s < 0.05 * found.phases["generate"].seconds
 
 

@@ -10,6 +10,7 @@ from tiny_ppo import make_roles, prompts
 
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.stages import ppo_update
+from glm_rlhf.engine.stages.learning_step import take_steps
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.topology import topology
 
@@ -88,15 +89,15 @@ def meet_faults(folder) -> tuple[dict[str, str], bool, float]:
             "critic loss": hurt_loss("ppo_value_loss", is_last),
             "critic gradient": hurt_gradient(roles.critic, is_first),
         }
-        steps = {"policy": ppo_update.policy_step, "critic": ppo_update.critic_step}
-        states = {"policy": roles.policy_state, "critic": roles.critic_state}
         hurts["policy gradient"] = hurt_gradient(roles.policy, is_first)
         (part, *_) = ppo_update.mini_batches(experience, roles.settings, seed=1, topology=place)
+        given = (experience, part, roles.settings)
+        critic = ppo_update.critic_learner(roles.critic_state, *given, topology=place)
+        policy = ppo_update.policy_learner(roles.policy_state, *given, topology=place)
         for name, hurt in hurts.items():
-            role = name.split()[0]
             with hurt:
                 try:
-                    steps[role](states[role], experience, part, roles.settings, topology=place)
+                    take_steps([critic, policy], experience.rollouts, topology=place)
                 except FloatingPointError as error:
                     said[name] = str(error)
         is_same = all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))

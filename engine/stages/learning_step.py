@@ -1,0 +1,174 @@
+"""One optimizer step of PPO: gradients of its roles, then all their weights change or none do."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from glm_rlhf.engine.stages.experience import answers_with
+from glm_rlhf.engine.stages.micro_batches import MicroBatch
+from glm_rlhf.engine.stages.stream_batches import StreamBatch
+from glm_rlhf.engine.types import Rollouts
+from glm_rlhf.parallel.fitting import run_fitting
+from glm_rlhf.parallel.glm import GLMModel
+from glm_rlhf.parallel.in_backward import AnyTrainingState
+from glm_rlhf.parallel.nonfinite import gathered, named, refuse_nonfinite
+from glm_rlhf.parallel.optimizer import StepResult, step_together
+from glm_rlhf.parallel.packing import PackedTokens
+from glm_rlhf.parallel.pass_times import PassTimes
+from glm_rlhf.parallel.schedule import run_in_turn
+from glm_rlhf.parallel.topology import Topology
+
+Step = TypeVar("Step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner(Generic[Step]):
+    """A role's part in an optimizer step."""
+
+    role: str
+    """Its name: policy or critic."""
+    state: AnyTrainingState
+    """What it trains with."""
+    batches: tuple[StreamBatch | MicroBatch, ...]
+    """Its micro-batches: answers, and demonstrations behind them; none where this rank has no share."""
+    loss: Callable[[GLMModel, torch.Tensor, Any], tuple[torch.Tensor, Any]]
+    """`(model, hidden_TD, batch) -> (loss, statistics)`: of answers with `sums`, of demonstrations sums."""
+    conclude: Callable[[StepResult, Sequence[Any]], Step]
+    """What became of the step, of the statistics on the last stage; every rank calls it together."""
+
+
+def take_steps(
+    learners: Sequence[Learner[Any]],
+    rollouts: Rollouts,
+    *,
+    topology: Topology,
+    times: PassTimes | None = None,
+) -> list[Any]:
+    """Take one optimizer step of each learner; return what they conclude. Every rank calls this together.
+
+    Micro-batches of all go through one pipeline schedule, into a gradient each.
+
+    Args:
+        learners: who learns; one or several.
+        rollouts: the answers that they learn from.
+        topology: layout and groups.
+        times: is told the passes of each, where they share a schedule.
+
+    Raises:
+        FloatingPointError: a loss or gradient of one is not finite; on every rank. No step of any was taken,
+            or with an optimizer in backward perhaps a part. The message names the ranks, and the answers or
+            the weights.
+        ValueError: there is no memory for a single sequence; on every rank.
+    """
+    found, batches = _gradients(learners, rollouts, topology, times)
+    told = list(zip(batches, found, strict=True)) if found else []
+    words = [_finding(learners[batch.learner].role, one, batch.batch, rollouts) for batch, one in told]
+    findings = list(dict.fromkeys(one for one in words if one is not None))
+    consequence = "no step was taken, or with optimizer.in_backward a part of one"
+    refuse_nonfinite(findings, consequence, device=topology.device)
+    results = step_together([learner.state for learner in learners])
+    _refuse_norms(learners, results, batches, rollouts, consequence)
+    return [
+        learner.conclude(result, [one for batch, one in told if batch.learner == place])
+        for place, (learner, result) in enumerate(zip(learners, results, strict=True))
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Assigned:
+    """A micro-batch and whose it is."""
+
+    learner: int
+    batch: StreamBatch | MicroBatch
+
+    @property
+    def packed(self) -> PackedTokens:
+        """Its tokens."""
+        return self.batch.packed
+
+    def halves(self, multiple: int) -> "tuple[_Assigned, ...]":
+        """Return it in two; see `fitting.Divisible`."""
+        return tuple(dataclasses.replace(self, batch=half) for half in self.batch.halves(multiple))
+
+
+def _gradients(
+    learners: Sequence[Learner[Any]], rollouts: Rollouts, topology: Topology, times: PassTimes | None
+) -> tuple[list[Any], list[_Assigned]]:
+    """Return what losses tell of the micro-batches on the last stage, and the micro-batches as memory has
+    room for them; the states hold their gradients.
+    """
+
+    def begin(batches: Sequence[_Assigned]) -> list[Any]:
+        for learner in learners:
+            learner.state.zero_grad()
+        own = [[b.packed for b in batches if b.learner == place] for place in range(len(learners))]
+        return run_in_turn(
+            [learner.state.chunks for learner in learners],
+            own,
+            lambda model, hidden_TD, index: learners[batches[index].learner].loss(
+                model, hidden_TD, batches[index].batch
+            ),
+            topology=topology,
+            forward_only=False,
+            times=times,
+        )
+
+    def name(batch: _Assigned) -> str:
+        if isinstance(batch.batch, MicroBatch):
+            return "a demonstration"
+        return f"answer {named(_answers_of(rollouts, batch.batch))} with its prompt"
+
+    given = [
+        _Assigned(learner=place, batch=batch)
+        for place, learner in enumerate(learners)
+        for batch in learner.batches
+    ]
+    models = [learner.state.chunks for learner in learners]
+    return run_fitting(begin, given, name, models=models, place=topology, forward_only=False)
+
+
+def _finding(role: str, statistics: Any, batch: StreamBatch | MicroBatch, rollouts: Rollouts) -> str | None:
+    """Return what a message says of a loss that is not finite."""
+    is_demonstration = isinstance(batch, MicroBatch)
+    sums = statistics if is_demonstration else statistics.sums
+    if bool(sums.isfinite().all()):
+        return None
+    if is_demonstration:
+        return "the loss on demonstrations"
+    return f"the {role}'s loss on answers {named(_answers_of(rollouts, batch))}"
+
+
+def _refuse_norms(
+    learners: Sequence[Learner[Any]],
+    results: Sequence[StepResult],
+    batches: Sequence[_Assigned],
+    rollouts: Rollouts,
+    consequence: str,
+) -> None:
+    """Raise FloatingPointError on all ranks where some gradient's norm, the same on all, is not finite."""
+    said, where = [], []
+    for place, (learner, result) in enumerate(zip(learners, results, strict=True)):
+        if math.isfinite(result.grad_norm):
+            continue
+        said.append(f"the {learner.role}'s gradient has the norm {result.grad_norm}")
+        if names := learner.state.nonfinite_gradients():
+            own = [b.batch for b in batches if b.learner == place and isinstance(b.batch, StreamBatch)]
+            answers = sorted(i for batch in own for i in _answers_of(rollouts, batch))
+            where.append(
+                f"those of {named(names)} of the {learner.role} in a step on answers {named(answers)}"
+            )
+    if said:
+        raise FloatingPointError(
+            f"{' and '.join(said)}; {consequence}; not finite: "
+            f"{gathered(where) or 'no gradient by itself, their squares overflow'}"
+        )
+
+
+def _answers_of(rollouts: Rollouts, batch: StreamBatch) -> list[int]:
+    chosen_T = torch.zeros_like(rollouts.tokens_T, dtype=torch.bool)
+    chosen_T[batch.rows] = True
+    return answers_with(rollouts, chosen_T)
