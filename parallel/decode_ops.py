@@ -109,7 +109,8 @@ class TorchOps:
         epsilon: float,
         page_size: int,
     ) -> None:
-        self._angle_TR = torch.complex(cos_TR, sin_TR)
+        # Pairs of a head are complex numbers, whose product with a number of the unit circle is the rotation.
+        self._angle_T11R = torch.complex(cos_TR, sin_TR)[:, None, None]
         self._epsilon = torch.tensor(epsilon)
         self._slots_T = batch.slots_T
         self._filler_rows = None
@@ -123,10 +124,10 @@ class TorchOps:
                 self._filler_rows = (batch.lengths_B == 0).nonzero()[:, 0]
 
     def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
-        wide_TD = hidden_TD.float()
+        wide_TD = _wide(hidden_TD)
         norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
         rstd_T1 = torch.addcmul(self._epsilon, norm_T1, norm_T1, value=1.0 / hidden_TD.shape[-1]).rsqrt_()
-        return (wide_TD * rstd_T1).to(hidden_TD.dtype).mul_(weight_D)
+        return _narrow(wide_TD * rstd_T1, hidden_TD.dtype).mul_(weight_D)
 
     def add_norm(
         self, branch_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor
@@ -135,11 +136,16 @@ class TorchOps:
         return self.norm(total_TD, weight_D), total_TD
 
     def gate(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
-        gate_TF, up_TF = gate_up_TF2.float().chunk(2, dim=-1)
-        return F.silu(gate_TF).mul_(up_TF).to(gate_up_TF2.dtype)
+        gate_TF, up_TF = _wide(gate_up_TF2).chunk(2, dim=-1)
+        return _narrow(F.silu(gate_TF).mul_(up_TF), gate_up_TF2.dtype)
 
     def rotate(self, heads_TGSH: torch.Tensor) -> None:
-        turn_in_place(heads_TGSH[:, :, :-1], self._angle_TR)
+        num_pairs = self._angle_T11R.shape[-1]
+        if heads_TGSH.dtype == torch.float32 and heads_TGSH.shape[-1] % 2 == 0:
+            pairs_TGSP = heads_TGSH.view(torch.complex64)
+            pairs_TGSP[:, :, :-1, :num_pairs].mul_(self._angle_T11R)
+        else:
+            turn_in_place(heads_TGSH[:, :, :-1], self._angle_T11R[:, 0, 0])
 
     def write(self, heads_TGSH: torch.Tensor, pools: torch.Tensor) -> None:
         slots, new_2TKH = self._slots_T, heads_TGSH[:, :, -2:].permute(2, 0, 1, 3)
@@ -152,11 +158,22 @@ class TorchOps:
         # What lies at every position of the decoding sequences, each row one copy of all its heads.
         _, _, _, num_kv_heads, head_size = pools.shape
         rows_2RM = pools.view(2, -1, num_kv_heads * head_size).index_select(1, self._context_slots)
-        held_2BLKH = rows_2RM.view(2, *self._context_shape, num_kv_heads, head_size)
-        key_BKLH, value_BKLH = held_2BLKH.transpose(2, 3).float().unbind(0)
+        held_2BLKH = _wide(rows_2RM).view(2, *self._context_shape, num_kv_heads, head_size)
+        key_BKLH, value_BKLH = held_2BLKH.transpose(2, 3).unbind(0)
         context_BKGH = F.scaled_dot_product_attention(
-            query_BKGH.float(), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
+            _wide(query_BKGH), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
         )
         if self._filler_rows is not None:
             context_BKGH[self._filler_rows] = 0.0
-        return context_BKGH.flatten(1).to(query_BKGH.dtype)
+        return _narrow(context_BKGH.flatten(1), query_BKGH.dtype)
+
+
+# A conversion that changes nothing is a call all the same.
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
+def _narrow(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return wide if dtype == torch.float32 else wide.to(dtype)
