@@ -29,13 +29,18 @@ def shard_statistics(
     """
     dtype = torch.float64 if logits_BV.dtype == torch.float64 else torch.float32
     logits_BV = logits_BV.to(dtype)
-    is_greedy_B1 = temperature_B[:, None] <= 0
-    inverse_B1 = torch.where(is_greedy_B1, 1.0, 1.0 / temperature_B[:, None]).to(dtype)
+    # The host counts the rows of each kind: on a CPU, short rows cost little more than the calls.
+    temperatures = temperature_B.tolist()
+    num_greedy, num_plain = temperatures.count(0.0), temperatures.count(1.0)
+    inverse_B1 = temperature_B[:, None].to(dtype).reciprocal()
+    if num_greedy:
+        is_greedy_B1 = temperature_B[:, None] == 0
+        inverse_B1 = inverse_B1.masked_fill_(is_greedy_B1, 1.0)
 
     plain_maximum_B1 = logits_BV.amax(1, keepdim=True)
     plain_BV = (logits_BV - _finite(plain_maximum_B1)).exp_()
     plain_total_B1 = plain_BV.sum(1, keepdim=True)
-    if masked_ids_V is None and threshold_B is None and bool((inverse_B1 == 1).all()):
+    if masked_ids_V is None and threshold_B is None and num_greedy + num_plain == len(temperatures):
         kept_BV, maximum_B1, weights_BV, total_B1 = logits_BV, plain_maximum_B1, plain_BV, plain_total_B1
     else:
         kept_BV = logits_BV
@@ -47,26 +52,29 @@ def shard_statistics(
         weights_BV = (kept_BV - _finite(maximum_B1)).mul_(inverse_B1).exp_()
         total_B1 = weights_BV.sum(1, keepdim=True)
 
-    num_greedy = int(is_greedy_B1.sum())
-    if num_greedy < len(logits_BV):
+    if num_greedy < len(temperatures):
         # Dividing by E is subtracting its logarithm after exp; it spares a logarithm for every element.
         uniforms_BV = uniforms(seeds_B, steps_B, logits_BV.shape[1], first_index=vocab_offset)
-        race_BV = weights_BV / uniforms_BV.neg_().log1p_().neg_()
-    if num_greedy == len(logits_BV):
+        race_BV = weights_BV.div_(uniforms_BV.neg_().log1p_().neg_())
+    if num_greedy == len(temperatures):
         race_BV = (kept_BV == maximum_B1).to(dtype)
     elif num_greedy:
         race_BV = torch.where(is_greedy_B1, (kept_BV == maximum_B1).to(dtype), race_BV)
     best_B1, index_B1 = race_BV.max(1, keepdim=True)
+    # The logarithm of no weight is −∞ by itself; a greedy row without an id has to be told.
+    best_B1 = best_B1.log()
+    if num_greedy:
+        best_B1.masked_fill_(maximum_B1 == -torch.inf, -torch.inf)
 
     columns = {
         MAXIMUM: maximum_B1,
         TOTAL: total_B1,
         PLAIN_MAXIMUM: plain_maximum_B1,
         PLAIN_TOTAL: plain_total_B1,
-        BEST: best_B1.log().masked_fill_(maximum_B1 == -torch.inf, -torch.inf),
+        BEST: best_B1,
         TOKEN: (index_B1 + vocab_offset).to(dtype),
         LOGIT: logits_BV.gather(1, index_B1),
-        INVERSE_TEMPERATURE: inverse_B1.masked_fill(is_greedy_B1, 0.0),
+        INVERSE_TEMPERATURE: inverse_B1.masked_fill(is_greedy_B1, 0.0) if num_greedy else inverse_B1,
     }
     return torch.cat([columns[column] for column in range(NUM_STATISTICS)], dim=1)
 
@@ -116,5 +124,5 @@ def _join(statistics_SB8: torch.Tensor) -> torch.Tensor:
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:
-    """Return maximum with −∞ replaced by 0: what is subtracted from −∞ must not be −∞."""
-    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+    """Return maximum with −∞ replaced by a number: what is subtracted from −∞ must not be −∞."""
+    return maximum.clamp(min=torch.finfo(maximum.dtype).min)
