@@ -192,9 +192,6 @@ LEFT_OUT = tuple(
 )
 """Layouts for which the others stand here too, since each takes as long as three of them."""
 
-TWO_AT_ONCE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-"""Files of tests by two: ranks that wait for each other leave half of a core idle."""
-
 
 @contextlib.contextmanager
 def running_tests(folder: Path) -> Iterator[Callable[[], dict[str, str]]]:
@@ -205,7 +202,7 @@ def running_tests(folder: Path) -> Iterator[Callable[[], dict[str, str]]]:
     """
     told, said = folder / "told.xml", folder / "said.txt"
     options = ["-q", "-m", "wide or not soak", f"--junitxml={told}", "-o", "junit_family=xunit1"]
-    options += [*TWO_AT_ONCE, *(f"--deselect={test}" for test in LEFT_OUT)]
+    options += [f"--deselect={test}" for test in LEFT_OUT]
     targets = sorted({test for row in ROWS for test in row.tests})
     with said.open("wb") as file:
         process = subprocess.Popen(
