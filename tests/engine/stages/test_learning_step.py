@@ -36,11 +36,11 @@ def steps(folder, axes):
     """Critic's and policy's steps, this rank's weights after them, and the token counts that had no room."""
     found = {}
     with topology(Layout(**axes)) as place:
-        rollouts = make_roles(folder, place).generate(prompts())
+        experience = None
         for way in ("apart", "together", "little memory"):
             roles = make_roles(folder, place, policy_adam=STEPS, critic_adam=STEPS)
-            experience = roles.make_experience(rollouts)
-            taken = []
+            experience = experience or roles.make_experience(roles.generate(prompts()))
+            rollouts, taken = experience.rollouts, []
             has_little = way == "little memory" and place.pp_rank == 1 and place.dp_rank == 0
             memory = little_memory(roles.policy[0], 30) if has_little else contextlib.nullcontext([])
             with memory as met:
