@@ -1,4 +1,4 @@
-"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU and tabulates what each needs.
+"""Compiles every kernel for those of sm_80, sm_90 and sm_100 that launch it, without a GPU, and tabulates.
 
 python -m glm_rlhf.kernels.compile_ahead --out kernels_aot.md --json kernels_aot.json
 """
@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,8 +41,6 @@ class CompiledCase:
     """`<kernel>/<shape>/<dtype>`, as in `CompileCase`."""
     capability: int
     """80, 90 or 100: the target sm_<capability>."""
-    is_hot: bool
-    """Hot kernels must not spill."""
     num_warps: int
     num_stages: int
     registers: int = 0
@@ -93,7 +91,6 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
     described = {
         "name": case.name,
         "capability": capability,
-        "is_hot": capability in case.hot_on,
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "notes": case.notes,
@@ -136,14 +133,9 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
 
 
 def is_launchable(result: CompiledCase) -> bool:
-    """Return whether the case compiled and, if it is hot, neither spills nor wants too much shared memory."""
+    """Return whether the case compiled and neither spills nor wants too much shared memory."""
     fits = result.shared_bytes <= SHARED_LIMIT_BYTES[result.capability]
-    return not result.error and (not result.is_hot or (fits and result.spill_bytes == 0))
-
-
-def _hot_on(row: Mapping[int, CompiledCase]) -> str:
-    hot = [capability for capability, result in sorted(row.items()) if result.is_hot]
-    return "yes" if len(hot) == len(row) else ", ".join(f"sm_{capability}" for capability in hot) or "no"
+    return not result.error and fits and result.spill_bytes == 0
 
 
 def _ordered_signature(case: CompileCase) -> dict[str, str]:
@@ -180,26 +172,23 @@ def as_markdown(compiled: Iterable[CompiledCase], *, date: str) -> str:
         "Compiled without a GPU: nothing here was timed.",
         "",
         "Each cell: registers a thread / spilled bytes a thread (stored and loaded) / shared memory of a "
-        "block in bytes. Hot kernels must not spill on any target; a note says where a case is launched.",
+        "block in bytes. None may spill; a cell is empty where the case is never launched.",
         "",
-        "| Kernel / shape / dtype | hot | warps | stages | "
+        "| Kernel / shape / dtype | warps | stages | "
         + " | ".join(f"sm_{capability}" for capability in capabilities)
         + " | Note |",
-        "|---|---|---|---|" + "---|" * len(capabilities) + "---|",
+        "|---|---|---|" + "---|" * len(capabilities) + "---|",
     ]
     for name, row in sorted(results.items()):
-        any_case = next(iter(row.values()))
-        cells = [_cell(row.get(capability)) for capability in capabilities]
-        lines.append(
-            f"| {name} | {_hot_on(row)} | {any_case.num_warps} | "
-            f"{any_case.num_stages} | {' | '.join(cells)} | {any_case.notes} |"
-        )
+        case = next(iter(row.values()))
+        cells = " | ".join(_cell(row.get(capability)) for capability in capabilities)
+        lines.append(f"| {name} | {case.num_warps} | {case.num_stages} | {cells} | {case.notes} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(result: CompiledCase | None) -> str:
     if result is None:
-        return "not compiled"
+        return ""
     if result.error:
         return "FAILED"
     return f"{result.registers} / {result.spill_bytes} / {result.shared_bytes}"
@@ -228,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compiled = []
     for case in collect_cases():
         if options.only in case.name:
-            for capability in options.capability:
+            for capability in sorted({*options.capability} & {*case.launched_on}):
                 result = compile_case(case, capability)
                 print(f"{case.name} sm_{capability}: {result.error or _cell(result)}", flush=True)
                 compiled.append(result)

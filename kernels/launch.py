@@ -39,8 +39,8 @@ class CompileCase:
     """Arguments whose address or value is a multiple of 16 (without it loads are not vectorised)."""
     num_warps: int = 4
     num_stages: int = 3
-    hot_on: tuple[int, ...] = (80, 90, 100)
-    """Compute capabilities on whose hot path it is launched: there it must not spill; a test sees to it."""
+    launched_on: tuple[int, ...] = (80, 90, 100)
+    """Compute capabilities that it is launched on: for them it is compiled, and must not spill."""
     notes: str = ""
     """For the table: what else the case stands for."""
 

@@ -1,14 +1,14 @@
-"""The tiles of the vocabulary head: which exist, and where they must not spill."""
+"""The tiles of the vocabulary head: which exist, and where they are launched."""
 
 from glm_rlhf.kernels import vocab_head
 from glm_rlhf.kernels.vocab_head_cases import compile_cases
 
 
-def test_tiles_are_hot_where_they_are_launched():
+def test_tiles_are_launched_on_their_generation():
     generations = {"hopper": (90,), "blackwell": (100,)}
     for case in compile_cases():
-        special = [hot_on for name, hot_on in generations.items() if f"_{name}/" in case.name]
-        assert case.hot_on == (special[0] if special else (80, 90, 100))
+        special = [targets for name, targets in generations.items() if f"_{name}/" in case.name]
+        assert case.launched_on == (special[0] if special else (80, 90, 100))
 
 
 def test_every_tile_has_its_cases():

@@ -141,7 +141,9 @@ def gradient_error(gradients, expected, chunks) -> float:
     return worst
 
 
-@pytest.mark.parametrize("axes", layout_params(LAYOUTS, wide=("tp4", "tp2 pp2", "tp2 cp2", "cp2")))
+@pytest.mark.parametrize(
+    "axes", layout_params(LAYOUTS, wide=("tp4", "tp2 pp2", "tp2 cp2", "cp2", "cp4", "pp2", "tp2"))
+)
 def test_every_layout_equals_transformers(ranks, checkpoints, axes):
     for answers in ranks.run(check_layout, checkpoints, axes):
         assert answers.keys() == set(FAMILIES)

@@ -40,7 +40,7 @@ LAYOUTS = {
 }
 # Steps of about the gradient's size: roundings of it stay roundings of the weights.
 SETTINGS = AdamSettings(lr=0.1, betas=(0.9, 0.95), epsilon=1.0, weight_decay=0.1, clip_grad=0.0)
-STEPS = {"settings": SETTINGS, "num_steps": 3, "in_backward": True}
+STEPS = {"settings": SETTINGS, "num_steps": 2, "in_backward": True}
 CASES = [
     Case(**STEPS),  # one micro-batch a rank at dp 4, else several
     Case(changes={"has_tied_head": True}, **STEPS),

@@ -21,8 +21,12 @@ print(*sorted({"torch._inductor", "torch._dynamo"} & sys.modules.keys()))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where CUDA is, Megatron-core is left alone")
 @pytest.mark.parametrize(
     "first, loaded",
-    [("", ""), ("import megatron.core", "torch._dynamo torch._inductor")],
-    ids=["ours", "theirs"],
+    [
+        pytest.param("", "", id="ours"),
+        pytest.param(
+            "import megatron.core", "torch._dynamo torch._inductor", id="theirs", marks=pytest.mark.wide
+        ),
+    ],
 )
 def test_the_compiler_is_loaded_only_where_another_imports_megatron_core_first(first, loaded):
     finished = subprocess.run(

@@ -23,6 +23,8 @@ PAIRS = [
     ({}, {"tp": 4}),
 ]
 BUFFER_BYTES = 8192
+QUICK = {"fp32": (0, 4), "bf16, tied": (3,)}
+"""Of the pairs, those that `make test` runs; `make wide` runs all."""
 CASES = {
     "fp32": Case(settings=AdamSettings(lr=1e-2)),
     "bf16, tied": Case(changes={"has_tied_head": True}, dtype=torch.bfloat16, settings=AdamSettings(lr=1e-2)),
@@ -54,7 +56,7 @@ def bits_of(chunks):
     return flat
 
 
-def generated(chunks, place, num_requests=8):
+def generated(chunks, place, num_requests=4):
     requests = make_requests(num_requests)
     with make_phase(chunks, place, requests) as phase:
         return answers(phase, requests)
@@ -93,7 +95,7 @@ def loaded(case, axes):
 @pytest.mark.parametrize(
     "case, source, target",
     [
-        pytest.param(case, *pair, marks=[pytest.mark.wide] if n % (3 if case == "bf16, tied" else 2) else [])
+        pytest.param(case, *pair, marks=[] if n in QUICK[case] else [pytest.mark.wide])
         for case in CASES
         for n, pair in enumerate(PAIRS)
     ],

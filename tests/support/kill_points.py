@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401, what torch's optimizers load when one is made: a second of each child
 from saved_runs import tiny_run
 
 WATCHED = ("pwrite", "fsync", "rename", "replace")

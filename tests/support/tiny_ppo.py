@@ -26,7 +26,7 @@ def prompts() -> list[PromptInput]:
 def make_roles(folder: Path, place, function: Callable = share_of_low_ids, **changes) -> PPORoles:
     """Roles that all start from `folder`; `settings` and `temperature` apart, changes go to `PPORoles`."""
     options = {"dtype": torch.float32, "seed": 7}
-    settings = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 40, "kl_target": 0.1, "kl_horizon": 100}
+    settings = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 80, "kl_target": 0.1, "kl_horizon": 100}
     settings |= changes.pop("settings", {})
     roles = {
         "policy": load_model(folder, place, **options)[0],

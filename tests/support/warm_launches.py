@@ -62,7 +62,9 @@ class WarmLaunches:
 
 
 def _serve() -> None:
-    import torch.distributed.run  # noqa: F401, what forks shall not import again
+    # What forks shall not import again; torch's optimizers load Dynamo when one is made.
+    import torch._dynamo
+    import torch.distributed.run  # noqa: F401
 
     import glm_rlhf.engine.stages.scheduler  # noqa: F401
 

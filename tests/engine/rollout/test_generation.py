@@ -150,10 +150,10 @@ def stop_once(state, after):
 def run_after_failures(axes):
     """On each rank: answers of a phase in which earlier runs failed, and of one without failures."""
     with topology(Layout(**axes)) as place:
-        chunks, requests = make_chunks(Case(), place), make_requests(10)
+        chunks, requests = make_chunks(Case(), place), make_requests(6)
         found = []
         with make_phase(chunks, place, requests) as phase:
-            for after in (1, 9, 20):
+            for after in (1, 9):
                 with contextlib.suppress(Injected):
                     answers(phase, requests, stop_check=stop_once({}, after))
                     raise AssertionError("the check did not fail")
@@ -168,7 +168,7 @@ def run_after_failures(axes):
 @pytest.mark.parametrize("axes", [{"pp": 2, "vpp": 2, "tp": 2}])
 def test_a_run_that_ends_early_leaves_nothing_between_the_stages(ranks, axes):
     for found, expected in ranks.run(run_after_failures, axes):
-        assert found == [expected] * 3
+        assert found == [expected] * 2
 
 
 class Traffic(TorchDispatchMode):

@@ -21,7 +21,7 @@ from training_curves import (
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.data.sampler import BatchSampler
 
-STEPS = 10
+STEPS = 6
 BATCH = 6
 LR = 5e-4
 BETA = 0.2

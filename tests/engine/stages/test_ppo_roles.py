@@ -120,7 +120,7 @@ def test_little_memory_gives_the_metrics_of_enough(ranks, folder, alone):
 def run_in_backward(folder: Path, axes: dict, in_backward: bool) -> list[dict[str, float]]:
     adam = AdamSettings(lr=1e-3, clip_grad=0.0)
     options = {"policy_adam": adam, "critic_adam": adam, "in_backward": in_backward}
-    return run_iterations(folder, axes, options)
+    return run_iterations(folder, axes, options, 2)
 
 
 def test_an_optimizer_in_backward_gives_the_metrics_of_the_ordinary_one(ranks, folder):

@@ -28,7 +28,7 @@ from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model
 from glm_rlhf.parallel.topology import topology
 
-STEPS = 12
+STEPS = 7
 BATCH = 6
 LR = 2e-3
 

@@ -191,7 +191,7 @@ TYPED = "<|user|> [gMASK]sop</s><|assistant|> 你好"
 
 
 def test_the_real_tokenizer_keeps_typed_markers_text_and_samples_no_empty_row(ranks, shared_data, tmp_path):
-    """Two iterations of a tiny random ChatGLM3 with 65024 rows, on dialogues of hh-rlhf and questions."""
+    """An iteration of a tiny random ChatGLM3 with 65024 rows, on dialogues of hh-rlhf and questions."""
     tokenizer = load_tokenizer(shared_data / "chatglm3")
     never_V = tokenizer.ids_never_sampled(65024)
     shape = {"vocab_size": 65024, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -210,7 +210,7 @@ def test_the_real_tokenizer_keeps_typed_markers_text_and_samples_no_empty_row(ra
     records += [{"prompt": f"{TYPED} {number}"} for number in range(8)]
     data.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
     options = [
-        "train.steps=2",
+        "train.steps=1",
         "train.global_batch_size=8",
         "train.sample_every=1",
         "data.max_prompt_tokens=64",
@@ -220,7 +220,7 @@ def test_the_real_tokenizer_keeps_typed_markers_text_and_samples_no_empty_row(ra
     line = command((folder, data), tmp_path / "run", *options, "parallel.tp=2", "parallel.pp=2")
     assert ranks.run(main, line) == [0] * 4
     metrics = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert len(metrics) == 2
+    assert len(metrics) == 1
     for one in metrics:
         assert None not in one.values()
         assert abs(one["actor/first_ppo_kl"]) < 1e-8
@@ -228,11 +228,11 @@ def test_the_real_tokenizer_keeps_typed_markers_text_and_samples_no_empty_row(ra
     samples = [
         json.loads(text)
         for path in (tmp_path / "run" / "samples").iterdir()
-        for text in path.read_text(encoding="utf-8").splitlines()
+        for text in path.open(encoding="utf-8")  # a text may hold what else ends lines in Unicode
     ]
-    assert len(samples) == 48
+    assert len(samples) == 32
     assert not any(never_V[token] for one in samples for token in one["tokens"])
-    assert len({len(one["prompt_tokens"]) for one in samples}) > 6
+    assert len({len(one["prompt_tokens"]) for one in samples}) > 4
     typed = [one for one in samples if TYPED in one["prompt"]]
     assert typed
     for one in typed:

@@ -21,7 +21,7 @@ from training_curves import (
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.data.sampler import BatchSampler
 
-STEPS = 12
+STEPS = 8
 BATCH = 6
 LR = 2e-3
 
@@ -49,7 +49,7 @@ def command(folder: Path, data: tuple[Path, Path], output: Path, *more: str) -> 
         f"train.steps={STEPS}",
         f"train.global_batch_size={BATCH}",
         "train.micro_batch_tokens=48",
-        "train.eval_every=5",
+        "train.eval_every=3",
         f"optimizer.lr={LR}",
         "optimizer.warmup_steps=3",
         *more,
@@ -94,7 +94,7 @@ def test_one_rank_equals_a_plain_loop_over_transformers(alone, data):
         assert line["actor/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert line["actor/num_answer_tokens"] == count
     assert len(lines) == STEPS
-    assert lines[-1]["actor/loss"] < 0.7 * lines[0]["actor/loss"]
+    assert lines[-1]["actor/loss"] < 0.8 * lines[0]["actor/loss"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -102,10 +102,10 @@ def test_the_loss_curve_is_that_of_one_rank(ranks, folder, data, alone, tmp_path
     line = command(folder, data, tmp_path, *layout.split())
     assert {code for code, _ in ranks.run(run_main, line)} == {0}
     for name in ("actor/loss", "actor/grad_norm", "eval/loss"):
-        # Sums in another order, then twelve steps of Adam; the contract asks for 1e-4 of the loss.
+        # Sums in another order, then eight steps of Adam; the contract asks for 1e-4 of the loss.
         assert largest_difference(curve(tmp_path, name), curve(alone, name)) <= 1e-4, name
     assert len(curve(tmp_path, "actor/loss")) == STEPS
-    assert [line["step"] for line in metrics_of(tmp_path) if "eval/loss" in line] == [0, 5, 10, STEPS]
+    assert [line["step"] for line in metrics_of(tmp_path) if "eval/loss" in line] == [0, 3, 6, STEPS]
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{STEPS}"
 

@@ -17,7 +17,7 @@ def command(stage: str, folder: Path, data: Path, output: Path, *more: str) -> l
         f"run.output={output}",
         "observe.tensorboard=false",
         "train.dtype=fp32",
-        "train.steps=3",
+        "train.steps=2",
         "train.global_batch_size=6",
         "train.micro_batch_tokens=64",
         "optimizer.lr=1e-3",
@@ -46,7 +46,7 @@ def test_every_stage_learns_in_backward_as_with_the_ordinary_optimizer(ranks, tm
         prefix = "reward" if stage == "reward" else "actor"
         for name in (f"{prefix}/loss", f"{prefix}/grad_norm"):
             ordinary, found = (curve(tmp_path / f"{stage} {way}", name) for way in (False, True))
-            assert len(found) == 3
+            assert len(found) == 2
             # Sums in another order, then Adam, which divides small gradients by their own size.
             assert largest_difference(found, ordinary) <= 1e-4, (stage, name)
 
