@@ -228,7 +228,6 @@ def _roles(folder: str, place: Topology) -> PPORoles:
 
 def _is_long_enough(tokens: Sequence[int]) -> bool:
     """Return whether an answer ends here: its first id draws its length from the long-tailed mix."""
-    lengths = mixes()[-1].lengths
     lengths = _mix().lengths
     return len(tokens) >= lengths[tokens[0] % len(lengths)]
 
