@@ -42,6 +42,8 @@ class Moved:
     """Whether the two ranges between quartiles have a point in common."""
     ratios: tuple[float, ...]
     """Of a peer: its median ÷ that of ours, in the earlier run and in this one; empty for ours."""
+    ratios_overlap: bool | None
+    """Of a peer timed in turns with ours: whether the ranges of its quotients have a point in common."""
 
 
 def write_findings(findings: Findings, folder: Path, *, earlier: dict | None) -> str:
@@ -103,8 +105,22 @@ def compare(rows: Sequence[Row], earlier: dict) -> list[Moved]:
             if name != ours and ours in new and ours in old:
                 ratios = tuple(run[name]["median_s"] / run[ours]["median_s"] for run in (old, new))
             overlaps = new[name]["low_s"] <= old[name]["high_s"] and old[name]["low_s"] <= new[name]["high_s"]
-            found.append(Moved(row=f"{row.row} {name}", factor=factor, overlaps=overlaps, ratios=ratios))
+            found.append(
+                Moved(
+                    row=f"{row.row} {name}",
+                    factor=factor,
+                    overlaps=overlaps,
+                    ratios=ratios,
+                    ratios_overlap=_ratios_overlap(old[name].get("ratio"), new[name]["ratio"]),
+                )
+            )
     return found
+
+
+def _ratios_overlap(old: dict | None, new: dict | None) -> bool | None:
+    if old is None or new is None:
+        return None
+    return new["low"] <= old["high"] and old["low"] <= new["high"]
 
 
 def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
@@ -128,6 +144,9 @@ def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
             f" A peer's time ÷ ours moved by {typical:.0%} typically; in {same} of {len(pairs)} the same of "
             "the two is faster."
         )
+    told = [one.ratios_overlap for one in moved if one.ratios_overlap is not None]
+    if told:
+        text += f" The quotients turn by turn have ranges that overlap in {sum(told)} of {len(told)}."
     return text
 
 

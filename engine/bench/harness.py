@@ -70,6 +70,19 @@ class Timing:
     high_s: float
     """A quarter of the runs were slower."""
     repetitions: int
+    ratio: "Ratio | None" = None
+    """To the runs of the first contender; None for itself, and where it was not timed in the same turns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """A contender's seconds ÷ the first contender's, turn by turn: a machine that slows down slows both."""
+
+    median: float
+    low: float
+    """In a quarter of the turns it was less."""
+    high: float
+    """In a quarter of the turns it was more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +125,9 @@ def measure(
     del expected
     sound = [contender for contender in problem.contenders if not entries[contender.name].status]
     timings = interleaved(sound, device=device, budget_s=budget_s, warm_up_runs=warm_up_runs)
+    has_ours = problem.contenders[0] in sound
     for name, timing in timings.items():
-        entries[name] = replace(entries[name], timing=timing)
+        entries[name] = replace(entries[name], timing=timing if has_ours else replace(timing, ratio=None))
     return list(entries.values())
 
 
@@ -140,16 +154,24 @@ def interleaved(
         for contender in contenders:
             clock.time(contender)
     seconds = clock.seconds()
-    return {
-        contender.name: summary(seconds[index :: len(contenders)])
-        for index, contender in enumerate(contenders)
-    }
+    turns = {contender.name: seconds[index :: len(contenders)] for index, contender in enumerate(contenders)}
+    first = turns[contenders[0].name]
+    timings = {name: replace(summary(own), ratio=_ratio(own, first)) for name, own in turns.items()}
+    timings[contenders[0].name] = summary(first)
+    return timings
 
 
 def summary(seconds: Sequence[float]) -> Timing:
     """Return median and quartiles of at least two runs."""
     low, median, high = quantiles(seconds, n=4, method="inclusive")
     return Timing(median_s=median, low_s=low, high_s=high, repetitions=len(seconds))
+
+
+def _ratio(seconds: Sequence[float], first: Sequence[float]) -> Ratio:
+    low, median, high = quantiles(
+        (own / beside for own, beside in zip(seconds, first, strict=True)), n=4, method="inclusive"
+    )
+    return Ratio(median=median, low=low, high=high)
 
 
 def relative_error(answer: Answer, expected: Answer) -> float:

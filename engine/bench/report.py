@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from glm_rlhf.engine.bench.harness import Entry, Timing
+from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +67,9 @@ def as_markdown(report: Report) -> str:
     lines += [
         "",
         "Median of the runs, with the quartiles between which half of them lie. `share of limit` is limit ÷ "
-        "median; `ours is … × as fast` is the contender's median ÷ ours, from the same run; `error` is the "
-        "distance from the definition on the same inputs. An empty cell was not measured.",
+        "median; `ours is … × as fast` is the contender's median ÷ ours, from the same run, `quartiles ×` "
+        "are those of the quotients turn by turn; `error` is the distance from the definition on the same "
+        "inputs. An empty cell was not measured.",
         "",
         "Commands:",
         "",
@@ -94,6 +95,7 @@ def joined(first: Row, again: Row) -> Row:
             low_s=min(before.timing.low_s, after.timing.low_s),
             high_s=max(before.timing.high_s, after.timing.high_s),
             repetitions=before.timing.repetitions + after.timing.repetitions,
+            ratio=_joined_ratio(before.timing.ratio, after.timing.ratio, weight),
         )
         figures = {
             name: before.figures[name] * (1 - weight) + value * weight
@@ -103,8 +105,18 @@ def joined(first: Row, again: Row) -> Row:
     return replace(again, entries=entries)
 
 
+def _joined_ratio(first: Ratio | None, again: Ratio | None, weight: float) -> Ratio | None:
+    if first is None or again is None:
+        return None
+    return Ratio(
+        median=first.median * (1 - weight) + again.median * weight,
+        low=min(first.low, again.low),
+        high=max(first.high, again.high),
+    )
+
+
 _FIXED = ("row", "task", "shape", "contender", "median ms", "quartiles ms", "runs")
-_LAST = ("ours is … × as fast", "error", "status")
+_LAST = ("ours is … × as fast", "quartiles ×", "error", "status")
 
 
 def _columns(rows: Iterable[Row]) -> list[str]:
@@ -154,6 +166,8 @@ def _timed_cells(row: Row, timing: Timing) -> dict[str, str]:
     ours = row.entries[0].timing
     if ours is not None and timing is not ours:
         cells["ours is … × as fast"] = f"{timing.median_s / ours.median_s:.2f}"
+    if timing.ratio is not None:
+        cells["quartiles ×"] = f"{timing.ratio.low:.2f}–{timing.ratio.high:.2f}"
     return cells
 
 

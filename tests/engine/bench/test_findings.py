@@ -7,13 +7,14 @@ from dataclasses import asdict
 import pytest
 
 from glm_rlhf.engine.bench.findings import Findings, agreement_text, compare, read_earlier, write_findings
-from glm_rlhf.engine.bench.harness import Entry, Timing
+from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.bench.scaling import ScalingPoint, efficiencies, read_point, write_point
 
 
-def entry(name: str, median_s: float, **figures: float) -> Entry:
-    timing = Timing(median_s=median_s, low_s=0.9 * median_s, high_s=1.1 * median_s, repetitions=5)
+def entry(name: str, median_s: float, ratio: Ratio | None = None, **figures: float) -> Entry:
+    low_s, high_s = 0.9 * median_s, 1.1 * median_s
+    timing = Timing(median_s=median_s, low_s=low_s, high_s=high_s, repetitions=5, ratio=ratio)
     return Entry(name=name, timing=timing, figures={key.replace("_", " "): n for key, n in figures.items()})
 
 
@@ -85,6 +86,18 @@ def test_a_peer_that_was_slower_and_is_faster_now_is_counted(tmp_path):
     write_findings(findings(), tmp_path, earlier=None)
     text = agreement_text(findings(3.0).rows, read_earlier(tmp_path / "bench.json"))
     assert "in 0 of 1 the same of the two is faster" in text
+
+
+@pytest.mark.parametrize(("low", "high", "alike"), [(1.8, 2.2, 1), (2.3, 2.5, 0)])
+def test_quotients_turn_by_turn_are_compared_by_their_ranges(low, high, alike):
+    """However much faster the machine has become."""
+    old, new = (
+        row("a1", entry("ours", 1.0 * speed), entry("peer", 2.0 * speed, Ratio(median=2.0, low=a, high=b)))
+        for speed, a, b in ((1.0, 1.9, 2.1), (0.5, low, high))
+    )
+    text = agreement_text([new], {"rows": [asdict(old)]})
+    assert "in 0 of 2 timings" in text
+    assert f"ranges that overlap in {alike} of 1." in text
 
 
 def test_another_shape_is_not_compared(tmp_path):

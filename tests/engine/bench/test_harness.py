@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from glm_rlhf.engine.bench.harness import Contender, Problem, interleaved, measure, relative_error, summary
+from glm_rlhf.engine.bench import harness
+from glm_rlhf.engine.bench.harness import (
+    Contender,
+    Problem,
+    Ratio,
+    interleaved,
+    measure,
+    relative_error,
+    summary,
+)
 
 CPU = torch.device("cpu")
 
@@ -115,3 +124,30 @@ def test_the_summary_is_the_median_and_the_quartiles():
     timing = summary([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (timing.low_s, timing.median_s, timing.high_s) == (2.0, 3.0, 4.0)
     assert timing.repetitions == 5
+
+
+def test_ratios_are_taken_turn_by_turn(monkeypatch):
+    """A machine of half the speed from the third turn on moves times, and no quotient."""
+    seconds = [1.0, 2.0, 1.0, 2.0, 2.0, 4.0, 2.0, 4.0, 2.0, 4.4]
+    taken = iter([[]] * harness.WARM_UP_RUNS + [seconds])
+    monkeypatch.setattr(harness._HostClock, "seconds", lambda _self: next(taken))
+    contenders = [Contender(name=name, run=lambda: None) for name in ("ours", "theirs")]
+    timings = interleaved(contenders, device=CPU, budget_s=0.0)
+    assert timings["ours"].ratio is None
+    assert timings["theirs"].ratio == Ratio(median=2.0, low=2.0, high=2.0)
+    assert (timings["theirs"].low_s, timings["theirs"].high_s) == (2.0, 4.0)
+
+
+def test_there_is_no_ratio_to_an_answer_that_is_wrong():
+    def ones():
+        return [torch.ones(3)]
+
+    wrong = Contender(name="ours", run=lambda: [torch.zeros(3)])
+    problem = Problem(
+        contenders=[wrong, Contender(name="a", run=ones), Contender(name="b", run=ones)],
+        expected=ones,
+        tolerance=1e-6,
+    )
+    found = {entry.name: entry for entry in measure(problem, device=CPU, budget_s=0.0)}
+    assert found["ours"].timing is None
+    assert found["b"].timing.ratio is None

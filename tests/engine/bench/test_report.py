@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glm_rlhf.engine.bench.harness import Entry, Timing
+from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
 from glm_rlhf.engine.bench.report import Report, Row, as_json, as_markdown, joined, write
 
 
@@ -85,14 +85,25 @@ def test_a_row_that_was_measured_twice_has_the_wider_range():
     def row(*entries: Entry) -> Row:
         return Row(row="a1", what="task", shape="T 4", command="x", entries=entries)
 
-    first = Timing(median_s=1.0, low_s=0.9, high_s=1.1, repetitions=10)
-    again = Timing(median_s=2.0, low_s=1.8, high_s=2.5, repetitions=30)
+    first, again = (
+        Timing(median_s=median, low_s=low, high_s=high, repetitions=runs, ratio=ratio)
+        for median, low, high, runs, ratio in (
+            (1.0, 0.9, 1.1, 10, Ratio(median=2.0, low=1.9, high=2.2)),
+            (2.0, 1.8, 2.5, 30, Ratio(median=4.0, low=1.5, high=2.1)),
+        )
+    )
     late = Entry(name="late", status="failed: later")
     both = joined(
         row(Entry(name="ours", timing=first, figures={"x ms": 10.0}), Entry(name="late", timing=first)),
         row(Entry(name="ours", timing=again, figures={"x ms": 20.0}), late),
     )
     ours, other = both.entries
-    assert ours.timing == Timing(median_s=1.75, low_s=0.9, high_s=2.5, repetitions=40)
+    assert ours.timing == Timing(
+        median_s=1.75,
+        low_s=0.9,
+        high_s=2.5,
+        repetitions=40,
+        ratio=Ratio(median=3.5, low=1.5, high=2.2),
+    )
     assert ours.figures == {"x ms": pytest.approx(17.5)}
     assert other == late
