@@ -28,7 +28,8 @@ class PPORewardSection:
     concurrency: CountOrZero = 1
     """Most calls of the function at once, in background threads: `ppo` has answers judged as they end, while
     others are generated. 0 calls it once, with all answers, after the last has ended, on the main thread: for
-    a function that compares answers with each other, or sets signals."""
+    a function that compares answers with each other, sets signals, or computes in Python, which holds up what
+    generates: in the background it gains nothing."""
 
     def __post_init__(self) -> None:
         if self.path is None and self.function is None:
