@@ -2,13 +2,16 @@
 
 All ranks measure at once, as they work at once in training. Times are those of the engine's own passes on a
 model of the given widths with one layer and with two, each the fastest of several runs, as the slowest rank
-took them: what a layer takes is their difference, what depends on rows the difference of two lengths.
-Attention counts at the rate of the products; links between nodes at that of the world that was launched.
+took them: what a layer takes is their difference, what depends on rows the difference of two lengths. Links
+have the median of several. Attention counts at the rate of the products; links between nodes at that of the
+world that was launched.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -35,6 +38,8 @@ _LEAST = 1e-9
 """Seconds that stand for a remainder which the noise made negative."""
 _MESSAGES = (2**12, 2**23)
 """Bytes of the small and of the large message."""
+_MESSAGES_IN_A_RUN, _PRODUCT = 8, 384
+"""How many a run has, and the width of the product before each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,16 +202,28 @@ def _decode_s(model: GLMConfig, size: Size, place: Topology) -> float:
 
 
 def _link(place: Topology, repetitions: int) -> tuple[float, float]:
-    """Return latency and bandwidth of an all-reduce over all ranks; of one rank alone, of nothing."""
+    """Return latency and bandwidth of an all-reduce over all ranks; of one rank alone, of nothing.
+
+    As layers have them, between products: threads that pass messages on sleep meanwhile, and have to wake.
+    """
     count = place.world_size
     if count == 1:
         return _LEAST, 1e15
-    seconds = []
-    for num_bytes in _MESSAGES:
-        tensor = torch.zeros(num_bytes // 4, device=place.device)
-        seconds.append(least_s(lambda t=tensor: dist.all_reduce(t), place, 4 * repetitions))
+    factor_DD = torch.rand(_PRODUCT, _PRODUCT, device=place.device)
+
+    def alternate(tensor: torch.Tensor | None) -> None:
+        for _ in range(_MESSAGES_IN_A_RUN):
+            torch.mm(factor_DD, factor_DD)
+            if tensor is not None:
+                dist.all_reduce(tensor)
+
+    tensors = [None, *(torch.zeros(num_bytes // 4, device=place.device) for num_bytes in _MESSAGES)]
+    alone_s, *with_s = (
+        median(seconds_on_all(partial(alternate, tensor), place, 2 * repetitions)) for tensor in tensors
+    )
+    small_s, large_s = (max(_LEAST, (one - alone_s) / _MESSAGES_IN_A_RUN) for one in with_s)
     moved = 2 * (_MESSAGES[1] - _MESSAGES[0]) * (count - 1) / count
-    return seconds[0], moved / max(_LEAST, seconds[1] - seconds[0])
+    return small_s, moved / max(_LEAST, large_s - small_s)
 
 
 def seconds_on_all(work: Callable[[], None], place: Topology, repetitions: int) -> list[float]:
