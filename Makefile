@@ -28,7 +28,7 @@ lint: install
 demo: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/glm-rlhf demo
 
-# Ratios to peers, phases and scaling on this machine, into outputs/bench; three minutes on two cores.
+# Ratios to peers, phases and scaling on this machine, into outputs/bench; four minutes on two cores.
 bench: install
 	$(BIN)/glm-rlhf bench
 
