@@ -59,7 +59,7 @@ class BenchSection:
     up to the cores, at least to 2 and at most to 4."""
     threads: Count = 1
     """Threads of torch on a CPU, a rank."""
-    visits: Count = 2
+    visits: Count = 3
     """Times that all rows are measured, one after another: what a machine does in minutes then shows in the
     spread, which reaches from the lowest quartile of any visit to the highest."""
     budget_s: Seconds = 0.25
