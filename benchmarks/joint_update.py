@@ -19,13 +19,14 @@ import torch.distributed as dist
 from benchmarks import RESULTS
 from benchmarks.fresh_process import in_fresh_process
 from benchmarks.generation_mixes import SHAPE, random_model
+from benchmarks.random_experience import random_experience
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
 from glm_rlhf.engine.stages.learning_step import Learner, take_steps
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.ppo_update import critic_learner, mini_batches, policy_learner
-from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
+from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.load import load_model
@@ -79,7 +80,13 @@ def _row(
     count: int, policy: AnyTrainingState, critic: AnyTrainingState, num_steps: int, place: Topology
 ) -> Row:
     """Time steps of both in turns, each from a barrier to the last rank's end."""
-    experience = _experience(count)
+    experience = random_experience(
+        count,
+        length=_LENGTH,
+        prompt_length=_PROMPT,
+        vocab_size=SHAPE["vocab_size"],
+        num_everywhere=count,
+    )
     settings = PPOSettings(micro_batch_tokens=_LENGTH)
     (part,) = mini_batches(experience, settings, seed=1, topology=place)
     learners = [
@@ -138,39 +145,6 @@ def _timed(steps: Steps) -> tuple[float, float, list[float]]:
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     dist.all_reduce(waited)
     return float(slowest), float(waited), norms
-
-
-def _experience(count: int) -> Experience:
-    """Return sequences of equal length with numbers at random."""
-    generator = torch.Generator().manual_seed(5)
-    num_tokens = count * _LENGTH
-
-    def numbers() -> torch.Tensor:
-        return torch.randn(num_tokens, generator=generator)
-
-    prompt = PromptInput(tokens=(1,) * _PROMPT, extra={})
-    rollouts = Rollouts(
-        tokens_T=torch.randint(0, SHAPE["vocab_size"], (num_tokens,), generator=generator),
-        lengths=(_LENGTH,) * count,
-        prompt_lengths=(_PROMPT,) * count,
-        prompts=(prompt,) * count,
-        is_finished=(True,) * count,
-        logprobs_T=numbers(),
-        temperature=1.0,
-        indices=tuple(range(count)),
-        num_everywhere=count,
-    )
-    return Experience(
-        rollouts=rollouts,
-        rewards_B=torch.zeros(count),
-        old_logprobs_T=numbers() * 0.1 - 6.2,
-        ref_logprobs_T=numbers(),
-        values_T=numbers(),
-        advantages_T=numbers(),
-        returns_T=numbers(),
-        kl_T=numbers(),
-        metrics={},
-    )
 
 
 def _verdict(rows: Sequence[Row]) -> str:

@@ -20,6 +20,7 @@ import torch
 from benchmarks import RESULTS
 from benchmarks.live_storages import live_peak_bytes
 from benchmarks.one_rank_world import world_of_one_rank
+from benchmarks.random_experience import random_experience
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.ppo_part import make_roles
 from glm_rlhf.engine.cluster.plan_activations import CPU
@@ -28,7 +29,7 @@ from glm_rlhf.engine.cluster.plan_work import Choice, Roles, Work
 from glm_rlhf.engine.stages.learning_step import take_steps
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_update import critic_learner, mini_batches, policy_learner
-from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
+from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.optimizer import TrainingState
@@ -202,7 +203,14 @@ def _count_rollout(case: Case, roles: PPORoles) -> dict[str, int]:
 
 
 def _count_training(case: Case, roles: PPORoles, place: Topology) -> dict[str, int]:
-    experience = _experience(case)
+    work = case.work
+    experience = random_experience(
+        case.choice.num_sequences(work, WORLD_SIZE),
+        length=work.longest,
+        prompt_length=work.max_prompt_tokens,
+        vocab_size=case.model.vocab_size,
+        num_everywhere=work.num_sequences,
+    )
     (part,) = mini_batches(experience, roles.settings, seed=1, topology=place)
     given = (experience, part, roles.settings)
     critic = critic_learner(roles.critic_state, *given, topology=place)
@@ -222,40 +230,6 @@ def _given_up(step: Callable[[], object]) -> None:
     """Take a step, which the engine gives up at its end where a message that nobody sent held no numbers."""
     with contextlib.suppress(FloatingPointError):
         step()
-
-
-def _experience(case: Case) -> Experience:
-    """Return one copy's sequences with numbers at random."""
-    work, generator = case.work, torch.Generator().manual_seed(5)
-    count = case.choice.num_sequences(work, WORLD_SIZE)
-    num_tokens = count * work.longest
-
-    def numbers() -> torch.Tensor:
-        return torch.randn(num_tokens, generator=generator)
-
-    prompt = PromptInput(tokens=(1,) * work.max_prompt_tokens, extra={})
-    rollouts = Rollouts(
-        tokens_T=torch.randint(0, case.model.vocab_size, (num_tokens,), generator=generator),
-        lengths=(work.longest,) * count,
-        prompt_lengths=(work.max_prompt_tokens,) * count,
-        prompts=(prompt,) * count,
-        is_finished=(True,) * count,
-        logprobs_T=numbers(),
-        temperature=1.0,
-        indices=tuple(range(count)),
-        num_everywhere=work.num_sequences,
-    )
-    return Experience(
-        rollouts=rollouts,
-        rewards_B=torch.zeros(count),
-        old_logprobs_T=numbers(),
-        ref_logprobs_T=numbers(),
-        values_T=numbers(),
-        advantages_T=numbers(),
-        returns_T=numbers(),
-        kl_T=numbers(),
-        metrics={},
-    )
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
