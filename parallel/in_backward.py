@@ -17,7 +17,7 @@ from glm_rlhf.parallel.optimizer import (
     StepResult,
     TrainingState,
     check_trainable,
-    step_together,
+    take_step,
 )
 from glm_rlhf.parallel.optimizer_part import Part
 from glm_rlhf.parallel.topology import Topology
@@ -100,8 +100,7 @@ class InBackwardState:
 
         `is_applied` is false when some gradient was not finite; see the class for what then has changed.
         """
-        (result,) = step_together([self])
-        return result
+        return take_step(self)
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, after the schedule; every rank calls this together.

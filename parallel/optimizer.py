@@ -44,8 +44,7 @@ class StepResult:
     """What an optimizer step did."""
 
     is_applied: bool
-    """False when the gradient was not finite, or one of a step taken together with this: the weights are what
-    they were, but see `InBackwardState`."""
+    """False when the gradient was not finite: the weights are what they were, but see `InBackwardState`."""
     grad_norm: float
     """Norm of the gradient over the whole model, before clipping."""
 
@@ -144,8 +143,7 @@ class TrainingState:
 
         With `overlap_communication` the next training step gathers them, see `gather_weights`.
         """
-        (result,) = step_together([self])
-        return result
+        return take_step(self)
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, after the schedule; every rank calls this together."""
@@ -228,14 +226,13 @@ class Steppable(Protocol):
         """Change the weights, given that norm."""
 
 
-def step_together(states: Sequence[Steppable]) -> list[StepResult]:
-    """Take a step of every state, or of none where one's gradient is not finite; every rank calls this."""
-    norms = [state.grad_norm() for state in states]
-    is_applied = all(map(math.isfinite, norms))
+def take_step(state: Steppable) -> StepResult:
+    """Take a step unless the gradient is not finite; every rank calls this."""
+    norm = state.grad_norm()
+    is_applied = math.isfinite(norm)
     if is_applied:
-        for state, norm in zip(states, norms, strict=True):
-            state.apply(norm)
-    return [StepResult(is_applied=is_applied, grad_norm=norm) for norm in norms]
+        state.apply(norm)
+    return StepResult(is_applied=is_applied, grad_norm=norm)
 
 
 def _optimizer_tensors(

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.stages.experience import answers_with
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.stream_batches import StreamBatch
@@ -16,13 +17,15 @@ from glm_rlhf.parallel.fitting import run_fitting
 from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import AnyTrainingState
 from glm_rlhf.parallel.nonfinite import gathered, named, refuse_nonfinite
-from glm_rlhf.parallel.optimizer import StepResult, step_together
+from glm_rlhf.parallel.optimizer import StepResult
 from glm_rlhf.parallel.packing import PackedTokens
 from glm_rlhf.parallel.pass_times import PassTimes
 from glm_rlhf.parallel.schedule import run_in_turn
 from glm_rlhf.parallel.topology import Topology
 
 Step = TypeVar("Step")
+
+_CONSEQUENCE = "no step was taken, or with optimizer.in_backward a part of one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,35 +49,61 @@ def take_steps(
     rollouts: Rollouts,
     *,
     topology: Topology,
-    times: PassTimes | None = None,
+    phases: Phases | None = None,
 ) -> list[Any]:
-    """Take one optimizer step of each learner; return what they conclude. Every rank calls this together.
+    """Take one optimizer step of all learners, or of none; return what they conclude. Every rank calls this.
 
-    Micro-batches of all go through one pipeline schedule, into a gradient each.
+    Over pipeline stages micro-batches of all go through one schedule, into a gradient each, and its time is
+    shared as their passes took it. Without, where no stage waits, each has a schedule of its own: the time
+    of each is known, and so is whose memory ran out. Weights change when every gradient is known to be
+    finite; an optimizer in backward has changed its own by then.
 
     Args:
         learners: who learns; one or several.
         rollouts: the answers that they learn from.
         topology: layout and groups.
-        times: is told the passes of each, where they share a schedule.
+        phases: is told the seconds of each, by role.
 
     Raises:
         FloatingPointError: a loss or gradient of one is not finite; on every rank. No step of any was taken,
-            or with an optimizer in backward perhaps a part. The message names the ranks, and the answers or
-            the weights.
+            or with an optimizer in backward perhaps a part, and that of a learner before it. The message
+            names the ranks, and the answers or the weights.
         ValueError: there is no memory for a single sequence; on every rank.
     """
+    phases = phases or Phases()
+    if len(learners) > 1 and topology.layout.pp > 1:
+        times = PassTimes(topology.device)
+        with phases.shared("steps", times.shared):
+            ready = _ready_to_step(learners, rollouts, topology, times)
+    else:
+        ready = []
+        for learner in learners:
+            with phases.phase(learner.role):
+                ready += _ready_to_step([learner], rollouts, topology)
+    steps = []
+    for learner, (norm, statistics) in zip(learners, ready, strict=True):
+        with phases.phase(learner.role):
+            learner.state.apply(norm)
+            steps.append(learner.conclude(StepResult(is_applied=True, grad_norm=norm), statistics))
+    return steps
+
+
+def _ready_to_step(
+    learners: Sequence[Learner[Any]],
+    rollouts: Rollouts,
+    topology: Topology,
+    times: PassTimes | None = None,
+) -> list[tuple[float, list[Any]]]:
+    """Return each learner's gradient norm, a finite one, and its statistics, after one schedule of all."""
     found, batches = _gradients(learners, rollouts, topology, times)
     told = list(zip(batches, found, strict=True)) if found else []
     words = [_finding(learners[batch.learner].role, one, batch.batch, rollouts) for batch, one in told]
     findings = list(dict.fromkeys(one for one in words if one is not None))
-    consequence = "no step was taken, or with optimizer.in_backward a part of one"
-    refuse_nonfinite(findings, consequence, device=topology.device)
-    results = step_together([learner.state for learner in learners])
-    _refuse_norms(learners, results, batches, rollouts, consequence)
+    refuse_nonfinite(findings, _CONSEQUENCE, device=topology.device)
+    norms = [learner.state.grad_norm() for learner in learners]
+    _refuse_norms(learners, norms, batches, rollouts)
     return [
-        learner.conclude(result, [one for batch, one in told if batch.learner == place])
-        for place, (learner, result) in enumerate(zip(learners, results, strict=True))
+        (norm, [one for batch, one in told if batch.learner == place]) for place, norm in enumerate(norms)
     ]
 
 
@@ -144,17 +173,16 @@ def _finding(role: str, statistics: Any, batch: StreamBatch | MicroBatch, rollou
 
 def _refuse_norms(
     learners: Sequence[Learner[Any]],
-    results: Sequence[StepResult],
+    norms: Sequence[float],
     batches: Sequence[_Assigned],
     rollouts: Rollouts,
-    consequence: str,
 ) -> None:
     """Raise FloatingPointError on all ranks where some gradient's norm, the same on all, is not finite."""
     said, where = [], []
-    for place, (learner, result) in enumerate(zip(learners, results, strict=True)):
-        if math.isfinite(result.grad_norm):
+    for place, (learner, norm) in enumerate(zip(learners, norms, strict=True)):
+        if math.isfinite(norm):
             continue
-        said.append(f"the {learner.role}'s gradient has the norm {result.grad_norm}")
+        said.append(f"the {learner.role}'s gradient has the norm {norm}")
         if names := learner.state.nonfinite_gradients():
             own = [b.batch for b in batches if b.learner == place and isinstance(b.batch, StreamBatch)]
             answers = sorted(i for batch in own for i in _answers_of(rollouts, batch))
@@ -163,7 +191,7 @@ def _refuse_norms(
             )
     if said:
         raise FloatingPointError(
-            f"{' and '.join(said)}; {consequence}; not finite: "
+            f"{' and '.join(said)}; {_CONSEQUENCE}; not finite: "
             f"{gathered(where) or 'no gradient by itself, their squares overflow'}"
         )
 

