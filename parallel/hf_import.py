@@ -154,6 +154,12 @@ def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, S
                 f"{stored.path} holds {name!r} as {stored.dtype_name}; a floating-point type of 16 bits or "
                 "more is required, so fetch the model that is not quantised"
             )
+        is_like = len(stored.shape) == len(known[name]) and stored.shape[1:] == known[name][1:]
+        if name in optional and is_like and stored.shape[0] != 1:
+            raise ModelFolderError(
+                f"{stored.path} holds {name!r} with {stored.shape[0]} rows, a head of so many labels; a "
+                "critic or reward model has one: train it with num_labels 1, or with the command reward"
+            )
         if stored.shape != known[name]:
             raise ModelFolderError(
                 f"{stored.path} holds {name!r} with the shape {list(stored.shape)} where config.json "

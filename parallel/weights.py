@@ -31,7 +31,7 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
 
     Returns:
         Our names of the weights that were created because the folder has none, on any stage: only of a
-        scalar head.
+        scalar head. A head without a bias, such as transformers' classes have, is not: its bias is zero.
 
     Raises:
         ModelFolderError: the folder is damaged or of another model; a ValueError.
@@ -57,7 +57,8 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
                 del parameters[shard.ours]
             for name in stream.missing:
                 _create_head(name, parameters.pop(name), seed)
-                created.append(name)
+            if "value_head.weight" in stream.missing:
+                created += stream.missing
             assert not parameters, f"not filled: {sorted(parameters)}"
     return _on_any_stage(created, chunks[0].topology)
 

@@ -10,6 +10,7 @@ from glm_rlhf.engine.config_training import DPOConfig, DPOSection
 from glm_rlhf.engine.objectives.losses import dpo_loss
 from glm_rlhf.engine.stages.micro_batches import MicroBatch
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.other_models import load_other
 from glm_rlhf.engine.stages.reference_scores import score_reference
 from glm_rlhf.engine.stages.run_checkpoints import claim_folder
 from glm_rlhf.engine.stages.training_data import open_pairs
@@ -61,14 +62,10 @@ def _with_reference(
     """Return the objective on the records, and on those held out if there are any."""
     reference = chunks
     if config.reference.path is not None:
-        reference, _ = load_model(
-            config.reference.path, place, role="reference", dtype=DTYPES[config.train.dtype]
+        dtype, glm = DTYPES[config.train.dtype], chunks[0].glm
+        reference, _ = load_other(
+            "reference.path", config.reference.path, place, role="reference", dtype=dtype, beside=glm
         )
-        if reference[0].glm.vocab_size != chunks[0].glm.vocab_size:
-            raise ValueError(
-                f"reference.path has {reference[0].glm.vocab_size} rows in its vocabulary, model.path "
-                f"{chunks[0].glm.vocab_size}: they do not read the same ids"
-            )
     sampler, start = sampler_of(config, records), time.monotonic()
     seen = {number for step in range(config.train.steps) for number in sampler.batch(step)}
     wanted = [(records, sorted(seen))]

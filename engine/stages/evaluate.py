@@ -14,6 +14,7 @@ from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.stages.evaluation import EvaluationSettings, Measured, judge_rollouts, measure
 from glm_rlhf.engine.stages.judged_answers import write_answers
 from glm_rlhf.engine.stages.model_inputs import DTYPES, answer_seed, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.other_models import load_other
 from glm_rlhf.engine.stages.ppo import answer_settings_of, reward_function_of
 from glm_rlhf.engine.stages.prompt_inputs import read_prompt_inputs
 from glm_rlhf.engine.stages.reward_terms import RewardTerms
@@ -55,7 +56,7 @@ def run(config: EvaluateConfig) -> None:
         del policy
         if config.against.path is not None:
             rollouts.append(_answer_of_other(config, glm, prompts, tokenizer, place))
-        rewarder = _rewarder(config, function, tokenizer, place)
+        rewarder = _rewarder(config, function, tokenizer, glm, place)
         answers = [judge_rollouts(one, rewarder.without_baseline, tokenizer, place) for one in rollouts]
         settings = EvaluationSettings(
             num_samples=config.generation.num_samples,
@@ -105,21 +106,18 @@ def _answer_of_other(
     tokenizer: Tokenizer | None,
     place: Topology,
 ) -> Rollouts:
-    other, _ = load_model(config.against.path, place, dtype=DTYPES[config.train.dtype])
-    if other[0].glm.vocab_size != glm.vocab_size:
-        raise ValueError(
-            f"against.path has {other[0].glm.vocab_size} rows in its vocabulary, model.path "
-            f"{glm.vocab_size}: they do not read the same ids"
-        )
+    dtype = DTYPES[config.train.dtype]
+    other, _ = load_other("against.path", config.against.path, place, role="policy", dtype=dtype, beside=glm)
     return _answer(config, other, prompts, tokenizer, place)
 
 
 def _rewarder(
-    config: EvaluateConfig, function: object, tokenizer: Tokenizer | None, place: Topology
+    config: EvaluateConfig, function: object, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
 ) -> RewardTerms:
-    model = None
-    if config.reward.path is not None:
-        model, _ = load_model(config.reward.path, place, role="reward", dtype=DTYPES[config.train.dtype])
+    model, path = None, config.reward.path
+    if path is not None:
+        dtype = DTYPES[config.train.dtype]
+        model, _ = load_other("reward.path", path, place, role="reward", dtype=dtype, beside=glm)
     return RewardTerms(
         topology=place,
         micro_batch_tokens=config.train.micro_batch_tokens,

@@ -18,6 +18,7 @@ from glm_rlhf.engine.data.record_reading import Place, ReadReport
 from glm_rlhf.engine.rollout.scoring import score_sequences
 from glm_rlhf.engine.stages.generate import Prompt, generate_answers, read_prompt_ids
 from glm_rlhf.engine.stages.model_inputs import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.stages.other_models import load_other
 from glm_rlhf.parallel.agreement import agreed
 from glm_rlhf.parallel.glm_config import GLMConfig
 from glm_rlhf.parallel.load import load_model
@@ -137,18 +138,11 @@ def _scores(
     place: Topology,
 ) -> list[dict[Answer, float]]:
     """Return the score of each different answer to each prompt, on every rank."""
-    chunks, created = load_model(config.reward.path, place, role="reward", dtype=DTYPES[config.train.dtype])
-    if created:
-        raise ValueError(
-            f"reward.path is {config.reward.path}, which has no scalar head: give a reward model, as the "
-            "command reward makes one"
-        )
+    dtype = DTYPES[config.train.dtype]
+    chunks, _ = load_other(
+        "reward.path", config.reward.path, place, role="reward", dtype=dtype, beside=policy
+    )
     glm = chunks[0].glm
-    if glm.vocab_size != policy.vocab_size:
-        raise ValueError(
-            f"reward.path has {glm.vocab_size} rows in its vocabulary, model.path {policy.vocab_size}: they "
-            "do not read the same ids"
-        )
     different = [list(dict.fromkeys(of_prompt)) for of_prompt in answers]
     sequences = [
         [*prompt.ids, *answer]

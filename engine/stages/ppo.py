@@ -22,6 +22,7 @@ from glm_rlhf.engine.rollout.rewards import RewardFunction
 from glm_rlhf.engine.rollout.second_layout import second_layout
 from glm_rlhf.engine.rollout.stop_texts import stop_check
 from glm_rlhf.engine.stages.model_inputs import DTYPES, answer_seed, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.engine.stages.other_models import load_other
 from glm_rlhf.engine.stages.ppo_roles import PPORoles
 from glm_rlhf.engine.stages.ppo_saving import load_run, save_run
 from glm_rlhf.engine.stages.ppo_settings import PPOSettings
@@ -166,28 +167,37 @@ def _build(
     config: PPOConfig, place: Topology, stack: contextlib.ExitStack
 ) -> tuple[PPORoles, Tokenizer | None]:
     """Return the roles with their models loaded, and the tokenizer; `stack` ends what the roles hold."""
-    load = partial(load_model, topology=place, dtype=DTYPES[config.train.dtype], seed=config.run.seed)
+    loading = {"dtype": DTYPES[config.train.dtype], "seed": config.run.seed}
     trained = {"recompute_layers": config.train.recompute_layers}
     with agreed("finding the reward function"):
         function = reward_function_of(config.reward)
-    policy, _ = load(config.model.path, **trained)
+    policy, _ = load_model(config.model.path, place, **loading, **trained)
     glm, given = policy[0].glm, config.generation
     resharded = stack.enter_context(
         second_layout(policy, place, tp=given.tp, pp=given.pp, timeout_s=config.parallel.timeout_s)
     )
     with agreed("reading the tokenizer"):
         tokenizer = find_tokenizer(config, glm)
-    reward_path = config.reward.path
-    critic_path = config.critic.path or reward_path or config.model.path
-    critic, created = load(critic_path, role="critic", **trained)
+    load = partial(load_other, place=place, beside=glm, **loading)
+    paths = {
+        "critic.path": config.critic.path,
+        "reward.path": config.reward.path,
+        "model.path": config.model.path,
+    }
+    critic_key = next(key for key, path in paths.items() if path is not None)
+    critic, created = load(critic_key, paths[critic_key], role="critic", **trained)
+    reference, _ = load("reference.path", config.reference.path or config.model.path, role="reference")
+    reward_model = None
+    if config.reward.path is not None:
+        reward_model, _ = load("reward.path", config.reward.path, role="reward")
     if created and place.is_reporter:
-        sys.stderr.write(f"{critic_path} has no scalar head: the critic starts with a new one\n")
+        sys.stderr.write(f"{paths[critic_key]} has no scalar head: the critic starts with a new one\n")
     roles = PPORoles(
         topology=place,
         policy=policy,
         critic=critic,
-        reference=load(config.reference.path or config.model.path, role="reference")[0],
-        reward_model=None if reward_path is None else load(reward_path, role="reward")[0],
+        reference=reference,
+        reward_model=reward_model,
         reward_function=function,
         reward_function_weight=config.reward.function_weight,
         masks_reward_faults=config.reward.on_error == "mask",

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
+from transformers import (
+    Glm4Config,
+    Glm4ForCausalLM,
+    Glm4ForSequenceClassification,
+    GlmConfig,
+    GlmForCausalLM,
+    GlmForSequenceClassification,
+)
 
 FAMILIES = ("glm", "glm4", "chatglm")
 SHAPE = {
@@ -23,9 +30,17 @@ SHAPE = {
 }
 
 
-def make_model(family: str, seed: int = 0, **changes):
-    """Return a random fp32 transformers model; norms and biases are random too, so that a mix-up shows."""
-    config, model = {"glm4": (Glm4Config, Glm4ForCausalLM)}.get(family, (GlmConfig, GlmForCausalLM))
+def make_model(family: str, seed: int = 0, *, has_score: bool = False, **changes):
+    """Return a random fp32 transformers model; norms and biases are random too, so that a mix-up shows.
+
+    With `has_score` it is of the family's class for sequence classification, `num_labels` 1 unless changed.
+    """
+    classes = (GlmConfig, GlmForCausalLM, GlmForSequenceClassification)
+    if family == "glm4":
+        classes = (Glm4Config, Glm4ForCausalLM, Glm4ForSequenceClassification)
+    config, model = classes[0], classes[1 + has_score]
+    if has_score:
+        changes = {"num_labels": 1} | changes
     torch.manual_seed(seed)
     built = model(config(**(SHAPE | changes), attn_implementation="eager")).float().eval()
     for name, parameter in built.named_parameters():

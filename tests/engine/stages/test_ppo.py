@@ -1,5 +1,6 @@
 """`PPOEngine`: another layout for generation, stop texts, prompts that cannot be answered."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,41 @@ def test_prompts_that_cannot_be_answered_are_named(folder, tmp_path, prompts, se
         rollouts = engine.generate([[5] * 511])
         assert rollouts.lengths == (512, 512)
         assert torch.isfinite(rollouts.logprobs_T).all()
+
+
+@pytest.mark.parametrize("family", ["glm", "glm4"])
+def test_a_reward_model_of_transformers_judges_and_starts_the_critic(tmp_path, capfd, family):
+    policy = save_folder(tmp_path / "policy", family)
+    model = make_model(family, has_score=True)
+    reward = save_folder(tmp_path / "reward", family, model)
+    path = config_file(tmp_path / "ppo.yaml", policy, parallel="tp: 1", generation="seed: 1")
+    with PPOEngine(PPOConfig.from_yaml(path, ["reward.function=null", f"reward.path={reward}"])) as engine:
+        assert "scalar head" not in capfd.readouterr().err
+        rollouts = engine.generate(PROMPTS)
+        rewards_B = engine.roles.rewards.without_baseline(rollouts).totals_B(rollouts.starts)
+        experience = engine.make_experience(rollouts)
+        for number, (start, end) in enumerate(itertools.pairwise(rollouts.starts)):
+            with torch.no_grad():
+                hidden_TD = model.model(rollouts.tokens_T[None, start:end]).last_hidden_state[0]
+                scores_T = model.score(hidden_TD)[:, 0]
+            # fp32: about as many roundings as layers. A token's value is the score of those before it.
+            assert float(rewards_B[number]) == pytest.approx(float(scores_T[-1]), abs=2e-5)
+            is_drawn = rollouts.action_mask_T[start + 1 : end]
+            values_T = experience.values_T[start + 1 : end]
+            assert torch.allclose(values_T[is_drawn], scores_T[:-1][is_drawn], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "key, changes, sentence",
+    [
+        ("reward.path", {}, "reward.path is .*, which has no scalar head: give a reward model"),
+        ("reward.path", {"vocab_size": 128, "has_score": True}, "path has 128 rows in its vocab"),
+        ("critic.path", {"vocab_size": 128}, "critic.path has 128 rows in its vocabulary, model.path 96"),
+        ("reference.path", {"vocab_size": 128}, "reference.path has 128 rows in its vocabulary"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(folder, tmp_path, key, changes, sentence):
+    other = save_folder(tmp_path / "other", "glm", make_model("glm", **changes))
+    path = config_file(tmp_path / "ppo.yaml", folder, parallel="tp: 1", generation="seed: 1")
+    with pytest.raises(ValueError, match=sentence):
+        PPOEngine(PPOConfig.from_yaml(path, [f"{key}={other}"]))

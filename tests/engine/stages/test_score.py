@@ -110,6 +110,29 @@ def test_logprobs_equal_transformers(ranks, models, demonstrations, tmp_path, la
             assert line["logprobs"] == pytest.approx(logprobs, abs=2e-5)
 
 
+@pytest.mark.parametrize("family", ["glm", "glm4"])
+def test_a_reward_model_of_transformers_gives_its_own_scores(ranks, demonstrations, tmp_path, family):
+    path, records = demonstrations
+    model = make_model(family, has_score=True)
+    folder = save_folder(tmp_path / "model", family, model)
+    for layout in ("", "parallel.tp=2 parallel.pp=2"):
+        line = command(folder, path, tmp_path / "out", *layout.split())
+        assert {code for code, _ in ranks.run(run_main, line)} == {0}
+        written = [json.loads(line)["score"] for line in (tmp_path / "out" / "score.jsonl").open()]
+        with torch.no_grad():
+            scores = [model(torch.tensor([prompt + answer])).logits.item() for prompt, answer in records]
+        # fp32, about as many roundings as layers, of scores near 1.
+        assert written == pytest.approx(scores, abs=2e-5)
+        assert max(scores) - min(scores) > 0.1
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(demonstrations, tmp_path):
+    folder = save_folder(tmp_path / "model", "glm", make_model("glm", has_score=True, num_labels=3))
+    code, said = run_main(command(folder, demonstrations[0], tmp_path))
+    assert code == 2
+    assert "'score.weight' with 3 rows, a head of so many labels; a critic or reward model has one" in said
+
+
 def damage(folder: Path, target: Path, fault: str) -> Path:
     """A copy of a model folder with one fault."""
     shutil.copytree(folder, target)
