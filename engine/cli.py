@@ -4,11 +4,13 @@ Exit codes: 0 done, 1 a check that failed or a bug (with its traceback), 2 somet
 (told in one sentence), 130 interrupted. Nothing heavy is imported before a command runs.
 """
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -156,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         return _tell(title, str(error), is_shared=True)
     try:
         _record(config)
-        return command.load()(config) or 0
+        with _warned_once_a_host():
+            return command.load()(config) or 0
     except KeyboardInterrupt:
         _tell(title, "interrupted", is_shared=True)
         return 130
@@ -210,6 +213,19 @@ def _record(config: object) -> None:
     if _rank("RANK") == 0 and hasattr(config, "run"):
         path = save_config(config, config.run.output)
         sys.stderr.write(f"{dump_config(config)}# written to {path}\n")
+
+
+@contextlib.contextmanager
+def _warned_once_a_host() -> Iterator[None]:
+    """Have the first rank of this host alone show warnings that are logged: all read the same files."""
+    log = logging.getLogger("glm_rlhf")
+    level = log.level
+    if _rank("LOCAL_RANK") > 0:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _about_program(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from glm_rlhf.engine.cli import COMMANDS, Command, main
 from glm_rlhf.engine.config import DoctorConfig, ScoreConfig
 from glm_rlhf.engine.config_file import load_config
 from glm_rlhf.engine.config_keys import keys_of
+from glm_rlhf.engine.data.records import read_demonstrations
 
 SCORE = ["score", "model.path=m", "data.path=d"]
 
@@ -250,3 +251,20 @@ def test_help_is_printed_by_the_first_rank_only(
     _become_rank(monkeypatch, 2)
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_what_all_ranks_read_is_warned_of_by_the_first_of_a_host(
+    score: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    data = tmp_path / "demonstrations.jsonl"
+    data.write_text('{}\n{"prompt_tokens": [1], "response_tokens": [2]}\n')
+    score(lambda config: list(read_demonstrations(data, vocab_size=8, on_error="skip")) and None)
+    told = []
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        _become_rank(monkeypatch, rank, local_rank=local_rank)
+        caplog.clear()
+        assert main(SCORE) == 0
+        told.append(caplog.text.count("skipped 1 of 2 records"))
+    assert told == [1, 0, 1, 0]
+    list(read_demonstrations(data, vocab_size=8, on_error="skip"))
+    assert "skipped 1 of 2 records" in caplog.text, "outside of a command nothing is silenced"
