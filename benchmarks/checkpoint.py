@@ -97,13 +97,10 @@ def round_of(run: Trained, folder: Path, writer: CheckpointWriter, number: int) 
         seconds["save, synchronous: blocks"] = timed(lambda: synchronous.save(number, models, state={}))
     seconds["training step alone"] = timed(run.step)
     waits: list[float] = []
-
-    def wait_timed() -> None:
-        waits.append(timed(writer._staged.wait))
-
     start = time.perf_counter()
     seconds["save, asynchronous: call"] = timed(lambda: writer.save(number, models, state={}))
-    state.before_change = wait_timed
+    wait = state.before_change
+    state.before_change = lambda: waits.append(timed(wait))
     seconds["training step beside the save"] = timed(run.step)
     (seconds["save, asynchronous: wait before the update"],) = waits
     writer.finish()

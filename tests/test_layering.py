@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("engine", "kernels", "parallel")
 FOLDERS = (*FLOORS, "examples", "benchmarks", "tests")
 MAX_LINES = 400
+PRIVATE_OF_TORCH = {"_cdata"}
+"""What examples and benchmarks may reach into, since it has no public name."""
 VAGUE_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
 
 MAY_NOT_IMPORT = {
@@ -61,6 +63,17 @@ def _of_file(path: Path, root: Path) -> Iterator[tuple[int, str]]:
     for line, name in _imports(tree, module, is_package=relative.stem == "__init__"):
         for problem in _of_import(module, name):
             yield line, problem
+    if relative.parts[0] in ("examples", "benchmarks"):
+        yield from _of_attributes(tree)
+
+
+def _of_attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Examples and benchmarks show what a user can do: they use nothing private but their own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr not in PRIVATE_OF_TORCH:
+            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if is_private and ast.unparse(node.value) not in ("self", "cls"):
+                yield node.lineno, f"{ast.unparse(node)} is private"
 
 
 def _of_import(module: str, name: str) -> Iterator[str]:
@@ -196,6 +209,7 @@ def test_an_allowed_import_is_left_alone(tmp_path: Path, path: str, statement: s
         ("parallel/helpers/a.py", '"""Docstring."""\n', "the name helpers says nothing"),
         ("kernels/a.py", "x = 1\n", "no module docstring"),
         ("engine/a.py", '"""Docstring."""\n' + "x = 1\n" * MAX_LINES, "401 lines, at most 400"),
+        ("examples/a.py", '"""Docstring."""\nengine.writer._staged.wait()\n', "writer._staged is private"),
     ],
 )
 def test_a_bad_name_or_form_is_found(tmp_path: Path, path: str, text: str, expected: str):
