@@ -87,7 +87,9 @@ class TrainingState:
             overlap_param_gather=overlap_communication,
         )
         self.chunks = [
-            DistributedDataParallel(chunk.config, data_parallel, chunk, disable_bucketing=index > 0)
+            DistributedDataParallel(
+                chunk.config, data_parallel, chunk, disable_bucketing=index > 0 and _has_one_dtype(chunk)
+            )
             for index, chunk in enumerate(chunks)
         ]
         config = OptimizerConfig(
@@ -257,6 +259,15 @@ def check_trainable(chunks: Sequence[GLMModel]) -> None:
     """Raise ValueError when the weights are float16, whose gradients would need a loss scale."""
     if chunks[0].config.params_dtype is torch.float16:
         raise ValueError("weights in float16 cannot be trained, there is no loss scale: use bf16 or fp32")
+
+
+def _has_one_dtype(chunk: GLMModel) -> bool:
+    """Return whether all that is trained is of one type, unlike a bf16 chunk with an fp32 value head.
+
+    Without buckets of their own types share a collective: gloo lays their tensors end to end as one type and
+    returns other numbers.
+    """
+    return len({parameter.dtype for parameter in chunk.parameters() if parameter.requires_grad}) < 2
 
 
 def _finalize(

@@ -34,7 +34,11 @@ BF16 = [
 ]
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 2, "pp": 2, "sequence_parallel": True}], ids=str)
+# The last is of two chunks a rank, the second with an fp32 head behind bf16 layers.
+BF16_LAYOUTS = [{"tp": 2}, {"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2, "vpp": 2}]
+
+
+@pytest.mark.parametrize("axes", BF16_LAYOUTS, ids=str)
 def test_bf16_steps_lower_the_loss_as_on_one_rank(ranks, axes):
     alone, found = run_cases({}, BF16), ranks.run(run_cases, axes, BF16)
     for index, expected in enumerate(alone):
