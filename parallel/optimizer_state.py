@@ -39,10 +39,11 @@ def parts_of(state: AnyTrainingState) -> Iterator[Part]:
 def _distributed_parts(state: TrainingState) -> Iterator[Part]:
     """Yield the parts of what is trained, for Megatron-core's optimizers."""
     for optimizer in _optimizers(state):
+        main_of = _main_parameters(optimizer)
         for chunk in state.bare_chunks:
             for name, parameter in chunk.named_weights():
                 if parameter in optimizer.model_param_gbuf_map:
-                    main = _main_parameter(optimizer, parameter)
+                    main = main_of[parameter]
                     averages = optimizer.optimizer.state.get(main, {})
                     yield Part(
                         ours=name,
@@ -114,6 +115,18 @@ def _optimizers(state: TrainingState) -> Sequence[DistributedOptimizer]:
     return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
 
 
-def _main_parameter(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor:
-    group, place = optimizer.model_param_group_index_map[parameter]
-    return optimizer.optimizer.param_groups[group]["params"][place]
+def _main_parameters(optimizer: DistributedOptimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Return the fp32 weights that the optimizer steps, by the model's parameter.
+
+    Its groups list the parameters that are fp32 in the model before the others, so that a parameter's place
+    in `model_param_group_index_map` is another one in a bf16 model with an fp32 value head.
+    """
+    return {
+        parameter: main
+        for models, mains in (
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        )
+        for group, main_group in zip(models, mains, strict=True)
+        for parameter, main in zip(group, main_group, strict=True)
+    }
