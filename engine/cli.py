@@ -209,9 +209,18 @@ def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _record(config: object) -> None:
-    """Show the resolved config and write it to the run folder, where the command has one; rank 0 does."""
+    """Show the resolved config and write it to the run folder, where the command has one; rank 0 does.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
     if _rank("RANK") == 0 and hasattr(config, "run"):
-        path = save_config(config, config.run.output)
+        try:
+            path = save_config(config, config.run.output)
+        except OSError as error:
+            raise ValueError(
+                f"run.output is {config.run.output}, which cannot be written: {error.strerror}"
+            ) from error
         sys.stderr.write(f"{dump_config(config)}# written to {path}\n")
 
 

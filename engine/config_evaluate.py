@@ -64,8 +64,8 @@ class EvaluateWithinSection:
     def __post_init__(self) -> None:
         if (self.every > 0) != (self.path is not None):
             raise ValueError(
-                f"evaluate.every is {self.every} and evaluate.path {self.path}: evaluation needs both, give "
-                "both or neither"
+                f"evaluate.every is {self.every} and evaluate.path {self.path or 'null'}: evaluation needs "
+                "both, give both or neither"
             )
         _check_pass_k(self, self.num_samples, "evaluate.num_samples")
 

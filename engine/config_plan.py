@@ -56,6 +56,11 @@ class ClusterSection:
     """rates.json that `bench` measured; null assumes shares of public peaks."""
 
     def __post_init__(self) -> None:
+        if self.memory is not None and self.memory < 10**9:
+            raise ValueError(
+                f"cluster.memory is {self.memory} bytes, a GPU has more than 1GB: write a size with its "
+                "unit, such as 80GB"
+            )
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(
                 f"cluster.gpus is {self.gpus} with {self.per_node} GPUs a node: give whole nodes, a multiple "

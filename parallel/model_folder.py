@@ -1,7 +1,10 @@
 """Files of a model folder, opened only when they are what they claim to be."""
 
 import json
+import re
 from pathlib import Path
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class ModelFolderError(ValueError):
@@ -16,7 +19,13 @@ def open_folder(folder: str | Path) -> Path:
     """
     path = Path(folder)
     if not path.exists():
-        raise ModelFolderError(f"{path} does not exist; give the path of a Hugging Face model folder")
+        hint = ""
+        if _HUB_NAME.fullmatch(str(folder)):
+            hint = (
+                f", nothing is downloaded: if this is a name on the Hub, `hf download {folder} --local-dir "
+                f"{path.name}` makes one"
+            )
+        raise ModelFolderError(f"{path} does not exist; give the path of a Hugging Face model folder{hint}")
     if not path.is_dir():
         raise ModelFolderError(f"{path} is a file; give the path of a Hugging Face model folder")
     return path

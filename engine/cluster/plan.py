@@ -143,9 +143,9 @@ def shape_of(path: str) -> GLMConfig:
     if path in PRESETS:
         return preset(path)
     if not Path(path).exists():
-        near = get_close_matches(path.lower(), PRESETS, n=1, cutoff=0.0)[0]
+        near = get_close_matches(path.lower(), PRESETS, n=1)
+        nearest = f", the nearest of which is {near[0]}" if near else ""
         raise ValueError(
-            f"{path} is neither a folder nor a preset's name, the nearest of which is {near}: presets are "
-            f"{', '.join(PRESETS)}"
+            f"{path} is neither a folder nor a preset's name{nearest}: presets are {', '.join(PRESETS)}"
         )
     return read_config(path)

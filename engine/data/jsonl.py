@@ -152,7 +152,9 @@ def _parse_object(content: bytes, place: Place) -> dict:
         is_cut_off = not content.endswith(b"\n")
         tail = " (the last line, without a line end: the file seems cut off)" if is_cut_off else ""
         what = error.msg.removesuffix(" at")  # some of Python's messages end so, for the column to follow
-        raise place.error(f"not JSON: {what} at column {error.colno}{tail}") from error
+        is_object = text.strip().startswith("{") and text.strip() != "{"
+        form = "" if is_object else "; each line is one JSON object"
+        raise place.error(f"not JSON: {what} at column {error.colno}{tail}{form}") from error
     except RecursionError as error:
         raise place.error("not usable: the JSON is nested too deeply") from error
     except ValueError as error:

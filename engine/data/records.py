@@ -261,8 +261,8 @@ def _one_of(fields: dict, place: Place, names: tuple[str, ...]) -> str:
         raise place.error(
             f"{' and '.join(map(repr, given))} are both given; exactly one of {wanted} is required"
         )
-    present = ", ".join(sorted(map(repr, fields))) or "no field"
-    raise place.error(f"there is no {wanted}; the record has {present}")
+    present = ", ".join(sorted(map(repr, fields))) or "none"  # a prompt that was found is not among them
+    raise place.error(f"there is no {wanted}; other fields of the record: {present}")
 
 
 def _text(value: object, place: Place, name: str, hint: str = "") -> str:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from glm_rlhf.engine.cluster.watchdog import watchdog
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.data.record_reading import ReadReport
-from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop
 from glm_rlhf.engine.observe.phases import Phases
@@ -37,6 +36,7 @@ from glm_rlhf.engine.stages.run_checkpoints import (
 )
 from glm_rlhf.engine.stages.same_run import lengths_identity
 from glm_rlhf.engine.stages.schedule_lr import cosine_lr
+from glm_rlhf.engine.stages.training_run import sampler_of
 from glm_rlhf.engine.stages.unfinished_update import tensors_of, update_of
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.agreement import agreed
@@ -70,7 +70,7 @@ def run(config: PPOConfig) -> None:
                 on_error=config.data.on_error,
                 report=report,
             )
-            sampler = BatchSampler(len(prompts), config.train.global_batch_size, seed=config.run.seed)
+            sampler = sampler_of(config, prompts)
         if report.num_skipped and place.is_reporter:
             sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
         with contextlib.ExitStack() as stack:

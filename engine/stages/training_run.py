@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 
 from glm_rlhf.engine.cluster.watchdog import watchdog
+from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.config_training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig, TrainSection
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.observe.metrics import open_metrics
@@ -31,8 +32,8 @@ from glm_rlhf.parallel.topology import Topology
 TrainingConfig = SFTConfig | RewardConfig | DPOConfig
 
 
-def sampler_of(config: TrainingConfig, records: Records) -> BatchSampler:
-    """Return what decides which records each step of a run takes.
+def sampler_of(config: TrainingConfig | PPOConfig, records: Sized) -> BatchSampler:
+    """Return what decides which records of `data.path` each step of a run takes.
 
     Raises:
         ValueError: fewer records than a batch.

@@ -182,7 +182,9 @@ def test_an_unwritable_run_folder_ends_in_one_sentence(score: Callable, capsys: 
     score(lambda config: pytest.fail("the command must not start"))
     Path("file").write_text("")
     assert main([*SCORE, "run.output=file/run"]) == 2
-    assert capsys.readouterr().err == "glm-rlhf score: file/run: Not a directory\n"
+    assert capsys.readouterr().err == (
+        "glm-rlhf score: run.output is file/run, which cannot be written: Not a directory\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ def test_a_chatglm_of_another_architecture_is_refused(config_file, key, value):
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ModelFolderError, match="nowhere does not exist"):
         read_config(tmp_path / "nowhere")
+    with pytest.raises(ModelFolderError, match="`hf download THUDM/glm-4-9b --local-dir glm-4-9b` makes one"):
+        read_config("THUDM/glm-4-9b")
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelFolderError, match="file is a file"):
         read_config(tmp_path / "file")

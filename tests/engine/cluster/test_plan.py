@@ -1,6 +1,7 @@
 """The command `plan`: fitting layouts for the published models, files that run, refusals that help."""
 
 import json
+import re
 import subprocess
 import time
 from dataclasses import replace
@@ -197,3 +198,19 @@ def test_every_saving_saves(tmp_path):
     assert peak(layout=layout, recompute_layers=True) < base
     assert peak(layout=layout, micro_batch_tokens=2048) < base
     assert peak(layout=replace(layout, sequence_parallel=False)) > base
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (
+            ["model.path=chatglm3"],
+            "neither .* name, the nearest of which is chatglm3-6b: presets",
+        ),
+        (["model.path=nope"], "nope is neither a folder nor a preset's name: presets are chatglm2-6b"),
+        (["model.path=tiny-glm", "cluster.memory=80"], "cluster.memory is 80 bytes.*unit, such as 80GB"),
+    ],
+)
+def test_a_slip_of_the_pen_is_named(tmp_path, capsys, options, sentence):
+    assert main(["plan", f"run.output={tmp_path}", *options]) == 2
+    assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])

@@ -106,6 +106,11 @@ BAD_LINES = {
     "trailing comma": (b'{"a": 1,}\n', "not JSON"),
     "two objects": (b'{"a": 1} {"a": 2}\n', "not JSON: Extra data at column 10"),
     "one object over lines": (b'{"a":\n', "not JSON"),
+    "printed JSON": (b"{\n", "not JSON.*; each line is one JSON object"),
+    "another form": (
+        b"prompt,answer\n",
+        "Expecting value at column 1; each line is one JSON object",
+    ),
     "single quotes": (b"{'a': 1}\n", "not JSON"),
     "a second byte order mark": (b'\xef\xbb\xbf{"a": 1}\n', "not JSON"),
     "NaN": (b'{"a": NaN}\n', "NaN is no JSON"),

@@ -101,8 +101,11 @@ def test_unusual_texts_are_kept_as_they_are(write, tiny, text):
 
 
 BAD_PROMPTS = {
-    "no prompt": ({"text": "hi"}, "no 'prompt' or 'messages' or 'prompt_tokens'; the record has 'text'"),
-    "nothing": ({}, "the record has no field"),
+    "no prompt": (
+        {"text": "hi"},
+        "no 'prompt' or 'messages' or 'prompt_tokens'; other fields.*: 'text'",
+    ),
+    "nothing": ({}, "other fields of the record: none"),
     "null": ({"prompt": None}, "'prompt' must be a text, not null"),
     "number": ({"prompt": 3}, "'prompt' must be a text, not a number"),
     "true": ({"prompt": True}, "'prompt' must be a text, not a boolean"),
@@ -180,9 +183,9 @@ BAD_ANSWERS = {
     "no response": (
         read_demonstrations,
         {"prompt": "a"},
-        "no 'response' or 'response_tokens'; the record has no field",
+        "no 'response' or 'response_tokens'; other fields of the record: none",
     ),
-    "a pair": (read_demonstrations, {"prompt": "a", "chosen": "b"}, "no 'response'.*the record has 'chosen'"),
+    "a pair": (read_demonstrations, {"prompt": "a", "chosen": "b"}, "no 'response'.*of the record: 'chosen'"),
     "response null": (
         read_demonstrations,
         {"prompt": "a", "response": None},

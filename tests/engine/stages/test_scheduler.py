@@ -152,10 +152,10 @@ def check_traces(folder: Path, metrics: list[dict]) -> None:
         ("reward.function=nowhere:at_all", "'nowhere'"),
         ("reward.function=reward_rules", "not of that form"),
         ("reward.function=reward_rules:too_few", "rewards for"),
-        ("train.global_batch_size=11", "11"),
+        ("train.global_batch_size=11", "gives 10 records, train.global_batch_size is 11: lower it to 10"),
         ("generation.temperature=0", "temperature is 0"),
         ("ppo.clip=0", "ppo.clip"),
-        ("evaluate.every=2", "evaluation needs both"),
+        ("evaluate.every=2", "evaluate.path null: evaluation needs both"),
     ],
 )
 def test_what_cannot_work_ends_with_one_sentence(inputs, tmp_path, capsys, change, sentence):
