@@ -32,6 +32,11 @@ class PPORewardSection:
     generates: in the background it gains nothing."""
 
     def __post_init__(self) -> None:
+        if self.path is not None and "://" in self.path:
+            raise ValueError(
+                f"reward.path is {self.path}, an address: a reward server is a function, set "
+                "reward.function to it"
+            )
         if self.path is None and self.function is None:
             raise ValueError(
                 "no reward is given: set reward.path to a reward model, or reward.function to module:function"

@@ -65,5 +65,8 @@ def num_pages_within(
     elements = 2 * (glm.num_layers // layout.pp) * page_size * num_kv_heads * glm.head_size
     page_bytes = elements * dtype.itemsize
     if budget_bytes < page_bytes:
-        raise ValueError(f"a budget of {budget_bytes} bytes holds no page: one takes {page_bytes} bytes")
+        raise ValueError(
+            f"a cache of {budget_bytes} bytes holds no page: one takes {page_bytes} bytes; raise "
+            "generation.cache_bytes where it is set, else there is no memory left beside the weights"
+        )
     return budget_bytes // page_bytes

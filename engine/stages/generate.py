@@ -90,14 +90,14 @@ def generate_answers(
         place: layout and groups.
     """
     settings, glm = config.generation, chunks[0].glm
-    stop_ids = stop_ids_of(config.model.path, tokenizer) | set(settings.stop_ids)
+    stop_ids = stop_ids_of(config, tokenizer, glm)
     requests = [
         GenerationRequest(
             index=number,
             prompt=tuple(prompt.ids),
             num_samples=settings.num_samples,
             max_new_tokens=min(settings.max_new_tokens, glm.max_positions - len(prompt.ids)),
-            stop_ids=frozenset(stop_ids),
+            stop_ids=stop_ids,
             seed=answer_seed(config) + prompt.index,
         )
         for number, prompt in enumerate(prompts)

@@ -6,7 +6,13 @@ from typing import Protocol
 
 import torch
 
-from glm_rlhf.engine.config import GenerationSection, ParallelSection, RunSection, TokenizerSection
+from glm_rlhf.engine.config import (
+    GenerationSection,
+    ModelSection,
+    ParallelSection,
+    RunSection,
+    TokenizerSection,
+)
 from glm_rlhf.engine.data.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer import has_tokenizer, load_tokenizer
 from glm_rlhf.parallel.glm_config import GLMConfig
@@ -31,7 +37,9 @@ class DrawsAnswers(Protocol):
     run: RunSection
     """Names the seed of everything."""
     generation: GenerationSection
-    """May name another for answers."""
+    """May name another for answers, and ids that end them."""
+    model: ModelSection
+    """The model."""
 
 
 def answer_seed(config: DrawsAnswers) -> int:
@@ -62,8 +70,23 @@ def find_tokenizer(config: ReadsText, glm: GLMConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def stop_ids_of(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's, without one those that config.json names."""
+def stop_ids_of(config: DrawsAnswers, tokenizer: Tokenizer | None, glm: GLMConfig) -> frozenset[int]:
+    """Return the ids that end an answer: the model's own, and those that the config adds.
+
+    Raises:
+        ValueError: the config adds one that the model cannot draw.
+    """
+    given = config.generation.stop_ids
+    if beyond := [token for token in given if token >= glm.vocab_size]:
+        raise ValueError(
+            f"generation.stop_ids holds {beyond[0]}, the model's vocabulary ends at {glm.vocab_size - 1}: no "
+            "answer would end so"
+        )
+    return frozenset(given) | _own_stop_ids(config.model.path, tokenizer)
+
+
+def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
+    """Return the ids that end a model's answers: the tokenizer's, without one those of config.json."""
     if tokenizer is not None:
         return set(tokenizer.stop_ids)
     declared = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("eos_token_id")

@@ -294,7 +294,7 @@ def answer_settings_of(
             cache_bytes=given.cache_bytes,
         ),
         max_new_tokens=given.max_new_tokens,
-        stop_ids=frozenset(stop_ids_of(config.model.path, tokenizer) | set(given.stop_ids)),
+        stop_ids=stop_ids_of(config, tokenizer, glm),
         num_samples=given.num_samples,
         stop_check=stop_check(given.stop, tokenizer),
     )

@@ -39,7 +39,7 @@ def test_a_budget_holds_whole_pages(axes, page_bytes, budget):
 def test_a_budget_without_room_for_a_page_is_refused():
     options = {"page_size": 4, "dtype": torch.float32}
     assert num_pages_within(PAGE_BYTES, CONFIG, Layout(), **options) == 1
-    with pytest.raises(ValueError, match=r"2047 bytes holds no page: one takes 2048 bytes"):
+    with pytest.raises(ValueError, match=r"a cache of 2047 bytes holds no page: one takes 2048 bytes"):
         num_pages_within(PAGE_BYTES - 1, CONFIG, Layout(), **options)
 
 

@@ -72,6 +72,8 @@ def test_every_layout_gives_the_same_figures(ranks, inputs, tmp_path, capsys):
         ("reward.function=reward_rules:too_few", "11 rewards for 12 answers"),
         ("against.path=/nowhere", "/nowhere"),
         ("reward.function=null", "no reward is given"),
+        ("reward.path=http://judge:8000", "reward.path is http://judge:8000, an address"),
+        ("generation.stop_ids=[2,96]", "stop_ids holds 96, the model's vocabulary ends at 95"),
     ],
 )
 def test_what_cannot_work_ends_with_one_sentence(inputs, tmp_path, capsys, change, sentence):

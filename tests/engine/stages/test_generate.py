@@ -182,6 +182,12 @@ def test_a_prompt_that_cannot_be_answered_is_named_or_counted(models, tmp_path, 
     assert [answer["index"] for answer in written(tmp_path)] == [1]
 
 
+def test_an_id_that_cannot_be_drawn_ends_no_answer(models, prompts, tmp_path, capsys):
+    assert main(command(models["glm"][0], prompts[0], tmp_path, "generation.stop_ids=[5,96]")) == 2
+    sentence = "generation.stop_ids holds 96, the model's vocabulary ends at 95: no answer would end so"
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_answer_stops_at_the_models_context(models, tmp_path):
     data = tmp_path / "prompts.jsonl"
     data.write_text(json.dumps({"prompt_tokens": [3] * 509}) + "\n")
@@ -197,4 +203,4 @@ def test_a_cache_without_room_for_one_sequence_is_refused(models, prompts, tmp_p
     assert main(line) == 2
     assert "page" in capsys.readouterr().err.splitlines()[-1]
     assert main([*line[:-1], "generation.cache_bytes=10"]) == 2
-    assert "10 bytes holds no page" in capsys.readouterr().err.splitlines()[-1]
+    assert "a cache of 10 bytes holds no page: one takes" in capsys.readouterr().err.splitlines()[-1]
