@@ -18,10 +18,11 @@ from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, Gene
 from glm_rlhf.engine.config_bench import BenchConfig
 from glm_rlhf.engine.config_evaluate import EvaluateConfig
 from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
-from glm_rlhf.engine.config_keys import help_text
+from glm_rlhf.engine.config_keys import help_text, keys_of
 from glm_rlhf.engine.config_plan import PlanConfig
 from glm_rlhf.engine.config_ppo import PPOConfig
 from glm_rlhf.engine.config_training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
+from glm_rlhf.engine.config_yaml import read_file
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -153,7 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     if any(argument in _HELP for argument in arguments[1:]):
         return _say(_command_help(command))
     try:
-        config = load_config(command.config, *_config_arguments(arguments[1:]))
+        path, overrides = _config_arguments(arguments[1:])
+        if path is not None:
+            _refuse_others_config(path, command)
+        config = load_config(command.config, path, overrides)
     except ConfigError as error:
         return _tell(title, str(error), is_shared=True)
     try:
@@ -206,6 +210,18 @@ def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     if len(files) > 1:
         raise ConfigError(f"{' and '.join(files)} are given: one config file, then section.key=value")
     return (files[0] if files else None), overrides
+
+
+def _refuse_others_config(path: str, command: Command) -> None:
+    """Raise ConfigError where a file has keys that the command does not know, but another one all of them."""
+    given = [entry.path for entry in read_file(path)]
+    unknown = [key for key in given if key not in keys_of(command.config)]
+    owners = [other.name for other in COMMANDS if keys_of(other.config).keys() >= set(given)]
+    if unknown and owners:
+        others = f" and {len(unknown) - 1} others of its keys" if len(unknown) > 1 else ""
+        raise ConfigError(
+            f"{path} is a config of {' or '.join(owners)}: {command.name} does not know {unknown[0]}{others}"
+        )
 
 
 def _record(config: object) -> None:

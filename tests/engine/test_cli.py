@@ -123,6 +123,16 @@ def test_a_fault_in_the_arguments_is_one_sentence(
     assert captured.err.count("\n") == 1
 
 
+def test_a_config_of_another_command_is_named(capsys: pytest.CaptureFixture):
+    ppo = Path(__file__).parents[2] / "examples" / "glm4_9b" / "ppo_8gpu.yaml"
+    assert main(["plan", str(ppo)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"glm-rlhf plan: {ppo} is a config of ppo: plan does not know critic.lr and 1")
+    Path("slip.yaml").write_text("critic: {lr: 1.0e-6}\nmodle: {path: m}\n")
+    assert main(["plan", "slip.yaml"]) == 2
+    assert "line 2: unknown key modle.path, the nearest" in capsys.readouterr().err
+
+
 def test_the_command_gets_the_config_and_its_code_is_returned(score: Callable):
     seen = []
     score(lambda config: seen.append(config) or 3)
