@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install test lint demo bench claims gpu docs soak wide clean
+.PHONY: install test lint demo bench claims gpu gpu-models docs soak wide clean
 
 install: $(INSTALLED)
 
@@ -44,6 +44,10 @@ claims: install
 # Where CUDA is, python3 with its own torch will do: nothing is installed, and one report comes out.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+
+# The same of whole models, which need megatron-core too.
+gpu-models:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --part models
 
 # The page of all keys from the code, then the documentation as a site, into site/.
 docs: install

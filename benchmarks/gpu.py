@@ -1,7 +1,10 @@
-"""What needs a CUDA device: GPU tests, kernel tests on CUDA, every row at full shapes; one report.
+"""What needs a CUDA device, in two parts of less than eight minutes; one report each.
 
-python -m benchmarks.gpu             writes $OUT/gpu.md and $OUT/gpu.json (OUT: benchmarks/results)
-python -m benchmarks.gpu --dry-run   says what would run, and what would be left out and why
+python -m benchmarks.gpu                 GPU tests, kernel tests on CUDA, rows a to i at full shapes
+python -m benchmarks.gpu --part models   rows j to n at full shapes; needs megatron-core
+python -m benchmarks.gpu --dry-run       says what would run, and what would be left out and why
+
+Writes $OUT/gpu.md and .json, or $OUT/gpu_models.md and .json (OUT: benchmarks/results).
 
 Exit codes: 0 done, 1 a test failed or a row was not measured, 2 there is no CUDA device.
 """
@@ -27,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("engine", "kernels", "parallel")
 # Folders of tests that import Megatron-core.
 NEED_MEGATRON = ("tests/parallel", "tests/engine")
+PARTS = {"kernels": "gpu", "models": "gpu_models"}
+"""The report of each, without its suffix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     default_out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=default_out, help="folder of the report")
+    parser.add_argument("--part", choices=tuple(PARTS), default="kernels", help="default kernels")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and end")
     options = parser.parse_args(arguments)
-    left_out = reasons()
+    left_out = reasons(options.part)
     with tempfile.TemporaryDirectory() as folder:
-        steps = plan(Path(folder), has_megatron=not left_out)
+        steps = plan(Path(folder), options.part, has_megatron=not left_out)
         if options.dry_run:
             for step in steps:
                 print(f"{step.name} (at most {step.limit_s:.0f} s): {' '.join(step.command)}")
@@ -78,21 +84,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         with import_paths() as environment:
             outcomes = [run_step(step, environment) for step in steps]
-        kernels = Path(folder) / "kernels"
-        write_report(options.out, outcomes, left_out, kernels)
-    print(f"{options.out / 'gpu.md'}")
-    return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
+        write_report(options.out, outcomes, left_out, Path(folder) / options.part)
+    print(f"{options.out / PARTS[options.part]}.md")
+    return 0 if outcomes and all(outcome.status == "passed" for outcome in outcomes) else 1
 
 
-def reasons() -> list[str]:
-    """Return what cannot run here, each with its reason."""
+def reasons(part: str) -> list[str]:
+    """Return what of a part cannot run here, each with its reason."""
     if _is_importable("megatron.core"):
         return []
-    return [f"{' and '.join(NEED_MEGATRON)}: megatron-core is not installed"]
+    what = " and ".join(NEED_MEGATRON) if part == "kernels" else "rows j to n"
+    return [f"{what}: megatron-core is not installed"]
 
 
-def plan(folder: Path, *, has_megatron: bool) -> list[Step]:
-    """Return the steps in order, under eight minutes together; what they write goes to `folder`."""
+def plan(folder: Path, part: str, *, has_megatron: bool) -> list[Step]:
+    """Return a part's steps in order, under eight minutes together; what they write goes to `folder`."""
+    if part == "models":
+        models = Step(
+            name="whole models at full shapes",
+            command=(
+                *(sys.executable, "-m", "benchmarks.model_rows", "--device", "cuda"),
+                *("--deadline-s", "360", "--out", str(folder / "models")),
+            ),
+            limit_s=460.0,
+        )
+        return [models] if has_megatron else []
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     ignored = () if has_megatron else tuple(f"--ignore={path}" for path in NEED_MEGATRON)
     marked, kernels = folder / "marked.xml", folder / "kernels.xml"
@@ -155,27 +171,35 @@ def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
     return counts, failed
 
 
-def write_report(folder: Path, outcomes: Sequence[Outcome], left_out: Sequence[str], kernels: Path) -> None:
-    """Write gpu.md and gpu.json from the outcomes and the benchmark's own report."""
+def write_report(folder: Path, outcomes: Sequence[Outcome], left_out: Sequence[str], measured: Path) -> None:
+    """Write a part's report from the outcomes and the benchmark's own, whose file has the part's name."""
+    part = measured.name
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ["# On a CUDA device", "", f"Command: `python -m benchmarks.gpu`. Device: {_device_name()}.", ""]
+    lines = [
+        "# On a CUDA device",
+        "",
+        f"Command: `python -m benchmarks.gpu --part {part}`. Device: {_device_name()}.",
+        "",
+    ]
     for outcome in outcomes:
         counts = ", ".join(f"{number} {name}" for name, number in outcome.counts.items())
         text = f"; {counts}" if counts else ""
         lines.append(f"- {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s{text}")
         lines += [f"  - failed: {name}" for name in outcome.failed]
     lines += [f"- left out: {reason}" for reason in left_out]
-    markdown, data = kernels.with_suffix(".md"), kernels.with_suffix(".json")
-    measured = markdown.read_text(encoding="utf-8") if markdown.exists() else "# Kernels\n\nNot measured.\n"
-    (folder / "gpu.md").write_text("\n".join(lines) + "\n\n#" + measured, encoding="utf-8")
+    markdown, data = measured.with_suffix(".md"), measured.with_suffix(".json")
+    table = f"# {part.capitalize()}\n\nNot measured.\n"
+    if markdown.exists():
+        table = markdown.read_text(encoding="utf-8")
+    (folder / f"{PARTS[part]}.md").write_text("\n".join(lines) + "\n\n#" + table, encoding="utf-8")
     content = {
         "device": _device_name(),
         "steps": [asdict(outcome) for outcome in outcomes],
         "left_out": list(left_out),
-        "kernels": json.loads(data.read_text(encoding="utf-8")) if data.exists() else None,
+        part: json.loads(data.read_text(encoding="utf-8")) if data.exists() else None,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    (folder / "gpu.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{PARTS[part]}.json").write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -80,10 +80,12 @@ def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
 
     forward = Problem(
         contenders=policy.contenders(
-            Contender(name="ours, packed", run=lambda: [_logprobs(policy, batches)]),
+            Contender(name="ours, packed", run=lambda: [sequence_logprobs(policy.chunks, batches, place)]),
             lambda theirs: (lambda: theirs.logprobs(batches), None),
         ),
-        expected=lambda: [_logprobs(policy, [[sequence] for sequence in sequences]).float()],
+        expected=lambda: [
+            sequence_logprobs(policy.chunks, [[sequence] for sequence in sequences], place).float()
+        ],
         tolerance=TOLERANCE[sizes.dtype],
     )
     rows = [row("forward", "logprob of every token, no gradients", forward)]
@@ -163,8 +165,10 @@ def next_token_loss(
     return step
 
 
-def _logprobs(policy: Policy, batches: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Return the logprob of every token but each sequence's first."""
+def sequence_logprobs(
+    chunks: Sequence[GLMModel], batches: Sequence[Sequence[torch.Tensor]], place: Topology
+) -> torch.Tensor:
+    """Return the logprob of every token but each sequence's first, a micro-batch each list of sequences."""
     packed = [pack(batch) for batch in batches]
     targets = [next_tokens(batch) for batch in packed]
 
@@ -172,7 +176,7 @@ def _logprobs(policy: Policy, batches: Sequence[Sequence[torch.Tensor]]) -> torc
         logprobs_T, _ = token_logprobs(model, hidden_TD, targets[index])
         return None, logprobs_T[targets[index] >= 0]
 
-    found = run_micro_batches(policy.chunks, packed, step, topology=policy.place, forward_only=True)
+    found = run_micro_batches(chunks, packed, step, topology=place, forward_only=True)
     return torch.cat(found)
 
 

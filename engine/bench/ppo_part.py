@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,15 +30,25 @@ _WARM_UP = 2
 _LEAST_RUNS, _MOST_RUNS = 5, 50
 
 
-def make_roles(place: Topology, *, model: GLMConfig, work: Work, choice: Choice) -> PPORoles:
-    """Return four roles of one shape with weights at random, whose answers are all of full length."""
+def make_roles(
+    place: Topology,
+    *,
+    model: GLMConfig,
+    work: Work,
+    choice: Choice,
+    fill: Callable[..., None] = randomize_weights,
+) -> PPORoles:
+    """Return four roles of one shape with weights at random, whose answers are all of full length.
+
+    `fill` draws them, called with a role's chunks and `seed`.
+    """
     models = {}
     for index, role in enumerate(("policy", "critic", "reference", "reward")):
         recomputes = choice.recompute_layers and role in ("policy", "critic")
         models[role] = build_model(
             model, place, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
         )
-        randomize_weights(models[role], seed=index)
+        fill(models[role], seed=index)
     return PPORoles(
         topology=place,
         policy=models["policy"],
@@ -84,21 +94,19 @@ def ppo_row(sizes: Sizes, place: Topology, *, budget_s: float, command: str) -> 
     )
     choice = Choice(layout=Layout(), micro_batch_tokens=8 * work.longest, recompute_layers=False)
     roles = make_roles(place, model=sizes.model, work=work, choice=choice)
-    size = (work.num_prompts, work.max_prompt_tokens)
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, sizes.model.vocab_size, size, generator=generator).tolist()
-    prompts = [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+    prompts = random_prompts(sizes.model, work)
     runs: list[dict[str, float]] = []
     started = time.perf_counter()
     while len(runs) < _WARM_UP + _LEAST_RUNS or (
         time.perf_counter() - started < budget_s and len(runs) < _WARM_UP + _MOST_RUNS
     ):
-        runs.append(_iteration(roles, prompts, place))
+        runs.append(iteration_s(roles, prompts, place))
     entry = _entry(runs[_WARM_UP:])
     return Row(
         row="ppo",
         what="an iteration of PPO: answers, rewards and logprobs of four roles, one update of two",
-        shape=f"{size[0]} prompts of {size[1]} tokens, {work.max_new_tokens} new tokens each",
+        shape=f"{work.num_prompts} prompts of {work.max_prompt_tokens} tokens, {work.max_new_tokens} new "
+        "tokens each",
         command=command,
         entries=[entry],
         work=(float(work.num_prompts), "samples"),
@@ -114,7 +122,16 @@ def _entry(runs: Sequence[dict[str, float]]) -> Entry:
     )
 
 
-def _iteration(roles: PPORoles, prompts: Sequence[PromptInput], place: Topology) -> dict[str, float]:
+def random_prompts(model: GLMConfig, work: Work) -> list[PromptInput]:
+    """Return an iteration's prompts, all of the longest."""
+    size = (work.num_prompts, work.max_prompt_tokens)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, model.vocab_size, size, generator=generator).tolist()
+    return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+
+
+def iteration_s(roles: PPORoles, prompts: Sequence[PromptInput], place: Topology) -> dict[str, float]:
+    """Return the seconds of each phase of an iteration, the device waited for behind each."""
     marks = [_now(place)]
     rollouts = roles.generate(prompts)
     marks.append(_now(place))

@@ -18,20 +18,23 @@ def test_without_a_device_it_says_so_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_lists_the_steps_within_eight_minutes(tmp_path, capsys):
-    assert gpu.main(["--dry-run"]) == 0
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_a_dry_run_lists_the_steps_within_eight_minutes(tmp_path, capsys, part):
+    assert gpu.main(["--dry-run", "--part", part]) == 0
     printed = capsys.readouterr().out
-    steps = gpu.plan(tmp_path, has_megatron=True)
+    steps = gpu.plan(tmp_path, part, has_megatron=True)
     assert sum(step.limit_s for step in steps) <= 480
     assert all(step.name in printed for step in steps)
 
 
 def test_without_megatron_its_tests_are_left_out_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_is_importable", lambda name: name != "megatron.core")
-    assert gpu.reasons() == ["tests/parallel and tests/engine: megatron-core is not installed"]
-    marked, kernels, _ = gpu.plan(tmp_path, has_megatron=False)
+    assert gpu.reasons("kernels") == ["tests/parallel and tests/engine: megatron-core is not installed"]
+    marked, kernels, _ = gpu.plan(tmp_path, "kernels", has_megatron=False)
     assert "--ignore=tests/parallel" in marked.command
     assert "tests/kernels" in kernels.command
+    assert gpu.reasons("models") == ["rows j to n: megatron-core is not installed"]
+    assert gpu.plan(tmp_path, "models", has_megatron=False) == []
 
 
 def test_the_package_can_be_imported_where_it_is_not_installed(monkeypatch):
@@ -74,6 +77,6 @@ def test_the_report_holds_tests_and_benchmark(tmp_path):
 
 
 def test_a_benchmark_that_left_no_report_is_said_to_be_missing(tmp_path):
-    gpu.write_report(tmp_path, [], [], tmp_path / "nothing")
-    assert "Not measured." in (tmp_path / "gpu.md").read_text()
-    assert json.loads((tmp_path / "gpu.json").read_text())["kernels"] is None
+    gpu.write_report(tmp_path, [], [], tmp_path / "models")
+    assert "## Models\n\nNot measured." in (tmp_path / "gpu_models.md").read_text()
+    assert json.loads((tmp_path / "gpu_models.json").read_text())["models"] is None
