@@ -248,9 +248,10 @@ def test_steps_that_do_not_fit_run_eagerly():
 def test_cuda_graphs_draw_what_eager_steps_draw(place):
     chunks = make_chunks(Case(dtype=torch.bfloat16), place)
     requests = make_requests(30, new_tokens=40)
+    room = {"max_batch": 16, "max_step_tokens": 64, "num_pages": 400}
     found = []
     for is_recorded in (False, True):
-        with make_phase(chunks, place, requests, max_batch=16) as phase:
+        with make_phase(chunks, place, requests, **room) as phase:
             if not is_recorded:
                 phase._record = None
             found.append(answers(phase, requests))
@@ -259,7 +260,7 @@ def test_cuda_graphs_draw_what_eager_steps_draw(place):
     # Products of other numbers of rows round differently in bf16; a near tie may then fall the other way.
     assert same >= 0.9 * len(eager)
     memory = torch.cuda.memory_allocated()
-    with make_phase(chunks, place, requests, max_batch=16) as phase:
+    with make_phase(chunks, place, requests, **room) as phase:
         answers(phase, requests)
     del phase
     gc.collect()
