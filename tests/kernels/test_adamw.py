@@ -58,7 +58,8 @@ def torch_adamw(tensors, steps, *, clip_factor=None, dtype=torch.float32):
     )
     for step in range(1, steps + 1):
         for parameter, gradient in zip(parameters, gradients(step), strict=True):
-            parameter.grad = gradient.to(dtype) if clip_factor is None else gradient.to(dtype) * clip_factor
+            gradient = gradient.to(parameter.device, dtype)
+            parameter.grad = gradient if clip_factor is None else gradient * clip_factor
         optimizer.step()
     return [parameter.detach() for parameter in parameters]
 

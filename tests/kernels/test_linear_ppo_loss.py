@@ -108,7 +108,7 @@ def test_all_rows_clipped(implementation):
     arguments["old_logprobs_T"] -= 5.0  # every ratio is above the range, and so is wanted no further
     with forced(implementation):
         loss, statistics, grads = by_sweep(hidden_TD, weight_VD, targets_T, arguments)
-    assert loss == pytest.approx(-6 * 1.2 / arguments["denominator"], rel=1e-6)
+    assert loss.item() == pytest.approx(-6 * 1.2 / arguments["denominator"], rel=1e-6)
     assert statistics.clip_fraction == 1
     for gradient in grads:
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -157,21 +157,22 @@ def test_nan_is_not_repaired(implementation):
 
 def test_finite_differences():
     hidden_TD, weight_VD, targets_T, arguments = ppo_inputs(7, 11, 5, torch.float64, EVERYTHING)
-    _, _, grads = by_sweep(hidden_TD, weight_VD, targets_T, arguments)
-    step = 1e-6
-    for tensor, gradient in zip((hidden_TD, weight_VD), grads, strict=True):
-        flat = tensor.view(-1)
-        for index in range(flat.numel()):
-            losses = []
-            for sign in (1, -1):
-                flat[index] += sign * step
-                losses.append(
-                    linear_ppo_loss(hidden_TD, weight_VD, targets_T, temperature=0.8, **arguments)[0]
-                )
-                flat[index] -= sign * step
-            # float64: 1e-16 / step of rounding; no ratio stands on a corner of the clip.
-            slope = ((losses[0] - losses[1]) / (2 * step)).item()
-            assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    with forced("reference"):  # kernels compute in fp32
+        _, _, grads = by_sweep(hidden_TD, weight_VD, targets_T, arguments)
+        step = 1e-6
+        for tensor, gradient in zip((hidden_TD, weight_VD), grads, strict=True):
+            flat = tensor.view(-1)
+            for index in range(flat.numel()):
+                losses = []
+                for sign in (1, -1):
+                    flat[index] += sign * step
+                    losses.append(
+                        linear_ppo_loss(hidden_TD, weight_VD, targets_T, temperature=0.8, **arguments)[0]
+                    )
+                    flat[index] -= sign * step
+                # float64: 1e-16 / step of rounding; no ratio stands on a corner of the clip.
+                slope = ((losses[0] - losses[1]) / (2 * step)).item()
+                assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
 
 @both
