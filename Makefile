@@ -59,7 +59,8 @@ docs: install
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
 
-# Dear cases and layouts that cheaper ones stand for in `make test`, and random models in random layouts.
+# Dear cases and layouts that cheaper ones stand for in `make test`, random models in random layouts, and PPO
+# on a stand-in for a CUDA device (which g++ compiles).
 wide: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m wide -s
 

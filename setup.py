@@ -27,6 +27,7 @@ setup(
     install_requires=[
         "torch>=2.10,<2.14",
         "megatron-core==0.16.1",
+        # Without a GPU: the interpreter of Triton 3.6 needs numpy < 2.4 (the kernels themselves do not).
         "triton>=3.6,<3.10",
         "numpy",
         "psutil",

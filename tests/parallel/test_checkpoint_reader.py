@@ -37,6 +37,7 @@ CASES = {
     "backward frozen": Case(
         role="critic", frozen=("embedding", "decoder.layers.0"), settings=UNCLIPPED, in_backward=True
     ),
+    "backward bf16 critic": Case(role="critic", dtype=torch.bfloat16, settings=UNCLIPPED, in_backward=True),
     "clipped": Case(settings=CLIPPED, in_backward=True),
     "clipped tied": Case(
         dtype=torch.bfloat16, changes={"has_tied_head": True}, settings=CLIPPED, in_backward=True
@@ -70,6 +71,7 @@ PAIRS = [
     ("backward tied", {}, {"pp": 4}),
     ("backward frozen", {"pp": 2}, {"tp": 2}),
     ("bf16 critic", {"pp": 2}, {"tp": 2}),
+    ("backward bf16 critic", {"pp": 2, "vpp": 2}, {"tp": 2, "pp": 2}),
 ]
 SAME = [
     ("policy", {"tp": 2}),

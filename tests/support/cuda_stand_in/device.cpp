@@ -4,6 +4,7 @@
 // and a tensor of the host is refused, as a real device would. Nothing here is fast, and nothing overlaps.
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/as_strided_native.h>
@@ -70,6 +71,11 @@ struct Hooks final : at::CUDAHooksInterface {
   DeviceIndex current_device() const override { return 0; }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   bool isPinnedPtr(const void*) const override { return false; }
+  // Random numbers are the host's.
+  const at::Generator& getDefaultGenerator(DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
 
 struct Allocator final : c10::Allocator {
