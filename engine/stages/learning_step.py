@@ -82,7 +82,7 @@ def take_steps(
                 ready += _ready_to_step([learner], rollouts, topology)
     steps = []
     for learner, (norm, statistics) in zip(learners, ready, strict=True):
-        with phases.phase(learner.role):
+        with phases.shared("apply", lambda seconds, role=learner.role: {role: seconds}):
             learner.state.apply(norm)
             steps.append(learner.conclude(StepResult(is_applied=True, grad_norm=norm), statistics))
     return steps

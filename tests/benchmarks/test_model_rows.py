@@ -81,7 +81,8 @@ def test_the_whole_command_measures_every_row(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_is_not_written_is_found_out(monkeypatch):
-    monkeypatch.setattr(TorchOps, "write", lambda *_: None)
+    # Nothing at all: what the memory held before might not even be finite.
+    monkeypatch.setattr(TorchOps, "write", lambda ops, heads_TGSH, pools: pools.zero_())
     (row,) = measured("k")
     assert row.entries[0].status.startswith("wrong: logprobs off by ")
     assert row.entries[0].timing is None
