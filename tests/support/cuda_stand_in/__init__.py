@@ -8,7 +8,6 @@ in Triton's interpreter).
 A process has it when `environment` is its environment.
 """
 
-import hashlib
 import importlib.util
 import os
 import subprocess
@@ -20,20 +19,17 @@ LIBRARY = "CUDA_STAND_IN"
 
 
 def build(folder: Path) -> Path:
-    """Return the compiled device, compiled into `folder` if it is not there; needs g++, takes 15 seconds.
+    """Return the device, compiled into `folder`; needs g++, takes 15 seconds.
 
     Raises:
         RuntimeError: it does not compile.
     """
-    source, torch_folder = HERE / "device.cpp", _torch_folder()
-    digest = hashlib.sha256(source.read_bytes() + str(torch_folder).encode()).hexdigest()[:16]
-    library = folder / f"cuda_stand_in_{digest}.so"
-    if not library.exists():
-        command = ["g++", "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{torch_folder / 'include'}", source]
-        libraries = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run([*command, "-o", library, *libraries], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{source.name} does not compile:\n{done.stderr}")
+    torch, source, library = torch_folder(), HERE / "device.cpp", folder / "cuda_stand_in.so"
+    command = ["g++", "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{torch / 'include'}", source]
+    libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run([*command, "-o", library, *libraries], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{done.stderr}")
     return library
 
 
@@ -50,5 +46,6 @@ def environment(library: Path) -> dict[str, str]:
     }
 
 
-def _torch_folder() -> Path:
+def torch_folder() -> Path:
+    """Return where torch is, without importing it."""
     return Path(importlib.util.find_spec("torch").origin).parent

@@ -18,20 +18,13 @@ def forward(
     value: torch.Tensor,
     query_cu: torch.Tensor,
     key_cu: torch.Tensor,
-    longest_query: int,
-    longest_key: int,
-    dropout: float,
-    is_causal: bool,
-    returns_mask: bool,
-    *_: object,
+    *others: object,
     scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    **__: object,
+    **options: object,
 ) -> tuple[torch.Tensor, ...]:
     """As `aten::_flash_attention_forward`; [T, N, H], keys and values may have fewer heads."""
     _check(query, key, value, query_cu, key_cu)
-    looks_back = is_causal or window_size_right == 0
+    looks_back = _looks_back(others, options)
     outputs, sums = [], []
     for part in _parts(query, key, value, query_cu, key_cu, looks_back, scale):
         outputs.append((part.scores.softmax(-1) @ part.value).transpose(0, 1))
@@ -54,19 +47,13 @@ def backward(
     sums: torch.Tensor,
     query_cu: torch.Tensor,
     key_cu: torch.Tensor,
-    longest_query: int,
-    longest_key: int,
-    dropout: float,
-    is_causal: bool,
-    *_: object,
+    *others: object,
     scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    **__: object,
+    **options: object,
 ) -> tuple[torch.Tensor, ...]:
     """As `aten::_flash_attention_backward`."""
     _check(query, key, value, query_cu, key_cu, gradient, output, sums)
-    looks_back = is_causal or window_size_right == 0
+    looks_back = _looks_back(others, options)
     upstream = _host(gradient)
     found = [torch.zeros(tensor.shape) for tensor in (query, key, value)]
     for part in _parts(query, key, value, query_cu, key_cu, looks_back, scale):
@@ -107,6 +94,12 @@ def _parts(query, key, value, query_cu, key_cu, looks_back: bool, scale: float |
     rows, keys = ([slice(*pair) for pair in pairwise(cu)] for cu in ends)
     for of_query, of_key in zip(rows, keys, strict=True):
         yield _Part(of_query, of_key, *wide, looks_back, scale)
+
+
+def _looks_back(others: tuple[object, ...], options: dict[str, object]) -> bool:
+    """Return whether a row sees no later key; both operators are given longest rows, dropout and this."""
+    _, _, _, is_causal, *_ = others
+    return bool(is_causal) or options.get("window_size_right") == 0
 
 
 def _host(tensor: torch.Tensor) -> torch.Tensor:

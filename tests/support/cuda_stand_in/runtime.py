@@ -6,11 +6,11 @@ import functools
 import os
 import time
 
-from cuda_stand_in import LIBRARY, _torch_folder
+from cuda_stand_in import LIBRARY, torch_folder
 
 # torch asks once, when it is imported, which devices there are.
 for name in ("libc10.so", "libtorch_cpu.so"):
-    ctypes.CDLL(str(_torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
 ctypes.CDLL(os.environ[LIBRARY])
 
 import torch  # noqa: E402
