@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install test lint demo bench claims gpu gpu-models docs soak wide clean
+.PHONY: install test lint demo bench claims gpu gpu-models docs soak slow clean
 
 install: $(INSTALLED)
 
@@ -23,6 +23,7 @@ test: install lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # On the CPU, also where CUDA is: it shows what two cores do.
 demo: install
@@ -35,19 +36,19 @@ bench: install
 # What benchmarks/ claims of a CPU, into benchmarks/results; takes long.
 claims: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels --device cpu
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convert_io
-	$(BIN)/python -m benchmarks.training
-	$(BIN)/python -m benchmarks.generation
-	$(BIN)/python -m benchmarks.optimizer_memory
-	$(BIN)/python -m benchmarks.reward_training
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.io.convert
+	$(BIN)/python -m benchmarks.training.sequences
+	$(BIN)/python -m benchmarks.generation.answers
+	$(BIN)/python -m benchmarks.training.optimizer_memory
+	$(BIN)/python -m benchmarks.training.reward_model
 
 # Where CUDA is, python3 with its own torch will do: nothing is installed, and one report comes out.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.kernels.gpu
 
 # The same of whole models, which need megatron-core too.
 gpu-models:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --part models
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.kernels.gpu --part models
 
 # The page of all keys from the code, then the documentation as a site, into site/.
 docs: install
@@ -61,8 +62,8 @@ soak: install
 
 # Dear cases and layouts that cheaper ones stand for in `make test`, random models in random layouts, and PPO
 # on a stand-in for a CUDA device (which g++ compiles).
-wide: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m wide -s
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs site

@@ -42,7 +42,7 @@ setup(
     extras_require={
         "parity": ["transformers>=5"],
         "test": ["hypothesis", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist", "transformers>=5"],
-        "lint": ["ruff"],
+        "lint": ["import-linter", "ruff"],
         "cuda": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "parquet": ["pyarrow"],

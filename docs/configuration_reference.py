@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from glm_rlhf.engine.cli import COMMANDS, Command
-from glm_rlhf.engine.config_keys import Key, in_yaml, keys_of
+from glm_rlhf.engine.config.keys import Key, in_yaml, keys_of
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glm_rlhf.engine.config_ppo import PPOConfig
-    from glm_rlhf.engine.stages.ppo import PPOEngine
+    from glm_rlhf.engine.config.rl import PPOConfig
+    from glm_rlhf.engine.rl.engine import PPOEngine
 
 __all__ = ["PPOConfig", "PPOEngine"]
 
@@ -12,11 +12,11 @@ __all__ = ["PPOConfig", "PPOEngine"]
 def __getattr__(name: str) -> object:
     """Import what is public when it is asked for: the command line's help must not import torch."""
     if name == "PPOConfig":
-        from glm_rlhf.engine.config_ppo import PPOConfig
+        from glm_rlhf.engine.config.rl import PPOConfig
 
         return PPOConfig
     if name == "PPOEngine":
-        from glm_rlhf.engine.stages.ppo import PPOEngine
+        from glm_rlhf.engine.rl.engine import PPOEngine
 
         return PPOEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

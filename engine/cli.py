@@ -14,15 +14,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from glm_rlhf.engine.config import ConvertConfig, DemoConfig, DoctorConfig, GenerateConfig, ScoreConfig
-from glm_rlhf.engine.config_bench import BenchConfig
-from glm_rlhf.engine.config_evaluate import EvaluateConfig
-from glm_rlhf.engine.config_file import ConfigError, dump_config, is_override, load_config, save_config
-from glm_rlhf.engine.config_keys import help_text, keys_of
-from glm_rlhf.engine.config_plan import PlanConfig
-from glm_rlhf.engine.config_ppo import PPOConfig
-from glm_rlhf.engine.config_training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
-from glm_rlhf.engine.config_yaml import read_file
+from glm_rlhf.engine.config.bench import BenchConfig
+from glm_rlhf.engine.config.evaluate import EvaluateConfig
+from glm_rlhf.engine.config.keys import help_text, keys_of
+from glm_rlhf.engine.config.load import ConfigError, dump_config, is_override, load_config, save_config
+from glm_rlhf.engine.config.plan import PlanConfig
+from glm_rlhf.engine.config.rl import PPOConfig
+from glm_rlhf.engine.config.sections import (
+    ConvertConfig,
+    DemoConfig,
+    DoctorConfig,
+    GenerateConfig,
+    ScoreConfig,
+)
+from glm_rlhf.engine.config.training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
+from glm_rlhf.engine.config.yaml_source import read_file
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -38,7 +44,7 @@ class Command:
     summary: str
     """One line of help: what it does."""
     config: type
-    """Root of its settings, in `glm_rlhf.engine.config`."""
+    """Root of its settings, in `glm_rlhf.engine.config.sections`."""
     function: str
     """`module:function` that takes the config and returns an exit code or None; imported when it runs."""
 
@@ -53,73 +59,73 @@ COMMANDS = (
         name="demo",
         summary="SFT, reward model and PPO of a tiny ChatGLM3 made on this machine; minutes on a CPU",
         config=DemoConfig,
-        function="glm_rlhf.engine.stages.demo:run",
+        function="glm_rlhf.engine.commands.demo.run:run",
     ),
     Command(
         name="sft",
         summary="a policy learns the answers of demonstrations",
         config=SFTConfig,
-        function="glm_rlhf.engine.stages.sft:run",
+        function="glm_rlhf.engine.commands.sft:run",
     ),
     Command(
         name="reward",
         summary="a reward model learns to score the preferred answer of a pair above the other",
         config=RewardConfig,
-        function="glm_rlhf.engine.stages.reward:run",
+        function="glm_rlhf.engine.commands.reward:run",
     ),
     Command(
         name="ppo",
         summary="a policy learns from rewards, generating and training on the same ranks and weights",
         config=PPOConfig,
-        function="glm_rlhf.engine.stages.scheduler:run",
+        function="glm_rlhf.engine.rl.loop:run",
     ),
     Command(
         name="dpo",
         summary="a policy learns to prefer the chosen answer of a pair, tied to a reference",
         config=DPOConfig,
-        function="glm_rlhf.engine.stages.dpo:run",
+        function="glm_rlhf.engine.commands.dpo:run",
     ),
     Command(
         name="label",
         summary="pairs from a policy's answers: K to each prompt, the best and the worst by a reward model",
         config=LabelConfig,
-        function="glm_rlhf.engine.stages.label:run",
+        function="glm_rlhf.engine.commands.label:run",
     ),
     Command(
         name="generate",
         summary="answers for a prompts file, JSON lines out",
         config=GenerateConfig,
-        function="glm_rlhf.engine.stages.generate:run",
+        function="glm_rlhf.engine.commands.generate:run",
     ),
     Command(
         name="score",
         summary="per-token logprobs of a policy, or scores of a reward model, JSON lines out",
         config=ScoreConfig,
-        function="glm_rlhf.engine.stages.score:run",
+        function="glm_rlhf.engine.commands.score:run",
     ),
     Command(
         name="evaluate",
         summary="win rate, reward, pass@k and length on a prompts file, with confidence intervals",
         config=EvaluateConfig,
-        function="glm_rlhf.engine.stages.evaluate:run",
+        function="glm_rlhf.engine.commands.evaluate:run",
     ),
     Command(
         name="convert",
         summary="a Hugging Face folder into another family's form, type or file size",
         config=ConvertConfig,
-        function="glm_rlhf.engine.stages.convert:run",
+        function="glm_rlhf.engine.commands.convert:run",
     ),
     Command(
         name="plan",
         summary="memory and time of ppo on a cluster before anything is launched; writes config and scripts",
         config=PlanConfig,
-        function="glm_rlhf.engine.cluster.plan:run",
+        function="glm_rlhf.engine.plan.command:run",
     ),
     Command(
         name="doctor",
         summary="what is installed, which fast paths are active and why the others are not",
         config=DoctorConfig,
-        function="glm_rlhf.engine.cluster.doctor:run",
+        function="glm_rlhf.engine.health.doctor:run",
     ),
     Command(
         name="bench",
@@ -181,12 +187,12 @@ def main(argv: list[str] | None = None) -> int:
         _tell(title, _phase_and_kind(error), is_bug=True)
         raise
     finally:
-        if "glm_rlhf.parallel.leaving" in sys.modules:  # a command ran that heeds signals
-            sys.modules["glm_rlhf.parallel.leaving"].restore_handlers()
+        if "glm_rlhf.parallel.runtime.preemption" in sys.modules:  # a command ran that heeds signals
+            sys.modules["glm_rlhf.parallel.runtime.preemption"].restore_handlers()
 
 
 def _phase_and_kind(error: Exception) -> str:
-    from glm_rlhf.parallel.spans import phase_of  # torch is loaded: a command ran
+    from glm_rlhf.parallel.runtime.spans import phase_of  # torch is loaded: a command ran
 
     phase = phase_of(error)
     return f"failed{f' in phase {phase}' if phase else ''}: {type(error).__name__}: {error}"

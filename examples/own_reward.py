@@ -7,7 +7,7 @@ Run it from the checkout's folder, or put the module where Python finds it. Prom
 needs as fields beside `prompt`, here `answer`.
 """
 
-from glm_rlhf.engine.rollout.rewards import RewardRequest
+from glm_rlhf.engine.rewards.function import RewardRequest
 
 TOKENS_FREE = 128
 COST_PER_TOKEN = 0.001

@@ -12,7 +12,7 @@ import argparse
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from glm_rlhf.engine.rollout.rewards import RewardFunction, RewardRequest, find_rule
+from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest, find_rule
 
 
 def make_server(rule: RewardFunction, *, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:

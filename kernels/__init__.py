@@ -3,20 +3,20 @@
 The public functions stand here; each lives in the module of its name, which holds its kernels too.
 """
 
-from glm_rlhf.kernels.adamw import adamw
-from glm_rlhf.kernels.adamw_table import AdamWTable
-from glm_rlhf.kernels.advantage import ppo_advantages, whiten
-from glm_rlhf.kernels.attention import paged_attention
-from glm_rlhf.kernels.linear_logprob import linear_logprob
-from glm_rlhf.kernels.linear_ppo_loss import linear_nll_loss, linear_ppo_loss
-from glm_rlhf.kernels.logprob import logprobs_from_logits
-from glm_rlhf.kernels.paged_write import paged_write
-from glm_rlhf.kernels.policy_loss import ppo_policy_loss
-from glm_rlhf.kernels.rmsnorm import add_rms_norm, rms_norm
-from glm_rlhf.kernels.rope import rope, rope_qkv, rope_qkv_in_place, rope_table
-from glm_rlhf.kernels.sampling import sample
-from glm_rlhf.kernels.swiglu import swiglu
-from glm_rlhf.kernels.value_loss import ppo_value_loss
+from glm_rlhf.kernels.adam.adamw import adamw
+from glm_rlhf.kernels.adam.tensor_table import AdamWTable
+from glm_rlhf.kernels.decoding.paged_attention import paged_attention
+from glm_rlhf.kernels.decoding.paged_write import paged_write
+from glm_rlhf.kernels.decoding.sampling import sample
+from glm_rlhf.kernels.layers.rmsnorm import add_rms_norm, rms_norm
+from glm_rlhf.kernels.layers.rope import rope, rope_qkv, rope_qkv_in_place, rope_table
+from glm_rlhf.kernels.layers.swiglu import swiglu
+from glm_rlhf.kernels.lm_head.linear_logprob import linear_logprob
+from glm_rlhf.kernels.lm_head.linear_ppo_loss import linear_nll_loss, linear_ppo_loss
+from glm_rlhf.kernels.lm_head.logprob import logprobs_from_logits
+from glm_rlhf.kernels.rl.advantages import ppo_advantages, whiten
+from glm_rlhf.kernels.rl.policy_loss import ppo_policy_loss
+from glm_rlhf.kernels.rl.value_loss import ppo_value_loss
 
 __all__ = [
     "AdamWTable",

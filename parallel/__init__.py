@@ -2,7 +2,7 @@
 
 import warnings
 
-from glm_rlhf.parallel import megatron_import
+from glm_rlhf.parallel.megatron_compat import lazy_compile
 
 # What Megatron-core warns of from within itself, in every process, whoever uses it. That Transformer
 # Engine and apex are absent is said once, by name, by `glm-rlhf doctor`.
@@ -19,4 +19,4 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message.replace(".", r"\."))
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core\.inference")
 del _message
-megatron_import.install()
+lazy_compile.install()

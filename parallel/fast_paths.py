@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.parallel.core_attention import implementation_name
+from glm_rlhf.parallel.model.varlen_attention import implementation_name
 
 _NO_CUDA = "needs a CUDA device, this process sees none"
 _ATTENTION = {
@@ -101,7 +101,7 @@ def _optimizer() -> list[FastPath]:
 def _kernels() -> FastPath:
     reference = "the fp32 torch reference"
     try:
-        launch = importlib.import_module("glm_rlhf.kernels.launch")
+        launch = importlib.import_module("glm_rlhf.kernels.dispatch.launch")
     except ImportError as error:
         return _kernel_path(f"Triton does not import: {_first_line(error)}", reference)
     choice = launch.requested()

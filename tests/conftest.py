@@ -19,7 +19,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unasked = [marker for marker in ("soak", "wide") if marker not in config.option.markexpr]
+    unasked = [marker for marker in ("soak", "slow") if marker not in config.option.markexpr]
     items[:] = [item for item in items if not any(map(item.get_closest_marker, unasked))]
     if torch.cuda.is_available():
         return

@@ -15,8 +15,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, quality_of
-from glm_rlhf.engine.config import GenerationSection, ModelSection
-from glm_rlhf.engine.config_ppo import (
+from glm_rlhf.engine.config.rl import (
     CriticSection,
     PPOConfig,
     PPOPromptsSection,
@@ -24,9 +23,10 @@ from glm_rlhf.engine.config_ppo import (
     PPOSection,
     PPOTrainSection,
 )
-from glm_rlhf.engine.config_training import OptimizerSection, TrainingRunSection
-from glm_rlhf.engine.rollout.rewards import RewardRequest
-from glm_rlhf.engine.stages.ppo import PPOEngine
+from glm_rlhf.engine.config.sections import GenerationSection, ModelSection
+from glm_rlhf.engine.config.training import OptimizerSection, TrainingRunSection
+from glm_rlhf.engine.rewards.function import RewardRequest
+from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.types import Experience, PromptInput
 
 PROMPTS, SAMPLES, ANSWER_TOKENS = 16, 4, 8

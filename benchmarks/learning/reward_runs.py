@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.learning.commands import train
 from benchmarks.learning.planted_pairs import NUM_IDS
-from glm_rlhf.parallel.export import export_model
-from glm_rlhf.parallel.glm import build_model
-from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.topology import topology
-from glm_rlhf.parallel.weights import randomize_weights
+from glm_rlhf.parallel.model.glm import build_model
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.weights.export import export_model
+from glm_rlhf.parallel.weights.load import randomize_weights
 
 SHAPE = GLMConfig(
     family="glm",

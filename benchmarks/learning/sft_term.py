@@ -15,7 +15,7 @@ from benchmarks.learning.commands import END, answering, answers_of, train
 from benchmarks.learning.outcome import Claim, Trial, run_experiment
 from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, Labelling, draw_pairs, quality_of
 from benchmarks.learning.reward_runs import train_sft_policy, write_records
-from glm_rlhf.engine.rollout.rewards import RewardRequest
+from glm_rlhf.engine.rewards.function import RewardRequest
 
 SEEDS = tuple(range(1, 6))
 NUM_CANARIES, NUM_DEMONSTRATIONS, NUM_PROMPTS, NUM_JUDGED = 1000, 1000, 512, 200

@@ -11,21 +11,28 @@ from pathlib import Path
 
 import torch
 
-from glm_rlhf.engine.bench.checkpoint_part import checkpoint_rows
 from glm_rlhf.engine.bench.findings import Findings, read_earlier, write_findings
 from glm_rlhf.engine.bench.harness import Contender
-from glm_rlhf.engine.bench.kernel_part import measured_case
 from glm_rlhf.engine.bench.kernel_rows.table import full_cases, small_cases
 from glm_rlhf.engine.bench.machine import description, measured_rates
-from glm_rlhf.engine.bench.model_part import Policy, generation_row, model_rows
-from glm_rlhf.engine.bench.ppo_part import ppo_row
+from glm_rlhf.engine.bench.parts.checkpoint import checkpoint_rows
+from glm_rlhf.engine.bench.parts.kernels import measured_case
+from glm_rlhf.engine.bench.parts.models import Policy, generation_row, model_rows
+from glm_rlhf.engine.bench.parts.ppo import ppo_row
+from glm_rlhf.engine.bench.parts.scaling import (
+    FILE,
+    ScalingPoint,
+    launch,
+    measure_scaling,
+    read_point,
+    write_point,
+)
 from glm_rlhf.engine.bench.rates import Size, rates_on
 from glm_rlhf.engine.bench.report import Row, joined
-from glm_rlhf.engine.bench.scaling import FILE, ScalingPoint, launch, measure_scaling, read_point, write_point
 from glm_rlhf.engine.bench.sizes import Sizes, ranks_for, sizes_for
-from glm_rlhf.engine.config_bench import PEER_PACKAGES, BenchConfig, BenchSection
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.topology import topology
+from glm_rlhf.engine.config.bench import PEER_PACKAGES, BenchConfig, BenchSection
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
 
 RATES_FILE = "rates.json"
 """What `plan` takes as `cluster.rates`."""

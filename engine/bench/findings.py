@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from glm_rlhf.engine.bench.parts.ppo import PHASES
+from glm_rlhf.engine.bench.parts.scaling import ScalingPoint, efficiencies
 from glm_rlhf.engine.bench.plots import bar_chart, scaling_chart, stacked_bar
-from glm_rlhf.engine.bench.ppo_part import PHASES
 from glm_rlhf.engine.bench.report import Report, Row, as_markdown, number
-from glm_rlhf.engine.bench.scaling import ScalingPoint, efficiencies
 
 STEM = "bench"
 

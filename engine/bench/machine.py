@@ -71,7 +71,7 @@ def description(device: torch.device) -> dict[str, str]:
     versions = {"python": platform.python_version()}
     versions |= {name: version_of(name) or "not installed" for name in (*PACKAGES, *PEERS)}
     facts = {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "commit": commit(),
         "device": _device_name(device),
         "processor": f"{_processor_name()}, {os.cpu_count()} cores",

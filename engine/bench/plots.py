@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from glm_rlhf.engine.observe.charts import number, ticks
+from glm_rlhf.engine.observe.svg_charts import number, ticks
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 _STYLE = (

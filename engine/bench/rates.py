@@ -17,22 +17,22 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.bench.machine import description, measured_rates
-from glm_rlhf.engine.cluster.plan_activations import MicroBatch
-from glm_rlhf.engine.cluster.plan_cluster import Rates
-from glm_rlhf.engine.cluster.plan_time import layer_matrix_elements
-from glm_rlhf.engine.rollout.answers import AnswerSettings, answer_prompts
-from glm_rlhf.engine.rollout.generation import BatchSettings
+from glm_rlhf.engine.cost.activations import MicroBatch
+from glm_rlhf.engine.cost.hardware import Rates
+from glm_rlhf.engine.cost.pass_time import layer_matrix_elements
+from glm_rlhf.engine.rollout.generate import AnswerSettings, answer_prompts
+from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.types import PromptInput
-from glm_rlhf.parallel.glm import GLMModel, build_model
-from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.heads import token_values
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.optimizer import AdamSettings, TrainingState
-from glm_rlhf.parallel.packing import PackedTokens, pack
-from glm_rlhf.parallel.schedule import run_micro_batches
-from glm_rlhf.parallel.token_draw import SamplingSettings
-from glm_rlhf.parallel.topology import Topology, topology
-from glm_rlhf.parallel.weights import randomize_weights
+from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.model.glm import GLMModel, build_model
+from glm_rlhf.parallel.model.packing import PackedTokens, pack
+from glm_rlhf.parallel.model.token_outputs import token_values
+from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
+from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.weights.load import randomize_weights
 
 _LEAST = 1e-9
 """Seconds that stand for a remainder which the noise made negative."""

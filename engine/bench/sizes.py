@@ -8,10 +8,10 @@ from statistics import NormalDist
 
 import torch
 
-from glm_rlhf.engine.cluster.plan import shape_of
-from glm_rlhf.engine.config_bench import BenchSection
-from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.presets import preset
+from glm_rlhf.engine.config.bench import BenchSection
+from glm_rlhf.engine.cost.hardware import shape_of
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.spec.presets import preset
 
 SMALL = GLMConfig(
     family="glm",

@@ -1,1 +1,4 @@
-"""What training minimises: pure functions of tensors."""
+"""Losses and statistics as pure functions of tensors.
+
+Imports `config` and `types`.
+"""

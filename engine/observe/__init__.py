@@ -1,1 +1,4 @@
-"""What a run tells about itself."""
+"""Metrics, progress, traces and the report of a run.
+
+Imports `config`, `cost` and `types`.
+"""

@@ -2,9 +2,9 @@
 
 import re
 
-from glm_rlhf.engine.cluster.plan_cluster import GPUS
-from glm_rlhf.engine.cluster.plan_time import forward_flop
-from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.engine.cost.hardware import GPUS
+from glm_rlhf.engine.cost.pass_time import forward_flop
+from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 
 def known_peak_flop_per_s(device_name: str) -> float | None:

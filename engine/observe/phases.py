@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from glm_rlhf.parallel.spans import span
+from glm_rlhf.parallel.runtime.spans import span
 
 
 class Phases:

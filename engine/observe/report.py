@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_rlhf.engine.observe.charts import Point, line_chart, number
 from glm_rlhf.engine.observe.metrics import FILE_NAME as METRICS_NAME
+from glm_rlhf.engine.observe.svg_charts import Point, line_chart, number
 
 FILE_NAME = "report.html"
 SAMPLES_FOLDER = "samples"

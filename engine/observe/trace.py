@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from glm_rlhf.parallel.spans import WAIT, recording
+from glm_rlhf.parallel.runtime.spans import WAIT, recording
 
 FOLDER = "trace"
 _SHORTEST_WAIT_S = 20e-6  # shorter ones count, but are not written: there are thousands in a second

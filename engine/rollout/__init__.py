@@ -1,1 +1,4 @@
-"""Rollouts: who generates next, rewards, scoring."""
+"""From prompts to completions.
+
+Imports `config`, `data`, `types`.
+"""

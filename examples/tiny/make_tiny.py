@@ -10,15 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from arithmetic import ArithmeticTask, arithmetic_tasks
 
-from glm_rlhf.engine.data.arithmetic import ArithmeticTask, arithmetic_tasks
-from glm_rlhf.engine.data.tiny_tokenizer import NUM_IDS, write_tiny_tokenizer
-from glm_rlhf.parallel.export import export_model
-from glm_rlhf.parallel.glm import build_model
-from glm_rlhf.parallel.glm_config import GLMConfig
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.topology import topology
-from glm_rlhf.parallel.weights import randomize_weights
+from glm_rlhf.engine.commands.demo.toy_tokenizer import NUM_IDS, write_tiny_tokenizer
+from glm_rlhf.parallel.model.glm import build_model
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.weights.export import export_model
+from glm_rlhf.parallel.weights.load import randomize_weights
 
 SEED = 1234
 LARGEST = 29

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from glm_rlhf.engine.data.tiny_tokenizer import write_tiny_tokenizer
+from glm_rlhf.engine.commands.demo.toy_tokenizer import write_tiny_tokenizer
 
 if __name__ == "__main__":
     print(write_tiny_tokenizer(Path(__file__).parent))

@@ -6,7 +6,7 @@ from types import ModuleType
 from doc_pages import DOCS
 
 from glm_rlhf.engine.cli import COMMANDS
-from glm_rlhf.engine.config_keys import keys_of
+from glm_rlhf.engine.config.keys import keys_of
 
 
 def reference() -> ModuleType:

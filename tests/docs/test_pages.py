@@ -10,7 +10,7 @@ import yaml
 from doc_pages import DOCS, PAGES, ROOT, anchors, blocks, commands, inline_code, links, prose
 
 from glm_rlhf.engine.cli import COMMANDS
-from glm_rlhf.engine.config_keys import keys_of
+from glm_rlhf.engine.config.keys import keys_of
 
 CONFIG_OF = {command.name: command.config for command in COMMANDS}
 KEYS = {path for config in CONFIG_OF.values() for path in keys_of(config)}

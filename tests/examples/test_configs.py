@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from glm_rlhf.engine.build.models import layout_of
 from glm_rlhf.engine.cli import COMMANDS
-from glm_rlhf.engine.config_file import load_config
-from glm_rlhf.engine.stages.model_inputs import layout_of
-from glm_rlhf.parallel.presets import preset
+from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.parallel.spec.presets import preset
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODELS = {"chatglm3_6b": "chatglm3-6b", "glm4_9b": "glm-4-9b", "glm4_32b": "glm-4-0414-32b"}

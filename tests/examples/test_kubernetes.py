@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from glm_rlhf.engine.cli import COMMANDS
-from glm_rlhf.engine.config_file import load_config
-from glm_rlhf.parallel.layout import Layout
+from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.parallel.spec.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from glm_rlhf.engine.rollout.rewards import RewardRequest
+from glm_rlhf.engine.rewards.function import RewardRequest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

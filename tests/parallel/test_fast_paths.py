@@ -9,10 +9,10 @@ import megatron.core.optimizer.clip_grads
 import pytest
 import torch
 
-from glm_rlhf.kernels import launch
+from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.parallel import fast_paths
-from glm_rlhf.parallel.core_attention import implementation_name
 from glm_rlhf.parallel.fast_paths import FastPath, probe
+from glm_rlhf.parallel.model.varlen_attention import implementation_name
 
 OPTIONAL = ("transformer_engine", "apex", "amp_C", "flash_attn")
 NAMES = {

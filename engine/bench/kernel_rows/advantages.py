@@ -4,7 +4,7 @@ import torch
 
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
 from glm_rlhf.engine.bench.kernel_rows.case import Case, random_normal
-from glm_rlhf.kernels.advantage import ppo_advantages
+from glm_rlhf.kernels.rl.advantages import ppo_advantages
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 # fp32 against fp64 over thousands of steps of a recurrence whose memory is 1 / (1 - γλ) = 17 tokens.

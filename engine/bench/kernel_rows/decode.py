@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
 from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
 from glm_rlhf.engine.bench.peers import peer
-from glm_rlhf.kernels.attention import paged_attention
-from glm_rlhf.kernels.sampling import sample
+from glm_rlhf.kernels.decoding.paged_attention import paged_attention
+from glm_rlhf.kernels.decoding.sampling import sample
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE = 32, 2, 128, 64
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
 from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_normal
 from glm_rlhf.engine.bench.peers import peer
-from glm_rlhf.kernels.rmsnorm import add_rms_norm
-from glm_rlhf.kernels.rope import rope_qkv_in_place, rope_table
-from glm_rlhf.kernels.swiglu import swiglu
+from glm_rlhf.kernels.layers.rmsnorm import add_rms_norm
+from glm_rlhf.kernels.layers.rope import rope_qkv_in_place, rope_table
+from glm_rlhf.kernels.layers.swiglu import swiglu
 
 EPSILON = 1e-5
 NUM_GROUPS, QUERIES_A_GROUP, HEAD_SIZE, ROTARY_SIZE = 2, 16, 128, 64

@@ -7,7 +7,7 @@ import torch
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
 from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
 from glm_rlhf.engine.bench.peers import peer
-from glm_rlhf.kernels.logprob import logprobs_from_logits
+from glm_rlhf.kernels.lm_head.logprob import logprobs_from_logits
 
 # Rows of one slice of the definition: fp32 copies of 1024 × 151552 are 0.6 GB.
 SLICE = 1024

@@ -8,7 +8,7 @@ import torch
 from glm_rlhf.engine.bench.harness import Contender, Problem
 from glm_rlhf.engine.bench.kernel_rows.case import Case, peers, random_normal
 from glm_rlhf.engine.bench.peers import peer
-from glm_rlhf.kernels.adamw import AdamWTable, adamw, join_master, split_master
+from glm_rlhf.kernels.adam.adamw import AdamWTable, adamw, join_master, split_master
 
 # So large an epsilon that the change depends on the gradient's size, so large a rate that the change shows
 # in a bf16 weight.

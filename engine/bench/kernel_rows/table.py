@@ -4,8 +4,8 @@ import torch
 
 from glm_rlhf.engine.bench.kernel_rows import advantages, decode, layers, logits, optimizer, vocabulary_head
 from glm_rlhf.engine.bench.kernel_rows.case import Case
-from glm_rlhf.parallel.names import names_within, weights_of
-from glm_rlhf.parallel.presets import preset
+from glm_rlhf.parallel.spec.presets import preset
+from glm_rlhf.parallel.spec.weight_map import names_within, weights_of
 
 NUM_TOKENS = 8192
 MODELS = {"6B": "chatglm3-6b", "9B": "glm-4-9b"}

@@ -15,9 +15,9 @@ from glm_rlhf.engine.bench.kernel_rows.case import (
     random_normal,
 )
 from glm_rlhf.engine.bench.peers import peer
-from glm_rlhf.kernels.linear_logprob import linear_logprob
-from glm_rlhf.kernels.linear_ppo_loss import linear_ppo_loss
-from glm_rlhf.kernels.policy_loss import ppo_policy_loss
+from glm_rlhf.kernels.lm_head.linear_logprob import linear_logprob
+from glm_rlhf.kernels.lm_head.linear_ppo_loss import linear_ppo_loss
+from glm_rlhf.kernels.rl.policy_loss import ppo_policy_loss
 
 CLIP, KL_COEF = 0.2, 0.05
 CLIPPED_SHARE = 0.25

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.learning.offset_task import FIRST_ID, LEVELS, Point, crossing, reward, run_ppo
 from benchmarks.learning.reward_runs import random_policy
-from glm_rlhf.engine.rollout.rewards import RewardRequest
+from glm_rlhf.engine.rewards.function import RewardRequest
 
 FIRST_LEVEL = FIRST_ID + 16
 

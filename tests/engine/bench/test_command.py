@@ -8,14 +8,15 @@ from unittest import mock
 import pytest
 import torch
 
-from glm_rlhf.engine.bench import command, model_part, sizes
+from glm_rlhf.engine.bench import command, sizes
 from glm_rlhf.engine.bench.harness import Contender
+from glm_rlhf.engine.bench.parts import models
 from glm_rlhf.engine.cli import main
-from glm_rlhf.engine.cluster.plan_cluster import GPUS, assumed_rates, read_rates
-from glm_rlhf.engine.config_bench import BenchSection
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.presets import preset
-from glm_rlhf.parallel.topology import topology
+from glm_rlhf.engine.config.bench import BenchSection
+from glm_rlhf.engine.cost.hardware import GPUS, assumed_rates, read_rates
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.presets import preset
 
 CPU = torch.device("cpu")
 MEASURED = {4: assumed_rates(GPUS["h100"], network_bytes_per_s=50e9)}
@@ -60,11 +61,11 @@ def test_parts_of_one_process_are_right_and_timed(tmp_path, tiny, capsys):
 def test_a_wrong_peer_is_not_timed(tiny, monkeypatch):
     """Answers of other tokens than the likeliest, and logprobs of another weight."""
     with topology(Layout()) as place:
-        policy = model_part.Policy(tiny, place, with_transformers=True)
+        policy = models.Policy(tiny, place, with_transformers=True)
         with torch.no_grad():
             policy.theirs.model.lm_head.weight.mul_(-1.0)
-        rows = [model_part.generation_row(policy, budget_s=0.0, command="x")]
-        rows += model_part.model_rows(policy, budget_s=0.0, command="x")
+        rows = [models.generation_row(policy, budget_s=0.0, command="x")]
+        rows += models.model_rows(policy, budget_s=0.0, command="x")
     for row in rows:
         ours, theirs = row.entries
         assert ours.timing is not None

@@ -8,8 +8,8 @@ import pytest
 
 from glm_rlhf.engine.bench.findings import Findings, agreement_text, compare, read_earlier, write_findings
 from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
+from glm_rlhf.engine.bench.parts.scaling import ScalingPoint, efficiencies, read_point, write_point
 from glm_rlhf.engine.bench.report import Row
-from glm_rlhf.engine.bench.scaling import ScalingPoint, efficiencies, read_point, write_point
 
 
 def entry(name: str, median_s: float, ratio: Ratio | None = None, **figures: float) -> Entry:

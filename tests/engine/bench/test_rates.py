@@ -8,8 +8,8 @@ import torch
 
 from glm_rlhf.engine.bench import rates
 from glm_rlhf.engine.bench.machine import Rates as DeviceRates
-from glm_rlhf.engine.cluster.plan_cluster import read_rates
-from glm_rlhf.parallel.presets import preset
+from glm_rlhf.engine.cost.hardware import read_rates
+from glm_rlhf.parallel.spec.presets import preset
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from glm_rlhf.engine.data.tiktoken_ranks import GLM4_SPLIT
-from glm_rlhf.engine.data.tiny_tokenizer import training_text
-from glm_rlhf.engine.data.tokenizer import load_tokenizer
+from glm_rlhf.engine.commands.demo.toy_tokenizer import training_text
+from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
+from glm_rlhf.engine.data.tokenizer.tiktoken_vocab import GLM4_SPLIT
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop
-from glm_rlhf.parallel.glm_config import GLMConfig
+from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 
 @pytest.mark.parametrize(

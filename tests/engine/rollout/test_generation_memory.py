@@ -7,9 +7,9 @@ import torch
 from tiny_generation import answers, make_phase, make_requests
 from tiny_training import Case, make_chunks
 
-from glm_rlhf.parallel.generation_stage import GenerationStage
-from glm_rlhf.parallel.layout import Layout
-from glm_rlhf.parallel.topology import topology
+from glm_rlhf.parallel.inference.stage import GenerationStage
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
 
 WIDE = {"max_batch": 12, "max_step_tokens": 40, "num_pages": 60}
 
@@ -69,7 +69,7 @@ def test_tensor_parallel_ranks_whose_memory_ends_at_one_place_go_on(ranks):
         check(*answer, 5)
 
 
-@pytest.mark.wide  # ranks that wait for each other are started anew
+@pytest.mark.slow  # ranks that wait for each other are started anew
 @pytest.mark.parametrize("axes, on_rank", [({"tp": 4}, 1), ({"pp": 4}, None)], ids=["tp, one rank", "pp"])
 def test_where_steps_cannot_become_smaller_the_run_ends_and_says_so(ranks, axes, on_rank):
     with pytest.raises(AssertionError, match=r"rank \d has no memory for a step.*lower generation\.max"):

@@ -1,0 +1,1 @@
+"""Generation against padded batches, and idle stages while it runs."""

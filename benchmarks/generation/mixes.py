@@ -1,0 +1,150 @@
+"""What the benchmark of generation answers: a model, prompts, lengths."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase
+from glm_rlhf.engine.rollout.scheduling.request_queue import GenerationRequest
+from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.topology import Topology
+
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "attention_bias": True,
+    "pad_token_id": None,
+    "eos_token_id": None,
+}
+MAX_BATCH, PAGE_SIZE = 32, 16
+LONGEST_ANSWER = 192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Prompts, and how long their answers are."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids."""
+    lengths: tuple[int, ...]
+    """Tokens wanted of each answer; where they differ an answer ends near there, at a stop id of its own."""
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One prompt's answer."""
+
+    place: int
+    """The prompt's place in the mix."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    """Of each token under the model; None from a contender that does not say."""
+
+
+def mixes() -> list[Mix]:
+    """Return what is measured."""
+    equal = _prompts([24] * 32)
+    mixed = _prompts([8 + place * 13 % 33 for place in range(64)])
+    tail = [LONGEST_ANSWER if place % 8 == 3 else _geometric(place, 64, mean=16) for place in range(64)]
+    return [
+        Mix(name="equal, greedy", prompts=equal, lengths=(48,) * 32, temperature=0.0),
+        Mix(name="equal, sampled", prompts=equal, lengths=(48,) * 32, temperature=1.0),
+        Mix(
+            name="uniform, sampled",
+            prompts=mixed,
+            lengths=tuple(8 + place * 29 % 64 for place in range(64)),
+            temperature=1.0,
+        ),
+        Mix(name="long tail, sampled", prompts=mixed, lengths=tuple(tail), temperature=1.0),
+    ]
+
+
+def random_model() -> torch.nn.Module:
+    """Return transformers' model that both sides run."""
+    from transformers import GlmConfig, GlmForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    model = GlmForCausalLM(GlmConfig(**SHAPE)).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # wide enough that greedy answers do not repeat one token
+            torch.nn.init.normal_(parameter, 0.0, 0.08)
+    return model
+
+
+def requests_of(mix: Mix, chunks: Sequence[GLMModel], place: Topology) -> list[GenerationRequest]:
+    """Return the requests of a mix; where lengths differ, each with the stop id that ends it there."""
+    requests = [
+        GenerationRequest(
+            index=index, prompt=prompt, max_new_tokens=max(mix.lengths), stop_ids=frozenset(), seed=index
+        )
+        for index, prompt in enumerate(mix.prompts)
+    ]
+    if min(mix.lengths) == max(mix.lengths):
+        return requests
+    # A request's answer depends on nothing but itself: this run shows which tokens will come.
+    whole = {answer.place: answer.tokens for answer in run_of(requests, mix, chunks, place)()}
+    return [
+        replace(request, stop_ids=frozenset({_stop_id(whole[request.index], length)}))
+        if length < max(mix.lengths)
+        else request
+        for request, length in zip(requests, mix.lengths, strict=True)
+    ]
+
+
+def run_of(
+    requests: Sequence[GenerationRequest], mix: Mix, chunks: Sequence[GLMModel], place: Topology
+) -> Callable[[], list[Answered]]:
+    """Return what answers a mix in a phase of its own."""
+    sampling = SamplingSettings(temperature=mix.temperature)
+
+    def run() -> list[Answered]:
+        with phase_of(requests, chunks, place) as phase:
+            return [
+                Answered(place=done.request, tokens=done.tokens, logprobs=done.plain_logprobs)
+                for done in phase.run(requests, sampling)
+            ]
+
+    return run
+
+
+def phase_of(
+    requests: Sequence[GenerationRequest], chunks: Sequence[GLMModel], place: Topology
+) -> GenerationPhase:
+    """Return a phase with room for the longest request."""
+    batch = BatchSettings(max_batch=MAX_BATCH, max_step_tokens=1024, page_size=PAGE_SIZE)
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    return GenerationPhase(chunks, topology=place, batch=batch, longest=longest)
+
+
+def _prompts(lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    generator = torch.Generator().manual_seed(5)
+    return tuple(
+        tuple(torch.randint(3, SHAPE["vocab_size"], (length,), generator=generator).tolist())
+        for length in lengths
+    )
+
+
+def _geometric(place: int, count: int, *, mean: float) -> int:
+    """Return a quantile of the geometric distribution, each place another: no draw can miss the tail."""
+    quantile = (place * 29 % count + 0.5) / count
+    return max(1, math.ceil(math.log1p(-quantile) / math.log1p(-1.0 / mean)))
+
+
+def _stop_id(tokens: Sequence[int], length: int) -> int:
+    """Return the id whose first place is the nearest to the wanted last one."""
+    firsts = {token: tokens.index(token) for token in tokens}
+    return min(firsts, key=lambda token: abs(firsts[token] + 1 - length))

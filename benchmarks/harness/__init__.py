@@ -1,0 +1,1 @@
+"""What several benchmarks share: fresh processes, a world of one rank, thread counts."""

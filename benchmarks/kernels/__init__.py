@@ -1,0 +1,1 @@
+"""Kernels on their own, and everything that needs a CUDA device."""

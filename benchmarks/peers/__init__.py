@@ -1,0 +1,1 @@
+"""Whole iterations of PPO against TRL's."""

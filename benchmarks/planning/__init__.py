@@ -1,0 +1,1 @@
+"""What `plan` predicts, beside what is counted or timed."""

@@ -1,0 +1,319 @@
+"""What `plan` predicts of memory, beside what the engine's own steps hold, counted storage by storage.
+
+    python -m benchmarks.planning.memory
+
+One process plays one rank of a world whose collectives do nothing: each tensor that the rank would hold is
+made and counted, and no other rank is needed. What other ranks would have sent is left as it is, so that no
+result is of use, and generation is counted only where a rank holds a whole model.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import RESULTS
+from benchmarks.harness.one_rank_world import world_of_one_rank
+from benchmarks.planning.live_storages import live_peak_bytes
+from benchmarks.training.random_experience import random_experience
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.parts.ppo import make_roles
+from glm_rlhf.engine.cost.activations import CPU
+from glm_rlhf.engine.cost.memory import RankMemory, rank_memory
+from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
+from glm_rlhf.engine.rl.optimizer_step import take_steps
+from glm_rlhf.engine.rl.roles import PPORoles
+from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.parallel.optim.training_state import TrainingState
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+
+WORLD_SIZE = 4
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+_MODEL = GLMConfig(
+    family="glm",
+    num_layers=4,
+    hidden_size=128,
+    num_heads=8,
+    num_kv_heads=2,
+    head_size=16,
+    ffn_size=352,
+    vocab_size=1024,
+    norm_epsilon=1e-5,
+    rope_theta=1e4,
+    max_positions=1024,
+)
+_WORK = Work(
+    max_prompt_tokens=128,
+    max_new_tokens=32,
+    mean_prompt_tokens=128,
+    mean_new_tokens=32,
+    num_prompts=16,
+    num_samples=2,
+    max_batch=8,
+    max_step_tokens=1024,
+    page_size=16,
+    itemsize=4,
+    epochs=1,
+    minibatches=1,
+    recomputes_logprobs=False,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One tiny run on `WORLD_SIZE` ranks."""
+
+    axes: dict = field(default_factory=dict)
+    """Of the layout."""
+    changes: dict = field(default_factory=dict)
+    """Fields of the model's shape that are different."""
+    itemsize: int = 4
+    """Bytes of a weight: 4 for fp32, 2 for bf16."""
+    recomputes: bool = False
+    """Whether backward runs each layer again."""
+
+    @property
+    def model(self) -> GLMConfig:
+        """Shape of all roles."""
+        return replace(_MODEL, **self.changes)
+
+    @property
+    def work(self) -> Work:
+        """The iteration; every sequence has the same length."""
+        return replace(_WORK, itemsize=self.itemsize)
+
+    @property
+    def choice(self) -> Choice:
+        """What a plan would decide: four sequences a micro-batch."""
+        return Choice(
+            layout=Layout(**self.axes),
+            micro_batch_tokens=4 * _WORK.longest,
+            recompute_layers=self.recomputes,
+        )
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        sizes = {axis: size for axis, size in self.axes.items() if axis != "sequence_parallel"}
+        sizes["dp"] = self.choice.layout.dp(WORLD_SIZE)
+        parts = [" × ".join(f"{axis} {size}" for axis, size in sizes.items())]
+        parts += ["sequence parallel"] if "sequence_parallel" in self.axes else []
+        parts += ["layers run again"] if self.recomputes else []
+        return ", ".join([*parts, self.model.family, "fp32" if self.itemsize == 4 else "bf16"])
+
+
+CASES = (
+    Case(),
+    Case(itemsize=2),
+    Case(recomputes=True),
+    Case(axes={"tp": 2}, changes={"family": "glm4", "has_sandwich_norms": True}),
+    Case(axes={"tp": 2, "sequence_parallel": True}, itemsize=2, recomputes=True),
+    Case(axes={"tp": 4, "sequence_parallel": True}),
+    Case(axes={"pp": 2}),
+    Case(axes={"pp": 4}, changes={"has_qkv_bias": False}),
+    Case(axes={"pp": 2, "vpp": 2}),
+    Case(axes={"tp": 2, "pp": 2}, itemsize=2),
+    Case(axes={"cp": 2}),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """Bytes on one rank."""
+
+    weights: dict[str, int]
+    """By role."""
+    gradients: dict[str, int]
+    """By trained role."""
+    optimizer: dict[str, int]
+    """By trained role."""
+    phases: dict[str, int]
+    """The most that each phase holds at once beside these; `start` may hold less than they take later."""
+
+    @property
+    def resident(self) -> int:
+        """What is held all the time."""
+        return sum(sum(part.values()) for part in (self.weights, self.gradients, self.optimizer))
+
+    @property
+    def peak(self) -> int:
+        """The fullest moment of those that were counted."""
+        return self.resident + max(self.phases.values())
+
+
+def predict(case: Case, *, stage: int) -> RankMemory:
+    """Return what `plan` says of a rank of that stage, for the kernels of a CPU."""
+    roles = Roles(policy=case.model, critic=case.model, reference=case.model, reward=case.model)
+    return rank_memory(roles, case.work, case.choice, num_gpus=WORLD_SIZE, stage=stage, kernels=CPU)
+
+
+def predicted_phases(case: Case, memory: RankMemory) -> dict[str, int]:
+    """Return its phases with the key/value cache that the engine takes for `max_batch`."""
+    pages = case.work.max_batch * (-(-case.work.longest // case.work.page_size) + 1)
+    return memory.phases | {"generate": memory.phases["generate"] + pages * memory.cache_page}
+
+
+def count(case: Case, *, rank: int) -> Counted:
+    """Return what rank `rank` holds in the real engine's steps; no world may exist in this process."""
+    with world_of_one_rank(rank, WORLD_SIZE), topology(case.choice.layout) as place:
+        made: list[PPORoles] = []
+        start = live_peak_bytes(
+            lambda: made.append(make_roles(place, model=case.model, work=case.work, choice=case.choice))
+        )
+        roles = made[0]
+        trained = {"policy": roles.policy_state, "critic": roles.critic_state}
+        for state in trained.values():  # the first step makes the moments
+            state.zero_grad()
+            state.optimizer.prepare_grads()
+            state.optimizer.step_with_ready_grads()
+        models = {"policy": roles.policy, "critic": roles.critic, "reference": roles.reference}
+        models["reward"] = roles.rewards.model
+        held = Counted(
+            weights={
+                role: _bytes(p for c in chunks for p in c.parameters()) for role, chunks in models.items()
+            },
+            gradients={
+                role: _bytes(p.main_grad for c in state.chunks for p in c.parameters())
+                for role, state in trained.items()
+            },
+            optimizer={role: _optimizer_bytes(state) for role, state in trained.items()},
+            phases={},
+        )
+        phases = {"start": start - held.resident}
+        if case.choice.layout.num_model_ranks == 1:
+            phases |= _count_rollout(case, roles)
+        return replace(held, phases=phases | _count_training(case, roles, place))
+
+
+def _count_rollout(case: Case, roles: PPORoles) -> dict[str, int]:
+    size = (case.work.num_prompts, case.work.max_prompt_tokens)
+    ids = torch.randint(0, case.model.vocab_size, size, generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+    rollouts: list[Rollouts] = []
+    generate = live_peak_bytes(lambda: rollouts.append(roles.generate(prompts)))
+    return {"generate": generate, "score": live_peak_bytes(lambda: roles.make_experience(rollouts[0]))}
+
+
+def _count_training(case: Case, roles: PPORoles, place: Topology) -> dict[str, int]:
+    work = case.work
+    experience = random_experience(
+        case.choice.num_sequences(work, WORLD_SIZE),
+        length=work.longest,
+        prompt_length=work.max_prompt_tokens,
+        vocab_size=case.model.vocab_size,
+        num_everywhere=work.num_sequences,
+    )
+    (part,) = mini_batches(experience, roles.settings, seed=1, topology=place)
+    given = (experience, part, roles.settings)
+    critic = critic_learner(roles.critic_state, *given, topology=place)
+    policy = policy_learner(roles.policy_state, *given, topology=place)
+    schedules = {"train policy": [policy], "train critic": [critic]}
+    if place.layout.pp > 1:
+        schedules = {"train": [critic, policy]}
+    return {
+        name: live_peak_bytes(
+            partial(_given_up, partial(take_steps, own, experience.rollouts, topology=place))
+        )
+        for name, own in schedules.items()
+    }
+
+
+def _given_up(step: Callable[[], object]) -> None:
+    """Take a step, which the engine gives up at its end where a message that nobody sent held no numbers."""
+    with contextlib.suppress(FloatingPointError):
+        step()
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the storages behind tensors, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _optimizer_bytes(state: TrainingState) -> int:
+    """Return the bytes of moments, and of fp32 weights that are no view of the model's."""
+    own = {p.untyped_storage().data_ptr() for chunk in state.chunks for p in chunk.parameters()}
+    tensors: list[torch.Tensor] = []
+    for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        inner = optimizer.optimizer
+        tensors += [p for group in inner.param_groups for p in group["params"]]
+        tensors += [
+            t for entry in inner.state.values() for t in entry.values() if torch.is_tensor(t) and t.dim()
+        ]
+    return _bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count every case on the first and on the last rank, and write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "plan_memory_cpu", help="stem of the two files")
+    out = parser.parse_args(argv).out
+    rows = [_row(case, rank) for case in CASES for rank in _ranks(case)]
+    machine = description(torch.device("cpu"))
+    worst = max(abs(row["error"]) for row in rows)
+    title = (
+        f"# Memory: what `plan` predicts and what is counted\n\n"
+        f"The largest error of a peak is {worst:.1%}, of {len(rows)} ranks in {len(CASES)} configurations: "
+        "4 layers, hidden 128, ffn 352, vocabulary 1024, four roles, four sequences of 160 tokens a "
+        "micro-batch. A peak is weights, gradients and optimizer of all roles, and the fullest phase. "
+        "Counted: storages alive after each operation of the engine's own steps, one process a rank, "
+        "collectives that do nothing. On a CPU: the kernels of a GPU hold other temporaries, which was not "
+        "counted.\n"
+    )
+    out.with_suffix(".json").write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    facts = "\n".join(f"- {name}: {text}" for name, text in machine.items())
+    out.with_suffix(".md").write_text(f"{title}\n{facts}\n\n{_table(rows)}", encoding="utf-8")
+
+
+def _ranks(case: Case) -> tuple[int, ...]:
+    """Return a rank of the first and of the last stage."""
+    return (0,) if case.choice.layout.pp == 1 else (0, WORLD_SIZE - 1)
+
+
+def _row(case: Case, rank: int) -> dict:
+    counted = count(case, rank=rank)
+    memory = predict(case, stage=0 if rank == 0 else case.choice.layout.pp - 1)
+    phases = {name: predicted_phases(case, memory)[name] for name in counted.phases}
+    peak = memory.resident + max(phases.values())
+    return {
+        "case": case.name,
+        "rank": rank,
+        "resident": {"counted": counted.resident, "predicted": memory.resident},
+        "phases": {name: {"counted": counted.phases[name], "predicted": phases[name]} for name in phases},
+        "peak": {"counted": counted.peak, "predicted": peak},
+        "error": peak / counted.peak - 1,
+    }
+
+
+def _table(rows: Sequence[dict]) -> str:
+    lines = [
+        "| configuration | rank | held all the time MB, counted / predicted | fullest phase "
+        "| peak MB, counted / predicted | error |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        fullest = max(row["phases"], key=lambda name, row=row: row["phases"][name]["counted"])
+        resident, peak = (
+            f"{row[key]['counted'] / 1e6:.2f} / {row[key]['predicted'] / 1e6:.2f}"
+            for key in ("resident", "peak")
+        )
+        lines.append(
+            f"| {row['case']} | {row['rank']} | {resident} | {fullest} | {peak} | {row['error']:+.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training steps: time, memory, and what joint or interleaved updates save."""

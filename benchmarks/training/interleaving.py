@@ -1,0 +1,270 @@
+"""PPO's iterations with answers scored as they end and with all scored at the end, in turns.
+
+python -m benchmarks.training.interleaving
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import RESULTS
+from benchmarks.generation.mixes import (
+    LONGEST_ANSWER,
+    MAX_BATCH,
+    PAGE_SIZE,
+    SHAPE,
+    Mix,
+    mixes,
+    random_model,
+)
+from benchmarks.harness.fresh_process import in_fresh_process
+from glm_rlhf.engine.bench.harness import Entry, summary
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.rewards.distributed import AnswerJudge
+from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest
+from glm_rlhf.engine.rl.ppo_settings import PPOSettings
+from glm_rlhf.engine.rl.roles import PPORoles
+from glm_rlhf.engine.rollout.generate import AnswerSettings
+from glm_rlhf.engine.rollout.generation_phase import BatchSettings
+from glm_rlhf.engine.types import Experience, PromptInput
+from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.optim.training_state import AdamSettings
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.weights.load import load_model
+
+ANSWER_S, CALL_S, COMPUTED_S = 0.01, 0.3, 0.004
+AS_THEY_END, AT_THE_END = "as they end", "at the end"
+_PHASES = ("generate", "experience", "update")
+_WARM_UP = 1  # iterations of each contender that no time has
+
+
+def sleeps_an_answer(requests: Sequence[RewardRequest]) -> list[float]:
+    """Wait for each answer, as for a judge that takes one at a time."""
+    time.sleep(ANSWER_S * len(requests))
+    return no_wait(requests)
+
+
+def sleeps_a_call(requests: Sequence[RewardRequest]) -> list[float]:
+    """Wait once a call, as for a server with room for all."""
+    time.sleep(CALL_S)
+    return no_wait(requests)
+
+
+def computes(requests: Sequence[RewardRequest]) -> list[float]:
+    """Keep Python busy for each answer, as a parser does."""
+    for _ in requests:
+        end = time.thread_time() + COMPUTED_S
+        while time.thread_time() < end:
+            pass
+    return no_wait(requests)
+
+
+def no_wait(requests: Sequence[RewardRequest]) -> list[float]:
+    """Return the share of each answer's ids in the lower half of the vocabulary."""
+    half = SHAPE["vocab_size"] // 2
+    return [sum(t < half for t in r.response_tokens) / len(r.response_tokens) for r in requests]
+
+
+REWARDS: dict[str, tuple[RewardFunction, str]] = {
+    "slow, one at a time": (sleeps_an_answer, f"a function that waits {ANSWER_S * 1e3:.0f} ms an answer"),
+    "slow, all at once": (sleeps_a_call, f"a function that waits {CALL_S * 1e3:.0f} ms a call"),
+    "busy": (computes, f"a function that computes {COMPUTED_S * 1e3:.0f} ms an answer in Python"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write the report; the status is 1 where scores differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=8, help="of each contender in a row, default 8")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="pipelines, default 1 2")
+    parser.add_argument("--out", type=Path, default=RESULTS / "interleaving_cpu", help="without suffix")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        random_model().save_pretrained(folder)
+        rows = [row for stages in options.stages for row in _rows(folder, stages, options.iterations)]
+    write(_report(rows), options.out)
+    print(f"{options.out}.md: {_verdict(rows)}")
+    return int(any(entry.error > 1e-4 for row in rows for entry in row.entries))
+
+
+def _rows(folder: str, num_stages: int, iterations: int) -> list[Row]:
+    """Return the rows of a pipeline, each stage a process; times are those of its first rank."""
+    with tempfile.TemporaryDirectory() as meeting, ThreadPoolExecutor(num_stages) as pool:
+        places = [(rank, num_stages, folder, f"{meeting}/store", iterations) for rank in range(num_stages)]
+        first, *_ = pool.map(lambda place: in_fresh_process(measure_stage, *place), places)
+    return first
+
+
+def measure_stage(rank: int, num_stages: int, folder: str, store: str, iterations: int) -> list[Row]:
+    """Return the rows of one rank; the others run beside it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=num_stages)
+    with topology(Layout(pp=num_stages)) as place:
+        roles = _roles(folder, place)
+        rows = []
+        layout = "one rank" if num_stages == 1 else f"pp {num_stages}"
+        rewards = REWARDS if num_stages == 1 else {}
+        for name, (function, what) in rewards.items():
+            contenders = {
+                AS_THEY_END: partial(_judged, roles, function, 1),
+                AT_THE_END: partial(_judged, roles, function, 0),
+            }
+            rows.append(_row(f"{name}, {layout}", what, roles, contenders, iterations))
+        contenders = {
+            AS_THEY_END: partial(_scored, roles, True),
+            AT_THE_END: partial(_scored, roles, False),
+        }
+        what = "reference, critic and reward model"
+        rows.append(_row(f"models, {layout}", what, roles, contenders, iterations))
+    dist.destroy_process_group()
+    return rows
+
+
+def _row(
+    name: str, what: str, roles: PPORoles, contenders: dict[str, Callable[[], None]], iterations: int
+) -> Row:
+    """Time iterations of both in turns, from the same random numbers; weights hardly move."""
+    seconds = {contender: [] for contender in contenders}
+    errors = dict.fromkeys(contenders, 0.0)
+    progress = roles.progress()
+    for number in range(_WARM_UP + iterations):
+        experiences = {}
+        for contender in list(contenders) if number % 2 else reversed(contenders):
+            contenders[contender]()
+            roles.set_progress(progress | {"num_answered": progress["num_answered"] + number})
+            found, experiences[contender] = _iteration(roles)
+            if number >= _WARM_UP:
+                seconds[contender].append(found)
+        for contender, experience in experiences.items():
+            error = _distance(experience, experiences[AT_THE_END])
+            errors[contender] = max(errors[contender], error)
+    return Row(
+        row=name,
+        what=f"an iteration of PPO, scored by {what}",
+        shape=f"{len(_mix().prompts)} answers, long tail up to {LONGEST_ANSWER} tokens, fp32",
+        command="python -m benchmarks.training.interleaving",
+        entries=[
+            Entry(
+                name=contender,
+                timing=summary([sum(one.values()) for one in found]),
+                error=errors[contender],
+                figures={
+                    f"{phase} ms": 1e3 * summary([one[f"timing_s/{phase}"] for one in found]).median_s
+                    for phase in _PHASES
+                },
+            )
+            for contender, found in seconds.items()
+        ],
+    )
+
+
+def _iteration(roles: PPORoles) -> tuple[dict[str, float], Experience]:
+    prompts = [PromptInput(tokens=prompt, extra={}) for prompt in _mix().prompts]
+    dist.barrier()
+    phases = Phases()
+    with phases.phase("generate"):
+        rollouts = roles.generate(prompts)
+    with phases.phase("experience"):
+        experience = roles.make_experience(rollouts)
+    with phases.phase("update"):
+        roles.update(experience)
+    return phases.seconds, experience
+
+
+def _distance(found: Experience, expected: Experience) -> float:
+    """Return the largest difference of rewards, reference logprobs and values."""
+    assert torch.equal(found.rollouts.tokens_T, expected.rollouts.tokens_T)
+    names = ("rewards_B", "ref_logprobs_T", "values_T")
+    return max(float((getattr(found, name) - getattr(expected, name)).abs().max()) for name in names)
+
+
+def _judged(roles: PPORoles, function: RewardFunction, concurrency: int) -> None:
+    roles.settings = dataclasses.replace(roles.settings, scores_early=False)
+    roles.rewards.judge = AnswerJudge(
+        function, topology=roles.topology, tokenizer=None, masks_faults=False, concurrency=concurrency
+    )
+
+
+def _scored(roles: PPORoles, scores_early: bool) -> None:
+    roles.settings = dataclasses.replace(roles.settings, scores_early=scores_early)
+    roles.rewards.judge = None
+
+
+def _roles(folder: str, place: Topology) -> PPORoles:
+    load = partial(load_model, folder, place, dtype=torch.float32, seed=7)
+    still = AdamSettings(lr=1e-12)  # so that both contenders answer and score alike
+    return PPORoles(
+        topology=place,
+        policy=load()[0],
+        reference=load(role="reference")[0],
+        critic=load(role="critic")[0],
+        reward_model=load(role="reward")[0],
+        settings=PPOSettings(micro_batch_tokens=2048),
+        answers=AnswerSettings(
+            sampling=SamplingSettings(temperature=1.0),
+            batch=BatchSettings(max_batch=MAX_BATCH, max_step_tokens=1024, page_size=PAGE_SIZE),
+            max_new_tokens=LONGEST_ANSWER,
+            stop_ids=frozenset(),
+            stop_check=_is_long_enough,
+        ),
+        policy_adam=still,
+        critic_adam=still,
+        seed=3,
+    )
+
+
+def _is_long_enough(tokens: Sequence[int]) -> bool:
+    """Return whether an answer ends here: its first id draws its length from the long-tailed mix."""
+    lengths = _mix().lengths
+    return len(tokens) >= lengths[tokens[0] % len(lengths)]
+
+
+@functools.cache
+def _mix() -> Mix:
+    """Return the long-tailed mix."""
+    return mixes()[-1]
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """Return what each row says, in one sentence."""
+    said = []
+    for row in rows:
+        early, late = (entry.timing.median_s for entry in row.entries)
+        said.append(f"{row.row}: {late * 1e3:.0f} → {early * 1e3:.0f} ms ({late / early:.2f} ×)")
+    return "; ".join(said) + "."
+
+
+def _report(rows: Sequence[Row]) -> Report:
+    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
+    return Report(
+        title="Scoring answers as they end, CPU",
+        claim="An iteration in which answers are scored while others are generated, against one that scores "
+        f"them when all have ended, medians: {_verdict(rows)}",
+        machine=description(torch.device("cpu")),
+        rows=rows,
+        notes=(
+            f"all models: GLM of {sizes}; random weights",
+            "both contenders of a row answer alike, from the same random numbers; `error` is the largest "
+            "difference of rewards, reference logprobs and values from those scored at the end",
+            "one epoch, one mini-batch; times of the first rank; one thread a rank",
+            "on one rank models score nothing early: a single stage has no idle turn, so both contenders do "
+            "the same, and the difference is the noise of the measurement",
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Optimizer steps of policy and critic in one pipeline schedule and in a schedule each, in turns.
+
+python -m benchmarks.training.joint_update
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import RESULTS
+from benchmarks.generation.mixes import SHAPE, random_model
+from benchmarks.harness.fresh_process import in_fresh_process
+from benchmarks.training.random_experience import random_experience
+from glm_rlhf.engine.bench.harness import Entry, summary
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
+from glm_rlhf.engine.rl.optimizer_step import Learner, take_steps
+from glm_rlhf.engine.rl.ppo_settings import PPOSettings
+from glm_rlhf.engine.types import Rollouts
+from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
+from glm_rlhf.parallel.optim.training_state import AdamSettings
+from glm_rlhf.parallel.runtime.spans import WAIT, recording
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.weights.load import load_model
+
+TOGETHER, APART = "one schedule", "a schedule each"
+_STAGES = 2
+_LENGTH, _PROMPT = 512, 128  # tokens of a sequence, which is a micro-batch, and of its prompt
+_WARM_UP = 2  # steps of each contender that no time has
+Steps = Callable[[], list[float]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write the report; the status is 1 where gradients differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="of each contender in a row, default 20")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="of each role a step, default 1 2 4"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "joint_update_cpu", help="without suffix")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_STAGES) as pool:
+        random_model().save_pretrained(folder)
+        places = [(rank, folder, f"{folder}/store", options.steps, options.micro_batches) for rank in (0, 1)]
+        one_thread = {"OMP_NUM_THREADS": "1"}
+        stages = pool.map(
+            lambda place: in_fresh_process(measure_stage, *place, environment=one_thread), places
+        )
+        rows, *_ = stages
+    write(_report(rows), options.out)
+    print(f"{options.out}.md: {_verdict(rows)}")
+    return int(any(entry.error > 1e-5 for row in rows for entry in row.entries))
+
+
+def measure_stage(rank: int, folder: str, store: str, num_steps: int, counts: Sequence[int]) -> list[Row]:
+    """Return the rows, the same on every rank; the others run beside it."""
+    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=_STAGES)
+    with topology(Layout(pp=_STAGES)) as place:
+        load = partial(load_model, folder, place, dtype=torch.float32, seed=7)
+        still = AdamSettings(lr=1e-12)  # so that both contenders have the same gradients
+        policy = training_state(load()[0], still, topology=place)
+        critic = training_state(load(role="critic")[0], still, topology=place)
+        rows = [_row(count, policy, critic, num_steps, place) for count in counts]
+    dist.destroy_process_group()
+    return rows
+
+
+def _row(
+    count: int, policy: AnyTrainingState, critic: AnyTrainingState, num_steps: int, place: Topology
+) -> Row:
+    """Time steps of both in turns, each from a barrier to the last rank's end."""
+    experience = random_experience(
+        count,
+        length=_LENGTH,
+        prompt_length=_PROMPT,
+        vocab_size=SHAPE["vocab_size"],
+        num_everywhere=count,
+    )
+    settings = PPOSettings(micro_batch_tokens=_LENGTH)
+    (part,) = mini_batches(experience, settings, seed=1, topology=place)
+    learners = [
+        critic_learner(critic, experience, part, settings, topology=place),
+        policy_learner(policy, experience, part, settings, topology=place),
+    ]
+    contenders: dict[str, Steps] = {
+        TOGETHER: partial(_steps, [learners], experience.rollouts, place),
+        APART: partial(_steps, [[one] for one in learners], experience.rollouts, place),
+    }
+    seconds, idle = ({name: [] for name in contenders} for _ in range(2))
+    norms: dict[str, list[float]] = {}
+    for number in range(_WARM_UP + num_steps):
+        for name in list(contenders) if number % 2 else reversed(contenders):
+            took_s, waited_s, norms[name] = _timed(contenders[name])
+            if number >= _WARM_UP:
+                seconds[name].append(took_s)
+                idle[name].append(waited_s / took_s)
+    return Row(
+        row=f"{count} micro-batches",
+        what=f"an optimizer step of policy and critic, {count} micro-batches each",
+        shape=f"pp {_STAGES}, micro-batches of {_LENGTH} tokens, fp32",
+        command="python -m benchmarks.training.joint_update",
+        entries=[
+            Entry(
+                name=name,
+                timing=summary(seconds[name]),
+                error=max(abs(a / b - 1) for a, b in zip(norms[name], norms[APART], strict=True)),
+                figures={"idle %": 100 * median(idle[name])},
+            )
+            for name in contenders
+        ],
+    )
+
+
+def _steps(groups: Sequence[Sequence[Learner]], rollouts: Rollouts, place: Topology) -> list[float]:
+    """Return the gradient norms of a step of all learners, each group's in one schedule."""
+    return [step.result.grad_norm for group in groups for step in take_steps(group, rollouts, topology=place)]
+
+
+def _timed(steps: Steps) -> tuple[float, float, list[float]]:
+    """Return the slowest rank's seconds, the mean rank's seconds of waits, and the norms."""
+    waits: list[float] = []
+
+    def record(name: str, start: float, end: float) -> None:
+        if name == WAIT:
+            waits.append(end - start)
+
+    dist.barrier()
+    with recording(record):
+        start = time.perf_counter()
+        norms = steps()
+        took_s = time.perf_counter() - start
+    slowest = torch.tensor(took_s, dtype=torch.float64)
+    waited = torch.tensor(sum(waits) / _STAGES, dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(waited)
+    return float(slowest), float(waited), norms
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """Return what each row says, in one sentence."""
+    said = []
+    for row in rows:
+        together, apart = row.entries
+        a, b = apart.timing.median_s, together.timing.median_s
+        said.append(
+            f"{row.row}: {a * 1e3:.0f} → {b * 1e3:.0f} ms ({a / b:.2f} ×), idle "
+            f"{apart.figures['idle %']:.0f} → {together.figures['idle %']:.0f} %"
+        )
+    return "; ".join(said) + "."
+
+
+def _report(rows: Sequence[Row]) -> Report:
+    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
+    return Report(
+        title="Policy and critic in one pipeline schedule, CPU",
+        claim="A step in which the micro-batches of policy and critic share a schedule, against one in which "
+        f"each has its own, medians: {_verdict(rows)}",
+        machine=description(torch.device("cpu")),
+        rows=rows,
+        notes=(
+            f"both models: GLM of {sizes}; random weights",
+            "two stages without other axes, one thread a rank; optimizer steps are in the time; with stages "
+            "equally busy and m micro-batches a role, 1 / (m + 1) of a schedule each would be idle, and "
+            "1 / (2 m + 1) of the joint one",
+            "`idle` is the mean over ranks of the share of a step in which the host stands in a wait of "
+            "torch.distributed, transfer included; `error` the relative difference of gradient norms",
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

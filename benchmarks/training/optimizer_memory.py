@@ -1,0 +1,186 @@
+"""Memory of training steps: the optimizer in backward against one with a gradient buffer.
+
+python -m benchmarks.training.optimizer_memory
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import RESULTS
+from benchmarks.harness.fresh_process import in_fresh_process
+from glm_rlhf.engine.bench.harness import Entry
+from glm_rlhf.engine.bench.machine import description
+from glm_rlhf.engine.bench.memory import LiveGradients, held_and_peak_bytes
+from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.parallel.model.glm import GLMModel, build_model
+from glm_rlhf.parallel.model.packing import PackedTokens, pack
+from glm_rlhf.parallel.model.token_outputs import next_tokens
+from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
+from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
+from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
+from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.weights.load import randomize_weights
+
+CONFIG = GLMConfig(
+    family="glm",
+    num_layers=8,
+    hidden_size=512,
+    num_heads=8,
+    num_kv_heads=2,
+    head_size=64,
+    ffn_size=1408,
+    vocab_size=4096,
+    norm_epsilon=1e-5,
+    rope_theta=1e4,
+    max_positions=256,
+    init_std=0.02,
+)
+NUM_TOKENS = 64
+CONTENDERS = {"in backward": True, "gradient buffer": False}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the report and return the exit status: 1 where the weights differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "optimizer_memory_cpu", help="without suffix")
+    options = parser.parse_args(arguments)
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    rows = in_fresh_process(measure_rows, environment=environment)
+    write(report(rows), options.out)
+    return 1 if any(entry.status for row in rows for entry in row.entries) else 0
+
+
+def measure_rows() -> list[Row]:
+    """Return one row for a single micro-batch a step, and one for several."""
+    with topology(Layout()) as place:
+        return [_row(num, place) for num in (1, 4)]
+
+
+def report(rows: Sequence[Row]) -> Report:
+    """Return the report of all rows."""
+    with topology(Layout()) as place:
+        sizes = [4 * sum(p.numel() for p in layer.parameters()) for layer in _model(place)[0].decoder.layers]
+        whole = 4 * sum(p.numel() for p in _model(place)[0].parameters())
+    bucket = max(*sizes, 4 * CONFIG.vocab_size * CONFIG.hidden_size)
+    return Report(
+        title="Training steps without a gradient buffer, CPU",
+        claim=f"With one micro-batch a step the optimizer in backward holds one bucket of gradient, here "
+        f"{bucket / 1e6:.1f} MB of the whole gradient's {whole / 1e6:.1f} MB; with several, the sums of the "
+        f"earlier ones have to wait, and its peak is no lower. Measured: {verdict(rows)}",
+        machine=description(torch.device("cpu")),
+        rows=rows,
+        notes=(
+            f"model: GLM of {CONFIG.num_layers} layers, hidden {CONFIG.hidden_size}, ffn {CONFIG.ffn_size}, "
+            f"vocabulary {CONFIG.vocab_size}, fp32; AdamW, no clipping; one rank; two steps of forward, "
+            "next-token loss, backward, optimizer",
+            "gradient MB: the most bytes alive at once of gradients that parameters were given, and of their "
+            "buffers",
+            "other MB: every allocation of torch from before the model is made; weights and moments are 3 "
+            "times the whole gradient's size. The peak with a gradient buffer lies in torch's AdamW, whose "
+            "temporaries are as large as the model",
+            "checked: the weights after two steps are those of the other contender",
+        ),
+    )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Return the peaks of each row."""
+    sentences = []
+    for row in rows:
+        ours, other = row.entries
+        sentences.append(
+            f"{row.what}: {ours.figures['gradient MB']:.1f} MB of gradient at most, against "
+            f"{other.figures['gradient MB']:.1f}; {ours.figures['peak MB']:.0f} MB of everything at most, "
+            f"against {other.figures['peak MB']:.0f}."
+        )
+    return " ".join(sentences)
+
+
+def _row(num_micro_batches: int, place: Topology) -> Row:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, CONFIG.vocab_size, (num_micro_batches, NUM_TOKENS), generator=generator)
+    batches = [pack([row]) for row in tokens]
+    weights, entries = [], []
+    for name, in_backward in CONTENDERS.items():
+        trained: list[GLMModel] = []
+        held, peak = held_and_peak_bytes(partial(_train, trained, batches, in_backward, place))
+        live = LiveGradients(_model(place)[0])
+        state = _train([live.model], batches, in_backward, place)
+        live_bytes = live.peak + _buffer_bytes(state)
+        weights.append(torch.cat([p.detach().flatten() for p in trained[0].parameters()]))
+        figures = {
+            "gradient MB": live_bytes / 1e6,
+            "MB between steps": held / 1e6,
+            "peak MB": peak / 1e6,
+        }
+        error = float((weights[-1] - weights[0]).abs().max())
+        status = "" if error <= 1e-6 else "wrong: weights differ"
+        entries.append(Entry(name=name, error=error, figures=figures, status=status))
+    return Row(
+        row=f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)}",
+        what=f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)} a step",
+        shape=f"{num_micro_batches} × {NUM_TOKENS} tokens",
+        command="python -m benchmarks.training.optimizer_memory",
+        entries=entries,
+    )
+
+
+def _model(place: Topology) -> list[GLMModel]:
+    chunks = build_model(CONFIG, place, role="policy", dtype=torch.float32)
+    randomize_weights(chunks, seed=7)
+    return chunks
+
+
+def _state(chunks: Sequence[GLMModel], in_backward: bool, place: Topology) -> AnyTrainingState:
+    # Adam divides a gradient by its size: with a large epsilon roundings of it stay roundings.
+    settings = AdamSettings(lr=1e-3, epsilon=1.0, clip_grad=0.0)
+    return training_state(chunks, settings, topology=place, in_backward=in_backward)
+
+
+def _train(
+    chunks: list[GLMModel], batches: Sequence[PackedTokens], in_backward: bool, place: Topology
+) -> AnyTrainingState:
+    """Train a model for two steps; a new one, put into `chunks`, where there is none."""
+    chunks += [] if chunks else _model(place)
+    state = _state(chunks, in_backward, place)
+    step = _step(state, batches, place)
+    for _ in range(2):
+        step()
+    return state
+
+
+def _buffer_bytes(state: AnyTrainingState) -> int:
+    """Return the bytes of the gradient buffers that a state keeps."""
+    chunks = state.chunks if isinstance(state, TrainingState) else []
+    return sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers)
+
+
+def _step(state: AnyTrainingState, batches: Sequence[PackedTokens], place: Topology) -> Callable[[], None]:
+    targets = [next_tokens(batch) for batch in batches]
+
+    def loss(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, None]:
+        denominator = float(len(batches) * NUM_TOKENS)
+        weight_VD = model.output_weight_VD
+        found, _ = linear_nll_loss(
+            hidden_TD, weight_VD, targets[index], group=place.tp_group, denominator=denominator
+        )
+        return found, None
+
+    def run() -> None:
+        state.zero_grad()
+        run_micro_batches(state.chunks, batches, loss, topology=place, forward_only=False)
+        state.step()
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

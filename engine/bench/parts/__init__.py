@@ -1,0 +1,1 @@
+"""What `bench` measures: kernels, passes, generation, PPO by phase, checkpoints, scaling, and peers."""

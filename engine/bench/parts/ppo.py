@@ -1,0 +1,150 @@
+"""A whole iteration of PPO with four roles on this rank, by phase."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from glm_rlhf.engine.bench.harness import Entry, summary
+from glm_rlhf.engine.bench.report import Row
+from glm_rlhf.engine.bench.sizes import Sizes
+from glm_rlhf.engine.cost.workload import Choice, Work
+from glm_rlhf.engine.rl.ppo_settings import PPOSettings
+from glm_rlhf.engine.rl.roles import PPORoles
+from glm_rlhf.engine.rollout.generate import AnswerSettings
+from glm_rlhf.engine.rollout.generation_phase import BatchSettings
+from glm_rlhf.engine.types import PromptInput
+from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.model.glm import build_model
+from glm_rlhf.parallel.optim.training_state import AdamSettings
+from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.weights.load import randomize_weights
+
+PHASES = ("generate", "score", "critic", "policy")
+"""Of an iteration, in their order; `score` is rewards, logprobs, values and advantages."""
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+_WARM_UP = 2
+_LEAST_RUNS, _MOST_RUNS = 5, 50
+
+
+def make_roles(
+    place: Topology,
+    *,
+    model: GLMConfig,
+    work: Work,
+    choice: Choice,
+    fill: Callable[..., None] = randomize_weights,
+) -> PPORoles:
+    """Return four roles of one shape with weights at random, whose answers are all of full length.
+
+    `fill` draws them, called with a role's chunks and `seed`.
+    """
+    models = {}
+    for index, role in enumerate(("policy", "critic", "reference", "reward")):
+        recomputes = choice.recompute_layers and role in ("policy", "critic")
+        models[role] = build_model(
+            model, place, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
+        )
+        fill(models[role], seed=index)
+    return PPORoles(
+        topology=place,
+        policy=models["policy"],
+        critic=models["critic"],
+        reference=models["reference"],
+        reward_model=models["reward"],
+        settings=PPOSettings(
+            epochs=work.epochs,
+            minibatches=work.minibatches,
+            micro_batch_tokens=choice.micro_batch_tokens,
+        ),
+        answers=AnswerSettings(
+            sampling=SamplingSettings(),
+            batch=BatchSettings(
+                max_batch=work.max_batch, max_step_tokens=work.max_step_tokens, page_size=work.page_size
+            ),
+            max_new_tokens=work.max_new_tokens,
+            stop_ids=frozenset(),
+            num_samples=work.num_samples,
+        ),
+        policy_adam=AdamSettings(lr=1e-5),
+        critic_adam=AdamSettings(lr=1e-5),
+        seed=3,
+    )
+
+
+def ppo_row(sizes: Sizes, place: Topology, *, budget_s: float, command: str) -> Row:
+    """Return an iteration's time, the median of each phase in the columns behind it."""
+    work = Work(
+        max_prompt_tokens=sizes.prompt_tokens,
+        max_new_tokens=sizes.new_tokens,
+        mean_prompt_tokens=sizes.prompt_tokens,
+        mean_new_tokens=sizes.new_tokens,
+        num_prompts=sizes.num_prompts,
+        num_samples=1,
+        max_batch=sizes.num_prompts,
+        max_step_tokens=8192,
+        page_size=16,
+        itemsize=sizes.dtype.itemsize,
+        epochs=1,
+        minibatches=1,
+        recomputes_logprobs=False,
+    )
+    choice = Choice(layout=Layout(), micro_batch_tokens=8 * work.longest, recompute_layers=False)
+    roles = make_roles(place, model=sizes.model, work=work, choice=choice)
+    prompts = random_prompts(sizes.model, work)
+    runs: list[dict[str, float]] = []
+    started = time.perf_counter()
+    while len(runs) < _WARM_UP + _LEAST_RUNS or (
+        time.perf_counter() - started < budget_s and len(runs) < _WARM_UP + _MOST_RUNS
+    ):
+        runs.append(iteration_s(roles, prompts, place))
+    entry = _entry(runs[_WARM_UP:])
+    return Row(
+        row="ppo",
+        what="an iteration of PPO: answers, rewards and logprobs of four roles, one update of two",
+        shape=f"{work.num_prompts} prompts of {work.max_prompt_tokens} tokens, {work.max_new_tokens} new "
+        "tokens each",
+        command=command,
+        entries=[entry],
+        work=(float(work.num_prompts), "samples"),
+    )
+
+
+def _entry(runs: Sequence[dict[str, float]]) -> Entry:
+    timings = {phase: summary([run[phase] for run in runs]) for phase in PHASES}
+    return Entry(
+        name="ours",
+        timing=summary([sum(run.values()) for run in runs]),
+        figures={f"{phase} ms": 1e3 * timing.median_s for phase, timing in timings.items()},
+    )
+
+
+def random_prompts(model: GLMConfig, work: Work) -> list[PromptInput]:
+    """Return an iteration's prompts, all of the longest."""
+    size = (work.num_prompts, work.max_prompt_tokens)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, model.vocab_size, size, generator=generator).tolist()
+    return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+
+
+def iteration_s(roles: PPORoles, prompts: Sequence[PromptInput], place: Topology) -> dict[str, float]:
+    """Return the seconds of each phase of an iteration, the device waited for behind each."""
+    marks = [_now(place)]
+    rollouts = roles.generate(prompts)
+    marks.append(_now(place))
+    experience = roles.make_experience(rollouts)
+    marks.append(_now(place))
+    metrics = roles.update(experience)
+    marks.append(_now(place))
+    generate_s, score_s, update_s = (end - start for start, end in itertools.pairwise(marks))
+    critic_s = metrics["timing_s/critic"]  # the host's, which waits for the device at the end of a step
+    return dict(zip(PHASES, (generate_s, score_s, critic_s, update_s - critic_s), strict=True))
+
+
+def _now(place: Topology) -> float:
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+    return time.perf_counter()

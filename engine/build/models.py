@@ -1,0 +1,135 @@
+"""What commands on models have in common: layouts, tokenizers, ids that end an answer, models beside others."""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from glm_rlhf.engine.config.sections import (
+    GenerationSection,
+    ModelSection,
+    ParallelSection,
+    RunSection,
+    TokenizerSection,
+)
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.tokenizer.load import has_tokenizer, load_tokenizer
+from glm_rlhf.parallel.model.glm import GLMModel, Role
+from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.weights.load import load_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types by the names that configs use."""
+
+
+class ReadsText(Protocol):
+    """A root config of a command whose model may have a tokenizer."""
+
+    tokenizer: TokenizerSection
+    """What the user says about it."""
+    tokenizer_path: Path
+    """Where it is looked for."""
+
+
+class DrawsAnswers(Protocol):
+    """A root config of a command whose model answers prompts."""
+
+    run: RunSection
+    """Names the seed of everything."""
+    generation: GenerationSection
+    """May name another for answers, and ids that end them."""
+    model: ModelSection
+    """The model."""
+
+
+def answer_seed(config: DrawsAnswers) -> int:
+    """Return the seed that answers follow from."""
+    return config.run.seed if config.generation.seed is None else config.generation.seed
+
+
+def layout_of(axes: ParallelSection) -> Layout:
+    """Return the layout that a config asks for."""
+    return Layout(tp=axes.tp, pp=axes.pp, vpp=axes.vpp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)
+
+
+def find_tokenizer(config: ReadsText, glm: GLMConfig) -> Tokenizer | None:
+    """Return the tokenizer, or None where none is named and none lies beside the model: ids need none.
+
+    Raises:
+        ValueError: a damaged tokenizer, or one with more ids than the model has rows.
+    """
+    folder = config.tokenizer_path
+    if config.tokenizer.path is None and not has_tokenizer(folder):
+        return None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > glm.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{glm.vocab_size} rows: they do not belong together"
+        )
+    return tokenizer
+
+
+def stop_ids_of(config: DrawsAnswers, tokenizer: Tokenizer | None, glm: GLMConfig) -> frozenset[int]:
+    """Return the ids that end an answer: the model's own, and those that the config adds.
+
+    Raises:
+        ValueError: the config adds one that the model cannot draw.
+    """
+    given = config.generation.stop_ids
+    if beyond := [token for token in given if token >= glm.vocab_size]:
+        raise ValueError(
+            f"generation.stop_ids holds {beyond[0]}, the model's vocabulary ends at {glm.vocab_size - 1}: no "
+            "answer would end so"
+        )
+    return frozenset(given) | _own_stop_ids(config.model.path, tokenizer)
+
+
+def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
+    """Return the ids that end a model's answers: the tokenizer's, without one those of config.json."""
+    if tokenizer is not None:
+        return set(tokenizer.stop_ids)
+    declared = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    return set(declared) if isinstance(declared, list) else set() if declared is None else {declared}
+
+
+def load_other(
+    key: str,
+    path: str | Path,
+    place: Topology,
+    *,
+    role: Role,
+    dtype: torch.dtype,
+    beside: GLMConfig,
+    seed: int = 1234,
+    recompute_layers: bool = False,
+) -> tuple[list[GLMModel], tuple[str, ...]]:
+    """Return what `load_model` does of a model that another one's ids go through; every rank calls this.
+
+    Args:
+        key: of the config, that named the folder.
+        path: the folder.
+        place, role, dtype, seed, recompute_layers: as for `load_model`.
+        beside: shape of the command's own model.
+
+    Raises:
+        ValueError: as `load_model`; or its vocabulary has another size, or it is to give rewards and the
+            folder has no scalar head, whose place a new one would take.
+    """
+    chunks, created = load_model(
+        path, place, role=role, dtype=dtype, seed=seed, recompute_layers=recompute_layers
+    )
+    glm = chunks[0].glm
+    if role == "reward" and created:
+        raise ValueError(
+            f"{key} is {path}, which has no scalar head: give a reward model, as the command reward makes one"
+        )
+    if glm.vocab_size != beside.vocab_size:
+        raise ValueError(
+            f"{key} has {glm.vocab_size} rows in its vocabulary, model.path {beside.vocab_size}: they "
+            "do not read the same ids"
+        )
+    return chunks, created

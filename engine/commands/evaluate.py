@@ -1,0 +1,150 @@
+"""The command `evaluate`: figures of a policy on a file of prompts, with confidence intervals."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm_rlhf.engine.build.models import DTYPES, answer_seed, find_tokenizer, layout_of, load_other
+from glm_rlhf.engine.build.prompts import read_prompt_inputs
+from glm_rlhf.engine.config.evaluate import EvaluateConfig
+from glm_rlhf.engine.data.records.reading import ReadReport
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.evaluation.measure import EvaluationSettings, Measured, judge_rollouts, measure
+from glm_rlhf.engine.evaluation.scored_answers import write_answers
+from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rl.engine import answer_settings_of, reward_function_of
+from glm_rlhf.engine.rollout.generate import answer_prompts
+from glm_rlhf.engine.rollout.generation_layout import second_layout
+from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.weights.load import load_model
+
+FILE_NAME = "evaluate.json"
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate a policy, alone or against another model; every rank of the launch calls it.
+
+    Written are `<run.output>/evaluate.json`, and one line an answer to `data.out`; a table is printed. One
+    model is in memory at a time: the policy answers, then the other model, then the reward model judges.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    axes = config.parallel
+    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+        with agreed("finding the reward function"):
+            function = reward_function_of(config.reward)
+        policy, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+        glm, report = policy[0].glm, ReadReport()
+        with agreed("reading tokenizer and prompts"):
+            tokenizer = find_tokenizer(config, glm)
+            prompts = read_prompt_inputs(
+                config.data.path,
+                tokenizer,
+                glm,
+                max_prompt_tokens=config.data.max_prompt_tokens,
+                on_error=config.data.on_error,
+                report=report,
+            )
+        rollouts = [_answer(config, policy, prompts, tokenizer, place)]
+        del policy
+        if config.against.path is not None:
+            rollouts.append(_answer_of_other(config, glm, prompts, tokenizer, place))
+        rewarder = _rewarder(config, function, tokenizer, glm, place)
+        answers = [judge_rollouts(one, rewarder.without_baseline, tokenizer, place) for one in rollouts]
+        settings = EvaluationSettings(
+            num_samples=config.generation.num_samples,
+            pass_k=config.evaluate.pass_k,
+            pass_reward=config.evaluate.pass_reward,
+        )
+        found = measure(answers[0], settings, against=answers[1] if len(answers) > 1 else None)
+        write_answers(config.out_path, answers[0], place)
+        with agreed(f"writing {FILE_NAME}"):
+            if place.is_reporter:
+                path = _write(config, found, len(prompts), report)
+                sys.stdout.write(table(found))
+                sys.stderr.write(f"written to {path} and {config.out_path}\n")
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """Return one line a figure: name, mean, interval, prompts, and how the interval was made."""
+    lines = [f"{'figure':<16} {'mean':>10}   {'95 % interval':<23} {'prompts':>7}  interval"]
+    for one in measured:
+        estimate = one.estimate
+        ends = f"[{estimate.low:.4f}, {estimate.high:.4f}]"
+        lines.append(
+            f"{one.name:<16} {estimate.mean:>10.4f}   {ends:<23} {estimate.num_units:>7}  {one.interval}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _answer(
+    config: EvaluateConfig,
+    chunks: list,
+    prompts: Sequence[PromptInput],
+    tokenizer: Tokenizer | None,
+    place: Topology,
+) -> Rollouts:
+    settings = answer_settings_of(config, tokenizer, chunks[0].glm, place)
+    given, timeout_s = config.generation, config.parallel.timeout_s
+    with second_layout(chunks, place, tp=given.tp, pp=given.pp, timeout_s=timeout_s) as resharded:
+        return answer_prompts(
+            chunks, prompts, settings, seed=answer_seed(config), topology=place, resharded=resharded
+        )
+
+
+def _answer_of_other(
+    config: EvaluateConfig,
+    glm: GLMConfig,
+    prompts: Sequence[PromptInput],
+    tokenizer: Tokenizer | None,
+    place: Topology,
+) -> Rollouts:
+    dtype = DTYPES[config.train.dtype]
+    other, _ = load_other("against.path", config.against.path, place, role="policy", dtype=dtype, beside=glm)
+    return _answer(config, other, prompts, tokenizer, place)
+
+
+def _rewarder(
+    config: EvaluateConfig, function: object, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+) -> RewardTerms:
+    model, path = None, config.reward.path
+    if path is not None:
+        dtype = DTYPES[config.train.dtype]
+        model, _ = load_other("reward.path", path, place, role="reward", dtype=dtype, beside=glm)
+    return RewardTerms(
+        topology=place,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        tokenizer=tokenizer,
+        model=model,
+        function=function,
+        function_weight=config.reward.function_weight,
+        masks_faults=config.reward.on_error == "mask",
+        concurrency=config.reward.concurrency,
+    )
+
+
+def _write(
+    config: EvaluateConfig, measured: Sequence[Measured], num_prompts: int, report: ReadReport
+) -> Path:
+    content = {
+        "model": config.model.path,
+        "against": config.against.path,
+        "reward": {"path": config.reward.path, "function": config.reward.function},
+        "num_prompts": num_prompts,
+        "num_skipped": report.num_skipped,
+        "num_samples": config.generation.num_samples,
+        "pass_reward": config.evaluate.pass_reward,
+        "figures": {
+            one.name: {**dataclasses.asdict(one.estimate), "interval": one.interval} for one in measured
+        },
+    }
+    path = Path(config.run.output) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,223 @@
+"""The command `generate`: answers for a file of prompts."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from glm_rlhf.engine.build.models import DTYPES, answer_seed, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.engine.config.sections import GenerateConfig, GenerationSection
+from glm_rlhf.engine.config.training import LabelConfig
+from glm_rlhf.engine.data.records.jsonl_writer import WriteLine, json_lines
+from glm_rlhf.engine.data.records.reading import ReadReport
+from glm_rlhf.engine.data.records.schema import PromptRecord, read_prompts
+from glm_rlhf.engine.data.records.token_ids import prompt_ids
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.rollout.generation_layout import second_layout, weights_for_generation
+from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase, deal_by_length
+from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
+from glm_rlhf.engine.rollout.stop_strings import stop_check
+from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.inference.weight_views import ChunkWeights
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.nonfinite import refuse_nonfinite
+from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.weights.load import load_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One record as ids."""
+
+    index: int
+    """Its place among the file's records."""
+    ids: list[int]
+    """What the model is given, at least one id."""
+
+
+def run(config: GenerateConfig) -> None:
+    """Write one line an answer: `{"index", "sample", "prompt_tokens", "tokens", "text", "logprobs",
+    "sampling_logprobs", "finish_reason"}`.
+
+    `logprobs` are those of the plain model, as `score` gives them; `sampling_logprobs` those of the
+    distribution that was drawn from. `text` is null without a tokenizer. Every rank of the launch calls
+    it; rank 0 writes, in the input's order, and says what was done.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    axes = config.parallel
+    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
+        chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+        report = ReadReport()
+        with agreed("reading tokenizer and prompts"):
+            tokenizer = find_tokenizer(config, chunks[0].glm)
+            prompts = read_prompt_ids(config, tokenizer, chunks[0], report)
+        with contextlib.ExitStack() as stack:
+            write = None
+            with agreed(f"writing {config.out_path}"):
+                if place.is_reporter:
+                    write = stack.enter_context(json_lines(config.out_path))
+            start = time.monotonic()
+            completions = generate_answers(config, prompts, tokenizer, chunks, place)
+            if write is not None:
+                _write_all(write, prompts, completions, tokenizer)
+                _say(config, report, completions, time.monotonic() - start)
+
+
+def generate_answers(
+    config: GenerateConfig | LabelConfig,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer | None,
+    chunks: list[GLMModel],
+    place: Topology,
+) -> list[Completion]:
+    """Return all completions, in no order, on rank 0; each copy of the model answers its share of prompts.
+
+    Every rank of the topology calls this.
+
+    Args:
+        config: how answers are drawn.
+        prompts: of the whole launch; a completion's `request` is the place of its prompt among them.
+        tokenizer: masks ids without a token, and knows what ends an answer; may be None.
+        chunks: this rank's chunks of the policy.
+        place: layout and groups.
+    """
+    settings, glm = config.generation, chunks[0].glm
+    stop_ids = stop_ids_of(config, tokenizer, glm)
+    requests = [
+        GenerationRequest(
+            index=number,
+            prompt=tuple(prompt.ids),
+            num_samples=settings.num_samples,
+            max_new_tokens=min(settings.max_new_tokens, glm.max_positions - len(prompt.ids)),
+            stop_ids=stop_ids,
+            seed=answer_seed(config) + prompt.index,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    with contextlib.ExitStack() as stack:
+        resharded = stack.enter_context(
+            second_layout(chunks, place, tp=settings.tp, pp=settings.pp, timeout_s=config.parallel.timeout_s)
+        )
+        weights, place = stack.enter_context(weights_for_generation(chunks, place, resharded))
+        return _answers_everywhere(requests, settings, tokenizer, weights, place)
+
+
+def _answers_everywhere(
+    requests: list[GenerationRequest],
+    settings: GenerationSection,
+    tokenizer: Tokenizer | None,
+    chunks: Sequence[GLMModel | ChunkWeights],
+    place: Topology,
+) -> list[Completion]:
+    """Return the answers to all requests on rank 0, drawn in the layout of `chunks`."""
+    # Context-parallel ranks hold the whole model too: they are further copies here.
+    copies = place.dp_cp_group
+    shares = deal_by_length(
+        [len(request.prompt) for request in requests], rank=copies.rank(), num_ranks=copies.size()
+    )
+    mine = [requests[number] for number in shares]
+    vocab_size = chunks[0].glm.vocab_size
+    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(vocab_size).to(place.device)
+    sampling = SamplingSettings(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        masked_ids_V=masked_V,
+    )
+    batch = BatchSettings(
+        max_batch=settings.max_batch,
+        max_step_tokens=settings.max_step_tokens,
+        page_size=settings.page_size,
+        cache_bytes=settings.cache_bytes,
+    )
+    longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+    bar = tqdm(
+        total=len(mine) * settings.num_samples,
+        desc="generate",
+        unit=" answers",
+        disable=None if place.is_reporter else True,
+    )
+    found, findings = [], []
+    with bar, GenerationPhase(chunks, topology=place, batch=batch, longest=longest) as phase:
+        try:
+            for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
+                found.append(completion)
+                bar.update()
+        except FloatingPointError as error:  # on every rank of this copy of the model; others go on
+            findings = [str(error)]
+    refuse_nonfinite(findings, "look at the model's weights", device=place.device)
+    if copies.size() > 1 and place.tp_rank == place.pp_rank == 0:
+        everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
+        dist.all_gather_object(everyone, found, group=copies)
+        found = [completion for part in everyone for completion in part]
+    return found
+
+
+def read_prompt_ids(
+    config: GenerateConfig | LabelConfig, tokenizer: Tokenizer | None, model: GLMModel, report: ReadReport
+) -> list[Prompt]:
+    """Return the prompts of `data.path` as ids, each of which leaves room for an answer.
+
+    Raises:
+        RecordError: a bad file or record.
+    """
+    data, glm = config.data, model.glm
+    to_prompt = partial(
+        _prompt, tokenizer=tokenizer, longest=data.max_prompt_tokens, max_positions=glm.max_positions
+    )
+    return list(
+        read_prompts(
+            data.path, vocab_size=glm.vocab_size, on_error=data.on_error, report=report, then=to_prompt
+        )
+    )
+
+
+def _prompt(record: PromptRecord, *, tokenizer: Tokenizer | None, longest: int, max_positions: int) -> Prompt:
+    place = record.place
+    ids = prompt_ids(record.prompt, place, tokenizer)
+    if len(ids) > longest:
+        raise place.error(f"the prompt has {len(ids)} tokens, data.max_prompt_tokens allows {longest}")
+    if len(ids) >= max_positions:
+        raise place.error(
+            f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's context "
+            f"of {max_positions}"
+        )
+    return Prompt(index=place.index, ids=ids)
+
+
+def _write_all(
+    write: WriteLine, prompts: list[Prompt], completions: list[Completion], tokenizer: Tokenizer | None
+) -> None:
+    for done in sorted(completions, key=lambda done: (done.request, done.sample)):
+        prompt, tokens = prompts[done.request], list(done.tokens)
+        write(
+            {
+                "index": prompt.index,
+                "sample": done.sample,
+                "prompt_tokens": prompt.ids,
+                "tokens": tokens,
+                "text": None if tokenizer is None else tokenizer.decode_response(tokens, unknown="replace"),
+                "logprobs": list(done.plain_logprobs),
+                "sampling_logprobs": list(done.logprobs),
+                "finish_reason": done.finish_reason,
+            }
+        )
+
+
+def _say(config: GenerateConfig, report: ReadReport, completions: list[Completion], elapsed_s: float) -> None:
+    num_tokens = sum(len(done.tokens) for done in completions)
+    num_cut = sum(done.finish_reason == "length" for done in completions)
+    skipped = f" ({report.num_skipped} bad ones skipped)" if report.num_skipped else ""
+    sys.stderr.write(
+        f"answered {report.num_records} prompts{skipped} with {len(completions)} answers, {num_cut} of them "
+        f"cut at their longest: {num_tokens} tokens, {num_tokens / elapsed_s:.0f} tokens/s; written to "
+        f"{config.out_path}\n"
+    )

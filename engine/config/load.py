@@ -1,0 +1,176 @@
+"""A config from its YAML file, overridden from the command line, checked key by key."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from glm_rlhf.engine.config.keys import Key, in_yaml, keys_of, nearest_key, section_factories
+from glm_rlhf.engine.config.yaml_source import ConfigError, Given, read_file, read_value, to_yaml
+
+__all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
+
+Config = TypeVar("Config")
+
+FILE_NAME = "config.yaml"
+COMMAND_LINE = "command line"
+_OVERRIDE = re.compile(r"-*[A-Za-z_][A-Za-z0-9_.\-]*=")
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+
+
+def load_config(
+    config_class: type[Config], path: str | os.PathLike | None = None, overrides: Iterable[str] = ()
+) -> Config:
+    """Return a root config, built from a YAML file and `a.b=c` overrides, every key checked.
+
+    A later override of the same key wins over an earlier one, any override over the file, the file over
+    the default.
+
+    Args:
+        config_class: a root of `glm_rlhf.engine.config.sections`, e.g. `ScoreConfig`.
+        path: YAML file of sections, or None to start from the defaults.
+        overrides: `section.key=value` each; the value is YAML, or plain text where the key takes text.
+
+    Raises:
+        ConfigError: anything a user has to mend: an unreadable file, unknown or missing keys, values of a
+            wrong type or range, impossible combinations. All faulty keys are named at once.
+    """
+    keys = keys_of(config_class)
+    given: dict[str, Given] = {}
+    problems: list[str] = []
+    entries = [*(read_file(path) if path is not None else ()), *(_override(text, keys) for text in overrides)]
+    for entry in entries:
+        given[entry.path] = entry
+        if entry.path not in keys:
+            problems.append(_unknown(entry, keys))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    sections = {}
+    for section, factory in section_factories(config_class).items():
+        values = {entry.name: entry.value for entry in given.values() if entry.section == section}
+        try:
+            sections[section] = factory(**values)
+        except ValidationError as error:
+            problems += dict.fromkeys(_problems(error, section, keys, given))  # a list's items: once
+    if problems:
+        raise ConfigError("; ".join(problems))
+    try:
+        return config_class(**sections)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_reason(detail) for detail in error.errors())) from None
+
+
+def dump_config(config: object) -> str:
+    """Return a config as YAML that `load_config` reads back as an equal config."""
+    return to_yaml({section: _plain(values) for section, values in dataclasses.asdict(config).items()})
+
+
+def save_config(config: object, folder: str | os.PathLike) -> Path:
+    """Return the path `<folder>/config.yaml` after writing the config there; one rank calls it.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
+
+
+def is_override(argument: str) -> bool:
+    """Return whether a command line argument sets a key, in contrast to naming a file."""
+    return _OVERRIDE.match(argument) is not None
+
+
+def _override(text: str, keys: dict[str, Key]) -> Given:
+    path, sign, value = text.partition("=")
+    if not sign or not path:
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} sets no key: write section.key=value")
+    if path.startswith("-"):
+        raise ConfigError(f"{COMMAND_LINE}: {text} has dashes: write {path.lstrip('-')}={value}")
+    section, _, name = path.partition(".")
+    key = keys.get(path)
+    if not value:
+        mend = "a value, or null for none" if key and key.may_be_null else "a value"
+        raise ConfigError(f"{COMMAND_LINE}: {path}= is empty: give {mend}")
+    return Given(section=section, name=name, value=_value(value, key), place=COMMAND_LINE)
+
+
+def _value(text: str, key: Key | None) -> Any:
+    """Return an override's value: as it stands for a key of text, unless it is quoted, or null."""
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    is_null = key is not None and key.may_be_null and text == "null"
+    return text if key is not None and key.is_text and not is_quoted and not is_null else read_value(text)
+
+
+def _unknown(entry: Given, keys: dict[str, Key]) -> str:
+    of_section = [key for key in keys.values() if key.section == entry.section]
+    if of_section and not entry.name:
+        return (
+            f"{entry.place}: {entry.path} is a section: set its keys one by one, "
+            f"such as {of_section[0].path}=…"
+        )
+    return (
+        f"{entry.place}: unknown key {entry.path}, the nearest valid key is {nearest_key(entry.path, keys)}"
+    )
+
+
+def _problems(
+    error: ValidationError, section: str, keys: dict[str, Key], given: dict[str, Given]
+) -> Iterator[str]:
+    for detail in error.errors():
+        kind, location = detail["type"], detail["loc"]
+        if not location:
+            yield _reason(detail)
+            continue
+        path = f"{section}.{location[0]}"
+        if kind == "missing" and len(location) == 1:
+            in_file = f"{location[0]}: below {section}: in the file"
+            yield f"{path} is required: add {path}=… to the command line, or {in_file}"
+            continue
+        place = f"{given[path].place}: " if path in given else ""
+        value = given[path].value if path in given else detail["input"]
+        subject = f"{place}{path} is {_shown(value)}"
+        if kind == "value_error":
+            yield f"{subject}: {_reason(detail)}"
+        else:
+            yield f"{subject}, it must be {keys[path].accepts}{_hint(value, keys[path])}"
+
+
+def _reason(detail: Any) -> str:
+    cause = detail.get("ctx", {}).get("error")
+    return str(cause) if cause is not None else detail["msg"]
+
+
+def _shown(value: Any) -> str:
+    """Return a value and its kind, so that `'true'` as text differs from `true`."""
+    if value is None:
+        return "null"
+    text = repr(value) if isinstance(value, str) else in_yaml(value)
+    text = text if len(text) <= 80 else text[:77] + "…"
+    kind = next((words for python, words in _KINDS.items() if type(value) is python), "a mapping")
+    return text if isinstance(value, bool) else f"{text} ({kind})"
+
+
+def _hint(value: Any, key: Key) -> str:
+    """Return how to mend a value that only its notation makes wrong."""
+    if isinstance(value, str) and not key.is_text:
+        written = value.strip().lower()
+        meant = {"yes": True, "on": True, "no": False, "off": False}.get(written, read_value(written))
+        if isinstance(meant, bool) == (key.value_type is bool) and isinstance(meant, bool | int | float):
+            return f": write {in_yaml(meant)} without quotes"
+    if key.accepts.startswith("text") and isinstance(value, bool | int | float):
+        return f': write "{in_yaml(value)}" in quotes'
+    if isinstance(value, float) and value.is_integer() and key.value_type is int:
+        return f": write {int(value)}"
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

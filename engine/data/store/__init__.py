@@ -1,0 +1,1 @@
+"""Token ids on disk: the store, its writer, and the cache that builds it once."""

@@ -1,0 +1,1 @@
+"""The tokenizers of the three families, and their chat formats."""

@@ -1,0 +1,143 @@
+"""ChatGLM2's and ChatGLM3's tokenizer: a sentencepiece model and special tokens numbered behind it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import sentencepiece
+
+from glm_rlhf.engine.data.tokenizer.chat_format import CHATGLM2, CHATGLM3
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.tokenizer.vocabulary import TokenTable
+
+SPACE_SIGN = "\u2581"
+"""Sentencepiece writes a space as this character inside its pieces."""
+
+_SPECIALS = {
+    "chatglm2": ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    "chatglm3": (
+        *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+        *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    ),
+}
+_FORMATS = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM3}
+
+
+def load_chatglm(
+    folder: Path, *, chat_format: str, tokenizer_config: Mapping, model_config: Mapping
+) -> Tokenizer:
+    """Return the tokenizer of a ChatGLM2 or ChatGLM3 folder, `extra_stop_ids` not yet set.
+
+    The special tokens stand in no file: the family's code numbers them from the sentencepiece model's size
+    on, in the order of `_SPECIALS`. ChatGLM3's real model has 64789 pieces, hence `[MASK]` 64789, `[gMASK]`
+    64790, `[sMASK]` 64791, `sop` 64792, `eop` 64793, `<|system|>` 64794, `<|user|>` 64795, `<|assistant|>`
+    64796, `<|observation|>` 64797. Padding is `<unk>`, id 0. `added_tokens_decoder` in the tokenizer's config
+    may repeat them, and may add more.
+
+    Args:
+        folder: holds `tokenizer.model`.
+        chat_format: `chatglm2`, `chatglm3`, or `auto`: told by the folder, see `chatglm_version`.
+        tokenizer_config: parsed `tokenizer_config.json`, empty when there is none.
+        model_config: parsed `config.json`, empty when there is none.
+
+    Raises:
+        ValueError: not a sentencepiece model, a version that cannot be told, or special tokens that
+            contradict the family's table.
+    """
+    path = folder / "tokenizer.model"
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is not a sentencepiece model: {error}; fetch the file again") from error
+    version = (
+        chatglm_version(folder, tokenizer_config, model_config) if chat_format == "auto" else chat_format
+    )
+    if version not in _FORMATS:
+        raise ValueError(
+            f"{path} is a sentencepiece model; its chat format is chatglm2 or chatglm3, not {version!r}"
+        )
+    specials = {pieces.vocab_size() + i: name for i, name in enumerate(_SPECIALS[version])}
+    specials |= _declared_specials(path, pieces.vocab_size(), specials, tokenizer_config)
+    table = table_of_pieces(pieces, specials)
+    return Tokenizer(table=table, chat=_FORMATS[version], encode_text=pieces.encode)
+
+
+def chatglm_version(folder: Path, tokenizer_config: Mapping, model_config: Mapping) -> str:
+    """Return `chatglm2` or `chatglm3`, whose tokenizer files have the same names and the same class.
+
+    Asked in this order: a chat template (only ChatGLM3's has role markers); the family's own code in the
+    folder, `tokenization_chatglm.py`, which is read as text and never run; the name the configs carry.
+
+    Raises:
+        ValueError: the folder does not tell.
+    """
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, str) and "<|" in template:
+        return "chatglm3"
+    code = folder / "tokenization_chatglm.py"
+    if code.is_file():
+        return "chatglm3" if "<|user|>" in code.read_text(encoding="utf-8", errors="replace") else "chatglm2"
+    for config in (tokenizer_config, model_config):
+        for key in ("name_or_path", "_name_or_path"):
+            found = re.search(r"chatglm([23])", str(config.get(key, "")).lower())
+            if found is not None:
+                return f"chatglm{found.group(1)}"
+    raise ValueError(
+        f"{folder} does not tell ChatGLM2 from ChatGLM3 (no chat template, no tokenization_chatglm.py, no "
+        "name in its configs); say which with chat_format=chatglm2 or chat_format=chatglm3"
+    )
+
+
+def table_of_pieces(pieces: sentencepiece.SentencePieceProcessor, specials: Mapping[int, str]) -> TokenTable:
+    """Return what every id stands for: the model's pieces and the special tokens numbered behind them.
+
+    Control pieces (`<s>`, `</s>`) and `<unk>` are special, unused pieces are no tokens.
+    """
+    ids = list(range(pieces.vocab_size()))
+    names = pieces.id_to_piece(ids)
+    control, unknown, unused = pieces.is_control(ids), pieces.is_unknown(ids), pieces.is_unused(ids)
+    is_byte = pieces.is_byte(ids)
+    bytes_by_id: dict[int, bytes] = {}
+    name_by_id: dict[int, str] = {}
+    spaced: list[int] = []
+    for i, name in enumerate(names):
+        if control[i] or unknown[i]:
+            name_by_id[i] = name
+        elif is_byte[i]:
+            bytes_by_id[i] = bytes([int(name[3:5], 16)])  # written <0xE4>
+        elif not unused[i]:
+            bytes_by_id[i] = name.replace(SPACE_SIGN, " ").encode()
+            if name.startswith(SPACE_SIGN):
+                spaced.append(i)
+    # Whether the model puts a space before a text is a setting inside it; its own decoder shows which.
+    puts_space = bool(spaced) and not pieces.decode([spaced[0]]).startswith(bytes_by_id[spaced[0]].decode())
+    return TokenTable(
+        bytes_by_id=bytes_by_id,
+        name_by_id=name_by_id | dict(specials),
+        spaced_ids=frozenset(spaced if puts_space else ()),
+    )
+
+
+def _declared_specials(
+    path: Path, num_pieces: int, expected: Mapping[int, str], tokenizer_config: Mapping
+) -> dict[int, str]:
+    declared = tokenizer_config.get("added_tokens_decoder", {})
+    config_path = path.parent / "tokenizer_config.json"
+    if not isinstance(declared, Mapping):
+        raise ValueError(f"{config_path}: added_tokens_decoder must be an object of ids")
+    id_of = {name: token for token, name in expected.items()}
+    further: dict[int, str] = {}
+    for key, entry in declared.items():
+        name = entry.get("content") if isinstance(entry, Mapping) else None
+        if not key.isdecimal() or not isinstance(name, str):
+            raise ValueError(f"{config_path}: added_tokens_decoder[{key!r}] names no token")
+        token = int(key)
+        if token < num_pieces:
+            continue
+        if id_of.get(name, token) != token or expected.get(token, name) != name:
+            raise ValueError(
+                f"{config_path} gives {name!r} id {token}, but behind the {num_pieces} pieces of "
+                f"tokenizer.model it has id {id_of.get(name, 'none')}; the two files are of different models"
+            )
+        further[token] = name
+    return further

@@ -1,0 +1,135 @@
+"""Loads the tokenizer of a Hugging Face folder, choosing by the files that lie there."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.tokenizer.chatglm import load_chatglm
+from glm_rlhf.engine.data.tokenizer.glm4 import load_ranks, load_tokenizer_json
+from glm_rlhf.engine.data.tokenizer.tiktoken_vocab import is_ranks_file
+
+CHAT_FORMATS = ("auto", "chatglm2", "chatglm3", "glm4")
+
+__all__ = ["CHAT_FORMATS", "Tokenizer", "load_tokenizer"]
+
+
+def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
+    """Return the tokenizer of a model's folder; nothing in the folder is run, nothing is fetched.
+
+    | the folder holds | it is |
+    |---|---|
+    | `tokenizer.model`, a sentencepiece model | ChatGLM2 or ChatGLM3 |
+    | `tokenizer.json` | GLM-4, GLM-4-0414 |
+    | `tokenizer.model`, base64 lines (tiktoken's form) | GLM-4 with remote code |
+
+    The first row that fits is taken. `eos_token_id` of `generation_config.json` and `config.json` (a number
+    or a list) joins the chat form's own stop ids.
+
+    Args:
+        path: the folder, or one of the two files in it.
+        chat_format: `auto`, or `chatglm2` | `chatglm3` | `glm4` where the folder does not tell or
+                tells wrong.
+
+    Raises:
+        ValueError: no tokenizer there, a damaged or foreign one, one that takes typed markers for special
+            tokens, or a chat format that does not fit it.
+    """
+    if chat_format not in CHAT_FORMATS:
+        raise ValueError(f"chat_format is {chat_format!r}; it must be one of {', '.join(CHAT_FORMATS)}")
+    folder = Path(path)
+    if folder.name in ("tokenizer.model", "tokenizer.json") and folder.is_file():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the model's folder, with its tokenizer files")
+    tokenizer_config = _read_object(folder / "tokenizer_config.json")
+    model_config = _read_object(folder / "config.json")
+    model, description = folder / "tokenizer.model", folder / "tokenizer.json"
+    _refuse_pointer(model)
+    _refuse_pointer(description)
+    is_ranks = model.is_file() and is_ranks_file(model)
+    if model.is_file() and not is_ranks:
+        tokenizer = load_chatglm(
+            folder, chat_format=chat_format, tokenizer_config=tokenizer_config, model_config=model_config
+        )
+    elif description.is_file() or is_ranks:
+        if chat_format not in ("auto", "glm4"):
+            raise ValueError(f"{folder} holds GLM-4's vocabulary; its chat format is glm4, not {chat_format}")
+        template = _template(folder, tokenizer_config)
+        if description.is_file():
+            tokenizer = load_tokenizer_json(description, template=template)
+        else:
+            tokenizer = load_ranks(model, tokenizer_config=tokenizer_config, template=template)
+    else:
+        raise ValueError(
+            f"{folder} has neither tokenizer.model nor tokenizer.json; copy the model's tokenizer files "
+            "there, or give their folder as tokenizer.path"
+        )
+    _check_markers_stay_text(folder, tokenizer)
+    stops = _declared_stops(folder, model_config, tokenizer)
+    return replace(tokenizer, extra_stop_ids=stops)
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Return whether a folder holds a tokenizer's files, of whatever kind and state."""
+    return any((Path(path) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def _check_markers_stay_text(folder: Path, tokenizer: Tokenizer) -> None:
+    special = tokenizer.table.name_by_id
+    for name in special.values():
+        if not special.keys().isdisjoint(tokenizer.encode_text(name) + tokenizer.encode_text(f"a{name}b")):
+            raise ValueError(
+                f"{folder}: a typed {name!r} would become a special token, and a user could forge a turn; "
+                "take it out of the vocabulary's own words and keep it as an added token"
+            )
+
+
+def _declared_stops(folder: Path, model_config: Mapping, tokenizer: Tokenizer) -> tuple[int, ...]:
+    stops: list[int] = []
+    generation_config = _read_object(folder / "generation_config.json")
+    for name, config in (("generation_config.json", generation_config), ("config.json", model_config)):
+        declared = config.get("eos_token_id")
+        for token in declared if isinstance(declared, list) else [] if declared is None else [declared]:
+            if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+                raise ValueError(
+                    f"{folder / name}: eos_token_id {token!r} is no id of the tokenizer, which has ids from "
+                    f"0 to {tokenizer.vocab_size - 1}; the config belongs to another tokenizer"
+                )
+            stops.append(token)
+    return tuple(dict.fromkeys(stops))
+
+
+def _template(folder: Path, tokenizer_config: Mapping) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = tokenizer_config.get("chat_template", "")
+    return template if isinstance(template, str) else ""
+
+
+def _read_object(path: Path) -> Mapping:
+    """Return the JSON object in a file, or an empty one when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; fetch the file again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _refuse_pointer(path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository"
+        )
+    if not head:
+        raise ValueError(f"{path} is empty; fetch the file again")

@@ -1,0 +1,4 @@
+"""Held-out measures with confidence intervals.
+
+Imports `rewards`, `scoring` and below; not `runs`.
+"""

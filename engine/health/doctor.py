@@ -1,0 +1,164 @@
+"""The command `doctor`: what is installed, what runs fast, and whether the ranks reach each other."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from glm_rlhf.engine.config.sections import DoctorConfig
+from glm_rlhf.engine.health.connectivity import exchange, join, try_collectives
+from glm_rlhf.engine.health.survey import RankSurvey, survey_rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What rank 0 knows in the end."""
+
+    world_size: int
+    """Ranks that were launched."""
+    surveys: tuple[RankSurvey, ...]
+    """One for each rank that answered, rank 0 first."""
+    silent_ranks: tuple[int, ...]
+    """Ranks that gave no answer in time."""
+    differences: tuple[str, ...]
+    """What other ranks have in other versions, or other fast paths, than rank 0."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether every rank answered and every collective worked."""
+        return not self.silent_ranks and all(
+            collective.is_ok for survey in self.surveys for collective in survey.collectives
+        )
+
+
+def run(config: DoctorConfig) -> int:
+    """Return 0 when all ranks answer and reach each other, else 1; rank 0 prints the report.
+
+    Every rank of a launch calls it. Without torchrun it reports on the machine alone.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    report = diagnose(rank=rank, world_size=world_size, timeout_s=config.doctor.timeout_s)
+    if report is None:
+        return 0
+    sys.stdout.write(to_json(report) if config.doctor.json else to_text(report))
+    return 0 if report.is_healthy else 1
+
+
+def diagnose(*, rank: int, world_size: int, timeout_s: float) -> Report | None:
+    """Return the report on rank 0, None elsewhere; every rank calls it.
+
+    Args:
+        rank: this process among the ranks.
+        world_size: how many were launched.
+        timeout_s: seconds that each meeting of the ranks may take.
+
+    Raises:
+        ValueError: the environment does not say where the ranks meet.
+    """
+    if world_size == 1:
+        own = survey_rank(rank=0, local_rank=None)
+        return Report(world_size=1, surveys=(own,), silent_ranks=(), differences=())
+    store = join(timeout_s)
+    own = survey_rank(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    outcomes = try_collectives(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    own = replace(own, collectives=outcomes)
+    texts = exchange(store, own.to_json(), rank=rank, world_size=world_size, timeout_s=timeout_s)
+    if rank != 0:
+        return None
+    surveys = tuple(RankSurvey.from_json(text) for text in texts if text is not None)
+    return Report(
+        world_size=world_size,
+        surveys=surveys,
+        silent_ranks=tuple(other for other, text in enumerate(texts) if text is None),
+        differences=tuple(differences(surveys)),
+    )
+
+
+def differences(surveys: Sequence[RankSurvey]) -> Iterator[str]:
+    """Yield what each later rank has that the first has not, one sentence each."""
+    first, *others = surveys
+    for survey in others:
+        for here, there in zip(first.versions, survey.versions, strict=True):
+            if here != there:
+                yield (
+                    f"rank {survey.rank} on {survey.host}: {there.name} {there.version}, "
+                    f"rank {first.rank} has {here.version}"
+                )
+        for here, there in zip(first.fast_paths, survey.fast_paths, strict=True):
+            if here.is_active != there.is_active:
+                active = "active" if there.is_active else "not active"
+                yield f"rank {survey.rank} on {survey.host}: {there.name} is {active} ({there.reason})"
+
+
+def to_json(report: Report) -> str:
+    """Return the report as one JSON object, versions and fast paths those of the first rank."""
+    first = report.surveys[0]
+    content = {
+        "is_healthy": report.is_healthy,
+        "world_size": report.world_size,
+        "versions": {entry.name: entry.version for entry in first.versions},
+        "fast_paths": [asdict(path) for path in first.fast_paths],
+        "ranks": [
+            {
+                "rank": survey.rank,
+                "host": survey.host,
+                "devices": survey.devices,
+                "collectives": [asdict(collective) for collective in survey.collectives],
+            }
+            for survey in report.surveys
+        ],
+        "silent_ranks": report.silent_ranks,
+        "differences": report.differences,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_text(report: Report) -> str:
+    """Return the report as aligned tables, versions and fast paths those of the first rank."""
+    first = report.surveys[0]
+    parts = ["versions", *_aligned([(entry.name, entry.version) for entry in first.versions]), ""]
+    parts += ["fast paths", *_fast_paths(first), ""]
+    parts += ["ranks", *_aligned([(f"rank {s.rank}", s.host, d) for s in report.surveys for d in s.devices])]
+    if report.world_size > 1:
+        parts += ["", f"all-reduce over {report.world_size} ranks", *_collectives(report)]
+    parts += [f"  rank {rank}: no answer" for rank in report.silent_ranks]
+    if report.differences:
+        parts += ["", "differences between ranks", *(f"  {text}" for text in report.differences)]
+    return "\n".join(parts) + "\n"
+
+
+def _fast_paths(survey: RankSurvey) -> Iterator[str]:
+    """Yield, for each purpose, what serves it, then every candidate with its reason."""
+    rows = [("yes" if path.is_active else "no", path.name, path.reason) for path in survey.fast_paths]
+    purpose = None
+    for path, row in zip(survey.fast_paths, _aligned(rows, indent=4), strict=True):
+        if path.purpose != purpose:
+            purpose = path.purpose
+            same = [other for other in survey.fast_paths if other.purpose == purpose]
+            used = next((other.name for other in same if other.is_active), path.used_instead)
+            yield f"  {purpose}: {used}"
+        yield row
+
+
+def _collectives(report: Report) -> list[str]:
+    """Return one line for each outcome of a rank; all that went well share the first rank's."""
+    shown = [
+        (collective.backend, f"rank {survey.rank}", "ok" if collective.is_ok else "FAILED", collective.detail)
+        for survey in report.surveys
+        for collective in survey.collectives
+        if not collective.is_ok or survey.rank == 0
+    ]
+    return _aligned(shown)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], *, indent: int = 2) -> list[str]:
+    """Return rows with the columns below each other."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        (
+            " " * indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,81 @@
+"""A rank that makes no progress says where it stands, and ends."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from glm_rlhf.engine.health.stopped_ranks import kill_stopped, rank_processes
+from glm_rlhf.parallel.runtime.spans import open_spans, progress_time
+
+HUNG = 124
+"""Exit code of a rank that hung, as of timeout(1)."""
+_GRACE_S = 5.0
+
+
+@contextlib.contextmanager
+def watchdog(
+    timeout_s: float | None, *, rank: int, end: Callable[[int], object] = os._exit
+) -> Iterator[None]:
+    """End this process when the main thread makes no progress; torchrun then ends the other ranks.
+
+    Progress is a span that begins or ends, a micro-batch, or a round of generation. Before the end stderr
+    gets one line with the phase and the collective that the main thread waits in, if any, and the stacks of
+    all threads. Where no Python runs any more, the stacks alone, some seconds later. Ranks of this machine
+    that are stopped (SIGSTOP), for which this one may have waited, are named and killed: a launcher's
+    SIGTERM does not reach them. Every rank enters; where each has its process is gathered once.
+
+    Args:
+        timeout_s: without progress; None for no watchdog.
+        rank: of this process, for the line.
+        end: what ends the process.
+    """
+    if timeout_s is None:
+        yield
+        return
+    processes = rank_processes()
+    is_over, main, entered = threading.Event(), threading.get_ident(), time.monotonic()
+
+    def watch() -> None:
+        while not is_over.wait(min(1.0, timeout_s / 4)):
+            faulthandler.dump_traceback_later(timeout_s + _GRACE_S, exit=True, file=sys.__stderr__)
+            idle_s = time.monotonic() - max(progress_time(), entered)
+            if idle_s > timeout_s:
+                where = _where(sys._current_frames()[main])
+                phase = "/".join(open_spans()) or "none"
+                sys.stderr.write(f"[rank {rank}] hung for {idle_s:.0f} s in phase {phase}: {where}\n")
+                sys.stderr.flush()
+                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                for stopped in kill_stopped(processes):
+                    sys.stderr.write(f"[rank {rank}] rank {stopped} is stopped (SIGSTOP), and is killed\n")
+                sys.stderr.flush()
+                end(HUNG)
+                return
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _where(frame: FrameType | None) -> str:
+    """Return the collective that a stack stands in and who called it, or that it stands in none."""
+    place, collective, caller = f"{frame.f_code.co_filename}:{frame.f_lineno}", None, None
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.endswith("distributed_c10d.py") and name != "wrapper":
+            collective, caller = name, None
+        elif collective is not None and caller is None and "torch/distributed" not in file:
+            caller = f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    if collective is None:
+        return f"in no collective, at {place}"
+    return f"in the collective {collective}, called at {caller}"

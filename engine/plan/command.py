@@ -1,0 +1,129 @@
+"""The command `plan`: memory and time of PPO on a cluster, before anything is launched."""
+
+import sys
+from dataclasses import replace
+
+from glm_rlhf.engine.config.plan import PlanConfig
+from glm_rlhf.engine.cost.hardware import GPUS, Cluster, assumed_rates, read_rates, shape_of
+from glm_rlhf.engine.cost.workload import Roles, Work
+from glm_rlhf.engine.plan.output_files import write_files
+from glm_rlhf.engine.plan.report import report
+from glm_rlhf.engine.plan.search import Limits, search
+
+
+def run(config: PlanConfig) -> None:
+    """Print the best plans and write the first one's config and launch scripts.
+
+    Raises:
+        ValueError: a model, a rates file or a length that the user has to mend, or nothing fits.
+    """
+    roles, work, cluster = roles_of(config), work_of(config), cluster_of(config)
+    check_lengths(roles, work)
+    plans = search(
+        roles,
+        work,
+        cluster,
+        limits=limits_of(config),
+        has_baseline=config.ppo.reference_baseline,
+        count=config.plan.alternatives,
+    )
+    sys.stdout.write(report(config, roles, work, cluster, plans))
+    paths = write_files(config, plans[0])
+    sys.stdout.write(f"written: {', '.join(map(str, paths))}\n")
+
+
+def roles_of(config: PlanConfig) -> Roles:
+    """Return the shapes of all roles.
+
+    Raises:
+        ValueError: neither a preset's name nor a folder that can be read.
+    """
+    policy = shape_of(config.model.path)
+    reward = None
+    if config.reward.path is not None or config.reward.function is None:
+        reward = policy if config.reward.path is None else shape_of(config.reward.path)
+    critic_path = config.critic.path
+    reference_path = config.reference.path
+    return Roles(
+        policy=policy,
+        critic=(reward or policy) if critic_path is None else shape_of(critic_path),
+        reference=policy if reference_path is None else shape_of(reference_path),
+        reward=reward,
+    )
+
+
+def work_of(config: PlanConfig) -> Work:
+    """Return what an iteration has to do."""
+    data, generation = config.data, config.generation
+    return Work(
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_new_tokens=generation.max_new_tokens,
+        mean_prompt_tokens=data.mean_prompt_tokens or -(-data.max_prompt_tokens // 2),
+        mean_new_tokens=generation.mean_new_tokens or -(-generation.max_new_tokens // 2),
+        num_prompts=config.train.global_batch_size,
+        num_samples=generation.num_samples,
+        max_batch=generation.max_batch,
+        max_step_tokens=generation.max_step_tokens,
+        page_size=generation.page_size,
+        itemsize=2 if config.train.dtype == "bf16" else 4,
+        epochs=config.ppo.epochs,
+        minibatches=config.ppo.minibatches,
+        recomputes_logprobs=generation.temperature != 1.0,
+        parks=frozenset(config.train.park),
+    )
+
+
+def check_lengths(roles: Roles, work: Work) -> None:
+    """Return nothing where the lengths agree with each other and with the policy's context.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, mean, longest in (
+        ("data.mean_prompt_tokens", work.mean_prompt_tokens, work.max_prompt_tokens),
+        ("generation.mean_new_tokens", work.mean_new_tokens, work.max_new_tokens),
+    ):
+        if mean > longest:
+            raise ValueError(f"{name} is {mean}, above the longest, {longest}")
+    if work.longest > roles.policy.max_positions:
+        raise ValueError(
+            f"prompt and answer together have up to {work.longest} tokens, the policy's context is "
+            f"{roles.policy.max_positions}: lower data.max_prompt_tokens or generation.max_new_tokens"
+        )
+
+
+def cluster_of(config: PlanConfig) -> Cluster:
+    """Return the machines with their rates.
+
+    Raises:
+        ValueError: the rates file cannot be used.
+    """
+    given = config.cluster
+    gpu = GPUS[given.gpu]
+    if given.memory is not None:
+        gpu = replace(gpu, memory_bytes=given.memory)
+    rates = (
+        assumed_rates(gpu, network_bytes_per_s=given.network)
+        if given.rates is None
+        else read_rates(given.rates)
+    )
+    return Cluster(
+        gpu=gpu,
+        num_gpus=given.gpus,
+        gpus_per_node=given.per_node,
+        rates=rates,
+        usable_bytes=int(gpu.memory_bytes * (1 - given.reserve)),
+    )
+
+
+def limits_of(config: PlanConfig) -> Limits:
+    """Return what the user has decided."""
+    axes = config.parallel
+    return Limits(
+        tp=axes.tp,
+        pp=axes.pp,
+        vpp=axes.vpp,
+        cp=axes.cp,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        recompute_layers=config.train.recompute_layers,
+    )

@@ -1,0 +1,131 @@
+"""A plan as files that run: the config of `ppo`, and scripts that launch it."""
+
+import math
+import shlex
+from pathlib import Path
+
+from glm_rlhf.engine.config.load import dump_config
+from glm_rlhf.engine.config.plan import PlanConfig
+from glm_rlhf.engine.config.rl import (
+    CriticSection,
+    PPOConfig,
+    PPOPromptsSection,
+    PPORewardSection,
+    PPOSection,
+    PPOTrainSection,
+)
+from glm_rlhf.engine.config.sections import GenerationSection, ModelSection, ParallelSection
+from glm_rlhf.engine.config.training import OptionalModelSection, TrainingRunSection
+from glm_rlhf.engine.plan.search import Plan, layout_name
+
+REWARD_PLACEHOLDER = "path/to/reward-model"
+CONFIG_NAME, TORCHRUN_NAME, SLURM_NAME = "ppo.yaml", "torchrun.sh", "slurm.sbatch"
+
+
+def ppo_config(config: PlanConfig, plan: Plan) -> PPOConfig:
+    """Return the settings of `ppo` that carry a plan out; what a plan does not touch has its default."""
+    layout = plan.choice.layout
+    reward_path = config.reward.path
+    if reward_path is None and config.reward.function is None:
+        reward_path = REWARD_PLACEHOLDER
+    return PPOConfig(
+        run=TrainingRunSection(name="ppo"),
+        model=ModelSection(path=config.model.path),
+        critic=CriticSection(path=config.critic.path),
+        reward=PPORewardSection(path=reward_path, function=config.reward.function),
+        reference=OptionalModelSection(path=config.reference.path),
+        parallel=ParallelSection(
+            tp=layout.tp,
+            pp=layout.pp,
+            vpp=layout.vpp,
+            cp=layout.cp,
+            sequence_parallel=layout.sequence_parallel,
+        ),
+        data=PPOPromptsSection(path=config.data.path, max_prompt_tokens=config.data.max_prompt_tokens),
+        generation=GenerationSection(
+            max_new_tokens=config.generation.max_new_tokens,
+            temperature=config.generation.temperature,
+            num_samples=config.generation.num_samples,
+            max_batch=plan.max_batch,
+            page_size=config.generation.page_size,
+            cache_bytes=plan.cache_bytes,
+            max_step_tokens=config.generation.max_step_tokens,
+        ),
+        train=PPOTrainSection(
+            steps=config.train.steps,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_tokens=plan.choice.micro_batch_tokens,
+            dtype=config.train.dtype,
+            recompute_layers=plan.choice.recompute_layers,
+            park=config.train.park,
+        ),
+        ppo=PPOSection(
+            epochs=config.ppo.epochs,
+            minibatches=config.ppo.minibatches,
+            reference_baseline=config.ppo.reference_baseline,
+        ),
+    )
+
+
+def write_files(config: PlanConfig, plan: Plan) -> list[Path]:
+    """Write the config and both launch scripts to the run folder; return their paths.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = Path(config.run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = layout_name(plan.choice.layout, config.cluster.gpus)
+    where = f"{config.cluster.gpus} × {config.cluster.gpu}"
+    head = f"# {config.model.path} on {where}: {layout}, by `glm-rlhf plan`.\n"
+    texts = {
+        CONFIG_NAME: head + dump_config(ppo_config(config, plan)),
+        TORCHRUN_NAME: torchrun_script(config, folder / CONFIG_NAME),
+        SLURM_NAME: slurm_script(config, folder / CONFIG_NAME),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def torchrun_script(config: PlanConfig, path: Path) -> str:
+    """Return a script that every node runs; several nodes meet at HEAD_NODE."""
+    nodes, per_node = _nodes(config)
+    where = (
+        "--standalone"
+        if nodes == 1
+        else (f'--nnodes={nodes} --rdzv-backend=c10d --rdzv-id=ppo --rdzv-endpoint="$HEAD_NODE:29500"')
+    )
+    check = "" if nodes == 1 else ': "${HEAD_NODE:?set it to the name of the first node, the same on all}"\n'
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# Run on each of {nodes} node{'s' if nodes > 1 else ''}.\n"
+        f"set -euo pipefail\n{check}"
+        f"exec torchrun {where} --nproc-per-node={per_node} \\\n"
+        f'    -m glm_rlhf.engine ppo {shlex.quote(str(path))} "$@"\n'
+    )
+
+
+def slurm_script(config: PlanConfig, path: Path) -> str:
+    """Return a batch script for Slurm: one torchrun a node, the first node is where they meet."""
+    nodes, per_node = _nodes(config)
+    return (
+        "#!/usr/bin/env bash\n"
+        "#SBATCH --job-name=glm-rlhf-ppo\n"
+        f"#SBATCH --nodes={nodes}\n"
+        "#SBATCH --ntasks-per-node=1\n"
+        f"#SBATCH --gpus-per-node={per_node}\n"
+        "#SBATCH --exclusive\n"
+        "#SBATCH --output=%x-%j.log\n"
+        "set -euo pipefail\n"
+        'read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
+        f"srun torchrun --nnodes={nodes} --nproc-per-node={per_node} \\\n"
+        '    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:29500" \\\n'
+        f"    -m glm_rlhf.engine ppo {shlex.quote(str(path))}\n"
+    )
+
+
+def _nodes(config: PlanConfig) -> tuple[int, int]:
+    cluster = config.cluster
+    nodes = math.ceil(cluster.gpus / cluster.per_node)
+    return nodes, cluster.gpus // nodes

@@ -1,0 +1,161 @@
+"""The reward of PPO: a reward model, a function, or both, less that of a reference answer."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.rewards.distributed import AnswerJudge
+from glm_rlhf.engine.rewards.function import RewardFault, RewardFunction
+from glm_rlhf.engine.scoring.overlapped_scores import EarlyScores
+from glm_rlhf.engine.scoring.rollout_scores import stream_rows
+from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.topology import Topology
+
+AnswerByReference = Callable[[Sequence[PromptInput]], Rollouts]
+"""Answers of the reference to this rank's prompts, one each; ranks that share them call together."""
+
+
+class RewardTerms:
+    """Owns what rewards need: the reward model's chunks, and what reference answers have scored."""
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        micro_batch_tokens: int,
+        tokenizer: Tokenizer | None = None,
+        model: Sequence[GLMModel] | None = None,
+        function: RewardFunction | None = None,
+        function_weight: float = 1.0,
+        masks_faults: bool = False,
+        concurrency: int = 1,
+        answer_by_reference: AnswerByReference | None = None,
+    ) -> None:
+        """Combine the terms.
+
+        Args:
+            topology: layout and groups.
+            micro_batch_tokens: budget of a micro-batch of the reward model.
+            tokenizer: gives the function its texts.
+            model: this rank's chunks of a reward model; None for none.
+            function: judges answers; None for none.
+            function_weight: factor of the function's reward.
+            masks_faults: whether an answer that the function has no reward for is left out, and told on
+                stderr, rather than ending the run.
+            concurrency: most calls of the function at once, as for `AnswerJudge`.
+            answer_by_reference: where given, the reward of its answer to the same prompt is subtracted
+                (ChatGLM-RLHF's baseline); each prompt is answered once and its score kept.
+
+        Raises:
+            ValueError: neither a model nor a function.
+        """
+        if model is None and function is None:
+            raise ValueError("a reward needs a reward model or a function")
+        self.topology, self.micro_batch_tokens = topology, micro_batch_tokens
+        self.model, self.function_weight = model, function_weight
+        self.judge = None
+        if function is not None:
+            self.judge = AnswerJudge(
+                function,
+                topology=topology,
+                tokenizer=tokenizer,
+                masks_faults=masks_faults,
+                concurrency=concurrency,
+            )
+        self.answer_by_reference = answer_by_reference
+        self.baselines: dict[tuple[int, ...], float] = {}
+
+    def __call__(
+        self, rollouts: Rollouts, *, uses_early: bool = False, early: EarlyScores | None = None
+    ) -> Rewards:
+        """Return rewards less baselines; every rank of the topology calls this.
+
+        With `uses_early` the function was asked for these answers as they ended, by `judge.ask_early`;
+        `early` is what the reward model has said of some.
+
+        Where faults are masked, an answer is left out when it or its prompt's reference answer has no
+        reward; the reference is asked again the next time that the prompt comes.
+
+        Raises:
+            RewardError: the function failed on some rank, or for all answers; on every rank.
+        """
+        rewards = self.without_baseline(rollouts, uses_early=uses_early, early=early)
+        if self.answer_by_reference is None:
+            return rewards
+        self._learn_baselines(rollouts.prompts)
+        baselines = [self.baselines.get(prompt.tokens) for prompt in rollouts.prompts]
+        left_out = rewards.left_out | {index for index, found in enumerate(baselines) if found is None}
+        less_B = rewards.rewards_B - torch.tensor(
+            [found or 0.0 for found in baselines], device=rewards.rewards_B.device
+        )
+        less_B[sorted(left_out)] = 0.0
+        return Rewards(rewards_B=less_B, token_rewards_T=rewards.token_rewards_T, left_out=left_out)
+
+    def baseline_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what reference answers have scored, as tensors that a checkpoint can hold."""
+        prompts = list(self.baselines)
+        return {
+            "baseline_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+            "baseline_tokens": torch.tensor([t for prompt in prompts for t in prompt], dtype=torch.int64),
+            "baseline_scores": torch.tensor([self.baselines[p] for p in prompts], dtype=torch.float64),
+        }
+
+    def add_baselines(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over scores that `baseline_tensors` returned, where a prompt has none yet."""
+        lengths = tensors["baseline_lengths"].tolist()
+        scores = tensors["baseline_scores"].tolist()
+        for tokens, score in zip(tensors["baseline_tokens"].split(lengths), scores, strict=True):
+            self.baselines.setdefault(tuple(tokens.tolist()), score)
+
+    def _learn_baselines(self, prompts: Sequence[PromptInput]) -> None:
+        unknown = {p.tokens: p for p in prompts if p.tokens not in self.baselines}
+        # The reference's ranks generate together: all take part while any of them has a new prompt.
+        num_unknown = torch.tensor([len(unknown)], device=self.topology.device)
+        dist.all_reduce(num_unknown)
+        if not int(num_unknown):
+            return
+        new = tuple(unknown.values()) or prompts[:1]
+        answers = self.answer_by_reference(new)
+        rewards = self.without_baseline(answers)
+        scores = rewards.totals_B(answers.starts).tolist()
+        for index, (prompt, score) in enumerate(zip(answers.prompts, scores, strict=True)):
+            if index not in rewards.left_out:
+                self.baselines.setdefault(prompt.tokens, score)
+
+    def without_baseline(
+        self, rollouts: Rollouts, *, uses_early: bool = False, early: EarlyScores | None = None
+    ) -> Rewards:
+        """Return rewards with nothing subtracted; every rank of the topology calls this.
+
+        Raises:
+            RewardError: the function failed on some rank, or for all answers; on every rank.
+        """
+        device = rollouts.tokens_T.device
+        total_B, token_T, left_out = torch.zeros(rollouts.num_sequences, device=device), None, set()
+        if self.model is not None:
+            rows_T = stream_rows(
+                self.model,
+                rollouts,
+                max_tokens=self.micro_batch_tokens,
+                topology=self.topology,
+                early=early,
+            )
+            total_B += rows_T[rollouts.cu_seqlens[1:].long() - 1]
+        if self.judge is not None:
+            for index, reward in enumerate(self.judge(rollouts, uses_early=uses_early)):
+                if isinstance(reward, RewardFault):
+                    left_out.add(index)
+                elif isinstance(reward, tuple):
+                    token_T = (
+                        torch.zeros(rollouts.tokens_T.shape, device=device) if token_T is None else token_T
+                    )
+                    end = rollouts.starts[index + 1]
+                    weighted = self.function_weight * torch.tensor(reward, device=device)
+                    token_T[end - len(reward) : end] = weighted
+                else:
+                    total_B[index] += self.function_weight * reward
+        total_B[sorted(left_out)] = 0.0
+        return Rewards(rewards_B=total_B, token_rewards_T=token_T, left_out=frozenset(left_out))

@@ -1,0 +1,101 @@
+"""One reward function from a text that names several, with weights."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from glm_rlhf.engine.rewards.function import (
+    Reward,
+    RewardError,
+    RewardFault,
+    RewardFunction,
+    RewardRequest,
+    find_rule,
+    judge,
+)
+
+_PLUS = re.compile(r"\s+\+\s+")
+_TERM = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>\S+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardTerm:
+    """One summand of a reward."""
+
+    name: str
+    """As the config has it."""
+    weight: float
+    """Its factor."""
+    function: RewardFunction
+    """What judges."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSum:
+    """A reward function that adds others up.
+
+    Where one gives rewards of tokens and another of the answer, the latter's counts at the last token. A
+    fault of one is a fault of the sum.
+    """
+
+    terms: tuple[RewardTerm, ...]
+    """At least one."""
+
+    def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFault]:
+        """Return the weighted sum, or a fault that names its term, for each answer."""
+        by_term = [judge(term.function, requests, masks_faults=True) for term in self.terms]
+        return [self._total(rewards) for rewards in zip(*by_term, strict=True)]
+
+    def _total(self, rewards: Sequence[Reward | RewardFault]) -> Reward | RewardFault:
+        whole, by_token = 0.0, None
+        for term, reward in zip(self.terms, rewards, strict=True):
+            if isinstance(reward, RewardFault):
+                return RewardFault(reason=f"of {term.name}: {reward.reason}")
+            if not isinstance(reward, tuple):
+                whole += term.weight * reward
+            elif by_token is None:
+                by_token = [term.weight * number for number in reward]
+            else:
+                by_token = [
+                    sum_ + term.weight * number for sum_, number in zip(by_token, reward, strict=True)
+                ]
+        if by_token is None:
+            return whole
+        if by_token:  # an answer without a token has no place for a reward
+            by_token[-1] += whole
+        return tuple(by_token)
+
+
+def find_reward(text: str, *, over_http: Callable[[str], RewardFunction]) -> RewardFunction:
+    """Return the reward function that a text names.
+
+    The text is `module:function`, the address of a reward server, or a weighted sum of those, ` + ` between
+    them: `rules:exact + 0.5 * rules:brief + 2 * http://judge:8000/score`.
+
+    Args:
+        text: as above.
+        over_http: makes a function of an address.
+
+    Raises:
+        RewardError: another form, or no such module or function; the message says which.
+    """
+    terms = []
+    for part in _PLUS.split(text.strip()):
+        match = _TERM.fullmatch(part)
+        try:
+            weight = float(match["weight"] or 1.0) if match else None
+        except ValueError:
+            weight = None
+        if weight is None:
+            raise RewardError(
+                f"{part!r} in the reward {text!r} is not of the form [weight *] module:function or "
+                "[weight *] http://…; terms have ' + ' between them"
+            )
+        name = match["name"]
+        is_address = name.startswith(("http://", "https://"))
+        terms.append(
+            RewardTerm(name=name, weight=weight, function=over_http(name) if is_address else find_rule(name))
+        )
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        return terms[0].function
+    return RewardSum(terms=tuple(terms))

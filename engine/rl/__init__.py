@@ -1,0 +1,4 @@
+"""On-policy reinforcement learning: roles, experience, the loop of iterations.
+
+Imports `training` and below.
+"""

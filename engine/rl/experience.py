@@ -1,0 +1,175 @@
+"""From rollouts to experience: rewards, logprobs and values, then advantages in one launch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.rl.ppo_settings import PPOSettings
+from glm_rlhf.engine.scoring.old_logprobs import old_logprobs
+from glm_rlhf.engine.scoring.overlapped_scores import EarlyRoles
+from glm_rlhf.engine.scoring.rollout_scores import batches_of, stream_logprobs, stream_rows
+from glm_rlhf.engine.types import Experience, Rewards, Rollouts
+from glm_rlhf.kernels import ppo_advantages, whiten
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.model.token_outputs import shift_to_tokens
+from glm_rlhf.parallel.runtime.nonfinite import named, refuse_nonfinite
+from glm_rlhf.parallel.runtime.topology import Topology
+
+Rewarder = Callable[[Rollouts], Rewards]
+"""Gives the rewards of this rank's sequences less their baselines; every rank calls it."""
+
+
+def make_experience(
+    rollouts: Rollouts,
+    *,
+    policy: Sequence[GLMModel],
+    reference: Sequence[GLMModel],
+    critic: Sequence[GLMModel],
+    rewarder: Rewarder,
+    settings: PPOSettings,
+    kl_coef: float,
+    sample_seed: int,
+    topology: Topology,
+    early: EarlyRoles | None = None,
+) -> Experience:
+    """Return what an update needs of these rollouts; every rank of the topology calls this.
+
+    The policy's logprobs are the sampler's own where a forward pass over a sample of the sequences shows that
+    they are the same, at temperature 1; else the pass goes over all of them.
+
+    Args:
+        rollouts: this data-parallel rank's.
+        policy, reference, critic: this rank's chunks.
+        rewarder: gives the rewards.
+        settings: of PPO.
+        kl_coef: the KL coefficient as it stands.
+        sample_seed: of that sample.
+        topology: layout and groups.
+        early: what reference and critic said of some of these answers while others were generated.
+
+    Raises:
+        FloatingPointError: a reward, logprob or value is not finite; the message, the same on every rank,
+            names the role, the ranks and the answers.
+    """
+    options = {"max_tokens": settings.micro_batch_tokens, "topology": topology}
+    phases = Phases()
+    with phases.phase("reward"):
+        rewards = rewarder(rollouts)
+    rollouts = replace(rollouts, left_out=rewards.left_out)
+    mask_T = rollouts.action_mask_T
+    rewards_B = rewards.totals_B(rollouts.starts)
+    with phases.phase("reference"):
+        known = early and early.reference
+        batches = batches_of(rollouts, **options, without=known.sequences if known else ())
+        ref_logprobs_T = stream_logprobs(reference, rollouts, batches, mask_T, topology=topology, early=known)
+    with phases.phase("old_logprobs"):
+        old_logprobs_T, gap = old_logprobs(
+            policy, rollouts, mask_T, **options, max_gap=settings.max_logprob_gap, seed=sample_seed
+        )
+    with phases.phase("values"):
+        rows_T = stream_rows(critic, rollouts, **options, early=early and early.critic)
+        values_T = shift_to_tokens(rows_T) * mask_T
+    found = {
+        "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),
+        "the reference's logprobs": ref_logprobs_T,
+        "the policy's logprobs": old_logprobs_T,
+        "the critic's values": values_T,
+    }
+    _check_finite(found, rollouts, topology)
+    with phases.phase("estimate"):
+        estimate = ppo_advantages(
+            old_logprobs_T,
+            ref_logprobs_T,
+            values_T,
+            rewards.rewards_B,
+            rollouts.cu_seqlens,
+            mask_T,
+            kl_coef=kl_coef,
+            gamma=settings.gamma,
+            lam=settings.lam,
+            kl_estimator=settings.kl_estimator,
+            token_rewards_T=rewards.token_rewards_T,
+        )
+        advantages_T = estimate.advantages_T
+        if settings.whitens_advantages:
+            sums = estimate.whitening_sums()
+            dist.all_reduce(sums, group=topology.dp_group)
+            advantages_T = whiten(advantages_T, mask_T, sums)
+    return Experience(
+        rollouts=rollouts,
+        rewards_B=rewards_B,
+        old_logprobs_T=old_logprobs_T,
+        ref_logprobs_T=ref_logprobs_T,
+        values_T=values_T,
+        advantages_T=advantages_T,
+        returns_T=estimate.returns_T,
+        kl_T=estimate.kl_T,
+        metrics=_metrics(rollouts, rewards_B, estimate.kl_T, values_T, mask_T, gap, topology)
+        | phases.seconds,
+    )
+
+
+def _check_finite(found: dict[str, torch.Tensor], rollouts: Rollouts, topology: Topology) -> None:
+    """Stop all ranks together where one has a number that is none."""
+    findings = []
+    for name, values_T in found.items():
+        answers = answers_with(rollouts, ~values_T.isfinite())
+        if answers:
+            findings.append(f"{name} of answers {named(answers)}")
+    refuse_nonfinite(findings, "no update is made of them", device=topology.device)
+
+
+def answers_with(rollouts: Rollouts, chosen_T: torch.Tensor) -> list[int]:
+    """Return which answers, by their place among those of all ranks, have a chosen token; bool [T]."""
+    pieces = chosen_T.split(list(rollouts.lengths))
+    return [index for index, piece in zip(rollouts.indices, pieces, strict=True) if bool(piece.any())]
+
+
+def _metrics(
+    rollouts: Rollouts,
+    rewards_B: torch.Tensor,
+    kl_T: torch.Tensor,
+    values_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    gap: float,
+    topology: Topology,
+) -> dict[str, float]:
+    """Return means over the sequences and tokens of all data-parallel ranks; those left out are not in them,
+    but for the lengths."""
+    lengths = [
+        length - prompt for length, prompt in zip(rollouts.lengths, rollouts.prompt_lengths, strict=True)
+    ]
+    num_cut = sum(not is_finished for is_finished in rollouts.is_finished)
+    sums = torch.stack(
+        [
+            torch.tensor(float(rollouts.num_sequences), device=mask_T.device),
+            rewards_B.sum(),
+            rewards_B.square().sum(),
+            torch.tensor(float(sum(lengths)), device=mask_T.device),
+            torch.tensor(float(num_cut), device=mask_T.device),
+            mask_T.sum().float(),
+            (kl_T * mask_T).sum(),
+            values_T.sum(),
+            torch.tensor(float(sum(rollouts.prompt_lengths)), device=mask_T.device),
+            torch.tensor(float(len(rollouts.left_out)), device=mask_T.device),
+        ]
+    ).double()
+    dist.all_reduce(sums, group=topology.dp_group)
+    count, rewards, squares, length, cut, tokens, kl, values, prompt, left_out = sums.tolist()
+    judged = max(count - left_out, 1)
+    mean = rewards / judged
+    return {
+        "critic/rewards/mean": mean,
+        "critic/rewards/std": max(squares / judged - mean * mean, 0.0) ** 0.5,
+        "critic/rewards/num_left_out": left_out,
+        "critic/values/mean": values / max(tokens, 1),
+        "objective/kl": kl / judged,
+        "objective/kl_per_token": kl / max(tokens, 1),
+        "prompt_length/mean": prompt / max(count, 1),
+        "response_length/mean": length / max(count, 1),
+        "response_length/cut_fraction": cut / max(count, 1),
+        "rollout/logprob_gap": gap,
+    }

@@ -1,0 +1,199 @@
+"""Answers to prompts, generated on the ranks and weights that train."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationQueue, GenerationRequest
+from glm_rlhf.parallel.inference.cuda_graph import Record, record_cuda_graph
+from glm_rlhf.parallel.inference.kv_cache import KVCache, num_pages_within
+from glm_rlhf.parallel.inference.pipelined_loop import TickCount, run_queue
+from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.inference.stage import GenerationStage
+from glm_rlhf.parallel.inference.weight_views import ChunkWeights, chunk_weights
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.pipeline.oom import has_failed_on_peers
+from glm_rlhf.parallel.runtime.nonfinite import named
+from glm_rlhf.parallel.runtime.topology import Topology
+
+_SHARE_OF_FREE_MEMORY = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSettings:
+    """How much is generated at once."""
+
+    max_batch: int
+    """Sequences that run at once on a copy of the model."""
+    max_step_tokens: int
+    """Tokens that go through the model in a step."""
+    page_size: int
+    """Positions a page of the cache."""
+    cache_bytes: int | None = None
+    """Memory of the cache a rank; None takes what `max_batch` of the longest sequences need, on CUDA at most
+    80 % of what is free."""
+
+
+class GenerationPhase:
+    """Owns what generation needs beside the weights while it lasts: the cache, and recorded decode steps.
+
+    A context manager: training may have the memory again after it. The weights stay where they are, and may
+    be updated in place while the phase lasts.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[GLMModel | ChunkWeights],
+        *,
+        topology: Topology,
+        batch: BatchSettings,
+        longest: int,
+        record: Record | None = None,
+    ) -> None:
+        """Plan a phase on a policy.
+
+        Args:
+            chunks: this rank's chunks of the policy, or their parameters in a second layout.
+            topology: layout and groups of the chunks.
+            batch: how much at once.
+            longest: positions of the longest sequence that may come, prompt and answer.
+            record: how decode steps are recorded; None for CUDA graphs on CUDA, and not at all on a CPU.
+        """
+        self.topology, self.batch = topology, batch
+        self.num_groups = topology.layout.pp
+        self.ticks = TickCount()
+        is_cuda = topology.device.type == "cuda"
+        self._record = record_cuda_graph if record is None and is_cuda else record
+        self._longest = longest
+        self._chunks = chunk_weights(chunks)
+        self.num_pages = self._plan_pages(longest)
+        self._cache: KVCache | None = None
+        self._stage: GenerationStage | None = None
+
+    def __enter__(self) -> "GenerationPhase":
+        self._cache = KVCache(self._chunks, num_pages=self.num_pages, page_size=self.batch.page_size)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._cache = self._stage = None
+
+    def run(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingSettings,
+        *,
+        stop_check: Callable[[Sequence[int]], bool] | None = None,
+        when_idle: Callable[[], None] | None = None,
+    ) -> Iterator[Completion]:
+        """Yield completions as they end, the same on every rank of the pipeline and tensor-parallel groups.
+
+        Where memory runs out in a step, its sequences wait again and steps are half as large for the rest of
+        the phase. Tensor-parallel ranks can do so where it runs out on all of them at the same collective.
+
+        Args:
+            requests: this data-parallel rank's prompts.
+            sampling: the distribution.
+            stop_check: says of an answer's tokens so far whether it ends here, beside its stop ids.
+            when_idle: uses turns in which pipeline stages have nothing to do, as `run_queue` tells.
+
+        Raises:
+            ValueError: a request that the cache can never hold; the message names it. Or memory ran out for a
+                single token, on one tensor-parallel rank alone or with pipeline stages, whose messages are on
+                their way.
+            FloatingPointError: logits are not finite; the message names the prompts that were being answered.
+                On every rank of the pipeline and tensor-parallel groups.
+        """
+        assert self._cache is not None, "a generation phase is used inside its with block"
+        if not requests:
+            return
+        queue = GenerationQueue(
+            requests,
+            num_pages=self.num_pages,
+            page_size=self.batch.page_size,
+            max_batch=max(self.batch.max_batch, self.num_groups),
+            max_step_tokens=self.batch.max_step_tokens,
+            num_groups=self.num_groups,
+            stop_check=stop_check,
+        )
+        try:
+            while not queue.is_finished:
+                try:
+                    yield from run_queue(
+                        self._stage_for(sampling),
+                        queue,
+                        num_groups=self.num_groups,
+                        ticks=self.ticks,
+                        when_idle=when_idle,
+                    )
+                except torch.OutOfMemoryError as error:
+                    self._shrink(queue, error)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} (prompts {named(queue.drawing)})") from error
+        finally:
+            queue.close()
+
+    def _shrink(self, queue: GenerationQueue, error: torch.OutOfMemoryError) -> None:
+        """Have smaller steps where memory ran out in one; see `run`."""
+        place, most = self.topology, 0
+        if place.layout.pp == 1 and has_failed_on_peers(place.rank, [place.tp_group]):
+            most = queue.shrink()
+        if not most:
+            raise ValueError(
+                f"rank {place.rank} has no memory for a step of generation, and with pipeline stages, on one "
+                "tensor-parallel rank alone or for a single token it cannot be made smaller: lower "
+                f"generation.max_step_tokens, generation.max_batch or generation.cache_bytes ({error})"
+            ) from error
+        self.batch = replace(self.batch, max_batch=min(self.batch.max_batch, most), max_step_tokens=most)
+        self._stage = None  # and its recorded steps
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+        sys.stderr.write(
+            f"[rank {place.rank}] out of memory in a step of generation: {most} tokens a step and as many "
+            "sequences at once, at most, from here on until the phase ends\n"
+        )
+
+    def _stage_for(self, sampling: SamplingSettings) -> GenerationStage:
+        """Return the stage that draws from a distribution; recorded steps are kept while it is the same."""
+        if self._stage is None or self._stage.settings is not sampling:
+            self._stage = GenerationStage(
+                self._chunks, self._cache, sampling, longest=self._longest, record=self._record
+            )
+        return self._stage
+
+    def _plan_pages(self, longest: int) -> int:
+        """Return the pages of the pool, the same on every rank that shares the queue."""
+        glm, layout = self._chunks[0].glm, self.topology.layout
+        options = {"page_size": self.batch.page_size, "dtype": self._chunks[0].dtype}
+        # One page a sequence more than it fills: shared prompts are copied on write.
+        wanted = self.batch.max_batch * (-(-longest // self.batch.page_size) + 1)
+        if self.batch.cache_bytes is not None:
+            return min(wanted, num_pages_within(self.batch.cache_bytes, glm, layout, **options))
+        if self.topology.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training let go of is free to the allocator alone until then
+            free_bytes, _ = torch.cuda.mem_get_info(self.topology.device)
+            fitting = num_pages_within(int(free_bytes * _SHARE_OF_FREE_MEMORY), glm, layout, **options)
+            return self._smallest(min(wanted, fitting))
+        return wanted
+
+    def _smallest(self, num_pages: int) -> int:
+        """Return the least that any rank of the model has room for: all replay one queue."""
+        least = torch.tensor([num_pages], device=self.topology.device)
+        for group in (self.topology.tp_group, self.topology.pp_group):
+            torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group)
+        return int(least)
+
+
+def deal_by_length(lengths: Sequence[int], *, rank: int, num_ranks: int) -> list[int]:
+    """Return the indices of the sequences that a rank takes: longest first, dealt there and back again.
+
+    Every index goes to exactly one of `num_ranks` ranks, and their totals differ by at most the longest.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    taken = []
+    for turn, index in enumerate(order):
+        lap, place = divmod(turn, num_ranks)
+        if (place if lap % 2 == 0 else num_ranks - 1 - place) == rank:
+            taken.append(index)
+    return taken

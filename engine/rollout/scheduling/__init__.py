@@ -1,0 +1,1 @@
+"""Which request computes next, and with which pages of the cache."""

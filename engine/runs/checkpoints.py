@@ -1,0 +1,354 @@
+"""When a run's checkpoints are written, and what a run goes on from."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from glm_rlhf.engine.runs.fingerprint import check_same_run
+from glm_rlhf.parallel.checkpoint.restore import checkpoint_at, newest_checkpoint, restore
+from glm_rlhf.parallel.checkpoint.save import CheckpointWriter, step_folders
+from glm_rlhf.parallel.megatron_compat.rng_state import random_state, set_random_state
+from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
+from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
+from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
+from glm_rlhf.parallel.weights.hf_writer import companion_files
+
+FOLDER = "resume"
+"""Folder, in a run folder, of what the run goes on from."""
+EXPORTS = "checkpoints"
+"""Folder of the Hugging Face folders."""
+
+IS_INSIDE = "is_inside"
+"""Entry of a run's progress that is true where it was left before the end of the checkpoint's step."""
+
+
+class SavedRun(Protocol):
+    """The part of a command's settings that checkpoints depend on."""
+
+    run: Any
+    train: Any
+    model: Any
+
+
+def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
+    """Return what the run goes on from, None for a new run; every rank calls this, first.
+
+    `run.resume` decides: `auto` takes the newest whole checkpoint of the run folder, if it has any; `never`
+    wants a folder without any; a path is a checkpoint, or a folder of them.
+
+    Raises:
+        ValueError: the folder holds what this run would have to mix with its own, there is no checkpoint at
+            the path, or none of them is whole.
+    """
+    output, wanted = Path(config.run.output), config.run.resume
+    own = output / FOLDER
+    if wanted == "auto":
+        found = newest_checkpoint(own, topology=place)
+        if found is not None:
+            return _told(found, place)
+    elif wanted != "never":
+        path = Path(wanted)
+        found = find_checkpoint(path, place)
+        if found is None:
+            raise ValueError(
+                f"run.resume is {wanted}: there is no checkpoint; give its folder, auto or never"
+            )
+        with agreed(f"claiming {output}"):
+            later = [step for step in step_folders(own) if step > found.manifest.step] if own.is_dir() else []
+            if place.is_reporter and later:
+                raise ValueError(
+                    f"{own} holds step_{later[0]}, later than {found.folder}: remove what is later, or give "
+                    "this run another run.name"
+                )
+        return _told(found, place)
+    with agreed(f"claiming {output}"):
+        if place.is_reporter:
+            output.mkdir(parents=True, exist_ok=True)
+            for folder in (own, output / EXPORTS):
+                earlier = sorted(path.name for path in folder.glob("step_*"))
+                if earlier:
+                    raise ValueError(
+                        f"{folder} holds {', '.join(earlier[:3])} of an earlier run: give this one another "
+                        "run.name or run.output, or remove them"
+                    )
+    return None
+
+
+def find_checkpoint(path: Path, place: Topology) -> Checkpoint | None:
+    """Return the checkpoint at a path, or the newest whole one in a folder of them; None where there is none.
+
+    Every rank calls this.
+
+    Raises:
+        CheckpointError: it is damaged, or none in the folder is whole; on every rank.
+    """
+    find = checkpoint_at if is_checkpoint(path) else newest_checkpoint
+    return find(path, topology=place)
+
+
+def is_same_layout(found: Checkpoint, place: Topology) -> bool:
+    """Return whether a checkpoint was written by as many ranks in the same places."""
+    manifest = found.manifest
+    return (manifest.layout, manifest.world_size) == (place.layout, place.world_size)
+
+
+def _told(found: Checkpoint, place: Topology) -> Checkpoint:
+    if place.is_reporter:
+        then = found.manifest.layout
+        layout = "" if then == place.layout else f", which was written in another layout ({then})"
+        sys.stderr.write(f"going on from {found.folder}{layout}\n")
+    return found
+
+
+class RunCheckpoints:
+    """Owns the checkpoints of a run: what is saved when, and the Hugging Face folders."""
+
+    def __init__(
+        self,
+        config: SavedRun,
+        models: Mapping[str, AnyTrainingState],
+        writer: CheckpointWriter,
+        *,
+        identity: Mapping[str, Any],
+        export: Callable[[Path], None],
+        place: Topology,
+    ) -> None:
+        self.config, self.models, self.writer = config, dict(models), writer
+        self.identity, self.export, self.place = dict(identity), export, place
+        self._saved_step: int | None = None
+
+    def hold(self, step: int) -> None:
+        """Know that this step is saved already: the run goes on from it."""
+        self._saved_step = step
+
+    def after_step(
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        *,
+        rank_tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> bool:
+        """Save and export what is due after a step; every rank calls this. Return whether anything was.
+
+        Args:
+            step: steps of the run so far.
+            progress: what the loop goes on from, JSON values.
+            rank_tensors: what else this rank goes on from.
+
+        Raises:
+            ValueError: this save, or the one before it, failed; on every rank.
+        """
+        train = self.config.train
+        is_last = step >= train.steps
+        self.writer.poll()
+        exports = is_due(step, train.export_every, is_last)
+        saves = is_due(step, train.save_every, is_last)
+        if saves:
+            self._save(step, progress, rank_tensors)
+        if saves and is_last:
+            self.writer.finish()
+        if exports:
+            for training in self.models.values():
+                training.gather_weights()
+            self._export(step)
+        return saves or exports
+
+    def leave(
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        *,
+        rank_tensors: Mapping[str, torch.Tensor] | None = None,
+        is_inside: bool = False,
+    ) -> None:
+        """Save what `after_step` of this step did not, for a run that ends early; every rank calls this.
+
+        Args:
+            step: the newest step.
+            progress, rank_tensors: as of `after_step`.
+            is_inside: whether the run is left before this step's end.
+
+        Raises:
+            ValueError: this save, or the one before it, failed; on every rank.
+        """
+        self.writer.poll()
+        if step and self._saved_step != step:
+            self._save(step, progress, rank_tensors)
+        self.writer.finish()
+        if self.place.is_reporter:
+            where = "inside" if is_inside else "after"
+            sys.stderr.write(f"left {where} step {step} of {self.config.train.steps}, as a signal asked\n")
+
+    def _save(
+        self, step: int, progress: Mapping[str, Any], rank_tensors: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self.writer.save(
+            step,
+            self.models,
+            state={"identity": self.identity, "progress": dict(progress)},
+            rank_tensors=random_state() | dict(rank_tensors or {}),
+        )
+        self._saved_step = step
+
+    def close_finished(self, step: int) -> None:
+        """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
+        if self._is_export_missing(step):
+            self._export(step)
+        if self.place.is_reporter:
+            sys.stderr.write(
+                f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
+                "raise train.steps, or give another run.name\n"
+            )
+
+    def _is_export_missing(self, step: int) -> bool:
+        """Return whether a step has no export yet, the same on every rank."""
+        with agreed("looking for the export"):
+            is_there = [self._export_folder(step).exists()]
+        torch.distributed.broadcast_object_list(is_there, src=0)
+        return not is_there[0]
+
+    def _export_folder(self, step: int) -> Path:
+        return Path(self.config.run.output) / EXPORTS / f"step_{step}"
+
+    def _export(self, step: int) -> None:
+        folder = self._export_folder(step)
+        with agreed(f"making {folder.parent}"):
+            if self.place.is_reporter:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+        self.export(folder)
+
+
+def _as_json(config: SavedRun) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def is_due(step: int, every: int, is_last: bool) -> bool:
+    """Return whether something happens after a step: after every so many (0: none), and after the last."""
+    return is_last or (every > 0 and step % every == 0)
+
+
+@contextlib.contextmanager
+def open_checkpoints(
+    config: SavedRun,
+    models: Mapping[str, AnyTrainingState],
+    *,
+    identity: Mapping[str, Any],
+    export: Callable[[Path], None],
+    place: Topology,
+) -> Iterator[RunCheckpoints]:
+    """Return, as a context manager, what saves a run; every rank enters.
+
+    Args:
+        config: of the run.
+        models: what is trained, by name; the first is what a checkpoint is as a model folder.
+        identity: what may not change between a run and its resumption, JSON values.
+        export: writes the Hugging Face folder that it is given.
+        place: layout and groups.
+
+    Raises:
+        ValueError: the folder cannot be made, or the last save failed.
+    """
+    train = config.train
+    with open_writer(
+        Path(config.run.output) / FOLDER,
+        config,
+        models,
+        place=place,
+        keep_last=train.keep_last,
+        keep_every=train.keep_every,
+        is_async=train.async_save,
+    ) as writer:
+        yield RunCheckpoints(config, models, writer, identity=identity, export=export, place=place)
+
+
+def open_writer(
+    folder: Path, config: SavedRun, models: Mapping[str, AnyTrainingState], *, place: Topology, **options: Any
+) -> CheckpointWriter:
+    """Return what writes a run's checkpoints into a folder, a context manager; every rank calls this.
+
+    Args:
+        folder: of the checkpoints.
+        config: of the run; a checkpoint as a model folder has what lies beside the weights of `model.path`.
+        models: what is trained, by name.
+        place: layout and groups.
+        options: of the writer: `keep_last`, `keep_every`, `is_async`.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    chunk = next(iter(models.values())).bare_chunks[0]
+    with agreed(f"reading {config.model.path}"):
+        companions = {}
+        if place.is_reporter:
+            companions = companion_files(
+                config.model.path, chunk.glm, dtype=chunk.config.params_dtype, role=chunk.role
+            )
+    given = _as_json(config)
+    return CheckpointWriter(folder, topology=place, config=given, companions=companions, **options)
+
+
+def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
+    """Bring models, optimizers and random generators to a checkpoint; return the loop's progress.
+
+    Every rank calls this. Random generators go on where the layout is the same.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or of other models.
+    """
+    is_whole_step = not origin.manifest.state["progress"].get(IS_INSIDE)
+    if is_whole_step and origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
+        checkpoints.hold(origin.manifest.step)
+    return restore_run(
+        origin,
+        checkpoints.models,
+        config=checkpoints.config,
+        identity=checkpoints.identity,
+        place=checkpoints.place,
+    )
+
+
+def restore_run(
+    origin: Checkpoint,
+    models: Mapping[str, AnyTrainingState],
+    *,
+    config: SavedRun,
+    identity: Mapping[str, Any],
+    place: Topology,
+) -> dict[str, Any]:
+    """Bring models, optimizers and random generators to a checkpoint; return the progress saved in it.
+
+    Every rank calls this. Random generators go on where the layout is the same.
+
+    Args:
+        origin: the checkpoint.
+        models: what is trained, by name.
+        config: settings of the run, which may differ in few ways from those then.
+        identity: fingerprints of what may not differ, on the reporter.
+        place: layout and groups.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or of other models.
+    """
+    manifest = origin.manifest
+    with agreed(f"resuming from {origin.folder}"):
+        check_same_run(
+            origin.folder,
+            manifest.config,
+            _as_json(config),
+            manifest.state.get("identity", {}),
+            identity if place.is_reporter else None,
+        )
+    for name, training in models.items():
+        restore(training, origin, name)
+    if is_same_layout(origin, place):
+        with agreed(f"resuming from {origin.folder}"):
+            set_random_state(origin.rank_tensors(place.rank))
+    return manifest.state["progress"]

@@ -1,0 +1,79 @@
+"""The policy's logprobs before an update: the sampler's own, as long as a sample of them is shown right."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.engine.scoring.rollout_scores import batches_of, stream_logprobs
+from glm_rlhf.engine.types import Rollouts
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.topology import Topology
+
+_ONE_IN = 8  # sequences that are looked at
+
+
+def old_logprobs(
+    policy: Sequence[GLMModel],
+    rollouts: Rollouts,
+    mask_T: torch.Tensor,
+    *,
+    max_gap: float,
+    max_tokens: int,
+    seed: int,
+    topology: Topology,
+) -> tuple[torch.Tensor, float]:
+    """Return the policy's logprobs, fp32 [T], and the sampler's mean distance from them in nats.
+
+    A forward pass over a sample of the sequences tells the distance, over all data-parallel ranks; where it
+    is above `max_gap`, the pass goes over the others too. The sampler's logprobs are those
+    at temperature 1: at any other all are computed, and the distance is unknown (NaN).
+
+    Every rank of the topology calls this, one without sequences too.
+
+    Args:
+        policy: this rank's chunks.
+        rollouts: this data-parallel rank's.
+        mask_T: whose logprobs are wanted, bool [T].
+        max_gap: mean distance, in nats, up to which the sampler's logprobs are taken.
+        max_tokens: of a micro-batch.
+        seed: of the sample, another one each iteration.
+        topology: layout and groups.
+    """
+    options = {"max_tokens": max_tokens, "topology": topology}
+    if rollouts.temperature != 1.0:
+        batches = batches_of(rollouts, **options)
+        return stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), float("nan")
+    sample = draw_sample(rollouts, max_tokens=max_tokens, seed=seed)
+    others = frozenset(range(rollouts.num_sequences)) - sample
+    batches = batches_of(rollouts, **options, without=others)
+    found_T = stream_logprobs(policy, rollouts, batches, mask_T, topology=topology)
+    compared_T = torch.zeros_like(mask_T)
+    for batch in batches:
+        batch.put(batch.take(mask_T), compared_T)
+    distance = ((found_T - rollouts.logprobs_T).abs() * compared_T).sum()
+    sums = torch.stack((distance, compared_T.sum().float())).double()
+    dist.all_reduce(sums, group=topology.dp_group)
+    gap = (sums[0] / sums[1].clamp(min=1)).item()
+    if gap <= max_gap:
+        return rollouts.logprobs_T * mask_T, gap
+    batches = batches_of(rollouts, **options, without=sample)
+    return found_T + stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), gap
+
+
+def draw_sample(rollouts: Rollouts, *, max_tokens: int, seed: int) -> frozenset[int]:
+    """Return one in eight of the sequences, rounded up, by number from 0; fewer where they are long.
+
+    Those left out are not drawn. The sample has at most `max_tokens` tokens, one sequence apart, and is the
+    same on all ranks that share the sequences.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(rollouts.num_sequences, generator=generator).tolist()
+    drawn = [number for number in drawn if number not in rollouts.left_out]
+    sample, room = [], max_tokens
+    for number in drawn[: -(-len(drawn) // _ONE_IN)]:
+        room -= rollouts.lengths[number]
+        if sample and room < 0:
+            break
+        sample.append(number)
+    return frozenset(sample)

@@ -1,1 +1,0 @@
-"""Stages of alignment, one command each."""

@@ -1,0 +1,4 @@
+"""One AdamW step over many tensors, beside its plain fp32 reference.
+
+Imports `dispatch`.
+"""

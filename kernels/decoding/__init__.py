@@ -1,0 +1,4 @@
+"""Attention over a paged cache, writing to the cache, and sampling, each beside its plain reference.
+
+Imports `dispatch`.
+"""

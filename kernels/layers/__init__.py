@@ -1,0 +1,4 @@
+"""RMSNorm, RoPE and SwiGLU, each beside its plain fp32 reference.
+
+Imports `dispatch`.
+"""

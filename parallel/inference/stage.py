@@ -1,0 +1,161 @@
+"""One pipeline stage of generation: this rank's part of every turn, and its messages to the other stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.parallel.inference.cuda_graph import DecodeGraphs, Record
+from glm_rlhf.parallel.inference.decoder import chunk_decoders
+from glm_rlhf.parallel.inference.kv_cache import KVCache
+from glm_rlhf.parallel.inference.sampler import SamplingSettings, draw_tokens
+from glm_rlhf.parallel.inference.step_inputs import DecodeBatch, HostNumbers, Plan, make_batch
+from glm_rlhf.parallel.inference.weight_views import ChunkWeights
+
+_HIDDEN, _TOKENS = 1, 2
+"""Tags of messages between stages."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Turn:
+    """One group's step on its way through the stages."""
+
+    num_rows: int
+    """Rows that go through."""
+    num_drawn: int
+    """Rows whose next token is drawn."""
+    batch: DecodeBatch | None
+    """The rows; None where `recorded` has them."""
+    recorded: HostNumbers | None
+    """The rows as a recorded step takes them; None for a step that runs eagerly."""
+    drawn: torch.Tensor | None = None
+    """float64 [rows drawn, 3] on the last stage: token, logprob, plain logprob."""
+
+
+class GenerationStage:
+    """Owns what a stage needs over a cache: its decoders, recorded steps, messages on their way."""
+
+    def __init__(
+        self,
+        chunks: Sequence[ChunkWeights],
+        cache: KVCache,
+        settings: SamplingSettings,
+        *,
+        longest: int,
+        record: Record | None,
+    ) -> None:
+        """Take this rank's parameters.
+
+        Args:
+            chunks: parameters of this rank's chunks of a policy.
+            cache: pages that a queue hands out.
+            settings: the distribution that tokens are drawn from.
+            longest: positions of the longest sequence that may come.
+            record: how decode steps are recorded; None runs every step eagerly.
+        """
+        self.topology = chunks[0].topology
+        self.settings = settings
+        self.num_chunks = len(chunks)
+        self._cache = cache
+        self._decoders = chunk_decoders(chunks, cache)
+        self._hidden_size, self._dtype = chunks[0].glm.hidden_size, chunks[0].dtype
+        self._graphs = None
+        if record is not None:
+            self._graphs = DecodeGraphs(
+                self._compute,
+                page_size=cache.page_size,
+                table_width=-(-longest // cache.page_size),
+                hidden_size=self._hidden_size,
+                dtype=self._dtype,
+                device=self.topology.device,
+                record=record,
+            )
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+
+    @torch.inference_mode()
+    def start(self, plan: Plan) -> Turn:
+        """Copy the pages that a step asks for and put its rows where they are computed."""
+        self._cache.copy_pages(plan.copies)
+        if self._graphs is not None and self._graphs.takes(plan):
+            count = len(plan.decodes)
+            numbers = self._graphs.numbers(plan.decodes)
+            return Turn(num_rows=count, num_drawn=count, batch=None, recorded=numbers)
+        batch = make_batch(plan, page_size=self._cache.page_size, device=self.topology.device)
+        return Turn(num_rows=len(batch.tokens_T), num_drawn=batch.num_drawn, batch=batch, recorded=None)
+
+    @torch.inference_mode()
+    def advance(self, turn: Turn, chunk: int) -> None:
+        """Run one of this stage's chunks: receive, compute, send on or draw."""
+        place = self.topology
+        is_first = place.pp_rank == 0 and chunk == 0
+        hidden_TD = None if is_first else self._receive_hidden(turn.num_rows)
+        if turn.recorded is not None:
+            output = self._graphs.run(chunk, turn.recorded, turn.num_rows, hidden_TD)
+        else:
+            output = self._compute(chunk, turn.batch, hidden_TD)
+        if not self._is_last(chunk):
+            self._send(output, (place.pp_rank + 1) % place.layout.pp, place.pp_group, _HIDDEN)
+        elif turn.num_drawn:
+            turn.drawn = output
+            if place.layout.pp > 1:
+                turn.drawn = output.cpu()
+                for stage in range(place.layout.pp - 1):
+                    self._send(turn.drawn, stage, place.pp_host_group, _TOKENS)
+
+    @torch.inference_mode()
+    def drawn(self, turn: Turn) -> tuple[list[int], list[float], list[float]]:
+        """Return what the last stage drew in a turn: tokens, logprobs, plain logprobs.
+
+        Raises:
+            FloatingPointError: a row's logits are not finite, so that no token can be drawn.
+        """
+        if turn.num_drawn == 0:  # a part of a prompt, and nothing else, went through
+            return [], [], []
+        if turn.drawn is None:
+            group = self.topology.pp_host_group
+            turn.drawn = torch.empty(turn.num_drawn, 3, dtype=torch.float64)
+            source = dist.get_global_rank(group, self.topology.layout.pp - 1)
+            dist.recv(turn.drawn, source, group=group, tag=_TOKENS)
+        tokens, logprobs, plain_logprobs = turn.drawn.t().tolist()
+        if -1.0 in tokens:
+            raise FloatingPointError(
+                f"{tokens.count(-1.0)} of {len(tokens)} rows have no token that could be drawn: their logits "
+                "are not finite, or every id is masked"
+            )
+        return [int(token) for token in tokens], logprobs, plain_logprobs
+
+    def finish(self) -> None:
+        """Wait until the other stages have what was sent to them."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def _compute(self, chunk: int, batch: DecodeBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+        """Return the residual stream to send on, or of the last chunk what was drawn; waits for no device."""
+        decoder = self._decoders[chunk]
+        output = decoder.forward(batch, hidden_TD)
+        if not self._is_last(chunk) or not batch.num_drawn:
+            return output
+        group = self.topology.tp_group if self.topology.layout.tp > 1 else None
+        samples = draw_tokens(
+            decoder.logits(output), batch.seeds_B, batch.steps_B, self.settings, group=group
+        )
+        return torch.stack([part.double() for part in samples], dim=1)
+
+    def _is_last(self, chunk: int) -> bool:
+        return self.topology.is_last_stage and chunk + 1 == self.num_chunks
+
+    def _receive_hidden(self, num_rows: int) -> torch.Tensor:
+        place = self.topology
+        hidden_TD = torch.empty(num_rows, self._hidden_size, dtype=self._dtype, device=place.device)
+        source = dist.get_global_rank(place.pp_group, (place.pp_rank - 1) % place.layout.pp)
+        dist.recv(hidden_TD, source, group=place.pp_group, tag=_HIDDEN)
+        return hidden_TD
+
+    def _send(self, tensor: torch.Tensor, stage: int, group: dist.ProcessGroup, tag: int) -> None:
+        """Send without waiting; the tensor is kept until it has left."""
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, dist.get_global_rank(group, stage), group=group, tag=tag)
+        self._sent.append((work, tensor))

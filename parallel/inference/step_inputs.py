@@ -1,0 +1,250 @@
+"""One step of generation as tensors: which tokens go through the model, and where their keys go.
+
+All numbers of a step are laid end to end on the host, so that one copy brings them to the device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from glm_rlhf.parallel.model.packing import Segment
+
+Shape = tuple[tuple[int, ...], type]
+"""Sizes of an array, and its type: np.int64 or np.int32."""
+
+
+class Work(Protocol):
+    """What one sequence does in a step; `engine.rollout.queue.SequenceWork`."""
+
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    samples: bool
+    seed: int
+    num_generated: int
+
+
+class Plan(Protocol):
+    """Who runs in a step; `engine.rollout.queue.Step`."""
+
+    copies: tuple[tuple[int, int], ...]
+    decodes: tuple[Work, ...]
+    prefills: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeBatch:
+    """The rows of a step: first one a decoding sequence, then the prefilled tokens."""
+
+    tokens_T: torch.Tensor
+    """Token ids, int64."""
+    positions_T: torch.Tensor
+    """Position of each token in its sequence, int64."""
+    slots_T: torch.Tensor
+    """Row of the pool where its key and value go, int64; −1 for a row that only fills up the batch."""
+    num_decodes: int
+    """B: leading rows that attend over pages."""
+    page_table_BP: torch.Tensor
+    """int32 [B, P], pages of the decoding sequences."""
+    lengths_B: torch.Tensor
+    """int32 [B], positions of the decoding sequences, the new one included; 0 for a row that fills up."""
+    prefill: Segment | None
+    """Attention of the other rows, over `key_slots_S`; None when there are none."""
+    key_slots_S: torch.Tensor | None
+    """Rows of the pool with the prefilled sequences' keys, int64; None when every key is in this step."""
+    sampled_rows: torch.Tensor | None
+    """Rows whose next token is drawn, int64 [number drawn]; None when it is every row."""
+    seeds_B: torch.Tensor
+    """Seed of each row that is drawn, int64."""
+    steps_B: torch.Tensor
+    """Draws made before for each row that is drawn, int64."""
+
+    @property
+    def num_drawn(self) -> int:
+        """Rows whose next token is drawn."""
+        return len(self.seeds_B)
+
+
+def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBatch:
+    """Return a step's rows on the device.
+
+    Args:
+        plan: at least one sequence.
+        page_size: positions a page.
+        device: of the model.
+    """
+    decodes, prefills = plan.decodes, plan.prefills
+    width = max((len(work.pages) for work in decodes), default=0)
+    if not prefills:
+        numbers = HostNumbers(decode_shapes(len(decodes), width))
+        fill_decodes(numbers.arrays, decodes, page_size)
+        return decode_batch(numbers.to(device))
+    query_lengths = tuple(len(work.tokens) for work in prefills)
+    key_lengths = tuple(work.start + len(work.tokens) for work in prefills)
+    num_drawn = len(decodes) + sum(work.samples for work in prefills)
+    num_context = sum(key_lengths) if any(work.start for work in prefills) else 0
+    numbers = HostNumbers(
+        [
+            *decode_shapes(
+                len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_drawn=num_drawn
+            ),
+            ((num_drawn,), np.int64),
+            ((len(prefills) + 1,), np.int32),
+            ((len(prefills) + 1,), np.int32),
+            ((num_context,), np.int64),
+        ]
+    )
+    fill_decodes(numbers.arrays, decodes, page_size)
+    _fill_prefills(numbers.arrays, prefills, len(decodes), page_size)
+    *tensors, sampled_rows, query_cu_seqlens, key_cu_seqlens, key_slots_S = numbers.to(device)
+    segment = Segment(
+        query_start=0,
+        query_end=sum(query_lengths),
+        key_start=0,
+        key_end=sum(key_lengths),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        query_cu_seqlens=query_cu_seqlens,
+        key_cu_seqlens=key_cu_seqlens,
+    )
+    return decode_batch(
+        tensors, sampled_rows=sampled_rows, prefill=segment, key_slots_S=key_slots_S if num_context else None
+    )
+
+
+def decode_shapes(
+    num_decodes: int, table_width: int, *, num_rows: int | None = None, num_drawn: int | None = None
+) -> list[Shape]:
+    """Return shape and type of tokens, positions, slots, seeds, steps, lengths and page table.
+
+    Args:
+        num_decodes: rows that attend over pages.
+        table_width: columns of the page table.
+        num_rows: all rows, when there are others.
+        num_drawn: rows whose next token is drawn, when it is not every row.
+    """
+    by_row = ((num_decodes if num_rows is None else num_rows,), np.int64)
+    by_draw = ((num_decodes if num_drawn is None else num_drawn,), np.int64)
+    return [
+        *(by_row, by_row, by_row, by_draw, by_draw),
+        ((num_decodes,), np.int32),
+        ((num_decodes, table_width), np.int32),
+    ]
+
+
+def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[Work], page_size: int) -> None:
+    """Write decoding sequences into the first rows of arrays that have `decode_shapes` and hold zeros.
+
+    Rows of decodes behind them fill up the batch: they write no key, see no position, and draw a token that
+    nobody reads.
+    """
+    count = len(works)
+    arrays[2][count : len(arrays[5])] = -1
+    if not works:
+        return
+    rows = (
+        (work.tokens[0], work.start, work.pages[-1], work.seed, work.num_generated, len(work.pages))
+        for work in works
+    )
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=6 * count).reshape(count, 6)
+    tokens, positions, last_pages, seeds, steps, num_pages = numbers.T
+    slots = last_pages * page_size + positions % page_size
+    columns = (tokens, positions, slots, seeds, steps, positions + 1)
+    for array, column in zip(arrays, columns, strict=False):
+        array[:count] = column
+    table = arrays[6][:count]
+    pages = np.fromiter(chain.from_iterable(work.pages for work in works), dtype=np.int32)
+    table[np.arange(table.shape[1]) < num_pages[:, None]] = pages
+
+
+def _fill_prefills(
+    arrays: Sequence[np.ndarray], works: Sequence[Work], num_decodes: int, page_size: int
+) -> None:
+    """Write prefilled sequences behind the decoding ones."""
+    tokens, positions, slots, seeds, steps, _, _, sampled_rows, query_cu, key_cu, key_slots = arrays
+    sampled_rows[:num_decodes] = np.arange(num_decodes)
+    row = drawn = num_decodes
+    num_keys = 0
+    for place, work in enumerate(works, 1):
+        first, row, end = row, row + len(work.tokens), work.start + len(work.tokens)
+        of_sequence = _slots(work, end, page_size)
+        tokens[first:row] = work.tokens
+        positions[first:row] = np.arange(work.start, end)
+        slots[first:row] = of_sequence[work.start :]
+        if work.samples:
+            sampled_rows[drawn], seeds[drawn], steps[drawn] = row - 1, work.seed, work.num_generated
+            drawn += 1
+        if len(key_slots):
+            key_slots[num_keys : num_keys + end] = of_sequence
+        num_keys += end
+        query_cu[place], key_cu[place] = row - num_decodes, num_keys
+
+
+def _slots(work: Work, num_positions: int, page_size: int) -> np.ndarray:
+    """Return where the first positions of a sequence lie."""
+    first_slots = np.array(work.pages, dtype=np.int64)[:, None] * page_size
+    return (first_slots + np.arange(page_size)).reshape(-1)[:num_positions]
+
+
+def decode_batch(
+    tensors: Sequence[torch.Tensor],
+    *,
+    prefill: Segment | None = None,
+    sampled_rows: torch.Tensor | None = None,
+    key_slots_S: torch.Tensor | None = None,
+) -> DecodeBatch:
+    """Return the batch of tensors that stand in the order of `decode_shapes`."""
+    tokens_T, positions_T, slots_T, seeds_B, steps_B, lengths_B, page_table_BP = tensors
+    return DecodeBatch(
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        slots_T=slots_T,
+        num_decodes=len(lengths_B),
+        page_table_BP=page_table_BP,
+        lengths_B=lengths_B,
+        prefill=prefill,
+        key_slots_S=key_slots_S,
+        sampled_rows=sampled_rows,
+        seeds_B=seeds_B,
+        steps_B=steps_B,
+    )
+
+
+class HostNumbers:
+    """Arrays of int64 and int32 that lie end to end in one tensor of the host.
+
+    The memory is pinned where there is CUDA: a copy from it is not waited for, and it is given to no other
+    tensor before the copy is done.
+    """
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        """Make arrays of zeros."""
+        self._shapes = shapes
+        self._num_words = [-(-math.prod(shape) // (2 if dtype is np.int32 else 1)) for shape, dtype in shapes]
+        self.words = torch.zeros(
+            sum(self._num_words), dtype=torch.int64, pin_memory=torch.cuda.is_available()
+        )
+        self.arrays = []
+        """To be filled."""
+        words, end = self.words.numpy(), 0
+        for (shape, dtype), num_words in zip(shapes, self._num_words, strict=True):
+            start, end = end, end + num_words
+            self.arrays.append(words[start:end].view(dtype)[: math.prod(shape)].reshape(shape))
+
+    def to(self, device: torch.device) -> list[torch.Tensor]:
+        """Return the arrays as tensors of the device, by one copy."""
+        return self.views(self.words.to(device, non_blocking=True))
+
+    def views(self, words: torch.Tensor) -> list[torch.Tensor]:
+        """Return tensors of the arrays' shapes and types in the memory of `words`."""
+        tensors = []
+        for part, (shape, dtype) in zip(words.split(self._num_words), self._shapes, strict=True):
+            if dtype is np.int32:
+                part = part.view(torch.int32)[: math.prod(shape)]
+            tensors.append(part if len(shape) == 1 else part.view(shape))
+        return tensors

@@ -1,0 +1,28 @@
+"""What a model ends in: the vocabulary head, or a scalar head."""
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+
+
+class VocabularyHead(ColumnParallelLinear):
+    """This rank's rows of the vocabulary head, for losses that multiply by them without keeping logits.
+
+    Calling it hands out the weight: what makes sure that a weight is gathered hangs on the call.
+    """
+
+    def forward(self) -> torch.Tensor:
+        """Return the weight, [V / tp, D]."""
+        return self.weight
+
+
+class ValueHead(torch.nn.Module):
+    """A linear map from hidden state to one number, in fp32; the same on every tensor-parallel rank."""
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
+        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+
+    def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Return values [T], fp32."""
+        return torch.nn.functional.linear(hidden_TD.float(), self.weight, self.bias).squeeze(-1)

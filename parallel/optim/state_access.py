@@ -1,0 +1,132 @@
+"""What a rank owns of a model in training: fp32 weights and Adam's averages, in flat parts of parameters.
+
+The distributed optimizer cuts the flattened parameters of a rank into dp × cp stretches and keeps fp32
+weights and averages of its own stretch only; the optimizer in backward cuts each parameter. A part is what
+a rank has of one parameter, so that every rank can write, and fill again, exactly what it has; nothing is
+communicated for it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, InBackwardState
+from glm_rlhf.parallel.optim.state_shard import Part
+from glm_rlhf.parallel.optim.training_state import TrainingState
+from glm_rlhf.parallel.storage.checkpoint_manifest import AVERAGES
+
+
+def parts_of(state: AnyTrainingState) -> Iterator[Part]:
+    """Yield the parts that this rank owns, in the model's order.
+
+    Data- and context-parallel ranks share a trained parameter's elements without overlap; each of them has
+    the whole of a frozen one. What is parked is brought back first.
+    """
+    if isinstance(state, InBackwardState):
+        found = state.parts()
+    else:
+        state.bring_back()
+        found = {part.ours: part for part in _distributed_parts(state)}
+    for chunk in state.bare_chunks:
+        for name, parameter in chunk.named_weights():
+            if not parameter.requires_grad:
+                yield Part(ours=name, start=0, weight=parameter.detach().view(-1), is_trained=False)
+            elif name in found:
+                yield found[name]
+
+
+def _distributed_parts(state: TrainingState) -> Iterator[Part]:
+    """Yield the parts of what is trained, for Megatron-core's optimizers."""
+    for optimizer in _optimizers(state):
+        main_of = _main_parameters(optimizer)
+        for chunk in state.bare_chunks:
+            for name, parameter in chunk.named_weights():
+                if parameter in optimizer.model_param_gbuf_map:
+                    main = main_of[parameter]
+                    averages = optimizer.optimizer.state.get(main, {})
+                    yield Part(
+                        ours=name,
+                        start=optimizer._get_model_param_range_map(parameter)["param"].start,
+                        weight=main,
+                        is_trained=True,
+                        averages={kind: averages[kind] for kind in AVERAGES if kind in averages},
+                        optimizer=optimizer,
+                    )
+
+
+def num_steps_of(state: AnyTrainingState) -> int:
+    """Return the steps that Adam has taken, 0 also on a rank that owns nothing that is trained."""
+    if isinstance(state, InBackwardState):
+        return state.num_steps
+    state.bring_back()
+    for optimizer in _optimizers(state):
+        inner = optimizer.optimizer
+        for found in inner.state.values():
+            if "step" in found:
+                return int(found["step"])
+        for group in inner.param_groups:
+            if "step" in group and group["params"]:
+                return int(group["step"])
+    return 0
+
+
+def gradient_squares_of(state: AnyTrainingState) -> dict[str, float]:
+    """Return what an optimizer in backward clips its next step by; the ordinary one needs nothing."""
+    return state.gradient_squares if isinstance(state, InBackwardState) else {}
+
+
+def set_averages(part: Part, averages: Mapping[str, torch.Tensor], num_steps: int) -> None:
+    """Give Adam its averages of a part, fp32 tensors that it may keep, and the steps behind them."""
+    if part.optimizer is None:
+        for name, values in part.averages.items():
+            values.copy_(averages[name])
+        return
+    inner = part.optimizer.optimizer
+    main = part.weight
+    inner.state[main] = {name: averages[name].to(main.device) for name in AVERAGES}
+    if type(inner).__module__.startswith("torch."):
+        inner.state[main]["step"] = torch.tensor(float(num_steps), dtype=torch.float32)
+        return
+    for group in inner.param_groups:  # Transformer Engine's and apex's Adam count once a group
+        group["step"] = num_steps
+
+
+def go_on(state: AnyTrainingState, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
+    """Continue with parts that were filled, their weights gathered over dp; every rank calls this.
+
+    Args:
+        state: whose parts were filled.
+        num_steps: steps behind them.
+        gradient_squares: what an optimizer in backward clips its next step by; empty after the ordinary one.
+    """
+    if isinstance(state, InBackwardState):
+        state.go_on(num_steps, gradient_squares)
+        return
+    for optimizer in _optimizers(state):
+        optimizer._copy_main_params_to_model_params()
+    for chunk in state.chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
+def _optimizers(state: TrainingState) -> Sequence[DistributedOptimizer]:
+    outer = state.optimizer
+    chained = getattr(outer, "chained_optimizers", [outer])
+    return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
+
+
+def _main_parameters(optimizer: DistributedOptimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Return the fp32 weights that the optimizer steps, by the model's parameter.
+
+    Its groups list the parameters that are fp32 in the model before the others, so that a parameter's place
+    in `model_param_group_index_map` is another one in a bf16 model with an fp32 value head.
+    """
+    return {
+        parameter: main
+        for models, mains in (
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        )
+        for group, main_group in zip(models, mains, strict=True)
+        for parameter, main in zip(group, main_group, strict=True)
+    }

@@ -1,0 +1,325 @@
+"""Training state of a sharded model: gradient buffers, their reductions, and the distributed optimizer."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from glm_rlhf.parallel.megatron_compat.cpu_patches import cuda_type_names
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.cpu_offload import Parking
+from glm_rlhf.parallel.runtime.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamSettings:
+    """Hyper-parameters of one optimizer."""
+
+    lr: float
+    """Learning rate of the first step; `TrainingState.set_lr` changes it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running mean and of the running mean square."""
+    epsilon: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms are exempt."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient over the whole model; 0 does not clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    is_applied: bool
+    """False when the gradient was not finite: the weights are what they were, but see `InBackwardState`."""
+    grad_norm: float
+    """Norm of the gradient over the whole model, before clipping."""
+
+
+class TrainingState:
+    """Owns the gradient buffers and the optimizer of one sharded model.
+
+    What is not to be trained has `requires_grad` false before it is wrapped.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[GLMModel],
+        settings: AdamSettings,
+        *,
+        topology: Topology,
+        overlap_communication: bool = False,
+    ) -> None:
+        """Wrap `chunks` for training; every rank of the topology calls this.
+
+        Args:
+            chunks: this rank's model chunks, weights filled: fp32 masters are copied from them.
+            settings: of the optimizer.
+            topology: gradients are summed over dp × cp, the optimizer's state is split over it.
+            overlap_communication: reduce gradients and gather weights while computing; see `gather_weights`.
+
+        Raises:
+            ValueError: the weights are float16, whose gradients would need a loss scale.
+        """
+        check_trainable(chunks)
+        megatron = chunks[0].config
+        self.topology = topology
+        self.clip_grad = settings.clip_grad
+        self.before_change: Callable[[], None] | None = None
+        """Called before weights and averages change: returns when nobody reads them any more."""
+        data_parallel = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap_communication,
+            overlap_param_gather=overlap_communication,
+        )
+        self.chunks = [
+            DistributedDataParallel(
+                chunk.config, data_parallel, chunk, disable_bucketing=index > 0 and _has_one_dtype(chunk)
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=0.0,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.epsilon,
+            bf16=megatron.bf16,
+            params_dtype=megatron.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=overlap_communication,
+        )
+        with cuda_type_names():
+            self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+                config, self.chunks, use_gloo_process_groups=False
+            )
+        self._parking = Parking(
+            partial(_optimizer_tensors, self.optimizer, self.chunks), device=topology.device
+        )
+        for group in self.optimizer.param_groups:
+            # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        megatron.finalize_model_grads_func = partial(_finalize, topology)
+        weakref.finalize(self, _forget_hooks, self.chunks)
+        if overlap_communication:
+            functions = [chunk.no_sync for chunk in self.chunks]
+            megatron.no_sync_func = functions if len(functions) > 1 else functions[0]
+            self.gather_weights()
+
+    @property
+    def bare_chunks(self) -> list[GLMModel]:
+        """This rank's chunks as they were before they were wrapped."""
+        return [chunk.module for chunk in self.chunks]
+
+    def zero_grad(self) -> None:
+        """Make every gradient zero; before the first micro-batch of a step."""
+        for gradients in self._gradient_buffers():
+            gradients.untyped_storage().resize_(gradients.numel() * gradients.element_size())
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def set_lr(self, lr: float) -> None:
+        """Use learning rate `lr` from the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+
+    def step(self) -> StepResult:
+        """Clip, update the weights and gather them over dp; every rank calls this together.
+
+        With `overlap_communication` the next training step gathers them, see `gather_weights`.
+        """
+        return take_step(self)
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, after the schedule; every rank calls this together."""
+        self._parking.wait()
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
+
+    def apply(self, grad_norm: float) -> None:
+        """Do what `step` does, given what `grad_norm` returned, a finite number."""
+        parameters = self.optimizer.get_parameters()
+        if self.clip_grad > 0.0 and parameters:  # a rank may own no weight that is trained
+            with cuda_type_names():  # it asserts the type's name
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+        if self.before_change is not None:
+            self.before_change()
+        self.optimizer.step_with_ready_grads()
+
+    def park(self) -> int:
+        """Begin to take the optimizer's state to host memory, and give up the gradient buffers.
+
+        The buffers are there again with `zero_grad`, the state with `step`, or what is told below.
+
+        Returns:
+            Bytes that the device need not hold when the copies are done.
+        """
+        if self.before_change is not None:
+            self.before_change()
+        self._parking.park()
+        num_bytes = self._parking.parked_bytes
+        for gradients in self._gradient_buffers():
+            num_bytes += gradients.numel() * gradients.element_size()
+            gradients.untyped_storage().resize_(0)
+        return num_bytes
+
+    def begin_return(self) -> None:
+        """Begin to bring the optimizer's state back from host memory, beside the work up to `step`."""
+        self._parking.begin_return()
+
+    def bring_back(self) -> None:
+        """Have the optimizer's state on the device, for whoever reads or changes it beside `step`."""
+        self._parking.wait()
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Return the names of this rank's weights whose gradient is not finite, until `zero_grad`.
+
+        Of gradients that are split over dp a rank sees its own share reduced, and the rest as it was: the
+        rank that the fault comes from has the most.
+        """
+        return [
+            name
+            for chunk in self.chunks
+            for name, weight in chunk.module.named_weights()
+            if weight.requires_grad and not bool(weight.main_grad.isfinite().all())
+        ]
+
+    def _gradient_buffers(self) -> Iterator[torch.Tensor]:
+        for chunk in self.chunks:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                yield buffer.grad_data
+
+    def gather_weights(self) -> None:
+        """Finish at once what `overlap_communication` would gather during the next training step.
+
+        Every rank calls it, before weights are used otherwise than in a training step of all ranks: after
+        `step` they are old on other data-parallel ranks, and a forward pass on some of them would wait for
+        the rest. Does nothing without overlap.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+class Steppable(Protocol):
+    """A training state whose gradient is complete."""
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient."""
+
+    def apply(self, grad_norm: float) -> None:
+        """Change the weights, given that norm."""
+
+
+def take_step(state: Steppable) -> StepResult:
+    """Take a step unless the gradient is not finite; every rank calls this."""
+    norm = state.grad_norm()
+    is_applied = math.isfinite(norm)
+    if is_applied:
+        state.apply(norm)
+    return StepResult(is_applied=is_applied, grad_norm=norm)
+
+
+def _optimizer_tensors(
+    outer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]
+) -> Iterator[torch.Tensor]:
+    """Yield the optimizer's own tensors: averages, and fp32 weights that are not the model's themselves."""
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    models_own = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
+    for optimizer in getattr(outer, "chained_optimizers", [outer]):
+        if getattr(optimizer, "is_stub_optimizer", False):
+            continue
+        inner = optimizer.optimizer
+        for group in inner.param_groups:
+            for main in group["params"]:
+                for tensor in (main, *inner.state.get(main, {}).values()):
+                    is_counter = not isinstance(tensor, torch.Tensor) or tensor.dim() == 0
+                    if not is_counter and tensor.untyped_storage().data_ptr() not in models_own:
+                        yield tensor
+
+
+def check_trainable(chunks: Sequence[GLMModel]) -> None:
+    """Raise ValueError when the weights are float16, whose gradients would need a loss scale."""
+    if chunks[0].config.params_dtype is torch.float16:
+        raise ValueError("weights in float16 cannot be trained, there is no loss scale: use bf16 or fp32")
+
+
+def _has_one_dtype(chunk: GLMModel) -> bool:
+    """Return whether all that is trained is of one type, unlike a bf16 chunk with an fp32 value head.
+
+    Without buckets of their own types share a collective: gloo lays their tensors end to end as one type and
+    returns other numbers.
+    """
+    return len({parameter.dtype for parameter in chunk.parameters() if parameter.requires_grad}) < 2
+
+
+def _finalize(
+    topology: Topology, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object
+) -> None:
+    """Reduce gradients at the end of a schedule; our losses are divided by tokens already."""
+    finalize_model_grads(chunks, None, **kwargs)
+    sum_replicated_gradients(chunks, topology)
+
+
+def _forget_hooks(chunks: list[DistributedDataParallel]) -> None:
+    """Take away what ties Megatron-core's wrapper and the model to each other in circles.
+
+    The nodes of autograd on which it hangs its hooks hold it, and it the nodes: a circle through C++ that no
+    collector sees, which would keep weights, gradients and process groups of every training state until the
+    process ends. The others, of overlap, a collector breaks, but late: gloo's threads poll until it does.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        if chunk.remove_forward_pre_hook_handles:
+            chunk.disable_forward_pre_hook(param_sync=False)
+        config = chunk.config
+        functions = config.no_sync_func if isinstance(config.no_sync_func, list) else [config.no_sync_func]
+        if chunk.no_sync in functions:  # not those of a state that has wrapped the model since
+            config.no_sync_func = None
+
+
+def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topology) -> None:
+    """Add up in their buffers the gradients of weights of which several ranks hold a copy."""
+    parameters = [
+        p for chunk in chunks for p in chunk.parameters() if p.requires_grad and hasattr(p, "num_tp_replicas")
+    ]
+    gradients = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in parameters]
+    sum_replicas(parameters, gradients, topology)
+
+
+def sum_replicas(
+    parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor], topology: Topology
+) -> None:
+    """Add up the gradients of weights of which several tensor-parallel ranks hold a copy, in place.
+
+    These are the key/value projections of attention with fewer key/value heads than ranks. One
+    all-reduce over the tensor-parallel group of (tp / copies) × their size; all ranks of it call.
+    """
+    if not parameters:
+        return
+    num_sets = topology.layout.tp // parameters[0].num_tp_replicas
+    mine = topology.tp_rank // parameters[0].num_tp_replicas
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    sets = flat.new_zeros(num_sets, flat.shape[0])
+    sets[mine] = flat
+    dist.all_reduce(sets, group=topology.tp_group)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, total in zip(gradients, sets[mine].split(sizes), strict=True):
+        gradient.copy_(total.view_as(gradient))

@@ -1,0 +1,233 @@
+"""From a launch (torchrun, a larger stack, or one process) to Megatron-core's process groups."""
+
+import contextlib
+import functools
+import itertools
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from glm_rlhf.parallel.megatron_compat import cpu_patches
+from glm_rlhf.parallel.spec.layout import Layout
+
+DEFAULT_TIMEOUT_S = 600.0
+_world_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """This rank's place in the layout, and the groups it talks in."""
+
+    layout: Layout
+    """Sizes of the model axes."""
+    world_size: int
+    """All ranks of the run."""
+    rank: int
+    """This process among them."""
+    dp: int
+    """Data-parallel size: copies of the model."""
+    device: torch.device
+    """Where this rank computes."""
+    tp_group: dist.ProcessGroup
+    """Ranks that share this rank's layers."""
+    pp_group: dist.ProcessGroup
+    """Ranks of this rank's pipeline, first stage first."""
+    pp_host_group: dist.ProcessGroup
+    """The same ranks over gloo, for small tensors that the host reads anyway; `pp_group` itself on a CPU."""
+    cp_group: dist.ProcessGroup
+    """Ranks that share this rank's micro-batches."""
+    dp_group: dist.ProcessGroup
+    """Ranks with the same shard and other micro-batches."""
+    dp_cp_group: dist.ProcessGroup
+    """Ranks whose gradients of this shard are summed."""
+
+    @property
+    def tp_rank(self) -> int:
+        """Position on the tensor-parallel axis."""
+        return self.tp_group.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.pp_group.rank()
+
+    @property
+    def cp_rank(self) -> int:
+        """Position on the context-parallel axis."""
+        return self.cp_group.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """Which copy of the model this rank belongs to."""
+        return self.dp_group.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last layers and the head."""
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.layout.pp - 1)
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this rank speaks to the user: the first of the world."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int = 1234) -> Iterator[Topology]:
+    """Return, as a context manager, this rank's place in `layout`; every rank of the world must enter.
+
+    A world that exists already (a larger stack made it) is used and left alone. Otherwise it is made
+    from torchrun's environment, or of this single process, and torn down at exit. NCCL carries CUDA
+    tensors, gloo CPU tensors.
+
+    Args:
+        layout: sizes of the model axes.
+        timeout_s: seconds after which a collective that some rank never entered fails.
+        seed: seed of Megatron-core's random state, the same on every rank.
+
+    Raises:
+        ValueError: the layout does not divide the world, another topology is active, or a host has more
+            ranks than CUDA devices.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise ValueError("a topology is active already in this process: leave it before entering another")
+    # Megatron-core overlaps the reductions of tensor parallelism by the order in which kernels are queued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # read when the driver starts
+    cpu_patches.install()
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
+        _start_world(timeout_s)
+    place = None
+    try:
+        place = _enter(layout, timeout_s, seed)
+        yield place
+        dist.barrier()  # nobody closes a connection that another rank still reads from
+    finally:
+        _leave(place)
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def _start_world(timeout_s: float) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank} on a host with {num_devices} CUDA devices: start at most that "
+                "many ranks a host (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
+    store, rank, world_size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        store, rank, world_size = _meeting_point(timeout_s)
+        store.set_timeout(timeout)
+    # The store outlives a world and remembers where its ranks were: each world has names of its own.
+    store = dist.PrefixStore(f"world_{next(_world_numbers)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+@functools.cache
+def _meeting_point(timeout_s: float) -> tuple[dist.Store, int, int]:
+    """Return a store in the launcher's that nobody used before, this process's rank, and the world's size."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return dist.PrefixStore(fresh_name(store, rank, world_size, timeout_s), store), rank, world_size
+
+
+def fresh_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Return a name that no earlier ranks of the store have had; every rank calls this, and gets the same.
+
+    A launcher that starts ranks again keeps its store, and in it what the ranks before them wrote, such as
+    where they were. Rank 0 draws the name. Each other rank asks for it under a word of its own, since an
+    answer that is there already may be an old one; rank 0 answers until all have taken it.
+
+    Raises:
+        TimeoutError: a rank did not come in time.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"word/{rank}", word)
+        name = store.get(f"name/{word}").decode()
+        store.set(f"taken/{name}/{rank}", "")
+        return name
+    name, missing = uuid.uuid4().hex, set(range(1, world_size))
+    deadline = time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"word/{other}"]):
+                store.set(f"name/{store.get(f'word/{other}').decode()}", name)
+        missing -= {other for other in missing if store.check([f"taken/{name}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"rank {min(missing)} of {world_size} did not come within {timeout_s:g} s")
+        time.sleep(0.01 if missing else 0)
+    return name
+
+
+def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:
+    dp = layout.dp(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=timeout_s / 60,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        layout=layout,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        dp=dp,
+        device=torch.device("cuda", torch.cuda.current_device())
+        if not cpu_patches.is_needed()
+        else torch.device("cpu"),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        pp_host_group=_host_group(parallel_state.get_pipeline_model_parallel_group(), timeout_s),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup:
+    """Return a gloo group of the same ranks; every rank of the world calls this."""
+    if cpu_patches.is_needed():
+        return group
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
+    mine, _ = dist.new_subgroups_by_enumeration(
+        sorted(map(list, {tuple(ranks) for ranks in everyone})),
+        timeout=timedelta(seconds=timeout_s),
+        backend="gloo",
+    )
+    return mine
+
+
+def _leave(place: Topology | None) -> None:
+    """Forget Megatron-core's groups, and destroy those that this process is in."""
+    listed = parallel_state._global_process_group_list or []
+    groups = {id(group): group for group in listed if group is not None}
+    parallel_state.destroy_model_parallel()
+    if place is not None and place.pp_host_group is not place.pp_group:
+        dist.destroy_process_group(place.pp_host_group)
+    for group in groups.values():
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

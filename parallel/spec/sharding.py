@@ -1,0 +1,173 @@
+"""Which rows or columns of a Hugging Face tensor make up a tensor-parallel shard.
+
+One function, `shards_of`, says it as a list of pieces; `read_shard` follows the list one way, `place_shard`
+the other. So import and export cannot disagree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.spec.weight_map import Weight, names_within, sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows (dim 0) or columns (dim 1) from `start` to `stop` of one of their tensors."""
+
+    name: str
+    """Their name."""
+    dim: int
+    """The dimension that is cut."""
+    start: int
+    """First index of the piece."""
+    stop: int
+    """Index behind the last."""
+
+    @property
+    def length(self) -> int:
+        """Number of rows or columns."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One rank's parameter: its pieces stacked in order."""
+
+    ours: str
+    """Our name of the parameter."""
+    shape: tuple[int, ...]
+    """Shape of the parameter on this rank."""
+    pieces: tuple[Piece, ...]
+    """Where its rows, or its columns, come from."""
+
+
+def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) -> list[Shard]:
+    """Return the parameters in which a rank holds its part of a weight.
+
+    It is one parameter, except for query, key and value where there are more ranks than KV heads: then the
+    queries of `linear_q` are split and `linear_kv` holds the key head and the value head that they need, the
+    same on tp / K ranks.
+
+    Args:
+        weight: a row of the table with its layer index filled in.
+        config: the whole model.
+        tp_rank: 0 ≤ rank < tp_size.
+        tp_size: ranks that share the weight.
+
+    Raises:
+        ValueError: the model cannot be split over so many ranks; the message names both numbers.
+    """
+    Layout(tp=tp_size).check_model(config)
+    if not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank is {tp_rank}; with tp {tp_size} it must be 0 to {tp_size - 1}")
+    theirs = names_within(weight, config)
+    if weight.split == "qkv":
+        return _qkv_shards(weight, config, tp_rank, tp_size)
+    (name, shape), *_ = theirs.items()
+    if weight.split == "replicated":
+        pieces = [Piece(name, 0, 0, shape[0])]
+    elif weight.split == "rows":
+        pieces = [_nth_part(name, 0, 0, shape[0], tp_rank, tp_size)]
+    elif weight.split == "columns":
+        pieces = [_nth_part(name, 1, 0, shape[1], tp_rank, tp_size)]
+    else:
+        half = shape[0] // 2
+        pieces = [_nth_part(name, 0, base, half, tp_rank, tp_size) for base in (0, half)]
+    return [_shard(weight.ours, pieces, shape)]
+
+
+def first_holder(weight: Weight, shard: Shard, config: GLMConfig, *, tp_rank: int, tp_size: int) -> int:
+    """Return the lowest tensor-parallel rank that holds the same pieces as `shard` of rank `tp_rank`."""
+    for rank in range(tp_rank):
+        if shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
+            return rank
+    return tp_rank
+
+
+def _qkv_shards(weight: Weight, config: GLMConfig, tp_rank: int, tp_size: int) -> list[Shard]:
+    (query, query_base), (key, key_base), (value, value_base) = _sections(weight, config)
+    head, group = config.head_size, config.heads_per_group * config.head_size
+    columns = names_within(weight, config)[query][1:]
+
+    def group_head(name: str, base: int, index: int) -> Piece:
+        return Piece(name, 0, base + index * head, base + (index + 1) * head)
+
+    if tp_size <= config.num_kv_heads:
+        num_groups = config.num_kv_heads // tp_size
+        pieces = []
+        for index in range(tp_rank * num_groups, (tp_rank + 1) * num_groups):
+            pieces.append(Piece(query, 0, query_base + index * group, query_base + (index + 1) * group))
+            pieces += [group_head(key, key_base, index), group_head(value, value_base, index)]
+        return [_shard(weight.ours, pieces, (0, *columns))]
+    index = tp_rank * config.num_kv_heads // tp_size
+    queries = [_nth_part(query, 0, query_base, config.num_heads * head, tp_rank, tp_size)]
+    key_value = [group_head(key, key_base, index), group_head(value, value_base, index)]
+    return [
+        _shard(weight.ours.replace("linear_qkv", "linear_q"), queries, (0, *columns)),
+        _shard(weight.ours.replace("linear_qkv", "linear_kv"), key_value, (0, *columns)),
+    ]
+
+
+def _sections(weight: Weight, config: GLMConfig) -> list[tuple[str, int]]:
+    """Name and first row of query, key and value: three tensors, or three parts of one."""
+    if len(weight.theirs) == 3:
+        return [(name, 0) for name in weight.theirs]
+    size, (name,) = sizes(config), weight.theirs
+    return [(name, 0), (name, size["Q"]), (name, size["Q"] + size["KV"])]
+
+
+def _nth_part(name: str, dim: int, base: int, length: int, rank: int, num_ranks: int) -> Piece:
+    part = length // num_ranks
+    return Piece(name, dim, base + rank * part, base + (rank + 1) * part)
+
+
+def _shard(ours: str, pieces: list[Piece], whole_shape: tuple[int, ...]) -> Shard:
+    shape = list(whole_shape)
+    shape[pieces[0].dim] = sum(piece.length for piece in pieces)
+    return Shard(ours=ours, shape=tuple(shape), pieces=tuple(pieces))
+
+
+def read_shard(
+    shard: Shard, read: Callable[[Piece, torch.Tensor], None], *, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return a rank's parameter, a new CPU tensor of `shard.shape`.
+
+    Args:
+        shard: which pieces.
+        read: fills the tensor that it is given with one piece.
+        dtype: of the result.
+    """
+    out = torch.empty(shard.shape, dtype=dtype)
+    read_shard_into(shard, read, out)
+    return out
+
+
+def read_shard_into(shard: Shard, read: Callable[[Piece, torch.Tensor], None], out: torch.Tensor) -> None:
+    """Fill a rank's parameter, or another tensor of its shape.
+
+    Raises:
+        ValueError: `out` has another shape than the layout says.
+    """
+    for piece, part in place_shard(shard, out):
+        read(piece, part)
+
+
+def place_shard(shard: Shard, tensor: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
+    """Return views of a rank's parameter beside the pieces of their tensors where they belong.
+
+    Raises:
+        ValueError: the parameter has another shape than the layout says.
+    """
+    if tuple(tensor.shape) != shard.shape:
+        raise ValueError(
+            f"{shard.ours} has the shape {list(tensor.shape)} where {list(shard.shape)} is required"
+        )
+    return list(zip(shard.pieces, _parts(shard, tensor), strict=True))
+
+
+def _parts(shard: Shard, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensor.split([piece.length for piece in shard.pieces], dim=shard.pieces[0].dim)

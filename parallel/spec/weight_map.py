@@ -1,0 +1,212 @@
+"""The table of weight names per family, read both ways.
+
+A row says what a weight is called here, what it is called in the family's Hugging Face folder, what shape it
+has there, and how tensor parallelism splits it. Import reads the table from right to left, export from left
+to right, and conversion between families joins two tables on our names.
+
+Theirs, where it is not obvious:
+  - `chatglm` keeps query, key and value in one tensor, all queries, then all keys, then all values;
+    `glm` and `glm4` keep three.
+  - The gated MLP's first matrix is [gate rows; up rows] in every family.
+  - A critic or reward model ends in a scalar head, [1, D] and a bias [1]. In `glm` and `glm4` it is `score`,
+    as in transformers' `…ForSequenceClassification`, which has no bias: a folder without one is fine, and one
+    of ours loads there with the bias left out, which shifts every score by the same amount. In `chatglm` it
+    is `classifier_head`, as in the remote code's class, which has the bias.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
+
+Role = Literal["policy", "critic", "reward"]
+SCALAR_ROLES = ("critic", "reward")
+Split = Literal["replicated", "rows", "columns", "qkv", "gate_up"]
+Place = Literal["embedding", "layer", "final_norm", "vocabulary_head", "value_head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One row of the table; `{i}` in names stands for the layer's index in the whole model."""
+
+    ours: str
+    """Our name. A `qkv` weight becomes two modules where tensor parallelism exceeds the KV heads."""
+    theirs: tuple[str, ...]
+    """Their names: one tensor, or query, key and value apart."""
+    shape: tuple[str, ...]
+    """Dimensions of the whole weight, as keys of `sizes`."""
+    split: Split
+    """How tensor-parallel ranks share it."""
+    place: Place
+    """Which part of the model holds it."""
+
+
+def _table(
+    *,
+    embedding: str,
+    layer: str,
+    final_norm: str,
+    head: str,
+    value_head: str,
+    within_layer: tuple[tuple[object, ...], ...],
+) -> tuple[Weight, ...]:
+    rows = [Weight("embedding.word_embeddings.weight", (embedding,), ("V", "D"), "rows", "embedding")]
+    for ours, theirs, shape, split in within_layer:
+        names = (theirs,) if isinstance(theirs, str) else theirs
+        rows.append(
+            Weight(
+                f"decoder.layers.{{i}}.{ours}", tuple(layer + name for name in names), shape, split, "layer"
+            )
+        )
+    rows.append(Weight("decoder.final_layernorm.weight", (final_norm,), ("D",), "replicated", "final_norm"))
+    rows.append(Weight("output_layer.weight", (head,), ("V", "D"), "rows", "vocabulary_head"))
+    rows.append(
+        Weight("value_head.weight", (f"{value_head}.weight",), ("1", "D"), "replicated", "value_head")
+    )
+    rows.append(Weight("value_head.bias", (f"{value_head}.bias",), ("1",), "replicated", "value_head"))
+    return tuple(rows)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+_GLM_LAYER = (
+    ("input_layernorm.weight", "input_layernorm.weight", ("D",), "replicated"),
+    ("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), ("QKV", "D"), "qkv"),
+    ("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), ("QKV",), "qkv"),
+    ("self_attention.linear_proj.weight", "self_attn.o_proj.weight", ("D", "Q"), "columns"),
+    ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", ("D",), "replicated"),
+    ("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", ("2F", "D"), "gate_up"),
+    ("mlp.linear_fc2.weight", "mlp.down_proj.weight", ("D", "F"), "columns"),
+)
+_SANDWICH_NORMS = (
+    ("self_attn_bda.norm.weight", "post_self_attn_layernorm.weight", ("D",), "replicated"),
+    ("mlp_bda.norm.weight", "post_mlp_layernorm.weight", ("D",), "replicated"),
+)
+_CHATGLM_LAYER = (
+    ("input_layernorm.weight", "input_layernorm.weight", ("D",), "replicated"),
+    ("self_attention.linear_qkv.weight", "self_attention.query_key_value.weight", ("QKV", "D"), "qkv"),
+    ("self_attention.linear_qkv.bias", "self_attention.query_key_value.bias", ("QKV",), "qkv"),
+    ("self_attention.linear_proj.weight", "self_attention.dense.weight", ("D", "Q"), "columns"),
+    ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", ("D",), "replicated"),
+    ("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", ("2F", "D"), "gate_up"),
+    ("mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", ("D", "F"), "columns"),
+)
+_HUGGING_FACE = {
+    "embedding": "model.embed_tokens.weight",
+    "layer": "model.layers.{i}.",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "value_head": "score",
+}
+
+TABLES: dict[Family, tuple[Weight, ...]] = {
+    "chatglm": _table(
+        embedding="transformer.embedding.word_embeddings.weight",
+        layer="transformer.encoder.layers.{i}.",
+        final_norm="transformer.encoder.final_layernorm.weight",
+        head="transformer.output_layer.weight",
+        value_head="classifier_head",
+        within_layer=_CHATGLM_LAYER,
+    ),
+    "glm": _table(**_HUGGING_FACE, within_layer=_GLM_LAYER),
+    "glm4": _table(**_HUGGING_FACE, within_layer=_GLM_LAYER + _SANDWICH_NORMS),
+}
+
+NOT_WEIGHTS: dict[Family, re.Pattern[str]] = {
+    "chatglm": re.compile(r"transformer\.rotary_pos_emb\.inv_freq"),
+    "glm": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    "glm4": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+}
+"""Tensors that follow from the config. Import skips them; an export to the same family as its source copies
+ChatGLM's, which the remote code registers as part of the model, and writes none of the others."""
+
+
+def sizes(config: GLMConfig) -> dict[str, int]:
+    """Return the size in elements of every dimension that the tables name."""
+    query, key_value = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    return {
+        "1": 1,
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "Q": query,
+        "KV": key_value,
+        "QKV": query + 2 * key_value,
+        "F": config.ffn_size,
+        "2F": 2 * config.ffn_size,
+    }
+
+
+def weights_of(
+    config: GLMConfig,
+    *,
+    layers: Iterable[int],
+    has_embedding: bool = True,
+    has_head: bool = True,
+    role: Role = "policy",
+) -> list[Weight]:
+    """Return the rows, layer indices filled in, of the part of a model that one pipeline stage holds.
+
+    A tied head has no weight of its own, but a stage that holds the head and not the embedding needs a copy:
+    there `output_layer.weight` is a row that reads the embedding.
+
+    Args:
+        config: the whole model.
+        layers: indices in the whole model; the stage's chunks in any order.
+        has_embedding: whether the stage embeds tokens.
+        has_head: whether the stage has the final norm and the role's head.
+        role: `policy` ends in the vocabulary head, `critic` and `reward` in the value head.
+
+    Raises:
+        ValueError: the role is unknown, a layer is not one of the model's, or the config's norms are not
+            its family's.
+    """
+    if role not in ("policy", "critic", "reward"):
+        raise ValueError(f"role is {role!r}; it must be policy, critic or reward")
+    if config.has_sandwich_norms != (config.family == "glm4"):
+        raise ValueError(
+            f"has_sandwich_norms is {config.has_sandwich_norms} for the family {config.family}; "
+            "glm4 has them, chatglm and glm have not"
+        )
+    rows = TABLES[config.family]
+    chosen = [row for row in rows if row.place == "embedding" and has_embedding]
+    for index in layers:
+        if not 0 <= index < config.num_layers:
+            raise ValueError(f"layer {index} is not one of the model's {config.num_layers} layers")
+        chosen += [_at_layer(row, index) for row in rows if _is_in_layer(row, config)]
+    if has_head:
+        chosen += [row for row in rows if row.place == "final_norm"]
+        chosen += _head_of(config, role, has_embedding)
+    return chosen
+
+
+def names_within(weight: Weight, config: GLMConfig) -> dict[str, tuple[int, ...]]:
+    """Return their tensors that make up a weight, with the shape that each must have."""
+    size = sizes(config)
+    shape = tuple(size[letter] for letter in weight.shape)
+    if len(weight.theirs) == 1:
+        return {weight.theirs[0]: shape}
+    rows = (size["Q"], size["KV"], size["KV"])
+    return {name: (num_rows, *shape[1:]) for name, num_rows in zip(weight.theirs, rows, strict=True)}
+
+
+def _is_in_layer(row: Weight, config: GLMConfig) -> bool:
+    return row.place == "layer" and (config.has_qkv_bias or not row.ours.endswith("linear_qkv.bias"))
+
+
+def _at_layer(row: Weight, index: int) -> Weight:
+    theirs = tuple(name.format(i=index) for name in row.theirs)
+    return Weight(row.ours.format(i=index), theirs, row.shape, row.split, row.place)
+
+
+def _head_of(config: GLMConfig, role: Role, has_embedding: bool) -> list[Weight]:
+    rows = TABLES[config.family]
+    place = "vocabulary_head" if role == "policy" else "value_head"
+    heads = [row for row in rows if row.place == place]
+    if role != "policy" or not config.has_tied_head:
+        return heads
+    if has_embedding:
+        return []
+    embedding = next(row for row in rows if row.place == "embedding")
+    return [Weight(row.ours, embedding.theirs, row.shape, row.split, row.place) for row in heads]

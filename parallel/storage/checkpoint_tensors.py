@@ -1,0 +1,318 @@
+"""The whole tensors of a checkpoint, put together by the slice from the parts that its ranks wrote.
+
+Both ends follow `sharding.shards_of`: it says which rows or columns of a whole tensor a tensor-parallel rank
+of the run that wrote held, and in which order; parts are stretches of these, flattened. So a slice is found
+for any layout.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.parallel.spec.sharding import Piece, Shard, first_holder, shards_of
+from glm_rlhf.parallel.spec.weight_map import Weight, names_within, weights_of
+from glm_rlhf.parallel.storage.checkpoint_manifest import (
+    AVERAGES,
+    WEIGHT,
+    CheckpointError,
+    Manifest,
+    ModelFacts,
+    rank_file_name,
+    read_manifest,
+)
+from glm_rlhf.parallel.storage.durable_io import read_all
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file
+from glm_rlhf.parallel.storage.safetensors_format import STORED_DTYPES, HeaderEntry, read_header
+
+_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPart:
+    """Elements `start` to `stop` of one flattened parameter of one rank, in a file."""
+
+    path: Path
+    """The file."""
+    start: int
+    """First element."""
+    stop: int
+    """Element behind the last."""
+    dtype: torch.dtype
+    """Type in the file."""
+    offset: int
+    """First byte in the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredShard:
+    """One rank's parameter, of all parts."""
+
+    shard: Shard
+    """Which pieces of whole tensors it holds."""
+    parts: tuple[StoredPart, ...]
+    """Its elements in order, without a hole."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in the files."""
+        return self.parts[0].dtype
+
+    def read(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of `dtype`, with elements of the flattened parameter."""
+        content = memoryview(out.view(-1).view(torch.uint8).numpy())
+        size = self.dtype.itemsize
+        for part in self.parts:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first >= last:
+                continue
+            with part.path.open("rb", buffering=0) as file:
+                read_all(
+                    file.fileno(),
+                    part.offset + (first - part.start) * size,
+                    content[(first - start) * size : (last - start) * size],
+                    what=f"{part.path} was cut short while {self.shard.ours} was read",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedTensor:
+    """A whole tensor that stands in the parts of several ranks; read like one of a Hugging Face folder."""
+
+    path: Path
+    """The checkpoint."""
+    name: str
+    """Its name in the family's Hugging Face form."""
+    dtype: torch.dtype
+    """The type that it has in training; the files may hold more digits."""
+    dtype_name: str
+    """The same, as the format calls it."""
+    shape: tuple[int, ...]
+    """Row-major dimensions."""
+    holders: tuple[tuple[Piece, int, StoredShard], ...]
+    """(piece of this tensor, its first row or column in the shard, shard)."""
+
+    def read_into(self, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fill `out` with rows (dim 0) or columns (dim 1), cast to its type.
+
+        Raises:
+            ModelFolderError: a file has become shorter.
+        """
+        wanted = [[0, size] for size in (*self.shape, 1)[:2]]
+        wanted[dim] = [start, stop]
+        rows, columns = wanted
+        out_RC = out.view(rows[1] - rows[0], columns[1] - columns[0])
+        for piece, offset, stored in self.holders:
+            first = max(wanted[piece.dim][0], piece.start)
+            last = min(wanted[piece.dim][1], piece.stop)
+            if first >= last:
+                continue
+            target = out_RC.narrow(piece.dim, first - wanted[piece.dim][0], last - first)
+            within = (first - piece.start + offset, last - piece.start + offset)
+            _read_block(stored, *((within, columns) if piece.dim == 0 else (rows, within)), target)
+
+
+def _read_block(
+    stored: StoredShard, rows: tuple[int, int], columns: tuple[int, int], out_RC: torch.Tensor
+) -> None:
+    """Fill `out_RC` with a rectangle of a shard: whole rows are read, some at a time, and cut."""
+    width = (*stored.shard.shape, 1)[1]
+    step = max(1, _BLOCK_BYTES // (width * stored.dtype.itemsize))
+    for start in range(rows[0], rows[1], step):
+        stop = min(start + step, rows[1])
+        block = torch.empty(stop - start, width, dtype=stored.dtype)
+        stored.read(start * width, stop * width, block)
+        out_RC[start - rows[0] : stop - rows[0]].copy_(block[:, columns[0] : columns[1]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose manifest and headers are sound; `check_files` says whether its bytes are."""
+
+    folder: Path
+    """Where it is."""
+    manifest: Manifest
+    """What it says of itself."""
+    headers: Mapping[int, Mapping[str, HeaderEntry]]
+    """What stands where in the file of each rank."""
+
+    def shards(self, model: str, kind: str) -> dict[tuple[str, int], StoredShard]:
+        """Return one kind of tensors of a model, by our name and tensor-parallel rank of the writers.
+
+        Ranks with the same pieces count as the first of them.
+
+        Raises:
+            CheckpointError: an element is missing, or stands there twice.
+        """
+        facts, tp = self.manifest.models[model], self.manifest.layout.tp
+        found: dict[tuple[str, int], list[StoredPart]] = defaultdict(list)
+        for rank, file in enumerate(self.manifest.ranks):
+            for ours, start in file.starts.get(model, {}).items():
+                entry = self.headers[rank].get(tensor_name(model, kind, ours))
+                if entry is not None:
+                    found[ours, file.tp_rank].append(self._part(rank, entry, start))
+        shards = {}
+        for weight in _stored_weights(facts, kind):
+            for tp_rank in range(tp):
+                for shard in shards_of(weight, facts.config, tp_rank=tp_rank, tp_size=tp):
+                    if first_holder(weight, shard, facts.config, tp_rank=tp_rank, tp_size=tp) == tp_rank:
+                        parts = found.pop((shard.ours, tp_rank), [])
+                        shards[shard.ours, tp_rank] = self._whole(shard, parts, f"{model}/{kind}")
+        if found:
+            raise CheckpointError(f"{self.folder} holds {next(iter(found))} of {model}, which it cannot have")
+        return shards
+
+    def tensors(self, model: str, kind: str = WEIGHT) -> dict[str, ShardedTensor]:
+        """Return the whole tensors of one kind of a model, by their names.
+
+        Raises:
+            CheckpointError: an element is missing, or stands there twice.
+        """
+        facts = self.manifest.models[model]
+        holders: dict[str, list[tuple[Piece, int, StoredShard]]] = defaultdict(list)
+        for stored in self.shards(model, kind).values():
+            offset = 0
+            for piece in stored.shard.pieces:
+                holders[piece.name].append((piece, offset, stored))
+                offset += piece.length
+        tensors = {}
+        for weight in _stored_weights(facts, kind):
+            is_fp32 = kind != WEIGHT or weight.place == "value_head"
+            for name, shape in names_within(weight, facts.config).items():
+                tensors[name] = ShardedTensor(
+                    path=self.folder,
+                    name=name,
+                    dtype=STORED_DTYPES["F32" if is_fp32 else facts.dtype],
+                    dtype_name="F32" if is_fp32 else facts.dtype,
+                    shape=shape,
+                    holders=tuple(holders[name]),
+                )
+        return tensors
+
+    def rank_tensors(self, rank: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of a rank itself, such as states of its random generators, by name."""
+        prefix, found = tensor_name("rank", "", ""), {}
+        path = self.folder / rank_file_name(rank)
+        for name, entry in self.headers[rank].items():
+            if not name.startswith(prefix):
+                continue
+            out = torch.empty(entry.shape, dtype=STORED_DTYPES[entry.dtype])
+            with path.open("rb", buffering=0) as file:
+                content = memoryview(out.view(-1).view(torch.uint8).numpy())
+                read_all(file.fileno(), entry.offset, content, what=f"{path} was cut short")
+            found[name.removeprefix(prefix)] = out
+        return found
+
+    def check_files(self, *, rank: int = 0, world_size: int = 1) -> None:
+        """Compare the checksums of a share of the files.
+
+        Raises:
+            CheckpointError: a file is not what was written.
+        """
+        for name, facts in list(self.manifest.files.items())[rank::world_size]:
+            found = _sha256(self.folder / name)
+            if found != facts.sha256:
+                raise CheckpointError(
+                    f"{self.folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says "
+                    f"{facts.sha256[:12]}…"
+                )
+
+    def _part(self, rank: int, entry: HeaderEntry, start: int) -> StoredPart:
+        return StoredPart(
+            path=self.folder / rank_file_name(rank),
+            start=start,
+            stop=start + prod(entry.shape),
+            dtype=STORED_DTYPES[entry.dtype],
+            offset=entry.offset,
+        )
+
+    def _whole(self, shard: Shard, parts: Iterable[StoredPart], what: str) -> StoredShard:
+        position, ordered = 0, sorted(parts, key=lambda part: part.start)
+        for part in ordered:
+            if part.start != position or part.dtype != ordered[0].dtype:
+                break
+            position = part.stop
+        if position != prod(shard.shape):
+            raise CheckpointError(
+                f"{self.folder}: {what} of {shard.ours} has {position} of {prod(shard.shape)} elements in "
+                "order; parts of it are missing or overlap"
+            )
+        return StoredShard(shard=shard, parts=tuple(ordered))
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Return a checkpoint; its manifest is checked, and that each file is there, whole by size and header.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    headers = {}
+    try:
+        for name, facts in manifest.files.items():
+            num_bytes = plain_file(folder, name).stat().st_size
+            if num_bytes != facts.num_bytes:
+                raise CheckpointError(f"{folder / name} has {num_bytes} bytes of {facts.num_bytes}")
+        for rank in range(manifest.world_size):
+            path = folder / rank_file_name(rank)
+            headers[rank] = read_header(path)
+            for name, entry in headers[rank].items():
+                if entry.dtype not in STORED_DTYPES:
+                    raise CheckpointError(f"{path} holds {name!r} as {entry.dtype}, which is never written")
+    except (ModelFolderError, OSError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from None
+    _check_names(folder, manifest, headers)
+    checkpoint = Checkpoint(folder=folder, manifest=manifest, headers=headers)
+    for model, facts in manifest.models.items():
+        for kind in (WEIGHT, *(AVERAGES if facts.has_averages else ())):
+            checkpoint.shards(model, kind)
+    return checkpoint
+
+
+def _check_names(folder: Path, manifest: Manifest, headers: Mapping[int, Mapping[str, HeaderEntry]]) -> None:
+    """Check that the manifest and each rank's file name the same parameters, and nothing else is there."""
+    for rank, file in enumerate(manifest.ranks):
+        path = folder / rank_file_name(rank)
+        listed = {(model, ours) for model, starts in file.starts.items() for ours in starts}
+        for model, ours in listed:
+            if model not in manifest.models or tensor_name(model, WEIGHT, ours) not in headers[rank]:
+                raise CheckpointError(f"{path} has no weight {ours} of {model}, which the manifest lists")
+        for name in headers[rank]:
+            owner, kind, ours = (*name.split("/", 2), "", "")[:3]
+            if owner != "rank" and ((owner, ours) not in listed or kind not in (WEIGHT, *AVERAGES)):
+                raise CheckpointError(f"{path} holds {name!r}, which the manifest does not list")
+
+
+def tensor_name(owner: str, kind: str, name: str) -> str:
+    """Return what a tensor is called in a rank's file; `owner` is a model, or `rank` for the rank's own."""
+    return f"{owner}/{kind}/{name}"
+
+
+def list_checkpoint(folder: Path) -> dict[str, ShardedTensor]:
+    """Return the tensors of a checkpoint's first model by their names, as those of a model folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.tensors(next(iter(checkpoint.manifest.models)))
+
+
+def _stored_weights(facts: ModelFacts, kind: str) -> list[Weight]:
+    weights = weights_of(facts.config, layers=range(facts.config.num_layers), role=facts.role)
+    return [weight for weight in weights if kind == WEIGHT or weight.ours not in facts.frozen]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(2**22)
+    with path.open("rb", buffering=0) as file:
+        while count := os.readv(file.fileno(), [buffer]):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""A folder of safetensors files that appears when it is whole.
+
+Its files are planned from names, shapes and types, so that every header is written first and a tensor goes to
+its place whenever it comes. Until then everything stands in a hidden folder beside the target.
+
+Several processes can write at once: each file has one writer, since two clients of a network file system must
+not write into one file, and a barrier stands between the steps.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.parallel.storage.durable_io import sync, write_all
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError
+from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
+
+
+def _no_barrier() -> None:
+    """One writer waits for nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writers:
+    """Who writes which layers, where several processes share the work on one file system."""
+
+    rank: int = 0
+    """This process among the writers."""
+    count: int = 1
+    """Number of writers."""
+    barrier: Callable[[], None] = _no_barrier
+    """Returns when all writers have called it."""
+    writer_of_layer: Sequence[int] | None = None
+    """Writer of each layer of the model, such as its pipeline stage; `None` splits the layers evenly."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.count:
+            raise ValueError(
+                f"rank is {self.rank}; with {self.count} writers it must be 0 to {self.count - 1}"
+            )
+        if self.count > 1 and self.barrier is _no_barrier:
+            raise ValueError(f"{self.count} writers need a barrier, such as torch.distributed.barrier")
+
+    def of_layer(self, layer: int, num_layers: int) -> int:
+        """Return the writer of a layer; the first layer's has the embedding, the last one's norm and head."""
+        if self.writer_of_layer is not None:
+            return self.writer_of_layer[layer]
+        return layer * self.count // num_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTensor:
+    """One tensor of the folder."""
+
+    name: str
+    """Its name in the file."""
+    dtype: torch.dtype
+    """Its type in the file."""
+    shape: tuple[int, ...]
+    """Its whole shape."""
+    writer: int
+    """Which process writes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """One file of the folder."""
+
+    name: str
+    """File name."""
+    writer: int
+    """Which process writes it."""
+    prefix: bytes
+    """Length prefix and header."""
+    entries: Mapping[str, HeaderEntry]
+    """Where each tensor goes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole file."""
+        return len(self.prefix) + self.tensor_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of the tensors alone."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+
+def plan_files(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[PlannedFile]:
+    """Return the files that hold `tensors` in order.
+
+    A new file begins where the writer changes and where `max_shard_bytes` would be exceeded; a larger tensor
+    has a file of its own. One file is called `model.safetensors`, several are numbered, as transformers does.
+
+    Args:
+        tensors: the whole folder's tensors, the same list on every writer.
+        max_shard_bytes: largest sum of tensor bytes in a file.
+
+    Raises:
+        ValueError: `max_shard_bytes` is not positive.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    groups: list[list[PlannedTensor]] = []
+    room = 0
+    for tensor in tensors:
+        num_bytes = prod(tensor.shape) * tensor.dtype.itemsize
+        if not groups or groups[-1][0].writer != tensor.writer or num_bytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= num_bytes
+    files = []
+    for index, group in enumerate(groups, start=1):
+        prefix, entries = plan_file({tensor.name: (tensor.dtype, tensor.shape) for tensor in group})
+        name = "model.safetensors"
+        if len(groups) > 1:
+            name = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
+        files.append(PlannedFile(name=name, writer=group[0].writer, prefix=prefix, entries=entries))
+    return files
+
+
+class TensorFiles:
+    """The planned files of one writer in a folder."""
+
+    def __init__(self, folder: Path, files: Sequence[PlannedFile]) -> None:
+        """Create the files with their headers and their full length."""
+        self.folder = folder
+        self.files = files
+        self.entries = {name: entry for file in files for name, entry in file.entries.items()}
+        self._path_of = {name: folder / file.name for file in files for name in file.entries}
+        for file in files:
+            with (folder / file.name).open("xb") as output:
+                output.write(file.prefix)
+                output.truncate(file.num_bytes)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a contiguous CPU tensor, of the planned type and shape, to its place."""
+        entry = self.entries[name]
+        content = memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
+        assert len(content) == entry.num_bytes, (name, len(content), entry)
+        with self._path_of[name].open("r+b", buffering=0) as output:
+            write_all(output.fileno(), content, entry.offset)
+
+    def sync(self) -> None:
+        """Return when the files are on the disk."""
+        for file in self.files:
+            sync(self.folder / file.name)
+
+
+@contextmanager
+def new_folder(target: Path, files: Sequence[PlannedFile], writers: Writers) -> Iterator[Path]:
+    """Give a hidden folder to write into; it becomes `target` when the block ends without an error.
+
+    All writers enter and leave it together: `writers.barrier` is passed three times. A single writer removes
+    what is left of a failure; of several, the next attempt does.
+
+    Args:
+        target: must not exist, or be an empty folder.
+        files: the whole plan, the same on every writer.
+        writers: how processes share the work.
+
+    Raises:
+        ModelFolderError: the target exists, its parent does not, the disk has too little room, or a file is
+            not of its planned size in the end.
+    """
+    num_bytes = sum(file.num_bytes for file in files)
+    _check_target(target, num_bytes)
+    folder = target.parent / f".{target.name}.partial"
+    if writers.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    writers.barrier()
+    try:
+        yield folder
+        writers.barrier()
+        if writers.rank == 0:
+            _finish(folder, target, files)
+        writers.barrier()
+    except BaseException:
+        if writers.count == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_target(target: Path, num_bytes: int) -> None:
+    if not target.parent.is_dir():
+        raise ModelFolderError(
+            f"{target.parent} does not exist; create the folder that is to hold {target.name}"
+        )
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise ModelFolderError(f"{target} exists already; remove it or give another name")
+    free = shutil.disk_usage(target.parent).free
+    if free < num_bytes:
+        raise ModelFolderError(
+            f"{target} needs {num_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; make room"
+        )
+
+
+def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
+    for file in files:
+        path = folder / file.name
+        there = path.stat().st_size if path.exists() else 0
+        if there != file.num_bytes:
+            raise ModelFolderError(
+                f"{path} has {there} bytes of {file.num_bytes}; writer {file.writer} failed"
+            )
+    if len(files) > 1:
+        weight_map = {name: file.name for file in files for name in file.entries}
+        index = {
+            "metadata": {"total_size": sum(file.tensor_bytes for file in files)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+    os.rename(folder, target)
+    sync(target.parent)

@@ -1,0 +1,174 @@
+"""The tensors of a Hugging Face folder, found by their headers and read by the slice.
+
+Nothing is mapped or kept open: a slice is read straight into the tensor that will hold it, so the memory in
+use is that tensor alone. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
+"""
+
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
+from glm_rlhf.parallel.storage.checkpoint_tensors import ShardedTensor, list_checkpoint
+from glm_rlhf.parallel.storage.durable_io import read_all
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file, read_json
+from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES, read_header
+from glm_rlhf.parallel.storage.torch_save_format import read_pickled_header
+
+_FORMS = ("model.safetensors", "pytorch_model.bin")
+"""Single-file names in order of preference, each of which may be split with an `.index.json`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file, not yet read."""
+
+    path: Path
+    """The file."""
+    name: str
+    """Its name in the file."""
+    dtype: torch.dtype | None
+    """Its type, `None` where it is none of the floating-point types of weights."""
+    dtype_name: str
+    """The type as the file calls it."""
+    shape: tuple[int, ...]
+    """Row-major dimensions."""
+    offset: int
+    """First byte in the file."""
+
+    def read_into(self, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fill a contiguous tensor of the stored type with rows (dim 0) or columns (dim 1)."""
+        row_bytes = prod(self.shape[1:]) * out.element_size()
+        content = memoryview(out.flatten().view(torch.uint8).numpy())
+        what = f"{self.path} was cut short while {self.name} was read"
+        with self.path.open("rb", buffering=0) as file:
+            if dim == 0:
+                read_all(file.fileno(), self.offset + start * row_bytes, content, what=what)
+                return
+            _prefetch(file.fileno(), self.offset, self.shape[0] * row_bytes)
+            width = (stop - start) * out.element_size()
+            position = self.offset + start * out.element_size()
+            for row in range(self.shape[0]):
+                read_all(file.fileno(), position, content[row * width : (row + 1) * width], what=what)
+                position += row_bytes
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor] | dict[str, ShardedTensor]:
+    """Return every tensor of a folder by name, from headers alone.
+
+    `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index. A
+    checkpoint of ours gives its first model's.
+
+    Raises:
+        ModelFolderError: there are no weights, a file is missing, damaged or unsafe, or the index and the
+            files disagree.
+    """
+    if is_checkpoint(folder):
+        return list_checkpoint(folder)
+    for single in _FORMS:
+        if os.path.lexists(folder / single):
+            return _list_file(plain_file(folder, single))
+        if os.path.lexists(folder / f"{single}.index.json"):
+            return _list_indexed(folder, f"{single}.index.json")
+    expected = ", ".join(f"{single} or {single}.index.json" for single in _FORMS)
+    raise ModelFolderError(f"{folder} has no weights; {expected} is required")
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights at all, sound or not: one with a tokenizer alone does not."""
+    if is_checkpoint(folder):
+        return True
+    return any(os.path.lexists(folder / f"{single}{end}") for single in _FORMS for end in ("", ".index.json"))
+
+
+def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
+    index = plain_file(folder, index_name)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFolderError(f"{index} has no weight_map; an object of tensor name to file is required")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ModelFolderError(f"{index}: the file of {name!r} is {file!r}; a file name is required")
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, stored in _list_file(plain_file(folder, file)).items():
+            if weight_map.get(name) != file:
+                listed = weight_map.get(name, "no file")
+                raise ModelFolderError(
+                    f"{folder / file} holds the tensor {name!r}, {index} gives {listed} for it"
+                )
+            tensors[name] = stored
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ModelFolderError(f"{index} gives {file} for the tensor {name!r}, which is not in it")
+    return tensors
+
+
+def _list_file(path: Path) -> dict[str, StoredTensor]:
+    readers = {".safetensors": read_header, ".bin": read_pickled_header}
+    if path.suffix not in readers:
+        raise ModelFolderError(f"{path} is neither a .safetensors nor a .bin file")
+    return {
+        name: StoredTensor(
+            path=path,
+            name=name,
+            dtype=FLOAT_DTYPES.get(entry.dtype),
+            dtype_name=entry.dtype,
+            shape=entry.shape,
+            offset=entry.offset,
+        )
+        for name, entry in readers[path.suffix](path).items()
+    }
+
+
+def read_slice(
+    stored: StoredTensor | ShardedTensor, dim: int, start: int, stop: int, out: torch.Tensor
+) -> None:
+    """Fill `out` with rows (dim 0) or columns (dim 1) of a stored tensor, cast to its type.
+
+    Args:
+        stored: a tensor of one or two dimensions.
+        dim: which dimension is cut.
+        start: first index.
+        stop: index behind the last.
+        out: CPU tensor of the slice's shape; may be a view.
+
+    Raises:
+        ModelFolderError: the file has become shorter since its header was read, or a value does not fit the
+            type.
+    """
+    if out.dtype == stored.dtype and out.is_contiguous():
+        stored.read_into(dim, start, stop, out)
+    else:
+        piece = torch.empty(out.shape, dtype=stored.dtype)
+        stored.read_into(dim, start, stop, piece)
+        copy_checked(out, piece, stored.name)
+
+
+def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:
+    """Copy `values` to `out`, cast; a finite value must not become infinite.
+
+    Raises:
+        ValueError: a value is beyond the range of `out.dtype`.
+    """
+    values = values.detach()
+    out.copy_(values)
+    limit = torch.finfo(out.dtype).max
+    if limit >= torch.finfo(values.dtype).max or not values.numel():
+        return
+    smallest, largest = (bound.item() for bound in values.aminmax())
+    if not -limit <= smallest <= largest <= limit:  # NaN fails it too: look at every value
+        num_lost = int(torch.isfinite(values).sum()) - int(torch.isfinite(out).sum())
+        if num_lost:
+            raise ValueError(
+                f"{num_lost} values of {name} do not fit {out.dtype}; choose bfloat16 or float32 instead"
+            )
+
+
+def _prefetch(file: int, position: int, num_bytes: int) -> None:
+    """Ask for the whole tensor at once: short strided reads alone would wait for the disk at every row."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, position, num_bytes, os.POSIX_FADV_WILLNEED)

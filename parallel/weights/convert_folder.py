@@ -1,0 +1,138 @@
+"""Hugging Face folder to Hugging Face folder: another family's form, another type, other files.
+
+`chatglm` and `glm` are two forms of one architecture and convert both ways. `glm4` has norms that the others
+have not, so it converts to nothing but itself. Same family and same type give the same bytes, tensor by
+tensor.
+
+The chatglm form runs on code that lies in the model's folder; a folder converted from `glm` has the config
+that names this code (`configuration_chatglm.py`, `modeling_chatglm.py`), and the files must be added to it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
+from glm_rlhf.parallel.spec.weight_map import TABLES, Role, weights_of
+from glm_rlhf.parallel.storage.folder_writer import Writers
+from glm_rlhf.parallel.storage.hf_config import read_config
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder
+from glm_rlhf.parallel.storage.weight_files import list_tensors
+from glm_rlhf.parallel.weights.hf_reader import ShardStream, iterate_shard
+from glm_rlhf.parallel.weights.hf_writer import export_tensors, writer_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Types that a conversion can ask for, besides `same`."""
+
+
+def convert_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    family: Family | None = None,
+    dtype: str = "same",
+    max_shard_bytes: int = 5_000_000_000,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] | None = None,
+) -> None:
+    """Convert a model folder; the new one appears under its name when it is whole.
+
+    It runs in one process, or in several on one file system, each of which converts its share of the layers;
+    then all of them call it and pass `barrier` three times. A bar on a terminal shows rank 0's progress.
+
+    Args:
+        source: Hugging Face folder of any supported form: safetensors or `.bin`, one file or many, a language
+            model or one with a scalar head.
+        target: the new folder; it must not exist, or be empty.
+        family: form of the new folder; `None` keeps the source's.
+        dtype: `same`, `bf16`, `fp16` or `fp32`. Float32 to 16 bits rounds; a value that would become infinite
+            is an error. A value head is float32 always.
+        max_shard_bytes: largest file, apart from single tensors that are larger.
+        rank: this process among those that convert.
+        world: how many they are.
+        barrier: returns when all of them have called it; needed when there are several.
+
+    Raises:
+        ModelFolderError: the source is damaged or not such a model, or the target exists.
+        ValueError: the families' architectures differ, or an argument is not one of those above.
+    """
+    origin = open_folder(source)
+    config = read_config(origin)
+    new_config = _in_family(config, family or config.family)
+    if dtype != "same" and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be same, {', '.join(DTYPES)}")
+    writers = (
+        Writers(rank=rank, count=world)
+        if barrier is None
+        else Writers(rank=rank, count=world, barrier=barrier)
+    )
+    role = role_of(origin, config)
+    whole = iterate_shard(origin, config, tp_rank=0, tp_size=1, layers=range(config.num_layers), role=role)
+    own = [shard for shard in whole.shards if writer_of(shard.ours, config, writers) == rank]
+    export_tensors(
+        target,
+        new_config,
+        _with_progress(replace(whole, shards=tuple(own)), rank),
+        tp_size=1,
+        dtype=DTYPES[dtype] if dtype in DTYPES else _dtypes_as_stored(whole, config, new_config, role),
+        role=role,
+        without=whole.missing,
+        max_shard_bytes=max_shard_bytes,
+        source=origin,
+        writers=writers,
+    )
+
+
+def _in_family(config: GLMConfig, family: Family) -> GLMConfig:
+    if family not in TABLES:
+        raise ValueError(f"family is {family!r}; it must be one of {', '.join(TABLES)}")
+    if "glm4" in (family, config.family) and family != config.family:
+        raise ValueError(
+            f"a {config.family} model cannot become {family}: glm4 norms the output of attention and MLP, "
+            "the others do not, and no renaming makes up for that"
+        )
+    return replace(config, family=family)
+
+
+def role_of(folder: Path, config: GLMConfig) -> Role:
+    """Return which head a folder holds: a policy's, or the scalar one of a reward model or critic.
+
+    Raises:
+        ModelFolderError: it holds both.
+    """
+    there = list_tensors(folder)
+    heads = {
+        row.place: row.theirs[0]
+        for row in TABLES[config.family]
+        if row.ours in ("output_layer.weight", "value_head.weight") and row.theirs[0] in there
+    }
+    if len(heads) > 1:
+        raise ModelFolderError(
+            f"{folder} holds both {' and '.join(heads.values())}; remove one head of the two"
+        )
+    return "reward" if "value_head" in heads else "policy"
+
+
+def _dtypes_as_stored(
+    whole: ShardStream, config: GLMConfig, new_config: GLMConfig, role: Role
+) -> Mapping[str, torch.dtype]:
+    dtypes = {}
+    for weight in weights_of(new_config, layers=range(config.num_layers), role=role):
+        for name in weight.theirs:
+            if config.family == new_config.family and name in whole.tensors:
+                dtypes[name] = whole.tensors[name].dtype
+            else:
+                dtypes[name] = whole.dtypes.get(weight.ours, torch.float32)
+    return dtypes
+
+
+def _with_progress(stream: ShardStream, rank: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    disable = True if rank else None  # None: no bar where the output is no terminal
+    for name, tensor in tqdm(
+        stream, total=len(stream.shards), desc="convert", unit="tensor", disable=disable
+    ):
+        yield name, [tensor]

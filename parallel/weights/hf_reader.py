@@ -1,0 +1,201 @@
+"""One rank's weights, streamed out of a Hugging Face folder.
+
+    stream = iterate_shard(folder, config, tp_rank=0, tp_size=2, layers=range(28), dtype=torch.bfloat16)
+    stream.read_into(parameters)
+    for name in stream.missing:  # a scalar head that the folder has not: create it
+        ...
+
+Everything is checked on headers before the first tensor is read. Bytes are read straight into a parameter in
+host memory of the stored type; otherwise only the tensor at hand is in memory, besides what the caller keeps.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.spec.sharding import Piece, Shard, read_shard, read_shard_into, shards_of
+from glm_rlhf.parallel.spec.weight_map import NOT_WEIGHTS, Role, Weight, names_within, weights_of
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder
+from glm_rlhf.parallel.storage.safetensors_format import check_float
+from glm_rlhf.parallel.storage.weight_files import StoredTensor, list_tensors, read_slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStream:
+    """One rank's parameters in a folder; iterating reads them, as often as wanted."""
+
+    shards: tuple[Shard, ...]
+    """Parameters that the folder provides, in the order in which they come."""
+    missing: tuple[str, ...]
+    """Our names that the folder does not provide, for the caller to create: only of the value head."""
+    dtypes: Mapping[str, torch.dtype]
+    """Type of each parameter by our name."""
+    tensors: Mapping[str, StoredTensor]
+    """Their tensors by name."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (our name, new CPU tensor)."""
+        for shard in self.shards:
+            yield shard.ours, read_shard(shard, self._read, dtype=self.dtypes[shard.ours])
+
+    def read_into(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Fill one tensor a shard, given by our name, on any device; each may be of another type.
+
+        Raises:
+            KeyError: a shard's parameter is not among them.
+            ModelFolderError: a file has become shorter since its header was read.
+            ValueError: a parameter has another shape, or a value does not fit its type.
+        """
+        staging = torch.empty(0, dtype=torch.uint8)
+        for shard in self.shards:
+            parameter = parameters[shard.ours].detach()
+            if parameter.device.type == "cpu":
+                read_shard_into(shard, self._read, parameter)
+                continue
+            dtype = self.dtypes[shard.ours]
+            num_bytes = prod(shard.shape) * dtype.itemsize
+            if staging.numel() < num_bytes:
+                staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=parameter.is_cuda)
+            host = staging[:num_bytes].view(dtype).view(shard.shape)
+            read_shard_into(shard, self._read, host)
+            parameter.copy_(host)
+
+    def _read(self, piece: Piece, out: torch.Tensor) -> None:
+        read_slice(self.tensors[piece.name], piece.dim, piece.start, piece.stop, out)
+
+
+def iterate_shard(
+    folder: str | Path,
+    config: GLMConfig,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    layers: Iterable[int],
+    has_embedding: bool = True,
+    has_head: bool = True,
+    role: Role = "policy",
+    dtype: torch.dtype | None = None,
+) -> ShardStream:
+    """Return a stream of (our name, tensor) of what one rank holds; it reads only those slices.
+
+    No communication: every rank calls it with its own place. The whole folder is checked on every rank, so
+    that a fault is found by all of them alike.
+
+    Args:
+        folder: Hugging Face model folder of the config's family.
+        config: as `read_config` gives it.
+        tp_rank: this rank's place among those that share each layer.
+        tp_size: how many they are.
+        layers: this rank's layers, as indices in the whole model.
+        has_embedding: whether this rank embeds tokens.
+        has_head: whether this rank has the final norm and the role's head.
+        role: `policy` reads the vocabulary head; `critic` and `reward` the value head where there is one.
+        dtype: of the tensors; `None` keeps the folder's. The value head is always float32.
+
+    Raises:
+        ModelFolderError: the folder is damaged, or is not such a model; the message names the tensor.
+        ValueError: the model cannot be split so.
+    """
+    if dtype is not None:
+        check_float(dtype)
+    path = open_folder(folder)
+    tensors = check_weights(path, config, role=role)
+    weights = weights_of(config, layers=layers, has_embedding=has_embedding, has_head=has_head, role=role)
+    shards, missing, dtypes = [], [], {}
+    for weight in weights:
+        parts = shards_of(weight, config, tp_rank=tp_rank, tp_size=tp_size)
+        if any(name not in tensors for name in weight.theirs):
+            missing += [part.ours for part in parts]
+            continue
+        shards += parts
+        dtypes |= {part.ours: _dtype_of(weight, tensors, dtype) for part in parts}
+    return ShardStream(shards=tuple(shards), missing=tuple(missing), dtypes=dtypes, tensors=tensors)
+
+
+def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, StoredTensor]:
+    """Return the folder's tensors, known to be those of the model: all there, of the right shapes, none
+    besides.
+
+    Tensors that the role does not use, such as the vocabulary head under a critic, are allowed and may be
+    absent; so are the family's tensors that are no weights.
+
+    Args:
+        folder: Hugging Face model folder.
+        config: the model.
+        role: which head must be there; a value head may always be absent.
+
+    Raises:
+        ModelFolderError: names the tensor, what is there and what is required.
+    """
+    tensors = list_tensors(folder)
+    weights = weights_of(config, layers=range(config.num_layers), role=role)
+    required = _expected(config, weights)
+    optional = _expected(config, [weight for weight in weights if weight.place == "value_head"])
+    for name, shape in required.items():
+        if name not in tensors and name not in optional:
+            raise ModelFolderError(
+                f"{folder} has no tensor {name!r}; {list(shape)} is required{_why_missing(name, role)}"
+            )
+    known = required | _expected(config, _of_other_roles(config))
+    for name, stored in tensors.items():
+        if NOT_WEIGHTS[config.family].fullmatch(name):
+            continue
+        if name not in known:
+            raise ModelFolderError(
+                f"{stored.path} holds the tensor {name!r} {list(stored.shape)}, which a {config.family} "
+                f"model of {config.num_layers} layers does not have; is config.json of another model?"
+            )
+        if stored.dtype is None:
+            raise ModelFolderError(
+                f"{stored.path} holds {name!r} as {stored.dtype_name}; a floating-point type of 16 bits or "
+                "more is required, so fetch the model that is not quantised"
+            )
+        is_like = len(stored.shape) == len(known[name]) and stored.shape[1:] == known[name][1:]
+        if name in optional and is_like and stored.shape[0] != 1:
+            raise ModelFolderError(
+                f"{stored.path} holds {name!r} with {stored.shape[0]} rows, a head of so many labels; a "
+                "critic or reward model has one: train it with num_labels 1, or with the command reward"
+            )
+        if stored.shape != known[name]:
+            raise ModelFolderError(
+                f"{stored.path} holds {name!r} with the shape {list(stored.shape)} where config.json "
+                f"requires {list(known[name])}"
+            )
+    return tensors
+
+
+def _expected(config: GLMConfig, weights: list[Weight]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights:
+        shapes |= names_within(weight, config)
+    return shapes
+
+
+def _of_other_roles(config: GLMConfig) -> list[Weight]:
+    """Heads of every role; a tied one too, which some folders store a second time."""
+    heads = weights_of(config, layers=(), has_embedding=False, role="reward")
+    vocabulary = weights_of(
+        replace(config, has_tied_head=False), layers=(), has_embedding=False, role="policy"
+    )
+    return heads + vocabulary
+
+
+def _why_missing(name: str, role: Role) -> str:
+    if role == "policy" and name in ("lm_head.weight", "transformer.output_layer.weight"):
+        return ": a policy needs a vocabulary head, which a reward model's folder has not"
+    return ""
+
+
+def _dtype_of(weight: Weight, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> torch.dtype:
+    if weight.place == "value_head":
+        return torch.float32
+    if dtype is not None:
+        return dtype
+    first, *others = (tensors[name].dtype for name in weight.theirs)
+    for other in others:  # query, key and value of different types: keep every bit
+        first = torch.promote_types(first, other)
+    return first

@@ -1,0 +1,258 @@
+"""A Hugging Face folder, written tensor by tensor from tensor-parallel shards.
+
+What is written:
+  - weights under the family's names, the value head in float32; a tied
+    head is not stored a second time;
+  - `config.json`, and from a source folder the tokenizer, generation settings and licence, and of the same
+    family the remote code;
+  - ChatGLM's `inv_freq` where a source of the same family has it: it is no weight, but the remote code counts
+    it.
+"""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.spec.sharding import Piece, Shard, place_shard, shards_of
+from glm_rlhf.parallel.spec.weight_map import (
+    NOT_WEIGHTS,
+    SCALAR_ROLES,
+    Role,
+    Weight,
+    names_within,
+    weights_of,
+)
+from glm_rlhf.parallel.storage.folder_writer import (
+    PlannedTensor,
+    TensorFiles,
+    Writers,
+    new_folder,
+    plan_files,
+)
+from glm_rlhf.parallel.storage.hf_config import read_config, write_config
+from glm_rlhf.parallel.storage.model_folder import open_folder, plain_file
+from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES, check_float
+from glm_rlhf.parallel.storage.weight_files import (
+    StoredTensor,
+    copy_checked,
+    has_weights,
+    list_tensors,
+    read_slice,
+)
+
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "tokenization_*.py",
+    "generation_config.json",
+    "LICENSE*",
+    "MODEL_LICENSE*",
+)
+_COMPANIONS_WITHIN_FAMILY = ("configuration_*.py", "modeling_*.py", "quantization.py")
+
+
+def export_tensors(
+    target: str | Path,
+    config: GLMConfig,
+    tensors: Iterable[tuple[str, Sequence[torch.Tensor]]],
+    *,
+    tp_size: int,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    role: Role = "policy",
+    without: Collection[str] = (),
+    max_shard_bytes: int = 5_000_000_000,
+    source: str | Path | None = None,
+    writers: Writers | None = None,
+) -> None:
+    """Write a Hugging Face folder of the config's family; it appears under its name when it is whole.
+
+    Every writer calls it, with the tensors of its own layers; nothing else may call. Memory holds the tensor
+    at hand and the one that is put together from it. The barrier of `writers` is passed three times.
+
+    Args:
+        target: the new folder; it must not exist, or be empty.
+        config: the model.
+        tensors: (our name, one tensor a tensor-parallel rank, in order), each parameter once, in any order,
+            on any device. Of replicated parameters the first rank's copy counts; a warning names those that
+            differ. A tied head's copy on the last pipeline stage is left out.
+        tp_size: number of tensors that come with each name.
+        dtype: of the files; a mapping gives one by their name. The value head is float32.
+        role: what ends the model.
+        without: our names that are neither given nor written: a value head's bias that there never was.
+        max_shard_bytes: largest file, apart from single tensors that are larger.
+        source: folder whose tokenizer, settings and other config keys are carried over.
+        writers: how processes share the work; `None` is this one alone.
+
+    Raises:
+        ModelFolderError: the target exists, the source is unusable, or the disk has too little room.
+        ValueError: a parameter is missing, unknown, given twice, of another shape, or does not fit the type.
+    """
+    writers = writers or Writers()
+    weights = weights_of(config, layers=range(config.num_layers), role=role)
+    weights = [weight for weight in weights if weight.ours not in without]
+    plan = _plan(weights, config, dtype, writers)
+    extras = _tensors_besides_weights(source, config)
+    last_writer = writers.of_layer(config.num_layers - 1, config.num_layers)
+    for stored in extras:
+        plan.append(
+            PlannedTensor(name=stored.name, dtype=stored.dtype, shape=stored.shape, writer=last_writer)
+        )
+    files = plan_files(plan, max_shard_bytes)
+    own = [weight for weight in weights if writer_of(weight.ours, config, writers) == writers.rank]
+    with new_folder(Path(target), files, writers) as folder:
+        if writers.rank == 0:
+            _copy_companions(source, folder, config)
+            write_config(config, folder, source, dtype=plan[0].dtype, has_value_head=role != "policy")
+        output = TensorFiles(folder, [file for file in files if file.writer == writers.rank])
+        for stored in extras if last_writer == writers.rank else ():
+            value = torch.empty(stored.shape, dtype=stored.dtype)
+            read_slice(stored, 0, 0, stored.shape[0], value)
+            output.write(stored.name, value)
+        assembly = _Assembly(config, own, tp_size, output)
+        for name, shards in tensors:
+            if name == "output_layer.weight" and config.has_tied_head:
+                continue
+            assembly.add(name, shards)
+        assembly.finish()
+        output.sync()
+
+
+def _plan(
+    weights: Sequence[Weight],
+    config: GLMConfig,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    writers: Writers,
+) -> list[PlannedTensor]:
+    plan = []
+    for weight in weights:
+        writer = writer_of(weight.ours, config, writers)
+        for name, shape in names_within(weight, config).items():
+            kind = dtype[name] if isinstance(dtype, Mapping) else dtype
+            kind = torch.float32 if weight.place == "value_head" else check_float(kind)
+            plan.append(PlannedTensor(name=name, dtype=kind, shape=shape, writer=writer))
+    return plan
+
+
+def writer_of(ours: str, config: GLMConfig, writers: Writers) -> int:
+    """Return which writer exports a parameter: its layer's; the embedding goes with the first layer, the
+    final norm and the head with the last."""
+    layer = config.num_layers - 1
+    if ours.startswith("embedding."):
+        layer = 0
+    elif ours.startswith("decoder.layers."):
+        layer = int(ours.split(".")[2])
+    return writers.of_layer(layer, config.num_layers)
+
+
+def _tensors_besides_weights(source: str | Path | None, config: GLMConfig) -> list[StoredTensor]:
+    if source is None or config.family != "chatglm" or read_config(source).family != "chatglm":
+        return []
+    stored = list_tensors(Path(source)).values() if has_weights(Path(source)) else ()
+    return [item for item in stored if item.dtype and NOT_WEIGHTS["chatglm"].fullmatch(item.name)]
+
+
+def _copy_companions(source: str | Path | None, folder: Path, config: GLMConfig) -> None:
+    if source is None:
+        return
+    origin = open_folder(source)
+    patterns = _COMPANIONS
+    if read_config(origin).family == config.family:
+        patterns += _COMPANIONS_WITHIN_FAMILY
+    for name in sorted({path.name for pattern in patterns for path in origin.glob(pattern)}):
+        if not (origin / name).is_dir():
+            shutil.copyfile(plain_file(origin, name), folder / name)
+
+
+def companion_files(
+    source: str | Path, config: GLMConfig, *, dtype: torch.dtype, role: Role
+) -> dict[str, bytes]:
+    """Return config, tokenizer and other files of a model folder beside its weights, by name.
+
+    Raises:
+        ModelFolderError: the source is unusable.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _copy_companions(source, folder, config)
+        write_config(config, folder, source, dtype=dtype, has_value_head=role in SCALAR_ROLES)
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class _Assembly:
+    """Their tensors, from the first of their pieces to the last."""
+
+    def __init__(
+        self, config: GLMConfig, weights: Sequence[Weight], tp_size: int, output: TensorFiles
+    ) -> None:
+        self._output = output
+        self._expected: dict[str, list[Shard]] = {}
+        self._open: dict[str, set[Piece]] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._tp_size = tp_size
+        for weight in weights:
+            for rank in range(tp_size):
+                for shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
+                    self._expected.setdefault(shard.ours, []).append(shard)
+                    for piece in shard.pieces:
+                        self._open.setdefault(piece.name, set()).add(piece)
+
+    def add(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Take one parameter of all ranks; write every tensor that it completes."""
+        if name not in self._expected:
+            raise ValueError(f"{name} is not a parameter that this writer exports, or it was given before")
+        if len(tensors) != self._tp_size:
+            raise ValueError(
+                f"{name} came as {len(tensors)} tensors; {self._tp_size} are required, one a rank"
+            )
+        touched = []
+        for rank, (shard, tensor) in enumerate(zip(self._expected.pop(name), tensors, strict=True)):
+            for piece, value in place_shard(shard, tensor.detach()):
+                self._put(piece, value, parameter=name, rank=rank)
+                touched.append(piece.name)
+        for theirs in dict.fromkeys(touched):
+            if not self._open[theirs]:
+                self._output.write(theirs, self._tensors.pop(theirs))
+
+    def finish(self) -> None:
+        """Check that every parameter has come."""
+        if self._expected:
+            names = ", ".join(list(self._expected)[:3])
+            raise ValueError(f"{len(self._expected)} parameters were not given for the export, first {names}")
+
+    def _put(self, piece: Piece, value: torch.Tensor, *, parameter: str, rank: int) -> None:
+        entry = self._output.entries[piece.name]
+        dtype = FLOAT_DTYPES[entry.dtype]
+        is_replica = piece not in self._open[piece.name]
+        is_whole = piece.length == entry.shape[piece.dim]
+        if is_whole and not is_replica and value.dtype == dtype:
+            self._tensors[piece.name] = value.to("cpu").contiguous()  # no second copy of a whole tensor
+        else:
+            if piece.name not in self._tensors:
+                self._tensors[piece.name] = torch.empty(entry.shape, dtype=dtype)
+            place = self._tensors[piece.name].narrow(piece.dim, piece.start, piece.length)
+            if is_replica:
+                _compare_replica(place, value, parameter, rank)
+            else:
+                copy_checked(place, value, piece.name)
+        self._open[piece.name].discard(piece)
+
+
+def _compare_replica(first: torch.Tensor, other: torch.Tensor, parameter: str, rank: int) -> None:
+    other = other.to(device="cpu", dtype=first.dtype)
+    same = torch.equal(first.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    if not same:
+        gap = (first.float() - other.float()).abs().max().item()
+        warnings.warn(
+            f"{parameter} is replicated, and its copy on tensor-parallel rank {rank} differs from the first "
+            f"by up to {gap:.3g}; the first is exported",
+            stacklevel=2,
+        )

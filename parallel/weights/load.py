@@ -1,0 +1,169 @@
+"""A model from its folder, ready on this rank; and values for its weights, from the folder or at random."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from glm_rlhf.parallel.model.glm import GLMModel, Role, build_model
+from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.spec.sharding import Piece, read_shard, shards_of
+from glm_rlhf.parallel.spec.weight_map import names_within, weights_of
+from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
+from glm_rlhf.parallel.storage.checkpoint_tensors import open_checkpoint
+from glm_rlhf.parallel.storage.hf_config import read_config
+from glm_rlhf.parallel.weights.hf_reader import iterate_shard
+
+
+def load_model(
+    folder: str | Path,
+    topology: Topology,
+    *,
+    role: Role = "policy",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 1234,
+    recompute_layers: bool = False,
+) -> tuple[list[GLMModel], tuple[str, ...]]:
+    """Return this rank's chunks of the model in a Hugging Face folder, weights in place.
+
+    Every rank of the topology calls this; a fault on one is raised on all.
+
+    Args:
+        folder: Hugging Face folder.
+        topology: layout and groups.
+        role: which head the model ends in.
+        dtype: of the weights; a scalar head is fp32.
+        seed: of a scalar head that the folder does not hold.
+        recompute_layers: keep only each layer's input for backward, and run the layer again there.
+
+    Returns:
+        (chunks, our names of weights that were created at random because the folder has none; the same on
+        every rank).
+
+    Raises:
+        ValueError: not a model folder, damaged, or not to be split in this layout.
+    """
+    with agreed(f"reading {folder}"):
+        config = read_config(folder)
+        topology.layout.check_model(config)
+    chunks = build_model(config, topology, role=role, dtype=dtype, recompute_layers=recompute_layers)
+    created = load_weights(chunks, folder, seed=seed)
+    return chunks, created
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 1234) -> tuple[str, ...]:
+    """Fill this rank's chunks from a Hugging Face folder, reading only their slices.
+
+    Every rank of the topology calls this; a fault on one is raised on all.
+
+    Args:
+        chunks: as `build_model` gives them.
+        folder: Hugging Face folder of the model's family, or a checkpoint of ours.
+        seed: of a scalar head that the folder does not hold; every rank draws the same.
+
+    Returns:
+        Our names of the weights that were created because the folder has none, on any stage: only of a
+        scalar head. A head without a bias, such as transformers' classes have, is not: its bias is zero.
+
+    Raises:
+        ModelFolderError: the folder is damaged or of another model; a ValueError.
+    """
+    created: list[str] = []
+    place = chunks[0].topology
+    with agreed(f"loading {folder}"):
+        if is_checkpoint(Path(folder)):
+            open_checkpoint(folder).check_files(rank=place.rank, world_size=place.world_size)
+        for chunk in chunks:
+            parameters = dict(chunk.named_weights())
+            topology = chunk.topology
+            stream = iterate_shard(
+                folder,
+                chunk.glm,
+                tp_rank=topology.tp_rank,
+                tp_size=topology.layout.tp,
+                dtype=chunk.config.params_dtype,
+                **part_of(chunk),
+            )
+            stream.read_into(parameters)
+            for shard in stream.shards:
+                del parameters[shard.ours]
+            for name in stream.missing:
+                _create_head(name, parameters.pop(name), seed)
+            if "value_head.weight" in stream.missing:
+                created += stream.missing
+            assert not parameters, f"not filled: {sorted(parameters)}"
+    return _on_any_stage(created, chunks[0].topology)
+
+
+@torch.no_grad()
+def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
+    """Fill this rank's chunks at random, with values that depend on the seed but not on the layout.
+
+    Matrices are normal with the config's standard deviation, norms one, biases zero. Nothing is
+    communicated: each rank draws whole tensors, one at a time, and keeps its part.
+    """
+    for chunk in chunks:
+        glm, topology = chunk.glm, chunk.topology
+        parameters = dict(chunk.named_weights())
+        for weight in weights_of(glm, **part_of(chunk)):
+            for shard in shards_of(weight, glm, tp_rank=topology.tp_rank, tp_size=topology.layout.tp):
+                parameter = parameters.pop(shard.ours)
+                if weight.place == "value_head":
+                    _create_head(shard.ours, parameter, seed)
+                else:
+                    draw = _drawing(names_within(weight, glm), glm.init_std, seed)
+                    parameter.copy_(read_shard(shard, draw, dtype=torch.float32))
+        assert not parameters, f"not filled: {sorted(parameters)}"
+
+
+def _on_any_stage(names: list[str], topology: Topology) -> tuple[str, ...]:
+    """Join lists of the stages of a pipeline: the last one has the head, the first one speaks to the user."""
+    lists: list[list[str]] = [[] for _ in range(topology.layout.pp)]
+    dist.all_gather_object(lists, names, group=topology.pp_group)
+    return tuple(name for part in lists for name in part)
+
+
+def part_of(chunk: GLMModel) -> dict[str, Any]:
+    """Return which part of the whole model a chunk is, as the tables of names want it."""
+    return {
+        "layers": range(chunk.first_layer, chunk.first_layer + len(chunk.decoder.layers)),
+        "has_embedding": chunk.pre_process,
+        "has_head": chunk.post_process,
+        "role": "policy" if chunk.role == "reference" else chunk.role,
+    }
+
+
+def _drawing(
+    shapes: dict[str, tuple[int, ...]], std: float, seed: int
+) -> Callable[[Piece, torch.Tensor], None]:
+    """Return what fills a shard's pieces: each of their tensors has random numbers of its own."""
+
+    def draw(piece: Piece, out: torch.Tensor) -> None:
+        shape = shapes[piece.name]
+        if len(shape) == 1:
+            out.fill_(0.0 if piece.name.endswith("bias") else 1.0)
+            return
+        whole = torch.empty(shape).normal_(0.0, std, generator=_generator(piece.name, seed))
+        out.copy_(whole.narrow(piece.dim, piece.start, piece.length))
+
+    return draw
+
+
+def _create_head(name: str, parameter: torch.Tensor, seed: int) -> None:
+    """Draw a scalar head so small that first scores are near zero: normal, standard deviation 1/(D + 1)."""
+    if name.endswith("bias"):
+        parameter.zero_()
+        return
+    values = torch.empty(parameter.shape).normal_(
+        0.0, 1.0 / (parameter.shape[-1] + 1), generator=_generator(name, seed)
+    )
+    parameter.copy_(values)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))

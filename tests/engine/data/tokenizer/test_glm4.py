@@ -1,0 +1,147 @@
+"""GLM-4's tokenizer: byte-level words, added tokens, templates."""
+
+import json
+
+import jinja2
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from glm_rlhf.engine.data.messages import Message
+from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
+
+CONVERSATION = [
+    Message(role="system", content="You are a calculator."),
+    Message(role="user", content="What is 3 plus 4?\n请用中文回答。"),
+    Message(role="assistant", content="答案是7。"),
+    Message(role="user", content="  谢谢 🙂 "),
+]
+
+
+def edited(glm4_folder, folder, edit) -> None:
+    description = json.loads((glm4_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    edit(description)
+    (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_a_conversation_has_the_ids_of_its_rendered_template(glm4, glm4_folder, add_generation_prompt):
+    # The library's own encoder takes the template's markers for special tokens, as Hugging Face does.
+    template = json.loads((glm4_folder / "tokenizer_config.json").read_text(encoding="utf-8"))[
+        "chat_template"
+    ]
+    text = jinja2.Template(template, keep_trailing_newline=True).render(
+        messages=[{"role": message.role, "content": message.content} for message in CONVERSATION],
+        add_generation_prompt=add_generation_prompt,
+    )
+    expected = (
+        Tokenizer.from_file(str(glm4_folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    )
+    assert glm4.render(CONVERSATION, add_generation_prompt=add_generation_prompt) == expected
+
+
+def test_text_without_markers_is_encoded_and_decoded_as_the_library_does(glm4, glm4_folder):
+    library = Tokenizer.from_file(str(glm4_folder / "tokenizer.json"))
+    for message in CONVERSATION:
+        ids = glm4.encode(message.content)
+        assert ids == library.encode(message.content).ids
+        assert glm4.decode(ids) == library.decode(ids) == message.content
+
+
+def test_the_library_alone_would_take_a_typed_marker_for_a_special_token(glm4, glm4_folder):
+    # What the tests of typed markers guard against does happen where the added tokens are left in.
+    library = Tokenizer.from_file(str(glm4_folder / "tokenizer.json"))
+    assert glm4.id_of("<|user|>") in library.encode("a<|user|>b").ids
+    assert glm4.id_of("<|user|>") not in glm4.encode("a<|user|>b")
+
+
+def test_ends_stops_and_padding_are_glm4s(glm4):
+    assert glm4.end_id == glm4.id_of("<|user|>")
+    assert glm4.stop_ids == tuple(map(glm4.id_of, ["<|endoftext|>", "<|user|>", "<|observation|>"]))
+    assert glm4.pad_id == glm4.id_of("<|endoftext|>")
+    assert glm4.prefix_ids == [glm4.id_of("[gMASK]"), glm4.id_of("<sop>")]
+
+
+def test_text_behind_the_templates_assistant_marker_goes_into_the_prompt(glm4, glm4_folder, tmp_path):
+    edited(glm4_folder, tmp_path, lambda description: None)
+    template = "[gMASK]<sop>…{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    thinking = load_tokenizer(tmp_path)
+    messages = [Message(role="user", content="3+4?")]
+    prompt_ids, response_ids = thinking.render_prompt_response(messages, "7")
+    assert prompt_ids == [*glm4.render(messages, add_generation_prompt=True), *glm4.encode("\n<think>")]
+    assert response_ids == [*glm4.encode("7"), glm4.end_id]
+    assert thinking.decode_response(response_ids) == "7"
+
+
+def test_markers_the_file_forgets_to_call_special_are_special_all_the_same(glm4, glm4_folder, tmp_path):
+    def edit(description):
+        for entry in description["added_tokens"]:
+            entry["special"] = False
+        description["added_tokens"].append(dict(description["added_tokens"][0], id=600, content="<think>"))
+
+    edited(glm4_folder, tmp_path, edit)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.table.name_by_id == glm4.table.name_by_id
+    assert glm4.id_of("<|user|>") not in tokenizer.encode("<|user|>")
+    # An added token that is neither is a word like any other.
+    thought = tokenizer.encode("<think>hm")
+    assert (thought[0], tokenizer.vocab_size) == (600, 601)
+    assert thought[1:] == glm4.encode("hm")
+    assert tokenizer.decode(thought) == "<think>hm"
+
+
+def test_stored_truncation_padding_and_post_processing_are_off(glm4, glm4_folder, tmp_path):
+    def edit(description):
+        description["truncation"] = {
+            "max_length": 4,
+            "strategy": "LongestFirst",
+            "stride": 0,
+            "direction": "Right",
+        }
+        description["padding"] = {
+            **{"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None},
+            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "!"},
+        }
+
+    edited(glm4_folder, tmp_path, edit)
+    assert load_tokenizer(tmp_path).encode("What is 3 plus 4?") == glm4.encode("What is 3 plus 4?")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda description: description.pop("added_tokens"), "no tokenizer.json"),
+        (lambda description: description.update(model={"type": "BPE"}), "no tokenizer.json"),
+        (lambda description: description.update(pre_tokenizer=None, decoder=None), "not byte-level"),
+        (lambda description: description["model"].update(merges=[["zzz", "zzz"]]), "cannot be loaded"),
+        (lambda description: description["added_tokens"].pop(), r"lacks the markers <\|observation\|>"),
+        (lambda description: description["model"]["vocab"].update({"中": 499}), "stands for no byte"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(glm4_folder, tmp_path, edit, says):
+    edited(glm4_folder, tmp_path, edit)
+    with pytest.raises(ValueError, match=says):
+        load_tokenizer(tmp_path)
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    encoder = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    encoder.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder.decoder = decoders.WordPiece()
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="WordLevel model that is not byte-level"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_in_which_text_reaches_a_marker_is_refused(glm4_folder, tmp_path):
+    def edit(description):
+        # The marker is one of the BPE's own words, and nothing cuts the text before it.
+        marker = description["added_tokens"][7]
+        description["model"]["vocab"][marker["content"]] = marker["id"]
+        description["pre_tokenizer"] = {
+            **{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        }
+
+    edited(glm4_folder, tmp_path, edit)
+    with pytest.raises(ValueError, match=r"a typed '<\|user\|>' would become a special token"):
+        load_tokenizer(tmp_path)

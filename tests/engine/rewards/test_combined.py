@@ -1,0 +1,123 @@
+"""Rewards of PPO: where they land, what is subtracted, and what is left out, alike on all ranks."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from reward_rules import low_id_tokens
+
+from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.function import RewardError
+from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
+
+
+def make_rollouts(first_id: int = 0) -> Rollouts:
+    """Three sequences of prompts (i,), (i + 1, 9), (i + 2,) and answers of 2, 1 and 3 tokens."""
+    prompts = [(first_id,), (first_id + 1, 9), (first_id + 2,)]
+    answers = [(4, 50), (60,), (50, 5, 6)]
+    return Rollouts(
+        tokens_T=torch.tensor(
+            [t for pair in zip(prompts, answers, strict=True) for part in pair for t in part]
+        ),
+        lengths=(3, 3, 4),
+        prompt_lengths=(1, 2, 1),
+        prompts=tuple(PromptInput(tokens=prompt, extra={}) for prompt in prompts),
+        is_finished=(True,) * 3,
+        logprobs_T=torch.zeros(10),
+        temperature=1.0,
+        indices=(0, 1, 2),
+        num_everywhere=3,
+    )
+
+
+def first_prompt_id(requests) -> list[float]:
+    """The first id of the prompt; no number where it is 1 or 11."""
+    return [math.nan if r.prompt_tokens[0] % 10 == 1 else float(r.prompt_tokens[0]) for r in requests]
+
+
+def test_rewards_of_tokens_land_on_their_tokens():
+    with topology(Layout()) as place:
+        terms = RewardTerms(topology=place, micro_batch_tokens=8, function=low_id_tokens, function_weight=0.5)
+        rewards = terms(make_rollouts())
+    assert rewards.token_rewards_T.tolist() == [0, 0.5, 0, 0, 0, 0, 0, 0, 0.5, 0.5]
+    assert rewards.rewards_B.tolist() == [0.0] * 3
+    assert rewards.totals_B(make_rollouts().starts).tolist() == [0.5, 0.0, 1.0]
+    assert not rewards.left_out
+
+
+def test_the_baseline_is_the_whole_reward_of_the_references_answer():
+    asked = []
+
+    def answer(prompts):
+        asked.append(len(prompts))
+        return replace(make_rollouts(), tokens_T=torch.full((10,), 3))  # every token has a reward of 1
+
+    with topology(Layout()) as place:
+        terms = RewardTerms(
+            topology=place, micro_batch_tokens=8, function=low_id_tokens, answer_by_reference=answer
+        )
+        rewards = [terms(make_rollouts()) for _ in range(2)]
+    assert asked == [3]
+    for one in rewards:
+        assert one.totals_B(make_rollouts().starts).tolist() == [1 - 2, 0 - 1, 2 - 3]
+
+
+def test_without_a_baseline_an_answer_is_left_out_until_there_is_one():
+    scores = iter([[1.0] * 3, [None, 0.25, 0.5], [1.0] * 3, [0.75] * 3])
+
+    with topology(Layout()) as place:
+        terms = RewardTerms(
+            topology=place,
+            micro_batch_tokens=8,
+            function=lambda requests: next(scores),
+            masks_faults=True,
+            answer_by_reference=lambda prompts: make_rollouts(),
+        )
+        first, second = terms(make_rollouts()), terms(make_rollouts())
+    assert first.left_out == {0}
+    assert first.rewards_B.tolist() == [0.0, 0.75, 0.5]
+    assert not second.left_out
+    assert second.rewards_B.tolist() == [0.25, 0.75, 0.5]
+
+
+def judge_on_ranks() -> tuple:
+    """On each of tp 2 x dp 2: the rewards with faults masked, and what is said where they are not."""
+    with topology(Layout(tp=2)) as place:
+        rollouts = make_rollouts(first_id=10 * place.dp_rank)
+        masked = RewardTerms(
+            topology=place, micro_batch_tokens=8, function=first_prompt_id, masks_faults=True
+        )
+        rewards = masked(rollouts)
+        strict = RewardTerms(topology=place, micro_batch_tokens=8, function=first_prompt_id)
+        nothing = RewardTerms(
+            topology=place,
+            micro_batch_tokens=8,
+            function=lambda requests: [None] * len(requests),
+            masks_faults=True,
+        )
+        said = []
+        for terms in (strict, nothing):
+            try:
+                terms(rollouts)
+            except RewardError as error:
+                said.append(str(error))
+        return place.dp_rank, rewards.rewards_B.tolist(), rewards.left_out, said
+
+
+def test_ranks_leave_out_the_same_answers_and_fail_with_the_same_words(ranks):
+    found = ranks.run(judge_on_ranks)
+    for dp_rank, rewards, left_out, said in found:
+        assert rewards == [10.0 * dp_rank, 0.0, 10.0 * dp_rank + 2]
+        assert left_out == {1}
+        assert said == found[0][-1]
+    strict, nothing = found[0][-1]
+    assert "reward 1 of 3, of the answer (60,) to the prompt (1, 9): it is nan" in strict
+    assert "no answer of 6 has a reward" in nothing
+
+
+def test_a_reward_of_nothing_is_refused():
+    with topology(Layout()) as place, pytest.raises(ValueError, match="a reward model or a function"):
+        RewardTerms(topology=place, micro_batch_tokens=8)

@@ -1,0 +1,128 @@
+"""Rewards from a function: every answer that is no reward is refused by name, and none is mended."""
+
+import math
+import sys
+
+import pytest
+from reward_requests import reward_requests
+
+from glm_rlhf.engine.rewards.function import RewardError, RewardFault, RewardRequest, find_rule, judge
+
+
+def requests(count: int) -> list[RewardRequest]:
+    return [
+        RewardRequest(
+            prompt_tokens=(1,),
+            response_tokens=(2, place),
+            prompt=None,
+            response=None,
+            is_finished=True,
+            extra={"place": place},
+        )
+        for place in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [[0.5, -2, 0], [1e38, -1e38, 1e-300], [0.0, 0.0, 0.0]],
+    ids=["numbers", "far away but finite", "all identical"],
+)
+def test_finite_numbers_pass_as_they_are(rewards):
+    found = judge(lambda _: rewards, requests(3))
+    assert found == rewards
+    assert all(type(reward) is float for reward in found)
+
+
+def test_the_function_sees_the_answers_in_order_with_their_fields():
+    found = judge(lambda asked: [request.extra["place"] for request in asked], requests(4))
+    assert found == [0.0, 1.0, 2.0, 3.0]
+    assert judge(lambda asked: [float(len(asked))], requests(1)) == [1.0]
+    assert judge(lambda asked: [], []) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, None, "1.0", True, 1j], ids=repr)
+def test_what_is_no_finite_number_is_named_with_its_place(bad):
+    words = (
+        r"reward 1 of 3, of the answer \(2, 1\) to the prompt \(1,\): it is .*, a finite number is required"
+    )
+    with pytest.raises(RewardError, match=words) as caught:
+        judge(lambda _: [0.0, bad, math.nan], requests(3))
+    assert repr(bad) in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_another_number_of_rewards_is_refused(count):
+    with pytest.raises(RewardError, match=f"gave {count} rewards for 3 answers"):
+        judge(lambda _: [0.0] * count, requests(3))
+
+
+def raises(_: object) -> list[float]:
+    raise KeyError("place")
+
+
+@pytest.mark.parametrize(
+    ("function", "says"), [(raises, "raised KeyError: 'place'"), (lambda _: None, "raised TypeError")]
+)
+def test_a_function_that_fails_is_named_by_its_error(function, says):
+    with pytest.raises(RewardError, match=says):
+        judge(function, requests(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("math", "is named module:function, 'math' is not"),
+        ("math:", "is named module:function"),
+        (":sqrt", "is named module:function"),
+        ("no_such_module_at_all:f", "no_such_module_at_all:f cannot be imported"),
+        ("math:no_such", "math has no function 'no_such'"),
+        ("math:pi", "math has no function 'pi'"),
+    ],
+)
+def test_a_function_that_cannot_be_found_is_named(name, says):
+    with pytest.raises(RewardError, match=says):
+        find_rule(name)
+
+
+def test_a_function_of_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "a_rule_of_ours.py").write_text("def rule(requests):\n    return [1.0 for _ in requests]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert judge(find_rule("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
+
+
+def test_numbers_of_answers_and_of_tokens_pass():
+    assert judge(lambda _: [1, 0.5, [0.25, -1]], reward_requests()) == [1.0, 0.5, (0.25, -1.0)]
+
+
+FAULTS = {
+    "a fault of its own": (lambda _: [0.0, RewardFault(reason="no judge"), 1.0], "no judge"),
+    "tokens, too few": (lambda _: [0.0, [1.0], 1.0], "1 numbers for an answer of 2 tokens"),
+    "tokens, one nan": (lambda _: [0.0, [1.0, math.nan], 1.0], "nan at token 1"),
+}
+
+
+@pytest.mark.parametrize(("function", "words"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_names_prompt_and_answer_or_stands_alone(function, words):
+    with pytest.raises(RewardError, match=r"reward 1 of 3, of the answer 'x+ … to the prompt 'question 1'"):
+        judge(function, reward_requests())
+    with pytest.raises(RewardError) as error:
+        judge(function, reward_requests())
+    assert words in str(error.value)
+    assert len(str(error.value)) < 500
+    first, fault, last = judge(function, reward_requests(), masks_faults=True)
+    assert (first, last) == (0.0, 1.0)
+    assert words in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [(lambda _: [1.0], "gave 1 rewards for 3 answers"), (lambda _: 1 / 0, "raised ZeroDivisionError")],
+    ids=["wrong count", "raises"],
+)
+def test_a_fault_of_the_whole_call_is_one_of_every_answer(function, words):
+    with pytest.raises(RewardError, match=words):
+        judge(function, reward_requests())
+    found = judge(function, reward_requests(), masks_faults=True)
+    assert [words in fault.reason for fault in found] == [True] * 3

@@ -1,0 +1,146 @@
+"""Rewards over HTTP: the reference server's, and every way a server can fail, in bounded time."""
+
+import contextlib
+import importlib.util
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from reward_requests import reward_requests
+from reward_rules import low_id_tokens, share_of_low_ids
+
+from glm_rlhf.engine.rewards.function import RewardError, RewardFault, judge
+from glm_rlhf.engine.rewards.http import HttpReward
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "reward_server.py"
+GOOD = (200, b'{"rewards": [1.0, 2.0, 3.0]}')
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@contextlib.contextmanager
+def serving(server):
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/score"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def scripted(*answers):
+    """A server that gives its answers in turn, the last for ever: (status, body), or seconds to wait."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            answer = answers[min(len(asked), len(answers)) - 1]
+            if isinstance(answer, float):
+                time.sleep(answer)
+                answer = GOOD
+            with contextlib.suppress(OSError):
+                self.send_response(answer[0])
+                self.end_headers()
+                self.wfile.write(answer[1])
+
+        def log_message(self, *_):
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url, asked
+
+
+def client(url: str, **changes) -> HttpReward:
+    return HttpReward(url=url, **{"timeout_s": 5.0, "retries": 2, "pause_s": 0.01, **changes})
+
+
+@pytest.mark.parametrize("rule", [share_of_low_ids, low_id_tokens])
+def test_the_reference_server_gives_what_the_rule_gives(rule):
+    spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    requests = reward_requests(5)
+    with serving(example.make_server(rule)) as url:
+        assert judge(client(url, batch_size=2), requests) == judge(rule, requests)
+
+
+def test_a_batch_is_sent_as_the_contract_says():
+    with scripted(GOOD) as (url, asked):
+        assert client(url)(reward_requests()) == [1.0, 2.0, 3.0]
+    (sent,) = asked
+    assert sent["requests"][2] == {
+        "prompt": "question 2",
+        "response": "x" * 500,
+        "prompt_tokens": [1, 2],
+        "response_tokens": [4, 55],
+        "is_finished": True,
+        "extra": {"answer": 2},
+    }
+
+
+PASSING = {
+    "error 500": ((500, b"boom"), "status 500, 'boom'"),
+    "busy": ((429, b""), "status 429"),
+    "bad JSON": ((200, b'{"rewards": [1.0,'), "JSONDecodeError"),
+    "no rewards": ((200, b"[1.0, 2.0, 3.0]"), "not of the form"),
+    "wrong count": ((200, b'{"rewards": [1.0]}'), "1 rewards came for 3 answers"),
+    "slow": (0.4, "timed out"),
+}
+
+
+@pytest.mark.parametrize(("answer", "words"), PASSING.values(), ids=PASSING.keys())
+def test_a_passing_fault_is_asked_again_and_a_lasting_one_ends(answer, words):
+    limit = {"timeout_s": 0.2} if isinstance(answer, float) else {}
+    with scripted(answer, GOOD) as (url, asked):
+        assert judge(client(url, **limit), reward_requests()) == [1.0, 2.0, 3.0]
+        assert len(asked) == 2
+    with scripted(answer) as (url, asked):
+        with pytest.raises(RewardError) as error:
+            judge(client(url, **limit), reward_requests())
+        assert len(asked) == 3
+    assert words in str(error.value)
+    assert "gave none in 3 attempts" in str(error.value)
+    assert "question 0" in str(error.value)
+
+
+def test_a_server_that_is_down_is_given_up(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), None).socket) as socket:
+        port = socket.getsockname()[1]  # nobody listens there once it is closed
+    found = client(f"http://127.0.0.1:{port}", retries=9, pause_s=0.5, batch_size=1)(reward_requests())
+    assert all("refused" in fault.reason for fault in found)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]  # of the first batch alone
+
+
+def test_a_request_that_is_refused_is_not_sent_again():
+    with scripted((404, b"no such judge")) as (url, asked):
+        (fault, *_) = client(url)(reward_requests())
+    assert len(asked) == 1
+    assert "status 404, 'no such judge'" in fault.reason
+
+
+def test_numbers_that_are_none_are_faults_of_their_answers():
+    with scripted((200, b'{"rewards": [NaN, null, Infinity]}')) as (url, asked):
+        found = judge(client(url), reward_requests(), masks_faults=True)
+    assert len(asked) == 1
+    assert [fault.reason.split(",")[0] for fault in found] == ["it is nan", "it is None", "it is inf"]
+    assert all(isinstance(fault, RewardFault) for fault in found)
+
+
+def test_batches_after_a_failing_one_are_not_sent():
+    with scripted((200, b'{"rewards": [1.0]}'), (500, b"")) as (url, asked):
+        first, *others = client(url, batch_size=1, retries=1)(reward_requests(4))
+    assert first == 1.0
+    assert all(isinstance(fault, RewardFault) for fault in others)
+    assert len(asked) == 3

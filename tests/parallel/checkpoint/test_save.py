@@ -1,0 +1,176 @@
+"""A save is whole or not there: kills at every moment, full disks, failing writers, and what is kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import kill_points
+import pytest
+from saved_runs import OPTIONS, save_steps, tiny_run
+
+from glm_rlhf.parallel.checkpoint import save
+from glm_rlhf.parallel.checkpoint.restore import newest_checkpoint
+from glm_rlhf.parallel.checkpoint.save import TRACKER, bring_back, step_folders
+from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.spec.layout import Layout
+
+NUM_KILLS = 20
+
+
+def newest(folder):
+    with topology(Layout()) as place:
+        return newest_checkpoint(folder, topology=place)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
+    """Twenty moments, before and after writes, syncs, the rename and the tracker's replacement."""
+    source = tmp_path / "run"
+    save_steps(source, {}, [2])
+    command = [sys.executable, kill_points.__file__, str(source), str(NUM_KILLS)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    calls, moments = json.loads(done.stdout).values()
+    assert calls.count("rename") == calls.count("replace") == 1
+    assert calls.count("fsync") >= 5
+    assert len(moments) == NUM_KILLS
+    renamed = calls.index("rename")
+    loaded = {moment: newest(tmp_path / f"run_{moment}").manifest.step for moment in moments}
+    # The new one counts from its rename on; until then the old one does.
+    assert loaded == {moment: 4 if moment > 2 * renamed else 2 for moment in moments}
+    partial = tmp_path / f"run_{2 * renamed}"
+    assert (partial / ".step_4.partial").exists()
+    save_steps(partial, {}, [4])  # the next run removes what the kill left
+    assert sorted(path.name for path in partial.iterdir()) == [TRACKER, "step_2", "step_4"]
+    assert (partial / TRACKER).read_text() == "step_4\n"
+
+
+def asynchronous_and_not(folder, axes):
+    """Save the same state both ways; change it as soon as the save returns."""
+    with tiny_run(folder / "async", axes) as run:
+        run.step()
+        original = run.writer._stage
+        run.writer._stage = lambda job: (time.sleep(0.2), original(job))[1]  # the update comes before it
+        with save.CheckpointWriter(folder / "sync", topology=run.place, is_async=False, **OPTIONS) as sync:
+            run.save(1, sync)
+        run.save(1)
+        was_running = run.writer._thread.is_alive()
+        run.step()
+        return was_running
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_an_asynchronous_save_has_the_bytes_of_a_synchronous_one(ranks, tmp_path, axes):
+    assert ranks.run(asynchronous_and_not, tmp_path, axes) == [True] * 4
+    found, expected = (files_of(tmp_path / kind / "step_1") for kind in ("async", "sync"))
+    assert len(found) == 4 + 3
+    assert found == expected
+
+
+def failing_save(folder, rank):
+    """One rank's disk fails; the others hear of it at the same step."""
+    said = []
+    with tiny_run(folder, {"tp": 2}) as run:
+        run.save(2)
+        run.writer.finish()
+        if run.place.rank == rank:
+            original = save.write_all
+
+            def fail(*args, **kwargs):
+                raise OSError(28, "No space left on device", str(folder))
+
+            save.write_all = fail
+        run.save(4)
+        try:
+            for step in range(200):  # noqa: B007
+                run.step()
+                run.writer.poll()
+                time.sleep(0.02)
+        except ValueError as error:
+            said = [step, str(error)]
+        finally:
+            if run.place.rank == rank:
+                save.write_all = original
+        run.save(6)  # the run may go on
+    return said
+
+
+def test_a_failing_writer_is_told_at_the_next_step_on_all_ranks(ranks, tmp_path):
+    answers = ranks.run(failing_save, tmp_path, 2)
+    assert len({step for step, _ in answers}) == 1
+    for rank, (_, said) in enumerate(answers):
+        assert "the checkpoint of step 4 was not written" in said
+        assert "No space left on device" in said
+        assert ("failed on rank 2" in said) == (rank != 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TRACKER, "step_2", "step_6"]
+    assert newest(tmp_path).manifest.step == 6
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 1 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs to be root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
+    folder = tiny_disk / "run"
+    save_steps(folder, {}, [2])
+    before = files_of(folder / "step_2")
+    filler = tiny_disk / "filler"
+    filler.write_bytes(bytes(2**20 - sum(map(len, before.values())) - 100_000))
+    with pytest.raises(ValueError, match=r"step 4 was not written: .*No space left on device"):
+        save_steps(folder, {}, [4])
+    assert sorted(path.name for path in folder.iterdir()) == [TRACKER, "step_2"]
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    with pytest.raises(ValueError, match=r"step 4 was not written: .*Read-only file system"):
+        save_steps(folder, {}, [4])
+    assert files_of(folder / "step_2") == before
+    assert newest(folder).manifest.step == 2
+    subprocess.run(["mount", "-o", "remount,rw", str(tiny_disk)], check=True)
+    save_steps(folder, {}, [4])
+    assert newest(folder).manifest.step == 4
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        save_steps(tmp_path / "file" / "run", {}, [1])
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    with tiny_run(tmp_path, keep_last=2, keep_every=4) as run:
+        for step in range(1, 10):
+            run.save(step)
+    assert list(step_folders(tmp_path)) == [9, 8, 4]
+
+
+def test_a_damaged_checkpoint_gives_way_to_a_new_one_of_its_step(tmp_path):
+    save_steps(tmp_path, {}, [2, 4])
+    (tmp_path / "step_4" / "manifest.json").write_bytes(b"")
+    assert newest(tmp_path).manifest.step == 2
+    save_steps(tmp_path, {}, [4])
+    assert newest(tmp_path).manifest.step == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TRACKER, "step_2", "step_4"]
+
+
+def test_what_gave_way_to_a_save_that_was_killed_gets_its_name_back(tmp_path):
+    for name in (".step_3.replaced", ".step_5.replaced", "step_5", ".step_4.partial", ".step_2.removed"):
+        (tmp_path / name).mkdir()
+    bring_back(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".step_2.removed", ".step_4.partial", ".step_5.replaced", "step_3", "step_5")
+    ]

@@ -1,0 +1,101 @@
+"""Agreement: what one rank finds ends all of them at the same place, and they go on together."""
+
+import pytest
+import torch.distributed as dist
+
+from glm_rlhf.parallel.runtime.consensus import agreed, meetings
+
+
+class Unforeseen(Exception):
+    """Neither the user's nor the machine's."""
+
+
+def raised(action) -> tuple[str, str] | None:
+    try:
+        action()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def faults_on(failing, error):
+    """What each rank meets when `error` is raised on the ranks `failing`; and all still communicate."""
+
+    def work():
+        with agreed("reading"):
+            if dist.get_rank() in failing:
+                raise error
+
+    answer = raised(work)
+    dist.barrier()
+    return answer
+
+
+@pytest.mark.parametrize(
+    "error, elsewhere, words",
+    [
+        (ValueError("line 3"), "ValueError", "line 3"),
+        (OSError(2, "No such file", "x"), "ValueError", "[Errno 2] No such file: 'x'"),
+        (KeyError("weight"), "RuntimeError", "KeyError: 'weight'"),
+        (AssertionError("not filled"), "RuntimeError", "AssertionError: not filled"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_fault_on_one_rank_is_raised_on_all(ranks, error, elsewhere, words):
+    answers = ranks.run(faults_on, [2], error)
+    assert answers[2] == (type(error).__name__, str(error))
+    assert [answers[rank] for rank in (0, 1, 3)] == [(elsewhere, f"reading failed on rank 2: {words}")] * 3
+
+
+def test_several_faults_are_each_ones_own_and_the_first_for_the_rest(ranks):
+    answers = ranks.run(faults_on, [1, 3], ValueError("mine"))
+    assert answers == [("ValueError", said) for said in ("reading failed on rank 1: mine", "mine")] * 2
+
+
+def test_nothing_happens_where_nothing_is_wrong(ranks):
+    assert ranks.run(faults_on, [], ValueError("never")) == [None] * 4
+
+
+def test_alone_an_exception_is_as_it_is():
+    with pytest.raises(ValueError, match=r"^only here$"), agreed("reading"):
+        raise ValueError("only here")
+    assert meet_alone() == ("Unforeseen", "")
+
+
+def meet_alone():
+    def work():
+        with meetings("writing") as barrier:
+            barrier()
+            raise Unforeseen
+
+    return raised(work)
+
+
+def meet(num_barriers, failing, after):
+    """Steps that each rank gets through when some fail after their `after`-th barrier, and what they meet."""
+    passed = []
+
+    def work():
+        with meetings("writing") as barrier:
+            for index in range(num_barriers + 1):
+                if dist.get_rank() in failing and index == after:
+                    raise OSError(28, "No space left", "shard")
+                if index < num_barriers:
+                    barrier()
+                    passed.append(index)
+
+    answer = raised(work)
+    dist.barrier()
+    return len(passed), answer
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_rank_that_fails_between_barriers_stops_all_at_the_next(ranks, after):
+    answers = ranks.run(meet, 3, [1], after)
+    assert answers[1] == (after, ("OSError", "[Errno 28] No space left: 'shard'"))
+    said = "writing failed on rank 1: [Errno 28] No space left: 'shard'"
+    assert [answers[rank] for rank in (0, 2, 3)] == [(after, ("ValueError", said))] * 3
+
+
+def test_meetings_without_a_fault_let_everyone_through(ranks):
+    assert ranks.run(meet, 3, [], 0) == [(3, None)] * 4
