@@ -32,7 +32,7 @@ def test_every_stage_leaves_its_model_and_the_figures_hang_together(shortened):
     for stage, steps in (("sft", 80), ("reward", 2), ("ppo", 2)):
         assert (folder / stage / "checkpoints" / f"step_{steps}" / "config.json").exists()
         assert (folder / stage / "config.yaml").exists()
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     results = facts["results"]
     lines = read(folder / "answers" / "sft_sampled.jsonl")
     prompts = read(folder / "data" / "sft_sampled_prompts.jsonl")
@@ -77,7 +77,7 @@ def test_pairs_are_a_right_and_a_wrong_answer_to_prompts_that_are_not_held_out(s
 def test_transformers_gives_the_same_greedy_tokens(shortened):
     pytest.importorskip("transformers")
     _, folder, _ = shortened
-    (check,) = json.loads((folder / "run.json").read_text(encoding="utf-8"))["checks"]
+    (check,) = json.loads((folder / "demo.json").read_text(encoding="utf-8"))["checks"]
     assert (check["name"], check["num_asked"], check["num_same"]) == ("transformers", 32, 32)
 
 
