@@ -43,9 +43,9 @@ class Rollouts:
     """Temperature that tokens were drawn at."""
     indices: tuple[int, ...]
     """Place of each sequence among those of all data-parallel ranks: the same in every layout."""
-    num_everywhere: int
+    num_global: int
     """Sequences of all data-parallel ranks."""
-    left_out: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
     """Sequences of this rank, by number from 0, that nothing is learned from: no reward could be had."""
 
     @property
@@ -72,7 +72,7 @@ class Rollouts:
         mask_T = torch.zeros_like(self.tokens_T, dtype=torch.bool)
         starts = self.starts
         for index, (length, prompt_length) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)):
-            if index not in self.left_out:
+            if index not in self.excluded:
                 mask_T[starts[index] + prompt_length : starts[index] + length] = True
         return mask_T
 
@@ -90,7 +90,7 @@ class Rewards:
     """Of each answer as a whole, less its baseline, fp32 [B]; 0 where it is left out."""
     token_rewards_T: torch.Tensor | None
     """Of single tokens of the answers, fp32 [T]; None where nothing judges tokens."""
-    left_out: frozenset[int]
+    excluded: frozenset[int]
     """Sequences, by number from 0, whose reward or baseline could not be had."""
 
     def totals_B(self, starts: list[int]) -> torch.Tensor:

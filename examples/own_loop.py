@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
             rollouts = engine.generate(batch)
             experience = engine.make_experience(rollouts)
             metrics = engine.update(experience)
-            if engine.topology.is_reporter:
-                print(f"{number}: reward {metrics['critic/rewards/mean']:.3f}", file=sys.stderr)
+            if engine.topology.is_main_rank:
+                print(f"{number}: reward {metrics['reward/minus_baseline/mean']:.3f}", file=sys.stderr)
             engine.save(f"{config.run.output}/saved", progress={"iterations": number + 1}, keep_last=2)
         engine.export_hf(f"{config.run.output}/policy")
     if owns_world:

@@ -102,7 +102,7 @@ def check_metrics(metrics: Sequence[Metrics], *, iterations: int, num_ids: int) 
             lambda value: 0 <= value < MAX_CLIP_FRACTION,
         ),
         every("actor/grad_norm", "actor/grad_norm is above 0", lambda value: value > 0),
-        every("critic/rewards/std", "rewards differ between answers", lambda value: value > 0),
+        every("reward/minus_baseline/std", "rewards differ between answers", lambda value: value > 0),
     ]
 
 

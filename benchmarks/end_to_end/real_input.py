@@ -111,7 +111,7 @@ def run(folder: Path, iterations: int) -> dict:
     given = (f"model.path={policy}", f"reward.path={_last_checkpoint(reward)}", f"data.path={files.prompts}")
     ppo = launch("ppo", *given, f"train.steps={iterations}", *SKIPS, *PPO, *ALL)
     metrics, samples = read_lines(ppo / "metrics.jsonl"), _samples(ppo, iterations)
-    never = load_tokenizer(random_model).ids_never_sampled(_num_rows(random_model)).tolist()
+    never = load_tokenizer(random_model).unsampleable_ids(_num_rows(random_model)).tolist()
     checks = [
         *check_metrics(metrics, iterations=iterations, num_ids=never.count(False)),
         *check_samples(
@@ -226,7 +226,7 @@ def _evaluations(lines: Sequence[Mapping]) -> list[dict]:
 
 
 def _last_checkpoint(folder: Path) -> Path:
-    return max((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+    return max((folder / "hf").glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
 def _config(folder: Path) -> dict:

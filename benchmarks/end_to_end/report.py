@@ -11,8 +11,8 @@ from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import number
 
 _COLUMNS = {
-    "reward, less baseline": "critic/rewards/mean",
-    "sd": "critic/rewards/std",
+    "reward, less baseline": "reward/minus_baseline/mean",
+    "sd": "reward/minus_baseline/std",
     "KL, nats an answer": "objective/kl",
     "ppo_kl, first step": "actor/first_ppo_kl",
     "ppo_kl": "actor/ppo_kl",

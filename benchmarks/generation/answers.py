@@ -27,7 +27,7 @@ from benchmarks.harness.thread_counts import parse_options, rows_of
 from glm_rlhf.engine.bench.harness import Contender, Problem, measure
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -51,16 +51,16 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
     """Return one row a mix, in this process with its thread count."""
     theirs = random_model()
     rows = []
-    with tempfile.TemporaryDirectory() as folder, topology(Layout()) as place:
+    with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
         theirs.save_pretrained(folder)
-        chunks, _ = load_model(folder, place, dtype=torch.float32)
+        chunks, _ = load_model(folder, topology, dtype=torch.float32)
         for mix in mixes():
-            requests = requests_of(mix, chunks, place)
-            answers = sorted(run_of(requests, mix, chunks, place)(), key=lambda answer: answer.place)
+            requests = requests_of(mix, chunks, topology)
+            answers = sorted(run_of(requests, mix, chunks, topology)(), key=lambda answer: answer.place)
             lengths = [len(answer.tokens) for answer in answers]
             problem = Problem(
                 contenders=[
-                    Contender(name="ours, continuous", run=run_of(requests, mix, chunks, place)),
+                    Contender(name="ours, continuous", run=run_of(requests, mix, chunks, topology)),
                     Contender(name="transformers, static", run=_theirs(theirs, mix, lengths)),
                 ],
                 expected=None,

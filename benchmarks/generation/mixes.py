@@ -85,7 +85,7 @@ def random_model() -> torch.nn.Module:
     return model
 
 
-def requests_of(mix: Mix, chunks: Sequence[GLMModel], place: Topology) -> list[GenerationRequest]:
+def requests_of(mix: Mix, chunks: Sequence[GLMModel], topology: Topology) -> list[GenerationRequest]:
     """Return the requests of a mix; where lengths differ, each with the stop id that ends it there."""
     requests = [
         GenerationRequest(
@@ -96,7 +96,7 @@ def requests_of(mix: Mix, chunks: Sequence[GLMModel], place: Topology) -> list[G
     if min(mix.lengths) == max(mix.lengths):
         return requests
     # A request's answer depends on nothing but itself: this run shows which tokens will come.
-    whole = {answer.place: answer.tokens for answer in run_of(requests, mix, chunks, place)()}
+    whole = {answer.topology: answer.tokens for answer in run_of(requests, mix, chunks, topology)()}
     return [
         replace(request, stop_ids=frozenset({_stop_id(whole[request.index], length)}))
         if length < max(mix.lengths)
@@ -106,15 +106,15 @@ def requests_of(mix: Mix, chunks: Sequence[GLMModel], place: Topology) -> list[G
 
 
 def run_of(
-    requests: Sequence[GenerationRequest], mix: Mix, chunks: Sequence[GLMModel], place: Topology
+    requests: Sequence[GenerationRequest], mix: Mix, chunks: Sequence[GLMModel], topology: Topology
 ) -> Callable[[], list[Answered]]:
     """Return what answers a mix in a phase of its own."""
     sampling = SamplingSettings(temperature=mix.temperature)
 
     def run() -> list[Answered]:
-        with phase_of(requests, chunks, place) as phase:
+        with phase_of(requests, chunks, topology) as phase:
             return [
-                Answered(place=done.request, tokens=done.tokens, logprobs=done.plain_logprobs)
+                Answered(place=done.request, tokens=done.tokens, logprobs=done.untempered_logprobs)
                 for done in phase.run(requests, sampling)
             ]
 
@@ -122,12 +122,12 @@ def run_of(
 
 
 def phase_of(
-    requests: Sequence[GenerationRequest], chunks: Sequence[GLMModel], place: Topology
+    requests: Sequence[GenerationRequest], chunks: Sequence[GLMModel], topology: Topology
 ) -> GenerationPhase:
     """Return a phase with room for the longest request."""
     batch = BatchSettings(max_batch=MAX_BATCH, max_step_tokens=1024, page_size=PAGE_SIZE)
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    return GenerationPhase(chunks, topology=place, batch=batch, longest=longest)
+    return GenerationPhase(chunks, topology=topology, batch=batch, longest=longest)
 
 
 def _prompts(lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -14,7 +14,7 @@ from glm_rlhf.engine.bench.harness import Entry
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.parallel.inference.pipelined_loop import TickCount
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -31,7 +31,7 @@ def tick_rows() -> list[Row]:
         for num_stages in STAGES:
             with tempfile.TemporaryDirectory() as meeting, ThreadPoolExecutor(num_stages) as pool:
                 places = [(stage, num_stages, folder, f"{meeting}/store") for stage in range(num_stages)]
-                by_stage = list(pool.map(lambda place: in_fresh_process(_stage_ticks, *place), places))
+                by_stage = list(pool.map(lambda topology: in_fresh_process(_stage_ticks, *topology), places))
             for number, mix in enumerate(_mixes()):
                 rows.append(
                     Row(
@@ -68,11 +68,11 @@ def _stage_ticks(rank: int, num_stages: int, folder: str, store: str) -> list[di
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=num_stages)
     figures = []
-    with topology(Layout(pp=num_stages)) as place:
-        chunks, _ = load_model(folder, place, dtype=torch.float32)
+    with open_topology(Layout(pp=num_stages)) as topology:
+        chunks, _ = load_model(folder, topology, dtype=torch.float32)
         for mix in _mixes():
-            requests = requests_of(mix, chunks, place)
-            with phase_of(requests, chunks, place) as phase:
+            requests = requests_of(mix, chunks, topology)
+            with phase_of(requests, chunks, topology) as phase:
                 steady, num_left = TickCount(), len(requests)
                 for _ in phase.run(requests, SamplingSettings(temperature=mix.temperature)):
                     num_left -= 1

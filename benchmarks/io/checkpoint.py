@@ -28,7 +28,7 @@ from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.model.token_outputs import next_tokens, token_logprobs
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import randomize_weights
@@ -56,11 +56,11 @@ def glm_of(num_layers: int) -> GLMConfig:
 class Trained:
     """A model in training on this rank, and its step."""
 
-    def __init__(self, num_layers: int, num_tokens: int, place) -> None:
-        self.place = place
-        chunks = build_model(glm_of(num_layers), place, dtype=torch.float32)
+    def __init__(self, num_layers: int, num_tokens: int, topology) -> None:
+        self.topology = topology
+        chunks = build_model(glm_of(num_layers), topology, dtype=torch.float32)
         randomize_weights(chunks, seed=1)
-        self.state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=place)
+        self.state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=topology)
         generator = torch.Generator().manual_seed(2)
         tokens_T = torch.randint(0, chunks[0].glm.vocab_size, (num_tokens,), generator=generator)
         self.batch = pack([tokens_T], multiple=1)
@@ -74,7 +74,7 @@ class Trained:
             return total, total.detach()
 
         self.state.zero_grad()
-        run_micro_batches(self.state.chunks, [self.batch], loss, topology=self.place, forward_only=False)
+        run_micro_batches(self.state.chunks, [self.batch], loss, topology=self.topology, forward_only=False)
         assert self.state.step().is_applied
 
 
@@ -93,14 +93,14 @@ def round_of(run: Trained, folder: Path, writer: CheckpointWriter, number: int) 
     seconds["torch.save"] = timed(lambda: torch.save(tensors, path))
     seconds["torch.load"] = timed(lambda: torch.load(path, weights_only=True))
     path.unlink()
-    with CheckpointWriter(folder / "sync", topology=run.place, keep_last=1, is_async=False) as synchronous:
+    with CheckpointWriter(folder / "sync", topology=run.topology, keep_last=1, is_async=False) as synchronous:
         seconds["save, synchronous: blocks"] = timed(lambda: synchronous.save(number, models, state={}))
     seconds["training step alone"] = timed(run.step)
     waits: list[float] = []
     start = time.perf_counter()
     seconds["save, asynchronous: call"] = timed(lambda: writer.save(number, models, state={}))
-    wait = state.before_change
-    state.before_change = lambda: waits.append(timed(wait))
+    wait = state.wait_for_readers
+    state.wait_for_readers = lambda: waits.append(timed(wait))
     seconds["training step beside the save"] = timed(run.step)
     (seconds["save, asynchronous: wait before the update"],) = waits
     writer.finish()
@@ -109,7 +109,7 @@ def round_of(run: Trained, folder: Path, writer: CheckpointWriter, number: int) 
     found = folder / "async" / f"step_{number}"
 
     def load() -> None:
-        restore(state, checkpoint_at(found, topology=run.place), "policy")
+        restore(state, checkpoint_at(found, topology=run.topology), "policy")
 
     seconds["restore, checksums compared"] = timed(load)
     return seconds
@@ -126,10 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
     try:
-        with topology(Layout()) as place:
-            run = Trained(options.layers, options.tokens, place)
+        with open_topology(Layout()) as topology:
+            run = Trained(options.layers, options.tokens, topology)
             run.step()
-            with CheckpointWriter(folder / "async", topology=place, keep_last=1) as writer:
+            with CheckpointWriter(folder / "async", topology=topology, keep_last=1) as writer:
                 round_of(run, folder, writer, 0)  # memory and files are touched for the first time
                 rounds = [round_of(run, folder, writer, 1 + i) for i in range(options.rounds)]
         num_parameters = sum(p.numel() for chunk in run.state.bare_chunks for p in chunk.parameters())

@@ -24,7 +24,7 @@ BUFFER_BYTES = 2**24
 
 
 @dataclass(slots=True)
-class Outcome:
+class ContenderOutcome:
     """What one process did."""
 
     seconds: float
@@ -57,27 +57,29 @@ def _parameters(stream: ShardStream) -> dict[str, torch.Tensor]:
     return {s.ours: torch.ones(s.shape, dtype=stream.dtypes[s.ours]) for s in stream.shards}
 
 
-def _import_ours(folder: Path, checks: bool, tp_size: int) -> Outcome:
+def _import_ours(folder: Path, checks: bool, tp_size: int) -> ContenderOutcome:
     parameters = _parameters(_stream(folder, 0, tp_size))
 
     def load() -> None:
         _stream(folder, 0, tp_size).read_into(parameters)
 
     seconds, above = _timed(load)
-    return Outcome(seconds, above, _nbytes(parameters), not checks or _is_source(folder, parameters, tp_size))
+    return ContenderOutcome(
+        seconds, above, _nbytes(parameters), not checks or _is_source(folder, parameters, tp_size)
+    )
 
 
-def import_ours(folder: Path, checks: bool) -> Outcome:
+def import_ours(folder: Path, checks: bool) -> ContenderOutcome:
     """Load all slices of one rank of one."""
     return _import_ours(folder, checks, 1)
 
 
-def import_ours_of_4(folder: Path, checks: bool) -> Outcome:
+def import_ours_of_4(folder: Path, checks: bool) -> ContenderOutcome:
     """Load the slices of the first rank of four."""
     return _import_ours(folder, checks, 4)
 
 
-def import_slices_of_4(folder: Path, checks: bool) -> Outcome:
+def import_slices_of_4(folder: Path, checks: bool) -> ContenderOutcome:
     """Load the same slices through safetensors' own slicing."""
     stream = _stream(folder, 0, 4)
     parameters = _parameters(stream)
@@ -97,10 +99,12 @@ def import_slices_of_4(folder: Path, checks: bool) -> Outcome:
                 starts.append(starts[-1] + piece.length)
 
     seconds, above = _timed(load)
-    return Outcome(seconds, above, _nbytes(parameters), not checks or _is_source(folder, parameters, 4))
+    return ContenderOutcome(
+        seconds, above, _nbytes(parameters), not checks or _is_source(folder, parameters, 4)
+    )
 
 
-def import_safetensors(folder: Path, _checks: bool) -> Outcome:
+def import_safetensors(folder: Path, _checks: bool) -> ContenderOutcome:
     """Load file by file and copy every tensor to its place."""
     files = sorted((folder / "source").glob("*.safetensors"))
     parameters = {}
@@ -116,10 +120,10 @@ def import_safetensors(folder: Path, _checks: bool) -> Outcome:
                 parameters[name].copy_(tensor)
 
     seconds, above = _timed(load)
-    return Outcome(seconds, above, _nbytes(parameters))
+    return ContenderOutcome(seconds, above, _nbytes(parameters))
 
 
-def import_transformers(folder: Path, _checks: bool) -> Outcome:
+def import_transformers(folder: Path, _checks: bool) -> ContenderOutcome:
     """Make the model out of the folder, every page of it read."""
     found = []
 
@@ -131,10 +135,10 @@ def import_transformers(folder: Path, _checks: bool) -> Outcome:
 
     seconds, above = _timed(load)
     num_bytes = sum(parameter.nbytes for parameter in found[0].parameters())
-    return Outcome(seconds, above - num_bytes, num_bytes)
+    return ContenderOutcome(seconds, above - num_bytes, num_bytes)
 
 
-def read_plainly(folder: Path, _checks: bool) -> Outcome:
+def read_plainly(folder: Path, _checks: bool) -> ContenderOutcome:
     """Read the weight files into one small buffer, over and over."""
     buffer, total = bytearray(BUFFER_BYTES), 0
 
@@ -146,10 +150,10 @@ def read_plainly(folder: Path, _checks: bool) -> Outcome:
                     total += count
 
     seconds, above = _timed(read)
-    return Outcome(seconds, above, total)
+    return ContenderOutcome(seconds, above, total)
 
 
-def _export_ours(folder: Path, checks: bool, tp_size: int) -> Outcome:
+def _export_ours(folder: Path, checks: bool, tp_size: int) -> ContenderOutcome:
     config = read_config(folder / "source")
     ranks = [dict(_stream(folder, rank, tp_size)) for rank in range(tp_size)]
     tensors = [(name, [rank[name] for rank in ranks]) for name in ranks[0]]
@@ -158,20 +162,20 @@ def _export_ours(folder: Path, checks: bool, tp_size: int) -> Outcome:
         lambda: export_tensors(target, config, tensors, tp_size=tp_size, dtype=torch.bfloat16)
     )
     is_right = not checks or _same_files(folder / "source", target)
-    return Outcome(seconds, above, _folder_bytes(target), is_right)
+    return ContenderOutcome(seconds, above, _folder_bytes(target), is_right)
 
 
-def export_ours(folder: Path, checks: bool) -> Outcome:
+def export_ours(folder: Path, checks: bool) -> ContenderOutcome:
     """Write the parameters of one rank of one."""
     return _export_ours(folder, checks, 1)
 
 
-def export_ours_of_4(folder: Path, checks: bool) -> Outcome:
+def export_ours_of_4(folder: Path, checks: bool) -> ContenderOutcome:
     """Write the parameters of four ranks."""
     return _export_ours(folder, checks, 4)
 
 
-def export_safetensors(folder: Path, _checks: bool) -> Outcome:
+def export_safetensors(folder: Path, _checks: bool) -> ContenderOutcome:
     """Write their tensors with safetensors, into one file."""
     tensors = {}
     for file in sorted((folder / "source").glob("*.safetensors")):
@@ -184,10 +188,10 @@ def export_safetensors(folder: Path, _checks: bool) -> Outcome:
         _sync(target)
 
     seconds, above = _timed(save)
-    return Outcome(seconds, above, _folder_bytes(target))
+    return ContenderOutcome(seconds, above, _folder_bytes(target))
 
 
-def export_transformers(folder: Path, _checks: bool) -> Outcome:
+def export_transformers(folder: Path, _checks: bool) -> ContenderOutcome:
     """Write a model with transformers."""
     model, target = _transformers_model(folder), folder / "target"
 
@@ -196,10 +200,10 @@ def export_transformers(folder: Path, _checks: bool) -> Outcome:
         _sync(target)
 
     seconds, above = _timed(save)
-    return Outcome(seconds, above, _folder_bytes(target))
+    return ContenderOutcome(seconds, above, _folder_bytes(target))
 
 
-def write_plainly(folder: Path, _checks: bool) -> Outcome:
+def write_plainly(folder: Path, _checks: bool) -> ContenderOutcome:
     """Write as many bytes from one small buffer."""
     buffer = bytes(torch.randint(0, 256, (BUFFER_BYTES,), dtype=torch.uint8).numpy())
     total, target = _folder_bytes(folder / "source"), folder / "target"
@@ -212,7 +216,7 @@ def write_plainly(folder: Path, _checks: bool) -> Outcome:
         _sync(target)
 
     seconds, above = _timed(save)
-    return Outcome(seconds, above, total)
+    return ContenderOutcome(seconds, above, total)
 
 
 def _transformers_model(folder: Path) -> torch.nn.Module:

@@ -19,7 +19,7 @@ from benchmarks.harness.fresh_process import PreparedProcesses
 from benchmarks.io import contenders as contenders
 from benchmarks.io.synthetic_checkpoint import config_of_size, write_checkpoint
 from glm_rlhf.engine.bench.harness import Entry, summary
-from glm_rlhf.engine.bench.machine import Rates, description, measured_rates
+from glm_rlhf.engine.bench.machine import MachineRates, description, measured_rates
 from glm_rlhf.engine.bench.report import Report, Row, write
 
 MEMORY_COLUMN = "peak MB above the tensors"
@@ -31,13 +31,13 @@ PRELOADED = ("transformers", "transformers.models.glm.modeling_glm", "benchmarks
 
 
 @dataclass(slots=True)
-class Task:
+class ConvertTask:
     """A row: contenders that do the same, by name."""
 
     row: str
     what: str
-    contenders: dict[str, Callable[..., contenders.Outcome]]
-    outcomes: dict[str, list[contenders.Outcome]] = field(default_factory=dict)
+    contenders: dict[str, Callable[..., contenders.ContenderOutcome]]
+    outcomes: dict[str, list[contenders.ContenderOutcome]] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,10 +83,10 @@ def _has_room(folder: Path, gigabytes: float) -> bool:
     return folder.is_dir() and shutil.disk_usage(folder).free > ROOM * 1e9 * gigabytes
 
 
-def measured(folder: Path, rounds: int) -> list[Task]:
+def measured(folder: Path, rounds: int) -> list[ConvertTask]:
     """Return the tasks with the outcomes of all contenders, taken in turns."""
     tasks = [
-        Task(
+        ConvertTask(
             "import, tp 1",
             "whole checkpoint into parameters that exist",
             {
@@ -96,7 +96,7 @@ def measured(folder: Path, rounds: int) -> list[Task]:
                 "plain read of the files": contenders.read_plainly,
             },
         ),
-        Task(
+        ConvertTask(
             "import, tp 4",
             "the first of 4 ranks: its slices into parameters that exist",
             {
@@ -104,7 +104,7 @@ def measured(folder: Path, rounds: int) -> list[Task]:
                 "safetensors get_slice + copy": contenders.import_slices_of_4,
             },
         ),
-        Task(
+        ConvertTask(
             "export, tp 1",
             "whole parameters into a new folder, on disk",
             {
@@ -114,7 +114,7 @@ def measured(folder: Path, rounds: int) -> list[Task]:
                 "plain write of as many bytes": contenders.write_plainly,
             },
         ),
-        Task(
+        ConvertTask(
             "export, tp 4",
             "the shards of 4 ranks, joined, into a new folder, on disk",
             {"ours": contenders.export_ours_of_4},
@@ -133,7 +133,7 @@ def measured(folder: Path, rounds: int) -> list[Task]:
     return tasks
 
 
-def report(rows: Sequence[Row], num_bytes: int, num_layers: int, folder: Path, rates: Rates) -> Report:
+def report(rows: Sequence[Row], num_bytes: int, num_layers: int, folder: Path, rates: MachineRates) -> Report:
     """Return the report of all rows; `folder` is where the files lay."""
     in_memory = folder == MEMORY_FOLDER
     return Report(
@@ -176,7 +176,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _row(task: Task, command: str, rates: Rates) -> Row:
+def _row(task: ConvertTask, command: str, rates: MachineRates) -> Row:
     entries = []
     for name, outcomes in task.outcomes.items():
         is_right = all(outcome.is_right for outcome in outcomes)

@@ -17,7 +17,7 @@ from benchmarks import RESULTS
 from glm_rlhf.engine.bench.harness import Entry
 from glm_rlhf.engine.bench.kernel_rows.case import Case
 from glm_rlhf.engine.bench.kernel_rows.table import full_cases, small_cases
-from glm_rlhf.engine.bench.machine import H200, Rates, description, measured_rates
+from glm_rlhf.engine.bench.machine import H200, MachineRates, description, measured_rates
 from glm_rlhf.engine.bench.parts.kernels import is_not_compiled, measured_case, row_of
 from glm_rlhf.engine.bench.report import Report, Row, write
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measured(
-    case: Case, device: torch.device, rates: Rates, options: argparse.Namespace, deadline: float
+    case: Case, device: torch.device, rates: MachineRates, options: argparse.Namespace, deadline: float
 ) -> Row:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
@@ -93,7 +93,9 @@ def _command(case: Case, device: torch.device) -> str:
     return f"python -m benchmarks.kernels --device {device.type} --rows {case.row}"
 
 
-def report(rows: Sequence[Row], device: torch.device, rates: Rates, *, lists_full_shapes: bool) -> Report:
+def report(
+    rows: Sequence[Row], device: torch.device, rates: MachineRates, *, lists_full_shapes: bool
+) -> Report:
     """Return the report; on a CPU the rows at full shapes follow with empty cells."""
     notes = [
         f"rates behind `limit ms`: {rates.source}",

@@ -35,7 +35,7 @@ PARTS = {"kernels": "gpu", "models": "gpu_models"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class GpuStep:
     """One command of the run."""
 
     name: str
@@ -47,7 +47,7 @@ class Step:
 
 
 @dataclass(slots=True)
-class Outcome:
+class StepOutcome:
     """What became of a step."""
 
     name: str
@@ -97,10 +97,10 @@ def reasons(part: str) -> list[str]:
     return [f"{what}: megatron-core is not installed"]
 
 
-def plan(folder: Path, part: str, *, has_megatron: bool) -> list[Step]:
+def plan(folder: Path, part: str, *, has_megatron: bool) -> list[GpuStep]:
     """Return a part's steps in order, under eight minutes together; what they write goes to `folder`."""
     if part == "models":
-        models = Step(
+        models = GpuStep(
             name="whole models at full shapes",
             command=(
                 *(sys.executable, "-m", "benchmarks.models", "--device", "cuda"),
@@ -113,19 +113,19 @@ def plan(folder: Path, part: str, *, has_megatron: bool) -> list[Step]:
     tests = "tests" if has_megatron else WITHOUT_MEGATRON
     marked, kernels = folder / "marked.xml", folder / "kernels.xml"
     return [
-        Step(
+        GpuStep(
             name="tests marked gpu",
             command=(*pytest, "-m", "gpu", f"--junitxml={marked}", tests),
             limit_s=80.0,
             result=marked,
         ),
-        Step(
+        GpuStep(
             name="kernel tests on CUDA",
             command=(*pytest, "-m", "not gpu", f"--junitxml={kernels}", "tests/kernels"),
             limit_s=110.0,
             result=kernels,
         ),
-        Step(
+        GpuStep(
             name="kernels at full shapes",
             command=(
                 *(sys.executable, "-m", "benchmarks.kernels", "--device", "cuda"),
@@ -136,7 +136,7 @@ def plan(folder: Path, part: str, *, has_megatron: bool) -> list[Step]:
     ]
 
 
-def run_step(step: Step, environment: dict[str, str]) -> Outcome:
+def run_step(step: GpuStep, environment: dict[str, str]) -> StepOutcome:
     """Return what became of a step; its output goes to this one's."""
     print(f"== {step.name}", flush=True)
     started = time.monotonic()
@@ -149,7 +149,7 @@ def run_step(step: Step, environment: dict[str, str]) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         status = f"stopped after {step.limit_s:.0f} s"
-    outcome = Outcome(step.name, status, time.monotonic() - started)
+    outcome = StepOutcome(step.name, status, time.monotonic() - started)
     if step.result is not None and step.result.exists():
         outcome.counts, outcome.failed = read_junit(step.result)
         if status == "exit code 5" and not sum(outcome.counts.values()):
@@ -171,7 +171,9 @@ def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
     return counts, failed
 
 
-def write_report(folder: Path, outcomes: Sequence[Outcome], left_out: Sequence[str], measured: Path) -> None:
+def write_report(
+    folder: Path, outcomes: Sequence[StepOutcome], left_out: Sequence[str], measured: Path
+) -> None:
     """Write a part's report from the outcomes and the benchmark's own, whose file has the part's name."""
     part = measured.name
     folder.mkdir(parents=True, exist_ok=True)

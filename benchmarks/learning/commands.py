@@ -44,7 +44,7 @@ def train(command: str, model: Path, data: Path, output: Path, *options: str, st
         "observe.tensorboard=false",
         *options,
     )
-    return output / "checkpoints" / f"step_{steps}"
+    return output / "hf" / f"step_{steps}"
 
 
 def answers_of(

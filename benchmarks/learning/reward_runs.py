@@ -9,7 +9,7 @@ import torch
 from benchmarks.learning.commands import train
 from benchmarks.learning.planted_pairs import NUM_IDS
 from glm_rlhf.parallel.model.glm import build_model
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.export import export_model
@@ -36,10 +36,10 @@ WARMUP_STEPS = 20
 
 def random_policy(folder: Path, *, seed: int) -> Path:
     """Return the folder, with a policy of random weights written into it."""
-    with topology(Layout(), seed=seed) as place:
-        chunks = build_model(SHAPE, place, dtype=torch.float32)
+    with open_topology(Layout(), seed=seed) as topology:
+        chunks = build_model(SHAPE, topology, dtype=torch.float32)
         randomize_weights(chunks, seed=seed)
-        export_model(chunks, folder, topology=place)
+        export_model(chunks, folder, topology=topology)
     return folder
 
 

@@ -17,7 +17,7 @@ from benchmarks.harness.fresh_process import in_fresh_process
 from benchmarks.models.groups import GROUPS, LATE, measured_group, unmeasured_rows
 from benchmarks.models.sizes import PRESETS, ModelSizes, full_sizes, small_sizes
 from benchmarks.models.verdict import report_of
-from glm_rlhf.engine.bench.machine import Rates, measured_rates
+from glm_rlhf.engine.bench.machine import MachineRates, measured_rates
 from glm_rlhf.engine.bench.report import Row, write
 
 LETTERS = "".join(GROUPS)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, small: ModelSizes | None = None
 
 
 def _rows(
-    sizes: ModelSizes, letters: str, rates: Rates, is_cuda: bool, has_peer: bool, deadline: float
+    sizes: ModelSizes, letters: str, rates: MachineRates, is_cuda: bool, has_peer: bool, deadline: float
 ) -> list[Row]:
     if time.time() > deadline:
         return unmeasured_rows(sizes, letters, LATE, rates)

@@ -31,9 +31,9 @@ NUM_CHECKED = 4
 _REPLAYS, _SWITCHES = 20, 10
 
 
-def decode_entry(chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes, batch: int) -> Entry:
+def decode_entry(chunks: Sequence[GLMModel], topology: Topology, sizes: ModelSizes, batch: int) -> Entry:
     """Return the time of a decode step of `batch` sequences, checked by a forward pass over whole answers."""
-    clock = StepClock(place.device)
+    clock = StepClock(topology.device)
     prompts_BT = decode_prompts(sizes, batch)
     requests = [
         GenerationRequest(
@@ -46,12 +46,12 @@ def decode_entry(chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes,
         for index, prompt in enumerate(prompts_BT.tolist())
     ]
     done: list[Completion] = []
-    with phase_of(chunks, place, sizes, batch, record=clock) as phase:
+    with phase_of(chunks, topology, sizes, batch, record=clock) as phase:
         for completion in phase.run(requests, SamplingSettings(temperature=1.0)):
             if not done:  # until now every step had all sequences
                 steps_s, replays_s = clock.steps_s(batch), clock.replays_s(batch)
             done.append(completion)
-    error = _distance(chunks, place, requests, done)
+    error = _distance(chunks, topology, requests, done)
     tolerance = TOLERANCE[sizes.dtype]
     status = "" if error <= tolerance else f"wrong: logprobs off by {error:.1e}, at most {tolerance:.0e}"
     if sorted(len(one.tokens) for one in done) != [sizes.new_tokens] * batch:
@@ -69,7 +69,7 @@ def decode_entry(chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes,
     )
 
 
-def switch_entry(chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes) -> Entry:
+def switch_entry(chunks: Sequence[GLMModel], topology: Topology, sizes: ModelSizes) -> Entry:
     """Return the time from training to generation and back in one layout: plan, take and give back the cache.
 
     `moved bytes` are those of weights that generation reads at another address than training's.
@@ -77,11 +77,11 @@ def switch_entry(chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes)
     before = {parameter.data_ptr() for chunk in chunks for parameter in chunk.parameters()}
     seconds, moved = [], 0
     for _ in range(_SWITCHES + 1):
-        _wait(place.device)
+        _wait(topology.device)
         started = time.perf_counter()
-        with phase_of(chunks, place, sizes, sizes.batches[0], record=None):
+        with phase_of(chunks, topology, sizes, sizes.batches[0], record=None):
             pass
-        _wait(place.device)
+        _wait(topology.device)
         seconds.append(time.perf_counter() - started)
         read = list(_tensors(chunk_weights(chunks)))
         moved += sum(tensor.nbytes for tensor in read if tensor.data_ptr() not in before)
@@ -95,11 +95,11 @@ def switch_entry(chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes)
     )
 
 
-def other_layout_entry(place: Topology) -> Entry:
+def other_layout_entry(topology: Topology) -> Entry:
     """Return what is said of a switch between layouts, which takes several ranks."""
     return Entry(
         name="ours, another layout",
-        status=f"not measured: it takes several devices, here is {place.world_size}",
+        status=f"not measured: it takes several devices, here is {topology.world_size}",
     )
 
 
@@ -110,12 +110,12 @@ def decode_prompts(sizes: ModelSizes, batch: int) -> torch.Tensor:
 
 
 def phase_of(
-    chunks: Sequence[GLMModel], place: Topology, sizes: ModelSizes, batch: int, *, record: Record | None
+    chunks: Sequence[GLMModel], topology: Topology, sizes: ModelSizes, batch: int, *, record: Record | None
 ) -> GenerationPhase:
     """Return a phase with room for `batch` sequences at their longest."""
     return GenerationPhase(
         chunks,
-        topology=place,
+        topology=topology,
         batch=BatchSettings(max_batch=batch, max_step_tokens=sizes.step_tokens, page_size=sizes.page_size),
         longest=sizes.prompt_of_decode + sizes.new_tokens,
         record=record,
@@ -198,7 +198,7 @@ def _wait(device: torch.device) -> None:
 
 def _distance(
     chunks: Sequence[GLMModel],
-    place: Topology,
+    topology: Topology,
     requests: Sequence[GenerationRequest],
     done: Sequence[Completion],
 ) -> float:
@@ -209,9 +209,9 @@ def _distance(
     differences = []
     for completion in done[:: max(1, len(done) // NUM_CHECKED)][:NUM_CHECKED]:
         prompt = requests[completion.request].prompt
-        tokens_T = torch.tensor((*prompt, *completion.tokens), device=place.device)
-        wanted_T = sequence_logprobs(chunks, [[tokens_T]], place)[len(prompt) - 1 :]
-        found_T = torch.tensor(completion.plain_logprobs, device=place.device)
+        tokens_T = torch.tensor((*prompt, *completion.tokens), device=topology.device)
+        wanted_T = sequence_logprobs(chunks, [[tokens_T]], topology)[len(prompt) - 1 :]
+        found_T = torch.tensor(completion.untempered_logprobs, device=topology.device)
         differences.append(float((found_T - wanted_T.float()).abs().mean()))
     return max(differences)
 

@@ -23,11 +23,11 @@ from benchmarks.models.sizes import (
 )
 from benchmarks.models.training import micro_batch_flop, training_entries
 from glm_rlhf.engine.bench.harness import Entry
-from glm_rlhf.engine.bench.machine import Rates
+from glm_rlhf.engine.bench.machine import MachineRates
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s
 from glm_rlhf.parallel.model.glm import build_model
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 GROUPS = ("jkl", "m", "n")
@@ -37,7 +37,7 @@ LATE = "not measured: the time was used up"
 
 
 def measured_group(
-    sizes: ModelSizes, letters: str, rates: Rates, has_peer: bool, deadline: float
+    sizes: ModelSizes, letters: str, rates: MachineRates, has_peer: bool, deadline: float
 ) -> list[Row]:
     """Return the rows of `letters`, of one group, on this process's device.
 
@@ -50,15 +50,15 @@ def measured_group(
         has_peer: whether transformers decodes beside ours.
         deadline: in seconds of `time.time`; no entry is begun after it.
     """
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         if "m" in letters:
-            return _training_rows(place, sizes, rates, deadline)
+            return _training_rows(topology, sizes, rates, deadline)
         if "n" in letters:
-            return [_iteration_row(place, sizes, deadline)]
-        return _decode_rows(place, sizes, letters, rates, has_peer, deadline)
+            return [_iteration_row(topology, sizes, deadline)]
+        return _decode_rows(topology, sizes, letters, rates, has_peer, deadline)
 
 
-def unmeasured_rows(sizes: ModelSizes, letters: str, status: str, rates: Rates) -> list[Row]:
+def unmeasured_rows(sizes: ModelSizes, letters: str, status: str, rates: MachineRates) -> list[Row]:
     """Return the rows of `letters` without figures, and why there are none."""
     entries = [Entry(name="ours", status=status)]
     rows = {"j": lambda: [_switch_row(sizes, entries)], "n": lambda: [_ppo_row(sizes, 0, entries)]}
@@ -69,16 +69,16 @@ def unmeasured_rows(sizes: ModelSizes, letters: str, status: str, rates: Rates) 
 
 
 def _decode_rows(
-    place: Topology, sizes: ModelSizes, letters: str, rates: Rates, has_peer: bool, deadline: float
+    topology: Topology, sizes: ModelSizes, letters: str, rates: MachineRates, has_peer: bool, deadline: float
 ) -> list[Row]:
     steps = {letter: batches for letter, batches in (("k", (1,)), ("l", sizes.batches)) if letter in letters}
-    switch, ours = _our_entries(place, sizes, [batch for own in steps.values() for batch in own], deadline)
-    _release(place.device)  # the peer's weights take as much
+    switch, ours = _our_entries(topology, sizes, [batch for own in steps.values() for batch in own], deadline)
+    _release(topology.device)  # the peer's weights take as much
     theirs: dict[int, Entry] = {}
     if has_peer and ours:
-        theirs = peer_entries(sizes, tuple(ours), place.device, deadline)
+        theirs = peer_entries(sizes, tuple(ours), topology.device, deadline)
     absent = Entry(name=PEER, status=LATE if has_peer else "left out by --no-peer")
-    rows = [_switch_row(sizes, [switch, other_layout_entry(place)])] if "j" in letters else []
+    rows = [_switch_row(sizes, [switch, other_layout_entry(topology)])] if "j" in letters else []
     for letter, batches in steps.items():
         for batch in batches:
             entries = [ours[batch], theirs.get(batch, absent)]
@@ -87,27 +87,29 @@ def _decode_rows(
 
 
 def _our_entries(
-    place: Topology, sizes: ModelSizes, batches: Sequence[int], deadline: float
+    topology: Topology, sizes: ModelSizes, batches: Sequence[int], deadline: float
 ) -> tuple[Entry, dict[int, Entry]]:
     """Return the switch, and a decode step by batch, of one model that is gone afterwards."""
-    chunks = build_model(sizes.model, place, dtype=sizes.dtype)
+    chunks = build_model(sizes.model, topology, dtype=sizes.dtype)
     fill_on_device(chunks, seed=1)
-    guarded = partial(_guarded, device=place.device, deadline=deadline)
-    switch = guarded(partial(switch_entry, chunks, place, sizes))
-    return switch, {batch: guarded(partial(decode_entry, chunks, place, sizes, batch)) for batch in batches}
+    guarded = partial(_guarded, device=topology.device, deadline=deadline)
+    switch = guarded(partial(switch_entry, chunks, topology, sizes))
+    return switch, {
+        batch: guarded(partial(decode_entry, chunks, topology, sizes, batch)) for batch in batches
+    }
 
 
-def _training_rows(place: Topology, sizes: ModelSizes, rates: Rates, deadline: float) -> list[Row]:
-    peak = known_peak_flop_per_s(torch.cuda.get_device_name()) if place.device.type == "cuda" else None
+def _training_rows(topology: Topology, sizes: ModelSizes, rates: MachineRates, deadline: float) -> list[Row]:
+    peak = known_peak_flop_per_s(torch.cuda.get_device_name()) if topology.device.type == "cuda" else None
     later: list[Entry] = []
 
     def measure(num_layers: int) -> Entry:
-        passes, step = training_entries(place, sizes, num_layers, peak)
+        passes, step = training_entries(topology, sizes, num_layers, peak)
         later.append(step)
         return passes
 
-    most = layers_that_train(sizes, free_bytes(place.device))
-    num_layers, passes = _with_what_fits(measure, most, place.device, deadline)
+    most = layers_that_train(sizes, free_bytes(topology.device))
+    num_layers, passes = _with_what_fits(measure, most, topology.device, deadline)
     rows = [_passes_row(sizes, num_layers, [passes], rates, peak)]
     if later:
         rows.append(
@@ -122,16 +124,16 @@ def _training_rows(place: Topology, sizes: ModelSizes, rates: Rates, deadline: f
     return rows
 
 
-def _iteration_row(place: Topology, sizes: ModelSizes, deadline: float) -> Row:
+def _iteration_row(topology: Topology, sizes: ModelSizes, deadline: float) -> Row:
     largest: list[str] = []
 
     def measure(num_layers: int) -> Entry:
-        entry, text = iteration_entry(place, sizes, num_layers)
+        entry, text = iteration_entry(topology, sizes, num_layers)
         largest.append(text)
         return entry
 
-    most = layers_of_ppo(sizes, free_bytes(place.device))
-    num_layers, entry = _with_what_fits(measure, most, place.device, deadline)
+    most = layers_of_ppo(sizes, free_bytes(topology.device))
+    num_layers, entry = _with_what_fits(measure, most, topology.device, deadline)
     row = _ppo_row(sizes, num_layers, [entry])
     return replace(row, what=f"{row.what}. Largest of the others: {largest[0]}") if largest else row
 
@@ -183,7 +185,9 @@ def _switch_row(sizes: ModelSizes, entries: Sequence[Entry]) -> Row:
     )
 
 
-def _step_row(sizes: ModelSizes, letter: str, batch: int, entries: Sequence[Entry], rates: Rates) -> Row:
+def _step_row(
+    sizes: ModelSizes, letter: str, batch: int, entries: Sequence[Entry], rates: MachineRates
+) -> Row:
     half = sizes.new_tokens // 2
     return Row(
         row=letter,
@@ -199,7 +203,7 @@ def _step_row(sizes: ModelSizes, letter: str, batch: int, entries: Sequence[Entr
 
 
 def _passes_row(
-    sizes: ModelSizes, num_layers: int, entries: Sequence[Entry], rates: Rates, peak: float | None
+    sizes: ModelSizes, num_layers: int, entries: Sequence[Entry], rates: MachineRates, peak: float | None
 ) -> Row:
     flop = micro_batch_flop(sizes, num_layers) if num_layers else None
     return Row(

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.models.sizes import ModelSizes, fill_on_device, micro_batch_tokens
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.parts.ppo import PHASES, iteration_s, make_roles, random_prompts
-from glm_rlhf.engine.cost.workload import Choice, Work
+from glm_rlhf.engine.cost.workload import Choice, Workload
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
 
@@ -36,14 +36,14 @@ class KernelTimes:
     """Seconds of the largest of the others, by name."""
 
 
-def iteration_entry(place: Topology, sizes: ModelSizes, num_layers: int) -> tuple[Entry, str]:
+def iteration_entry(topology: Topology, sizes: ModelSizes, num_layers: int) -> tuple[Entry, str]:
     """Return an iteration with its phases and shares, and what the largest of the others are.
 
     `outside %` is the share of an iteration's wall-clock time in which it neither generates nor, in one more
     iteration that is profiled, computes a matrix product or attention while it scores and learns: other
     kernels, and gaps in which the device waits for the host.
     """
-    work = Work(
+    work = Workload(
         max_prompt_tokens=sizes.prompt_tokens,
         max_new_tokens=sizes.answer_tokens,
         mean_prompt_tokens=sizes.prompt_tokens,
@@ -60,16 +60,16 @@ def iteration_entry(place: Topology, sizes: ModelSizes, num_layers: int) -> tupl
     )
     choice = Choice(layout=Layout(), micro_batch_tokens=micro_batch_tokens(sizes), recompute_layers=False)
     model = replace(sizes.model, num_layers=num_layers)
-    roles = make_roles(place, model=model, work=work, choice=choice, fill=fill_on_device)
+    roles = make_roles(topology, model=model, work=work, choice=choice, fill=fill_on_device)
     prompts = random_prompts(model, work)
-    runs = [iteration_s(roles, prompts, place) for _ in range(_WARM_UP + _RUNS)][_WARM_UP:]
+    runs = [iteration_s(roles, prompts, topology) for _ in range(_WARM_UP + _RUNS)][_WARM_UP:]
     rollouts = roles.generate(prompts)
     metrics: dict[str, float] = {}
 
     def learn() -> None:
         metrics.update(roles.update(roles.make_experience(rollouts)))
 
-    times = kernel_times(learn, place.device)
+    times = kernel_times(learn, topology.device)
     entry = _entry(runs, times, metrics)
     return entry, ", ".join(f"{name[:60]} {1e3 * seconds:.3g} ms" for name, seconds in times.largest.items())
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from glm_rlhf.engine.bench.machine import Rates
+from glm_rlhf.engine.bench.machine import MachineRates
 from glm_rlhf.engine.bench.sizes import SMALL
-from glm_rlhf.engine.cost.activations import MicroBatch
+from glm_rlhf.engine.cost.activations import RankMicroBatch
 from glm_rlhf.engine.cost.pass_time import layer_matrix_elements
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.spec.layout import Layout
@@ -101,7 +101,7 @@ def small_sizes() -> ModelSizes:
     )
 
 
-def decode_limit_s(rates: Rates, model: GLMConfig, batch: int, context: int, itemsize: int) -> float:
+def decode_limit_s(rates: MachineRates, model: GLMConfig, batch: int, context: int, itemsize: int) -> float:
     """Return the least time of a decode step: its matrix products, and attention over the cache behind them.
 
     Products read every matrix but the embedding once; attention reads keys and values of `context` positions.
@@ -140,7 +140,7 @@ def micro_batch_tokens(sizes: ModelSizes) -> int:
 def _layers(sizes: ModelSizes, free_bytes: float, num_tokens: int, in_layers: int, in_vocabulary: int) -> int:
     """Return the layers that fit, at least one, given a weight's bytes in layers and in vocabulary rows."""
     model = sizes.model
-    batch = MicroBatch(model=model, layout=Layout(), num_tokens=num_tokens, itemsize=sizes.dtype.itemsize)
+    batch = RankMicroBatch(model=model, layout=Layout(), num_tokens=num_tokens, itemsize=sizes.dtype.itemsize)
     rows = model.vocab_size * model.hidden_size
     fixed = rows * in_vocabulary + batch.policy_loss_bytes(num_tokens)[0]
     fixed += batch.backward_workspace_bytes(recomputes=False)

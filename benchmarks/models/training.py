@@ -24,7 +24,7 @@ _REPETITIONS = 10
 
 
 def training_entries(
-    place: Topology, sizes: ModelSizes, num_layers: int, peak_flop_per_s: float | None
+    topology: Topology, sizes: ModelSizes, num_layers: int, peak_flop_per_s: float | None
 ) -> tuple[Entry, Entry]:
     """Return forward + backward of a micro-batch, checked by its loss, and one step of AdamW.
 
@@ -35,19 +35,19 @@ def training_entries(
         peak_flop_per_s: of the data sheet, what MFU counts by; None where it is not known.
     """
     model = replace(sizes.model, num_layers=num_layers)
-    chunks = build_model(model, place, dtype=sizes.dtype)
+    chunks = build_model(model, topology, dtype=sizes.dtype)
     fill_on_device(chunks, seed=1)
-    sequences = _sequences(sizes, place.device)
-    expected = -float(sequence_logprobs(chunks, [[one] for one in sequences], place).float().mean())
-    state = TrainingState(chunks, AdamSettings(lr=1e-5), topology=place)
-    work = _work(state, sequences, place)
+    sequences = _sequences(sizes, topology.device)
+    expected = -float(sequence_logprobs(chunks, [[one] for one in sequences], topology).float().mean())
+    state = TrainingState(chunks, AdamSettings(lr=1e-5), topology=topology)
+    work = _work(state, sequences, topology)
     error = abs(work() - expected) / expected
     tolerance = TOLERANCE[sizes.dtype]
     if not error <= tolerance:
         status = f"wrong: the loss is off by {error:.1e}, at most {tolerance:.0e}"
         return Entry(name="ours", error=error, status=status), Entry(name="ours", status="not measured")
-    passes = summary(seconds_on_all(work, place, _REPETITIONS))
-    step = summary(seconds_on_all(lambda: _step(state), place, _REPETITIONS))
+    passes = summary(seconds_on_all(work, topology, _REPETITIONS))
+    step = summary(seconds_on_all(lambda: _step(state), topology, _REPETITIONS))
     figures = {}
     if peak_flop_per_s is not None:
         figures["MFU %"] = 100 * micro_batch_flop(sizes, num_layers) / passes.median_s / peak_flop_per_s
@@ -74,7 +74,7 @@ def _sequences(sizes: ModelSizes, device: torch.device) -> list[torch.Tensor]:
     return list(torch.randint(0, sizes.model.vocab_size, size, generator=generator).to(device))
 
 
-def _work(state: TrainingState, sequences: list[torch.Tensor], place: Topology) -> Callable[[], float]:
+def _work(state: TrainingState, sequences: list[torch.Tensor], topology: Topology) -> Callable[[], float]:
     """Return what goes forward and backward over the sequences and returns the mean loss."""
     packed = pack(sequences)
     targets_T = next_tokens(packed)
@@ -82,12 +82,12 @@ def _work(state: TrainingState, sequences: list[torch.Tensor], place: Topology) 
 
     def loss(model: GLMModel, hidden_TD: torch.Tensor, _index: int) -> tuple[torch.Tensor, torch.Tensor]:
         found, _ = linear_nll_loss(
-            hidden_TD, model.output_weight_VD, targets_T, group=place.tp_group, denominator=denominator
+            hidden_TD, model.output_weight_VD, targets_T, group=topology.tp_group, denominator=denominator
         )
         return found, found.detach()
 
     def run() -> float:
-        (found,) = run_micro_batches(state.chunks, [packed], loss, topology=place, forward_only=False)
+        (found,) = run_micro_batches(state.chunks, [packed], loss, topology=topology, forward_only=False)
         return float(found)
 
     return run

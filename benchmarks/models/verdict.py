@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from glm_rlhf.engine.bench.machine import H200, Rates, description
+from glm_rlhf.engine.bench.machine import H200, MachineRates, description
 from glm_rlhf.engine.bench.report import Report, Row
 
 _MOST_OUTSIDE = 2.0
 """Percent of an iteration, the target of row n."""
 
 
-def report_of(rows: Sequence[Row], device: torch.device, rates: Rates) -> Report:
+def report_of(rows: Sequence[Row], device: torch.device, rates: MachineRates) -> Report:
     """Return the report of all rows."""
     notes = [
         f"rates behind `limit ms`: {rates.source}. A decode step's limit: every matrix but the embedding "

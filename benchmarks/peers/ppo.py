@@ -34,8 +34,8 @@ from benchmarks.peers.ppo_task import (
     REAL_SCALE,
     SHAPE,
     TASKS,
+    PeerTask,
     Run,
-    Task,
     draw_prompts,
     save_models,
     share_of_low_ids,
@@ -101,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any("missed" in sentence or "is worse" in sentence for sentence in sentences) else 0
 
 
-def measure_seeds(task: Task, num_seeds: int, iterations: int) -> list[Seed]:
+def measure_seeds(task: PeerTask, num_seeds: int, iterations: int) -> list[Seed]:
     """Return the runs of this process with its thread count."""
     return [measure_seed(task, seed, iterations) for seed in range(num_seeds)]
 
 
-def measure_seed(task: Task, seed: int, iterations: int) -> Seed:
+def measure_seed(task: PeerTask, seed: int, iterations: int) -> Seed:
     """Run both from the same weights on the same prompts, an iteration of either in turn."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
@@ -148,7 +148,7 @@ def verdict(seeds: Sequence[Seed]) -> str:
     )
 
 
-def row_of(name: str, task: Task, seeds: Sequence[Seed], command: str) -> Row:
+def row_of(name: str, task: PeerTask, seeds: Sequence[Seed], command: str) -> Row:
     """Return the row of a task at a thread count: times over all seeds, rewards as means over them."""
     if seeds[0].theirs is None:
         peer = Entry(name="TRL's PPO", status="absent: trl is not installed")
@@ -244,7 +244,7 @@ def _marks(run: Run) -> list[int]:
     return sorted({1, *range(5, len(run.rewards) + 1, 5), len(run.rewards)})
 
 
-def _config(folder: Path, task: Task, seed: int) -> PPOConfig:
+def _config(folder: Path, task: PeerTask, seed: int) -> PPOConfig:
     return PPOConfig(
         run=TrainingRunSection(name="ppo", output=str(folder / "ours"), seed=seed),
         model=ModelSection(path=str(folder / "policy")),

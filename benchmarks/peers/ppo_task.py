@@ -46,7 +46,7 @@ REAL_SCALE, MAX_PROMPT_TOKENS = 0.25, 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class PeerTask:
     """How long prompts and answers are."""
 
     name: str
@@ -75,9 +75,9 @@ def real_lengths() -> tuple[int, ...]:
 
 
 TASKS = (
-    Task(name="full lengths", prompt_tokens=(24,) * PROMPTS, max_answer_tokens=48, stops=False),
-    Task(name="answers that stop", prompt_tokens=(24,) * PROMPTS, max_answer_tokens=128, stops=True),
-    Task(name="lengths like real ones", prompt_tokens=real_lengths(), max_answer_tokens=128, stops=True),
+    PeerTask(name="full lengths", prompt_tokens=(24,) * PROMPTS, max_answer_tokens=48, stops=False),
+    PeerTask(name="answers that stop", prompt_tokens=(24,) * PROMPTS, max_answer_tokens=128, stops=True),
+    PeerTask(name="lengths like real ones", prompt_tokens=real_lengths(), max_answer_tokens=128, stops=True),
 )
 
 
@@ -100,7 +100,7 @@ def share_of_low_ids(tokens: Sequence[int]) -> float:
     return sum(token < LOW_IDS for token in tokens) / len(tokens)
 
 
-def draw_prompts(task: Task, seed: int) -> list[list[int]]:
+def draw_prompts(task: PeerTask, seed: int) -> list[list[int]]:
     """Return the task's prompts of random ids, none of them low, in random order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(PROMPTS, generator=generator).tolist()
@@ -110,7 +110,7 @@ def draw_prompts(task: Task, seed: int) -> list[list[int]]:
     ]
 
 
-def save_models(folder: Path, task: Task, *, seed: int) -> None:
+def save_models(folder: Path, task: PeerTask, *, seed: int) -> None:
     """Write `policy` and `critic` of random weights as Hugging Face folders."""
     from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
 

@@ -20,8 +20,8 @@ from benchmarks.peers.ppo_task import (
     PROMPTS,
     SHAPE,
     STOP_ID,
+    PeerTask,
     Run,
-    Task,
 )
 
 _NO_ID = SHAPE["vocab_size"]
@@ -30,7 +30,7 @@ _NO_ID = SHAPE["vocab_size"]
 
 def run_in_turns(
     folder: Path,
-    task: Task,
+    task: PeerTask,
     prompts: Sequence[Sequence[int]],
     *,
     seed: int,

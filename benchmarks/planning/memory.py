@@ -25,13 +25,13 @@ from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.parts.ppo import make_roles
 from glm_rlhf.engine.cost.activations import CPU
 from glm_rlhf.engine.cost.memory import RankMemory, rank_memory
-from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
 from glm_rlhf.engine.rl.optimizer_step import take_steps
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.optim.training_state import TrainingState
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -50,7 +50,7 @@ _MODEL = GLMConfig(
     rope_theta=1e4,
     max_positions=1024,
 )
-_WORK = Work(
+_WORK = Workload(
     max_prompt_tokens=128,
     max_new_tokens=32,
     mean_prompt_tokens=128,
@@ -68,7 +68,7 @@ _WORK = Work(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class MemoryCase:
     """One tiny run on `WORLD_SIZE` ranks."""
 
     axes: dict = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Case:
         return replace(_MODEL, **self.changes)
 
     @property
-    def work(self) -> Work:
+    def work(self) -> Workload:
         """The iteration; every sequence has the same length."""
         return replace(_WORK, itemsize=self.itemsize)
 
@@ -111,17 +111,17 @@ class Case:
 
 
 CASES = (
-    Case(),
-    Case(itemsize=2),
-    Case(recomputes=True),
-    Case(axes={"tp": 2}, changes={"family": "glm4", "has_sandwich_norms": True}),
-    Case(axes={"tp": 2, "sequence_parallel": True}, itemsize=2, recomputes=True),
-    Case(axes={"tp": 4, "sequence_parallel": True}),
-    Case(axes={"pp": 2}),
-    Case(axes={"pp": 4}, changes={"has_qkv_bias": False}),
-    Case(axes={"pp": 2, "vpp": 2}),
-    Case(axes={"tp": 2, "pp": 2}, itemsize=2),
-    Case(axes={"cp": 2}),
+    MemoryCase(),
+    MemoryCase(itemsize=2),
+    MemoryCase(recomputes=True),
+    MemoryCase(axes={"tp": 2}, changes={"family": "glm4", "has_sandwich_norms": True}),
+    MemoryCase(axes={"tp": 2, "sequence_parallel": True}, itemsize=2, recomputes=True),
+    MemoryCase(axes={"tp": 4, "sequence_parallel": True}),
+    MemoryCase(axes={"pp": 2}),
+    MemoryCase(axes={"pp": 4}, changes={"has_qkv_bias": False}),
+    MemoryCase(axes={"pp": 2, "vpp": 2}),
+    MemoryCase(axes={"tp": 2, "pp": 2}, itemsize=2),
+    MemoryCase(axes={"cp": 2}),
 )
 
 
@@ -149,24 +149,24 @@ class Counted:
         return self.resident + max(self.phases.values())
 
 
-def predict(case: Case, *, stage: int) -> RankMemory:
+def predict(case: MemoryCase, *, stage: int) -> RankMemory:
     """Return what `plan` says of a rank of that stage, for the kernels of a CPU."""
     roles = Roles(policy=case.model, critic=case.model, reference=case.model, reward=case.model)
     return rank_memory(roles, case.work, case.choice, num_gpus=WORLD_SIZE, stage=stage, kernels=CPU)
 
 
-def predicted_phases(case: Case, memory: RankMemory) -> dict[str, int]:
+def predicted_phases(case: MemoryCase, memory: RankMemory) -> dict[str, int]:
     """Return its phases with the key/value cache that the engine takes for `max_batch`."""
     pages = case.work.max_batch * (-(-case.work.longest // case.work.page_size) + 1)
     return memory.phases | {"generate": memory.phases["generate"] + pages * memory.cache_page}
 
 
-def count(case: Case, *, rank: int) -> Counted:
+def count(case: MemoryCase, *, rank: int) -> Counted:
     """Return what rank `rank` holds in the real engine's steps; no world may exist in this process."""
-    with world_of_one_rank(rank, WORLD_SIZE), topology(case.choice.layout) as place:
+    with world_of_one_rank(rank, WORLD_SIZE), open_topology(case.choice.layout) as topology:
         made: list[PPORoles] = []
         start = live_peak_bytes(
-            lambda: made.append(make_roles(place, model=case.model, work=case.work, choice=case.choice))
+            lambda: made.append(make_roles(topology, model=case.model, work=case.work, choice=case.choice))
         )
         roles = made[0]
         trained = {"policy": roles.policy_state, "critic": roles.critic_state}
@@ -190,10 +190,10 @@ def count(case: Case, *, rank: int) -> Counted:
         phases = {"start": start - held.resident}
         if case.choice.layout.num_model_ranks == 1:
             phases |= _count_rollout(case, roles)
-        return replace(held, phases=phases | _count_training(case, roles, place))
+        return replace(held, phases=phases | _count_training(case, roles, topology))
 
 
-def _count_rollout(case: Case, roles: PPORoles) -> dict[str, int]:
+def _count_rollout(case: MemoryCase, roles: PPORoles) -> dict[str, int]:
     size = (case.work.num_prompts, case.work.max_prompt_tokens)
     ids = torch.randint(0, case.model.vocab_size, size, generator=torch.Generator().manual_seed(2)).tolist()
     prompts = [PromptInput(tokens=tuple(one), extra={}) for one in ids]
@@ -202,25 +202,25 @@ def _count_rollout(case: Case, roles: PPORoles) -> dict[str, int]:
     return {"generate": generate, "score": live_peak_bytes(lambda: roles.make_experience(rollouts[0]))}
 
 
-def _count_training(case: Case, roles: PPORoles, place: Topology) -> dict[str, int]:
+def _count_training(case: MemoryCase, roles: PPORoles, topology: Topology) -> dict[str, int]:
     work = case.work
     experience = random_experience(
         case.choice.num_sequences(work, WORLD_SIZE),
         length=work.longest,
         prompt_length=work.max_prompt_tokens,
         vocab_size=case.model.vocab_size,
-        num_everywhere=work.num_sequences,
+        num_global=work.num_sequences,
     )
-    (part,) = mini_batches(experience, roles.settings, seed=1, topology=place)
+    (part,) = mini_batches(experience, roles.settings, seed=1, topology=topology)
     given = (experience, part, roles.settings)
-    critic = critic_learner(roles.critic_state, *given, topology=place)
-    policy = policy_learner(roles.policy_state, *given, topology=place)
+    critic = critic_learner(roles.critic_state, *given, topology=topology)
+    policy = policy_learner(roles.policy_state, *given, topology=topology)
     schedules = {"train policy": [policy], "train critic": [critic]}
-    if place.layout.pp > 1:
+    if topology.layout.pp > 1:
         schedules = {"train": [critic, policy]}
     return {
         name: live_peak_bytes(
-            partial(_given_up, partial(take_steps, own, experience.rollouts, topology=place))
+            partial(_given_up, partial(take_steps, own, experience.rollouts, topology=topology))
         )
         for name, own in schedules.items()
     }
@@ -277,12 +277,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.with_suffix(".md").write_text(f"{title}\n{facts}\n\n{_table(rows)}", encoding="utf-8")
 
 
-def _ranks(case: Case) -> tuple[int, ...]:
+def _ranks(case: MemoryCase) -> tuple[int, ...]:
     """Return a rank of the first and of the last stage."""
     return (0,) if case.choice.layout.pp == 1 else (0, WORLD_SIZE - 1)
 
 
-def _row(case: Case, rank: int) -> dict:
+def _row(case: MemoryCase, rank: int) -> dict:
     counted = count(case, rank=rank)
     memory = predict(case, stage=0 if rank == 0 else case.choice.layout.pp - 1)
     phases = {name: predicted_phases(case, memory)[name] for name in counted.phases}

@@ -22,10 +22,10 @@ from glm_rlhf.engine.bench.parts.ppo import make_roles
 from glm_rlhf.engine.bench.rates import Size, least_s, rates_of
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, Rates
 from glm_rlhf.engine.cost.iteration_time import Estimate, estimate
-from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -42,7 +42,7 @@ _MODEL = GLMConfig(
     rope_theta=1e4,
     max_positions=1024,
 )
-_WORK = Work(
+_WORK = Workload(
     max_prompt_tokens=64,
     max_new_tokens=32,
     mean_prompt_tokens=64,
@@ -76,8 +76,8 @@ def _choice(axes: dict) -> Choice:
 def measure(axes: dict, *, repetitions: int) -> dict[str, float]:
     """Return seconds of each phase in a layout; every rank calls this, and all get the same."""
     choice = _choice(axes)
-    with topology(choice.layout) as place:
-        roles = make_roles(place, model=_MODEL, work=_WORK, choice=choice)
+    with open_topology(choice.layout) as topology:
+        roles = make_roles(topology, model=_MODEL, work=_WORK, choice=choice)
         generator = torch.Generator().manual_seed(2)
         size = (_WORK.num_prompts, _WORK.max_prompt_tokens)
         ids = torch.randint(0, _MODEL.vocab_size, size, generator=generator).tolist()
@@ -94,7 +94,7 @@ def measure(axes: dict, *, repetitions: int) -> dict[str, float]:
             roles.update(kept["experience"])
 
         works = {"generate": generate, "score": score, "update": update}
-        return {name: least_s(work, place, repetitions) for name, work in works.items()}
+        return {name: least_s(work, topology, repetitions) for name, work in works.items()}
 
 
 def predict(axes: dict, rates: Rates, num_ranks: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
 from glm_rlhf.engine.observe.phases import Phases
-from glm_rlhf.engine.rewards.distributed import AnswerJudge
+from glm_rlhf.engine.rewards.distributed import RewardDispatcher
 from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest
 from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.rl.roles import PPORoles
@@ -41,7 +41,7 @@ from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.types import Experience, PromptInput
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -104,7 +104,7 @@ def _rows(folder: str, num_stages: int, iterations: int) -> list[Row]:
     """Return the rows of a pipeline, each stage a process; times are those of its first rank."""
     with tempfile.TemporaryDirectory() as meeting, ThreadPoolExecutor(num_stages) as pool:
         places = [(rank, num_stages, folder, f"{meeting}/store", iterations) for rank in range(num_stages)]
-        first, *_ = pool.map(lambda place: in_fresh_process(measure_stage, *place), places)
+        first, *_ = pool.map(lambda topology: in_fresh_process(measure_stage, *topology), places)
     return first
 
 
@@ -112,8 +112,8 @@ def measure_stage(rank: int, num_stages: int, folder: str, store: str, iteration
     """Return the rows of one rank; the others run beside it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=num_stages)
-    with topology(Layout(pp=num_stages)) as place:
-        roles = _roles(folder, place)
+    with open_topology(Layout(pp=num_stages)) as topology:
+        roles = _roles(folder, topology)
         rows = []
         layout = "one rank" if num_stages == 1 else f"pp {num_stages}"
         rewards = REWARDS if num_stages == 1 else {}
@@ -192,22 +192,22 @@ def _distance(found: Experience, expected: Experience) -> float:
 
 
 def _judged(roles: PPORoles, function: RewardFunction, concurrency: int) -> None:
-    roles.settings = dataclasses.replace(roles.settings, scores_early=False)
-    roles.rewards.judge = AnswerJudge(
-        function, topology=roles.topology, tokenizer=None, masks_faults=False, concurrency=concurrency
+    roles.settings = dataclasses.replace(roles.settings, overlap_scoring=False)
+    roles.rewards.judge = RewardDispatcher(
+        function, topology=roles.topology, tokenizer=None, skip_failures=False, concurrency=concurrency
     )
 
 
-def _scored(roles: PPORoles, scores_early: bool) -> None:
-    roles.settings = dataclasses.replace(roles.settings, scores_early=scores_early)
+def _scored(roles: PPORoles, overlap_scoring: bool) -> None:
+    roles.settings = dataclasses.replace(roles.settings, overlap_scoring=overlap_scoring)
     roles.rewards.judge = None
 
 
-def _roles(folder: str, place: Topology) -> PPORoles:
-    load = partial(load_model, folder, place, dtype=torch.float32, seed=7)
+def _roles(folder: str, topology: Topology) -> PPORoles:
+    load = partial(load_model, folder, topology, dtype=torch.float32, seed=7)
     still = AdamSettings(lr=1e-12)  # so that both contenders answer and score alike
     return PPORoles(
-        topology=place,
+        topology=topology,
         policy=load()[0],
         reference=load(role="reference")[0],
         critic=load(role="critic")[0],

@@ -30,7 +30,7 @@ from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.spans import WAIT, recording
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = [(rank, folder, f"{folder}/store", options.steps, options.micro_batches) for rank in (0, 1)]
         one_thread = {"OMP_NUM_THREADS": "1"}
         stages = pool.map(
-            lambda place: in_fresh_process(measure_stage, *place, environment=one_thread), places
+            lambda topology: in_fresh_process(measure_stage, *topology, environment=one_thread), places
         )
         rows, *_ = stages
     write(_report(rows), options.out)
@@ -66,18 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_stage(rank: int, folder: str, store: str, num_steps: int, counts: Sequence[int]) -> list[Row]:
     """Return the rows, the same on every rank; the others run beside it."""
     dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=_STAGES)
-    with topology(Layout(pp=_STAGES)) as place:
-        load = partial(load_model, folder, place, dtype=torch.float32, seed=7)
+    with open_topology(Layout(pp=_STAGES)) as topology:
+        load = partial(load_model, folder, topology, dtype=torch.float32, seed=7)
         still = AdamSettings(lr=1e-12)  # so that both contenders have the same gradients
-        policy = training_state(load()[0], still, topology=place)
-        critic = training_state(load(role="critic")[0], still, topology=place)
-        rows = [_row(count, policy, critic, num_steps, place) for count in counts]
+        policy = training_state(load()[0], still, topology=topology)
+        critic = training_state(load(role="critic")[0], still, topology=topology)
+        rows = [_row(count, policy, critic, num_steps, topology) for count in counts]
     dist.destroy_process_group()
     return rows
 
 
 def _row(
-    count: int, policy: AnyTrainingState, critic: AnyTrainingState, num_steps: int, place: Topology
+    count: int, policy: AnyTrainingState, critic: AnyTrainingState, num_steps: int, topology: Topology
 ) -> Row:
     """Time steps of both in turns, each from a barrier to the last rank's end."""
     experience = random_experience(
@@ -85,17 +85,17 @@ def _row(
         length=_LENGTH,
         prompt_length=_PROMPT,
         vocab_size=SHAPE["vocab_size"],
-        num_everywhere=count,
+        num_global=count,
     )
     settings = PPOSettings(micro_batch_tokens=_LENGTH)
-    (part,) = mini_batches(experience, settings, seed=1, topology=place)
+    (part,) = mini_batches(experience, settings, seed=1, topology=topology)
     learners = [
-        critic_learner(critic, experience, part, settings, topology=place),
-        policy_learner(policy, experience, part, settings, topology=place),
+        critic_learner(critic, experience, part, settings, topology=topology),
+        policy_learner(policy, experience, part, settings, topology=topology),
     ]
     contenders: dict[str, Steps] = {
-        TOGETHER: partial(_steps, [learners], experience.rollouts, place),
-        APART: partial(_steps, [[one] for one in learners], experience.rollouts, place),
+        TOGETHER: partial(_steps, [learners], experience.rollouts, topology),
+        APART: partial(_steps, [[one] for one in learners], experience.rollouts, topology),
     }
     seconds, idle = ({name: [] for name in contenders} for _ in range(2))
     norms: dict[str, list[float]] = {}
@@ -122,9 +122,11 @@ def _row(
     )
 
 
-def _steps(groups: Sequence[Sequence[Learner]], rollouts: Rollouts, place: Topology) -> list[float]:
+def _steps(groups: Sequence[Sequence[Learner]], rollouts: Rollouts, topology: Topology) -> list[float]:
     """Return the gradient norms of a step of all learners, each group's in one schedule."""
-    return [step.result.grad_norm for group in groups for step in take_steps(group, rollouts, topology=place)]
+    return [
+        step.result.grad_norm for group in groups for step in take_steps(group, rollouts, topology=topology)
+    ]
 
 
 def _timed(steps: Steps) -> tuple[float, float, list[float]]:

@@ -24,7 +24,7 @@ from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import randomize_weights
@@ -60,15 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_rows() -> list[Row]:
     """Return one row for a single micro-batch a step, and one for several."""
-    with topology(Layout()) as place:
-        return [_row(num, place) for num in (1, 4)]
+    with open_topology(Layout()) as topology:
+        return [_row(num, topology) for num in (1, 4)]
 
 
 def report(rows: Sequence[Row]) -> Report:
     """Return the report of all rows."""
-    with topology(Layout()) as place:
-        sizes = [4 * sum(p.numel() for p in layer.parameters()) for layer in _model(place)[0].decoder.layers]
-        whole = 4 * sum(p.numel() for p in _model(place)[0].parameters())
+    with open_topology(Layout()) as topology:
+        sizes = [
+            4 * sum(p.numel() for p in layer.parameters()) for layer in _model(topology)[0].decoder.layers
+        ]
+        whole = 4 * sum(p.numel() for p in _model(topology)[0].parameters())
     bucket = max(*sizes, 4 * CONFIG.vocab_size * CONFIG.hidden_size)
     return Report(
         title="Training steps without a gradient buffer, CPU",
@@ -104,16 +106,16 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
-def _row(num_micro_batches: int, place: Topology) -> Row:
+def _row(num_micro_batches: int, topology: Topology) -> Row:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, CONFIG.vocab_size, (num_micro_batches, NUM_TOKENS), generator=generator)
     batches = [pack([row]) for row in tokens]
     weights, entries = [], []
     for name, in_backward in CONTENDERS.items():
         trained: list[GLMModel] = []
-        held, peak = held_and_peak_bytes(partial(_train, trained, batches, in_backward, place))
-        live = LiveGradients(_model(place)[0])
-        state = _train([live.model], batches, in_backward, place)
+        held, peak = held_and_peak_bytes(partial(_train, trained, batches, in_backward, topology))
+        live = LiveGradients(_model(topology)[0])
+        state = _train([live.model], batches, in_backward, topology)
         live_bytes = live.peak + _buffer_bytes(state)
         weights.append(torch.cat([p.detach().flatten() for p in trained[0].parameters()]))
         figures = {
@@ -133,25 +135,25 @@ def _row(num_micro_batches: int, place: Topology) -> Row:
     )
 
 
-def _model(place: Topology) -> list[GLMModel]:
-    chunks = build_model(CONFIG, place, role="policy", dtype=torch.float32)
+def _model(topology: Topology) -> list[GLMModel]:
+    chunks = build_model(CONFIG, topology, role="policy", dtype=torch.float32)
     randomize_weights(chunks, seed=7)
     return chunks
 
 
-def _state(chunks: Sequence[GLMModel], in_backward: bool, place: Topology) -> AnyTrainingState:
+def _state(chunks: Sequence[GLMModel], in_backward: bool, topology: Topology) -> AnyTrainingState:
     # Adam divides a gradient by its size: with a large epsilon roundings of it stay roundings.
     settings = AdamSettings(lr=1e-3, epsilon=1.0, clip_grad=0.0)
-    return training_state(chunks, settings, topology=place, in_backward=in_backward)
+    return training_state(chunks, settings, topology=topology, in_backward=in_backward)
 
 
 def _train(
-    chunks: list[GLMModel], batches: Sequence[PackedTokens], in_backward: bool, place: Topology
+    chunks: list[GLMModel], batches: Sequence[PackedTokens], in_backward: bool, topology: Topology
 ) -> AnyTrainingState:
     """Train a model for two steps; a new one, put into `chunks`, where there is none."""
-    chunks += [] if chunks else _model(place)
-    state = _state(chunks, in_backward, place)
-    step = _step(state, batches, place)
+    chunks += [] if chunks else _model(topology)
+    state = _state(chunks, in_backward, topology)
+    step = _step(state, batches, topology)
     for _ in range(2):
         step()
     return state
@@ -163,20 +165,20 @@ def _buffer_bytes(state: AnyTrainingState) -> int:
     return sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers)
 
 
-def _step(state: AnyTrainingState, batches: Sequence[PackedTokens], place: Topology) -> Callable[[], None]:
+def _step(state: AnyTrainingState, batches: Sequence[PackedTokens], topology: Topology) -> Callable[[], None]:
     targets = [next_tokens(batch) for batch in batches]
 
     def loss(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, None]:
         denominator = float(len(batches) * NUM_TOKENS)
         weight_VD = model.output_weight_VD
         found, _ = linear_nll_loss(
-            hidden_TD, weight_VD, targets[index], group=place.tp_group, denominator=denominator
+            hidden_TD, weight_VD, targets[index], group=topology.tp_group, denominator=denominator
         )
         return found, None
 
     def run() -> None:
         state.zero_grad()
-        run_micro_batches(state.chunks, batches, loss, topology=place, forward_only=False)
+        run_micro_batches(state.chunks, batches, loss, topology=topology, forward_only=False)
         state.step()
 
     return run

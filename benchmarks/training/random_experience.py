@@ -6,9 +6,9 @@ from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 
 
 def random_experience(
-    count: int, *, length: int, prompt_length: int, vocab_size: int, num_everywhere: int
+    count: int, *, length: int, prompt_length: int, vocab_size: int, num_global: int
 ) -> Experience:
-    """Return `count` sequences of `length` tokens, of `num_everywhere` over all data-parallel ranks."""
+    """Return `count` sequences of `length` tokens, of `num_global` over all data-parallel ranks."""
     generator = torch.Generator().manual_seed(5)
     num_tokens = count * length
 
@@ -25,7 +25,7 @@ def random_experience(
         logprobs_T=numbers(),
         temperature=1.0,
         indices=tuple(range(count)),
-        num_everywhere=num_everywhere,
+        num_global=num_global,
     )
     return Experience(
         rollouts=rollouts,

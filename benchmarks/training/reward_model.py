@@ -23,7 +23,7 @@ from glm_rlhf.engine.data.store.examples import Example
 from glm_rlhf.engine.scoring.record_batches import take_share
 from glm_rlhf.engine.training.step import update
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -115,13 +115,13 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
     steps = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     by_length = sorted(order, key=lambda number: int(pairs.lengths[number]))
     sorted_steps = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
-    with tempfile.TemporaryDirectory() as folder, topology(Layout()) as place:
+    with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
         theirs.save_pretrained(folder)
-        chunks, _ = load_model(folder, place, role="reward", dtype=torch.float32)
-        state = TrainingState(chunks, AdamSettings(lr=0.0, clip_grad=CLIP_GRAD), topology=place)
+        chunks, _ = load_model(folder, topology, role="reward", dtype=torch.float32)
+        state = TrainingState(chunks, AdamSettings(lr=0.0, clip_grad=CLIP_GRAD), topology=topology)
         problem = Problem(
             contenders=[
-                Contender(name="ours, packed", run=_ours(state, pairs, steps, place)),
+                Contender(name="ours, packed", run=_ours(state, pairs, steps, topology)),
                 Contender(name="transformers, padded", run=_padded(theirs, pairs, steps)),
                 Contender(
                     name="transformers, padded, sorted",
@@ -184,15 +184,17 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _ours(
-    state: TrainingState, pairs: RandomPairs, steps: Sequence[Sequence[int]], place: Topology
+    state: TrainingState, pairs: RandomPairs, steps: Sequence[Sequence[int]], topology: Topology
 ) -> Callable[[], Answer]:
     objective = PairPreference(l2_coef=L2_COEF)
 
     def run() -> Answer:
         results = []
         for numbers in steps:
-            batches = take_share(pairs, numbers, max_tokens=MICRO_BATCH_TOKENS, place=place)
-            results.append(update(state, objective, batches, objective.denominator(numbers), place=place))
+            batches = take_share(pairs, numbers, max_tokens=MICRO_BATCH_TOKENS, topology=topology)
+            results.append(
+                update(state, objective, batches, objective.denominator(numbers), topology=topology)
+            )
         losses = torch.tensor([result.sums["loss"] for result in results], dtype=torch.float32)
         return losses.sum(), torch.tensor([result.grad_norm for result in results])
 

@@ -23,7 +23,7 @@ from glm_rlhf.parallel.model.token_outputs import next_tokens
 from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -81,12 +81,12 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
     torch.manual_seed(0)
     theirs = GlmForCausalLM(GlmConfig(**SHAPE)).float().train()
     rows = []
-    with tempfile.TemporaryDirectory() as folder, topology(Layout()) as place:
+    with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
         theirs.save_pretrained(folder)
-        chunks, _ = load_model(folder, place, dtype=torch.float32)
-        state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=place)
+        chunks, _ = load_model(folder, topology, dtype=torch.float32)
+        state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=topology)
         for name, lengths in mixes().items():
-            problem = _problem(state, theirs, lengths, place)
+            problem = _problem(state, theirs, lengths, topology)
             entries = measure(
                 problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS
             )
@@ -143,14 +143,14 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _problem(
-    state: TrainingState, theirs: torch.nn.Module, lengths: Sequence[int], place: Topology
+    state: TrainingState, theirs: torch.nn.Module, lengths: Sequence[int], topology: Topology
 ) -> Problem:
     generator = torch.Generator().manual_seed(7)
     sequences = [torch.randint(0, SHAPE["vocab_size"], (n,), generator=generator) for n in lengths]
     num_targets = sum(lengths) - len(lengths)
     batches = [sequences[i : i + BATCH] for i in range(0, len(sequences), BATCH)]
     contenders = [
-        Contender(name="ours, packed", run=_ours(state, sequences, num_targets, place)),
+        Contender(name="ours, packed", run=_ours(state, sequences, num_targets, topology)),
         Contender(name="transformers, padded", run=_padded(theirs, batches, num_targets)),
     ]
     if len(set(lengths)) > 1:
@@ -166,7 +166,7 @@ def _problem(
 
 
 def _ours(
-    state: TrainingState, sequences: Sequence[torch.Tensor], num_targets: int, place: Topology
+    state: TrainingState, sequences: Sequence[torch.Tensor], num_targets: int, topology: Topology
 ) -> Callable[[], list[torch.Tensor]]:
     batches = [pack(sequences[i : i + BATCH]) for i in range(0, len(sequences), BATCH)]
     targets = [next_tokens(batch) for batch in batches]
@@ -176,14 +176,14 @@ def _ours(
             hidden_TD,
             model.output_weight_VD,
             targets[index],
-            group=place.tp_group,
+            group=topology.tp_group,
             denominator=float(num_targets),
         )
         return loss, loss.detach()
 
     def run() -> list[torch.Tensor]:
         state.zero_grad()
-        losses = run_micro_batches(state.chunks, batches, step, topology=place, forward_only=False)
+        losses = run_micro_batches(state.chunks, batches, step, topology=topology, forward_only=False)
         model = state.chunks[0].module
         weights = (
             model.embedding.word_embeddings.weight,

@@ -31,7 +31,7 @@ from glm_rlhf.engine.bench.rates import Size, rates_on
 from glm_rlhf.engine.bench.report import Row, joined
 from glm_rlhf.engine.bench.sizes import Sizes, ranks_for, sizes_for
 from glm_rlhf.engine.config.bench import PEER_PACKAGES, BenchConfig, BenchSection
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 RATES_FILE = "rates.json"
@@ -103,18 +103,18 @@ def _rows(section: BenchSection, sizes: Sizes, device: torch.device) -> Iterator
             )
     if not {"model", "generation", "ppo", "checkpoint"} & set(section.parts):
         return
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         if {"model", "generation"} & set(section.parts):
-            policy = Policy(sizes, place, with_transformers="transformers" in section.against)
+            policy = Policy(sizes, topology, with_transformers="transformers" in section.against)
             if "generation" in section.parts:
                 yield generation_row(policy, budget_s=budget_s, command=_command("generation"))
             if "model" in section.parts:
                 yield from model_rows(policy, budget_s=budget_s, command=_command("model"))
             del policy
         if "ppo" in section.parts:
-            yield ppo_row(sizes, place, budget_s=budget_s, command=_command("ppo"))
+            yield ppo_row(sizes, topology, budget_s=budget_s, command=_command("ppo"))
         if "checkpoint" in section.parts:
-            yield from checkpoint_rows(sizes, place, budget_s=budget_s, command=_command("checkpoint"))
+            yield from checkpoint_rows(sizes, topology, budget_s=budget_s, command=_command("checkpoint"))
 
 
 def _keeps(section: BenchSection) -> Callable[[Contender], bool]:
@@ -159,8 +159,8 @@ def _measure_world(section: BenchSection, sizes: Sizes, folder: Path) -> None:
             f"under torchrun bench.parts may hold scaling and rates only, not {', '.join(others)}: give "
             "bench.parts=[scaling,rates], or start the command without torchrun"
         )
-    with topology(Layout()) as place:
-        point = measure_scaling(sizes, place) if "scaling" in section.parts else None
+    with open_topology(Layout()) as topology:
+        point = measure_scaling(sizes, topology) if "scaling" in section.parts else None
         rates = None
         if "rates" in section.parts:
             size = Size(
@@ -170,8 +170,8 @@ def _measure_world(section: BenchSection, sizes: Sizes, folder: Path) -> None:
                 dtype=sizes.dtype,
                 repetitions=3,
             )
-            rates = rates_on(place, sizes.model, size)
-        if not place.is_reporter:
+            rates = rates_on(topology, sizes.model, size)
+        if not topology.is_main_rank:
             return
         if point is not None:
             write_point(point, folder / FILE)
@@ -186,8 +186,8 @@ def _peer_note(peer: str, device: torch.device) -> str:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return f"{peer}: missing; pip install {package}"
-    left_out = "; its kernels need CUDA and were left out" if only_cuda and device.type == "cpu" else ""
-    return f"{peer}: {found}{left_out}"
+    excluded = "; its kernels need CUDA and were left out" if only_cuda and device.type == "cpu" else ""
+    return f"{peer}: {found}{excluded}"
 
 
 def _command(part: str) -> str:

@@ -19,7 +19,7 @@ PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flashinfer-pytho
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class MachineRates:
     """What this device does at best; a row's limit is the larger of bytes ÷ copy and FLOP ÷ product."""
 
     bytes_per_s: float
@@ -35,10 +35,10 @@ class Rates:
 
 
 # The reference chip of every full-shape limit: measured once with random data, not in this run.
-H200 = Rates(bytes_per_s=4.3e12, flop_per_s=790e12, source="H200: 790 TFLOP/s, 4.3 TB/s")
+H200 = MachineRates(bytes_per_s=4.3e12, flop_per_s=790e12, source="H200: 790 TFLOP/s, 4.3 TB/s")
 
 
-def measured_rates(device: torch.device) -> Rates:
+def measured_rates(device: torch.device) -> MachineRates:
     """Return this device's rates, measured now with the threads that torch has."""
     num_elements, size, dtype = 2**26, 1024, torch.float32
     if device.type == "cuda":
@@ -52,7 +52,7 @@ def measured_rates(device: torch.device) -> Rates:
         f"measured in this run: {flop_per_s / 1e12:.3g} TFLOP/s ({str(dtype).removeprefix('torch.')} "
         f"product of {size}³), {bytes_per_s / 1e9:.4g} GB/s (copy, read + write)"
     )
-    return Rates(bytes_per_s=bytes_per_s, flop_per_s=flop_per_s, source=source_text)
+    return MachineRates(bytes_per_s=bytes_per_s, flop_per_s=flop_per_s, source=source_text)
 
 
 def _copy(num_elements: int, device: torch.device) -> Contender:

@@ -99,7 +99,7 @@ def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
 def load_other(
     key: str,
     path: str | Path,
-    place: Topology,
+    topology: Topology,
     *,
     role: Role,
     dtype: torch.dtype,
@@ -112,7 +112,7 @@ def load_other(
     Args:
         key: of the config, that named the folder.
         path: the folder.
-        place, role, dtype, seed, recompute_layers: as for `load_model`.
+        topology, role, dtype, seed, recompute_layers: as for `load_model`.
         beside: shape of the command's own model.
 
     Raises:
@@ -120,7 +120,7 @@ def load_other(
             folder has no scalar head, whose place a new one would take.
     """
     chunks, created = load_model(
-        path, place, role=role, dtype=dtype, seed=seed, recompute_layers=recompute_layers
+        path, topology, role=role, dtype=dtype, seed=seed, recompute_layers=recompute_layers
     )
     glm = chunks[0].glm
     if role == "reward" and created:

@@ -45,10 +45,10 @@ def read_prompt_inputs(
 def _prompt_input(
     record: PromptRecord, *, tokenizer: Tokenizer | None, max_prompt_tokens: int, max_positions: int
 ) -> PromptInput:
-    ids = prompt_ids(record.prompt, record.place, tokenizer)
+    ids = prompt_ids(record.prompt, record.location, tokenizer)
     longest = min(max_prompt_tokens, max_positions - 1)
     if len(ids) > longest:
-        raise record.place.error(
+        raise record.location.error(
             f"the prompt has {len(ids)} tokens, at most {longest} are allowed: data.max_prompt_tokens is "
             f"{max_prompt_tokens}, the model's context {max_positions}"
         )

@@ -11,7 +11,7 @@ from glm_rlhf.engine.data.preferences.cleaning import balance_lengths, drop_cont
 from glm_rlhf.engine.data.store.token_writer import Kind
 from glm_rlhf.engine.data.store.token_store import TokenStore, open_store
 from glm_rlhf.engine.data.store.examples import Demonstrations, Pairs
-from glm_rlhf.parallel.runtime.consensus import agreed, meetings
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks, failure_barriers
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -24,7 +24,7 @@ def open_demonstrations(
     tokenizer: Tokenizer | None,
     glm: GLMConfig,
     *,
-    place: Topology,
+    topology: Topology,
 ) -> tuple[Demonstrations, Demonstrations | None]:
     """Return the demonstrations to learn from and those to evaluate on; every rank calls this.
 
@@ -34,7 +34,7 @@ def open_demonstrations(
     Raises:
         ValueError: a bad file or record, on every rank.
     """
-    report = _Report(Path(run_folder), place)
+    report = _Report(Path(run_folder), topology)
     opened = []
     for path in (data.path, data.eval_path):
         store = _open(data, path, "demonstrations", report, tokenizer, glm) if path is not None else None
@@ -50,7 +50,7 @@ def open_pairs(
     glm: GLMConfig,
     *,
     seed: int,
-    place: Topology,
+    topology: Topology,
 ) -> tuple[Pairs, Pairs | None]:
     """Return the pairs to learn from, cleaned as asked, and those to evaluate on; every rank calls this.
 
@@ -60,7 +60,7 @@ def open_pairs(
     Raises:
         ValueError: a bad file or record, or no pair is left, on every rank.
     """
-    report = _Report(Path(run_folder), place)
+    report = _Report(Path(run_folder), topology)
     store = _open(data, data.path, "pairs", report, tokenizer, glm)
     kept = list(range(len(store)))
     if data.drops_contradictions:
@@ -92,7 +92,7 @@ def _open(
     tokenizer: Tokenizer | None,
     glm: GLMConfig,
 ) -> TokenStore:
-    with meetings(f"reading {path}") as barrier:
+    with failure_barriers(f"reading {path}") as barrier:
         store = open_store(
             path,
             kind,
@@ -104,34 +104,34 @@ def _open(
             form=data.form if isinstance(data, PairsSection) else "pairs",
             on_error=data.on_error,
             truncates=data.truncates,
-            is_builder=_is_first_of_host(report.place),
+            is_builder=_is_first_of_host(report.topology),
             barrier=barrier,
         )
     report.add(path, "records", store.report.lines(), store.report.as_dict())
     return store
 
 
-def _is_first_of_host(place: Topology) -> bool:
+def _is_first_of_host(topology: Topology) -> bool:
     """Whether this rank tokenises: one a host, since hosts may not see the same folder."""
-    return int(os.environ.get("LOCAL_RANK", place.rank)) == 0
+    return int(os.environ.get("LOCAL_RANK", topology.rank)) == 0
 
 
 class _Report:
     """What became of each file's records: told by the reporter at once, written by it at the end."""
 
-    def __init__(self, run_folder: Path, place: Topology) -> None:
-        self.place, self.path = place, run_folder / REPORT_NAME
+    def __init__(self, run_folder: Path, topology: Topology) -> None:
+        self.topology, self.path = topology, run_folder / REPORT_NAME
         self._files: dict[str, dict] = {}
 
     def add(self, path: str, what: str, lines: list[str], values: dict) -> None:
         """Note one thing about a file."""
         self._files.setdefault(path, {})[what] = values
-        if self.place.is_reporter:
+        if self.topology.is_main_rank:
             sys.stderr.write("".join(f"{line}\n" for line in (f"{path}: {lines[0]}", *lines[1:])))
 
     def write(self) -> None:
         """Write all of it; every rank calls this."""
-        with agreed(f"writing {self.path}"):
-            if self.place.is_reporter:
+        with raise_on_all_ranks(f"writing {self.path}"):
+            if self.topology.is_main_rank:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.write_text(json.dumps(self._files, indent=2) + "\n", encoding="utf-8")

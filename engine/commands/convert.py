@@ -4,8 +4,8 @@ import sys
 import time
 
 from glm_rlhf.engine.config.sections import ConvertConfig
-from glm_rlhf.parallel.runtime.consensus import meetings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.consensus import failure_barriers
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.convert_folder import convert_folder
 
@@ -17,19 +17,19 @@ def run(config: ConvertConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     wanted, start = config.convert, time.monotonic()
-    with topology(Layout()) as place:
-        with meetings(f"converting {config.model.path}") as barrier:
+    with open_topology(Layout()) as topology:
+        with failure_barriers(f"converting {config.model.path}") as barrier:
             convert_folder(
                 config.model.path,
                 wanted.to,
                 family=None if wanted.format == "same" else wanted.format,
                 dtype=wanted.dtype,
                 max_shard_bytes=wanted.max_shard_bytes,
-                rank=place.rank,
-                world=place.world_size,
+                rank=topology.rank,
+                world=topology.world_size,
                 barrier=barrier,
             )
-        if place.is_reporter:
+        if topology.is_main_rank:
             sys.stderr.write(
                 f"converted {config.model.path} to {wanted.to} in {time.monotonic() - start:.1f} s\n"
             )

@@ -11,14 +11,14 @@ from glm_rlhf.engine.build.records import open_pairs
 from glm_rlhf.engine.config.training import DPOConfig, DPOSection
 from glm_rlhf.engine.data.store.examples import Pairs
 from glm_rlhf.engine.objectives.losses import dpo_loss
-from glm_rlhf.engine.runs.checkpoints import claim_folder
+from glm_rlhf.engine.runs.checkpoints import open_run_folder
 from glm_rlhf.engine.scoring.pair_logprobs import score_reference
 from glm_rlhf.engine.scoring.record_batches import MicroBatch
-from glm_rlhf.engine.training.run import held_of, run_training, sampler_of
+from glm_rlhf.engine.training.run import held_out_of, run_training, sampler_of
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.sequence_outputs import sequence_logprobs
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.weights.load import load_model
 
 
@@ -33,22 +33,24 @@ def run(config: DPOConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
-    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        origin = claim_folder(config, place)
+    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+        checkpoint = open_run_folder(config, topology)
         chunks, _ = load_model(
             config.model.path,
-            place,
+            topology,
             dtype=DTYPES[config.train.dtype],
             recompute_layers=config.train.recompute_layers,
         )
-        with agreed("reading the tokenizer"):
+        with raise_on_all_ranks("reading the tokenizer"):
             tokenizer = find_tokenizer(config, chunks[0].glm)
         records, held_out = open_pairs(
-            config.data, config.run.output, tokenizer, chunks[0].glm, seed=config.run.seed, place=place
+            config.data, config.run.output, tokenizer, chunks[0].glm, seed=config.run.seed, topology=topology
         )
-        objectives = _with_reference(config, chunks, records, held_out, place)
-        held = held_of(config, held_out, objectives[-1])
-        run_training(config, chunks, objectives[0], records, held=held, place=place, origin=origin)
+        objectives = _with_reference(config, chunks, records, held_out, topology)
+        held = held_out_of(config, held_out, objectives[-1])
+        run_training(
+            config, chunks, objectives[0], records, held=held, topology=topology, checkpoint=checkpoint
+        )
 
 
 def _with_reference(
@@ -56,14 +58,14 @@ def _with_reference(
     chunks: Sequence[GLMModel],
     records: Pairs,
     held_out: Pairs | None,
-    place: Topology,
+    topology: Topology,
 ) -> list["PairLikelihood"]:
     """Return the objective on the records, and on those held out if there are any."""
     reference = chunks
     if config.reference.path is not None:
         dtype, glm = DTYPES[config.train.dtype], chunks[0].glm
         reference, _ = load_other(
-            "reference.path", config.reference.path, place, role="reference", dtype=dtype, beside=glm
+            "reference.path", config.reference.path, topology, role="reference", dtype=dtype, beside=glm
         )
     sampler, start = sampler_of(config, records), time.monotonic()
     seen = {number for step in range(config.train.steps) for number in sampler.batch(step)}
@@ -78,10 +80,10 @@ def _with_reference(
             numbers,
             discount=config.dpo.token_discount,
             max_tokens=config.train.micro_batch_tokens,
-            place=place,
+            topology=topology,
         )
         objectives.append(PairLikelihood(scores, config.dpo))
-    if place.is_reporter:
+    if topology.is_main_rank:
         sys.stderr.write(
             f"the reference scored {sum(len(numbers) for _, numbers in wanted)} pairs in "
             f"{time.monotonic() - start:.1f} s\n"
@@ -123,9 +125,9 @@ class PairLikelihood:
         self, model: GLMModel, hidden_TD: torch.Tensor, batch: MicroBatch, denominator: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss, alike on all context-parallel ranks, and its sums, on the first of them."""
-        place, settings = model.topology, self.settings
+        topology, settings = model.topology, self.settings
         weights_T = batch.weights(settings.token_discount)
-        logprobs = sequence_logprobs(model, hidden_TD, batch.share_of(place), weights_T)
+        logprobs = sequence_logprobs(model, hidden_TD, batch.share_of(topology), weights_T)
         chosen_B, rejected_B = logprobs.unflatten(0, (-1, 2)).unbind(1)
         reference = self.reference_scores[list(batch.records)].to(logprobs.device)
         weights = torch.stack([part.sum() for part in batch.packed.split(weights_T)]).unflatten(0, (-1, 2))
@@ -153,7 +155,7 @@ class PairLikelihood:
             rejected_B.detach(),
         )
         sums_K = torch.stack([loss.detach().double(), *(values.double().sum() for values in per_pair)])
-        return loss, sums_K if place.cp_rank == 0 else torch.zeros_like(sums_K)
+        return loss, sums_K if topology.cp_rank == 0 else torch.zeros_like(sums_K)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float | None]:
         """Return the loss, implicit rewards, how often they are right, and log-probabilities, as means.

@@ -16,10 +16,10 @@ from glm_rlhf.engine.evaluation.scored_answers import write_answers
 from glm_rlhf.engine.rewards.combined import RewardTerms
 from glm_rlhf.engine.rl.engine import answer_settings_of, reward_function_of
 from glm_rlhf.engine.rollout.generate import answer_prompts
-from glm_rlhf.engine.rollout.generation_layout import second_layout
+from glm_rlhf.engine.rollout.generation_layout import generation_layout
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -36,12 +36,12 @@ def run(config: EvaluateConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
-    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        with agreed("finding the reward function"):
+    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+        with raise_on_all_ranks("finding the reward function"):
             function = reward_function_of(config.reward)
-        policy, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+        policy, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
         glm, report = policy[0].glm, ReadReport()
-        with agreed("reading tokenizer and prompts"):
+        with raise_on_all_ranks("reading tokenizer and prompts"):
             tokenizer = find_tokenizer(config, glm)
             prompts = read_prompt_inputs(
                 config.data.path,
@@ -51,21 +51,21 @@ def run(config: EvaluateConfig) -> None:
                 on_error=config.data.on_error,
                 report=report,
             )
-        rollouts = [_answer(config, policy, prompts, tokenizer, place)]
+        rollouts = [_answer(config, policy, prompts, tokenizer, topology)]
         del policy
         if config.against.path is not None:
-            rollouts.append(_answer_of_other(config, glm, prompts, tokenizer, place))
-        rewarder = _rewarder(config, function, tokenizer, glm, place)
-        answers = [judge_rollouts(one, rewarder.without_baseline, tokenizer, place) for one in rollouts]
+            rollouts.append(_answer_of_other(config, glm, prompts, tokenizer, topology))
+        rewarder = _rewarder(config, function, tokenizer, glm, topology)
+        answers = [judge_rollouts(one, rewarder.without_baseline, tokenizer, topology) for one in rollouts]
         settings = EvaluationSettings(
             num_samples=config.generation.num_samples,
             pass_k=config.evaluate.pass_k,
             pass_reward=config.evaluate.pass_reward,
         )
         found = measure(answers[0], settings, against=answers[1] if len(answers) > 1 else None)
-        write_answers(config.out_path, answers[0], place)
-        with agreed(f"writing {FILE_NAME}"):
-            if place.is_reporter:
+        write_answers(config.out_path, answers[0], topology)
+        with raise_on_all_ranks(f"writing {FILE_NAME}"):
+            if topology.is_main_rank:
                 path = _write(config, found, len(prompts), report)
                 sys.stdout.write(table(found))
                 sys.stderr.write(f"written to {path} and {config.out_path}\n")
@@ -88,13 +88,13 @@ def _answer(
     chunks: list,
     prompts: Sequence[PromptInput],
     tokenizer: Tokenizer | None,
-    place: Topology,
+    topology: Topology,
 ) -> Rollouts:
-    settings = answer_settings_of(config, tokenizer, chunks[0].glm, place)
+    settings = answer_settings_of(config, tokenizer, chunks[0].glm, topology)
     given, timeout_s = config.generation, config.parallel.timeout_s
-    with second_layout(chunks, place, tp=given.tp, pp=given.pp, timeout_s=timeout_s) as resharded:
+    with generation_layout(chunks, topology, tp=given.tp, pp=given.pp, timeout_s=timeout_s) as resharded:
         return answer_prompts(
-            chunks, prompts, settings, seed=answer_seed(config), topology=place, resharded=resharded
+            chunks, prompts, settings, seed=answer_seed(config), topology=topology, resharded=resharded
         )
 
 
@@ -103,28 +103,30 @@ def _answer_of_other(
     glm: GLMConfig,
     prompts: Sequence[PromptInput],
     tokenizer: Tokenizer | None,
-    place: Topology,
+    topology: Topology,
 ) -> Rollouts:
     dtype = DTYPES[config.train.dtype]
-    other, _ = load_other("against.path", config.against.path, place, role="policy", dtype=dtype, beside=glm)
-    return _answer(config, other, prompts, tokenizer, place)
+    other, _ = load_other(
+        "against.path", config.against.path, topology, role="policy", dtype=dtype, beside=glm
+    )
+    return _answer(config, other, prompts, tokenizer, topology)
 
 
 def _rewarder(
-    config: EvaluateConfig, function: object, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+    config: EvaluateConfig, function: object, tokenizer: Tokenizer | None, glm: GLMConfig, topology: Topology
 ) -> RewardTerms:
     model, path = None, config.reward.path
     if path is not None:
         dtype = DTYPES[config.train.dtype]
-        model, _ = load_other("reward.path", path, place, role="reward", dtype=dtype, beside=glm)
+        model, _ = load_other("reward.path", path, topology, role="reward", dtype=dtype, beside=glm)
     return RewardTerms(
-        topology=place,
+        topology=topology,
         micro_batch_tokens=config.train.micro_batch_tokens,
         tokenizer=tokenizer,
         model=model,
         function=function,
         function_weight=config.reward.function_weight,
-        masks_faults=config.reward.on_error == "mask",
+        skip_failures=config.reward.on_error == "mask",
         concurrency=config.reward.concurrency,
     )
 

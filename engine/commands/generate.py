@@ -18,16 +18,16 @@ from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.data.records.schema import PromptRecord, read_prompts
 from glm_rlhf.engine.data.records.token_ids import prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rollout.generation_layout import second_layout, weights_for_generation
+from glm_rlhf.engine.rollout.generation_layout import generation_layout, weights_for_generation
 from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
 from glm_rlhf.engine.rollout.stop_strings import stop_check
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.nonfinite import refuse_nonfinite
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.weights.load import load_model
 
 
@@ -53,19 +53,19 @@ def run(config: GenerateConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
-    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+        chunks, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
         report = ReadReport()
-        with agreed("reading tokenizer and prompts"):
+        with raise_on_all_ranks("reading tokenizer and prompts"):
             tokenizer = find_tokenizer(config, chunks[0].glm)
             prompts = read_prompt_ids(config, tokenizer, chunks[0], report)
         with contextlib.ExitStack() as stack:
             write = None
-            with agreed(f"writing {config.out_path}"):
-                if place.is_reporter:
+            with raise_on_all_ranks(f"writing {config.out_path}"):
+                if topology.is_main_rank:
                     write = stack.enter_context(json_lines(config.out_path))
             start = time.monotonic()
-            completions = generate_answers(config, prompts, tokenizer, chunks, place)
+            completions = generate_answers(config, prompts, tokenizer, chunks, topology)
             if write is not None:
                 _write_all(write, prompts, completions, tokenizer)
                 _say(config, report, completions, time.monotonic() - start)
@@ -76,7 +76,7 @@ def generate_answers(
     prompts: list[Prompt],
     tokenizer: Tokenizer | None,
     chunks: list[GLMModel],
-    place: Topology,
+    topology: Topology,
 ) -> list[Completion]:
     """Return all completions, in no order, on rank 0; each copy of the model answers its share of prompts.
 
@@ -87,7 +87,7 @@ def generate_answers(
         prompts: of the whole launch; a completion's `request` is the place of its prompt among them.
         tokenizer: masks ids without a token, and knows what ends an answer; may be None.
         chunks: this rank's chunks of the policy.
-        place: layout and groups.
+        topology: layout and groups.
     """
     settings, glm = config.generation, chunks[0].glm
     stop_ids = stop_ids_of(config, tokenizer, glm)
@@ -104,10 +104,12 @@ def generate_answers(
     ]
     with contextlib.ExitStack() as stack:
         resharded = stack.enter_context(
-            second_layout(chunks, place, tp=settings.tp, pp=settings.pp, timeout_s=config.parallel.timeout_s)
+            generation_layout(
+                chunks, topology, tp=settings.tp, pp=settings.pp, timeout_s=config.parallel.timeout_s
+            )
         )
-        weights, place = stack.enter_context(weights_for_generation(chunks, place, resharded))
-        return _answers_everywhere(requests, settings, tokenizer, weights, place)
+        weights, topology = stack.enter_context(weights_for_generation(chunks, topology, resharded))
+        return _answers_everywhere(requests, settings, tokenizer, weights, topology)
 
 
 def _answers_everywhere(
@@ -115,17 +117,17 @@ def _answers_everywhere(
     settings: GenerationSection,
     tokenizer: Tokenizer | None,
     chunks: Sequence[GLMModel | ChunkWeights],
-    place: Topology,
+    topology: Topology,
 ) -> list[Completion]:
     """Return the answers to all requests on rank 0, drawn in the layout of `chunks`."""
     # Context-parallel ranks hold the whole model too: they are further copies here.
-    copies = place.dp_cp_group
+    copies = topology.dp_cp_group
     shares = deal_by_length(
         [len(request.prompt) for request in requests], rank=copies.rank(), num_ranks=copies.size()
     )
     mine = [requests[number] for number in shares]
     vocab_size = chunks[0].glm.vocab_size
-    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(vocab_size).to(place.device)
+    masked_V = None if tokenizer is None else tokenizer.unsampleable_ids(vocab_size).to(topology.device)
     sampling = SamplingSettings(
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -143,18 +145,18 @@ def _answers_everywhere(
         total=len(mine) * settings.num_samples,
         desc="generate",
         unit=" answers",
-        disable=None if place.is_reporter else True,
+        disable=None if topology.is_main_rank else True,
     )
     found, findings = [], []
-    with bar, GenerationPhase(chunks, topology=place, batch=batch, longest=longest) as phase:
+    with bar, GenerationPhase(chunks, topology=topology, batch=batch, longest=longest) as phase:
         try:
             for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
                 found.append(completion)
                 bar.update()
         except FloatingPointError as error:  # on every rank of this copy of the model; others go on
             findings = [str(error)]
-    refuse_nonfinite(findings, "look at the model's weights", device=place.device)
-    if copies.size() > 1 and place.tp_rank == place.pp_rank == 0:
+    raise_if_nonfinite(findings, "look at the model's weights", device=topology.device)
+    if copies.size() > 1 and topology.tp_rank == topology.pp_rank == 0:
         everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
         dist.all_gather_object(everyone, found, group=copies)
         found = [completion for part in everyone for completion in part]
@@ -181,7 +183,7 @@ def read_prompt_ids(
 
 
 def _prompt(record: PromptRecord, *, tokenizer: Tokenizer | None, longest: int, max_positions: int) -> Prompt:
-    place = record.place
+    place = record.location
     ids = prompt_ids(record.prompt, place, tokenizer)
     if len(ids) > longest:
         raise place.error(f"the prompt has {len(ids)} tokens, data.max_prompt_tokens allows {longest}")
@@ -205,7 +207,7 @@ def _write_all(
                 "prompt_tokens": prompt.ids,
                 "tokens": tokens,
                 "text": None if tokenizer is None else tokenizer.decode_response(tokens, unknown="replace"),
-                "logprobs": list(done.plain_logprobs),
+                "logprobs": list(done.untempered_logprobs),
                 "sampling_logprobs": list(done.logprobs),
                 "finish_reason": done.finish_reason,
             }

@@ -15,11 +15,11 @@ from glm_rlhf.engine.config.training import LabelConfig
 from glm_rlhf.engine.data.preferences.cleaning import VarianceReport, filter_prompts_by_reward_variance
 from glm_rlhf.engine.data.records.files import read_record_file
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
-from glm_rlhf.engine.data.records.reading import Place, ReadReport
+from glm_rlhf.engine.data.records.reading import ReadReport, RecordLocation
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -27,7 +27,7 @@ Answer = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled:
+class PreferencePair:
     """The best and the worst answer to one prompt."""
 
     chosen: Answer
@@ -81,23 +81,23 @@ def run(config: LabelConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     axes, start = config.parallel, time.monotonic()
-    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
+    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+        chunks, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
         glm, read = chunks[0].glm, ReadReport()
-        with agreed("reading tokenizer and prompts"):
+        with raise_on_all_ranks("reading tokenizer and prompts"):
             tokenizer = find_tokenizer(config, glm)
             prompts = read_prompt_ids(config, tokenizer, chunks[0], read)
-        answers = _answers(config, prompts, tokenizer, chunks, place)
+        answers = _answers(config, prompts, tokenizer, chunks, topology)
         del chunks
-        scores = _scores(config, prompts, answers, glm, place)
-        with agreed(f"writing {config.out_path}"):
-            if place.is_reporter:
+        scores = _scores(config, prompts, answers, glm, topology)
+        with raise_on_all_ranks(f"writing {config.out_path}"):
+            if topology.is_main_rank:
                 report = _write_pairs(config, prompts, answers, scores, tokenizer, read)
                 variance = _write_prompts(config, prompts, answers, scores)
                 _tell(config, report, variance, time.monotonic() - start)
 
 
-def best_and_worst(answers: Sequence[Answer], score_of: dict[Answer, float]) -> Labelled | None:
+def best_and_worst(answers: Sequence[Answer], score_of: dict[Answer, float]) -> PreferencePair | None:
     """Return the pair that one prompt's answers give; None when they are all the same.
 
     Args:
@@ -109,7 +109,9 @@ def best_and_worst(answers: Sequence[Answer], score_of: dict[Answer, float]) -> 
         return None
     best = max(different, key=score_of.__getitem__)
     worst = min((answer for answer in different if answer != best), key=score_of.__getitem__)
-    return Labelled(chosen=best, rejected=worst, chosen_score=score_of[best], rejected_score=score_of[worst])
+    return PreferencePair(
+        chosen=best, rejected=worst, chosen_score=score_of[best], rejected_score=score_of[worst]
+    )
 
 
 def _answers(
@@ -117,10 +119,10 @@ def _answers(
     prompts: list[Prompt],
     tokenizer: Tokenizer | None,
     chunks: list,
-    place: Topology,
+    topology: Topology,
 ) -> list[list[Answer]]:
     """Return the answers to each prompt in the order of their samples, on every rank."""
-    completions = generate_answers(config, prompts, tokenizer, chunks, place)
+    completions = generate_answers(config, prompts, tokenizer, chunks, topology)
     by_prompt: list[list[Answer]] = [[] for _ in prompts]
     for done in sorted(completions, key=lambda done: (done.request, done.sample)):
         by_prompt[done.request].append(tuple(done.tokens))
@@ -134,12 +136,12 @@ def _scores(
     prompts: list[Prompt],
     answers: list[list[Answer]],
     policy: GLMConfig,
-    place: Topology,
+    topology: Topology,
 ) -> list[dict[Answer, float]]:
     """Return the score of each different answer to each prompt, on every rank."""
     dtype = DTYPES[config.train.dtype]
     chunks, _ = load_other(
-        "reward.path", config.reward.path, place, role="reward", dtype=dtype, beside=policy
+        "reward.path", config.reward.path, topology, role="reward", dtype=dtype, beside=policy
     )
     glm = chunks[0].glm
     different = [list(dict.fromkeys(of_prompt)) for of_prompt in answers]
@@ -154,7 +156,9 @@ def _scores(
             f"prompt and answer have up to {longest} tokens, the context of reward.path is "
             f"{glm.max_positions}: lower generation.max_new_tokens or data.max_prompt_tokens"
         )
-    scores = iter(score_sequences(chunks, sequences, place=place, max_tokens=config.train.micro_batch_tokens))
+    scores = iter(
+        score_sequences(chunks, sequences, topology=topology, max_tokens=config.train.micro_batch_tokens)
+    )
     return [{answer: next(scores) for answer in of_prompt} for of_prompt in different]
 
 
@@ -220,7 +224,7 @@ def _write_prompts(
     kept, report = filter_prompts_by_reward_variance(rewards, config.label.min_variance)
     indices = {prompts[number].index for number in kept}
 
-    def numbered(fields: dict, place: Place) -> tuple[int, dict]:
+    def numbered(fields: dict, place: RecordLocation) -> tuple[int, dict]:
         return place.index, fields
 
     with json_lines(config.label.prompts_out) as write:

@@ -25,8 +25,8 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.storage.hf_config import read_config
 from glm_rlhf.parallel.weights.convert_folder import role_of
@@ -63,26 +63,26 @@ def run(config: ScoreConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     axes = config.parallel
-    with topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as place:
-        with agreed(f"reading {config.model.path}"):
+    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+        with raise_on_all_ranks(f"reading {config.model.path}"):
             is_reward_model = _is_reward_model(config)
         if is_reward_model:
-            score_answers(config, place)
+            score_answers(config, topology)
             return
-        chunks, _ = load_model(config.model.path, place, dtype=DTYPES[config.train.dtype])
-        with agreed("reading the tokenizer"):
+        chunks, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
+        with raise_on_all_ranks("reading the tokenizer"):
             tokenizer = find_tokenizer(config, chunks[0].glm)
         report = ReadReport()
         samples = _samples(config, tokenizer, chunks[0].glm, report)
         with contextlib.ExitStack() as stack:
             write = None
-            with agreed(f"writing {config.out_path}"):
-                if place.is_reporter:
+            with raise_on_all_ranks(f"writing {config.out_path}"):
+                if topology.is_main_rank:
                     write = stack.enter_context(json_lines(config.out_path))
-            done = _score_all(samples, chunks, place, write, report, config)
-            with agreed(f"writing {config.out_path}"):
+            done = _score_all(samples, chunks, topology, write, report, config)
+            with raise_on_all_ranks(f"writing {config.out_path}"):
                 stack.close()
-        if place.is_reporter:
+        if topology.is_main_rank:
             sys.stderr.write(f"{done}; written to {config.out_path}\n")
 
 
@@ -100,7 +100,7 @@ def _is_reward_model(config: ScoreConfig) -> bool:
 def _score_all(
     samples: Iterator[Sample],
     chunks: list[GLMModel],
-    place: Topology,
+    topology: Topology,
     write: WriteLine | None,
     report: ReadReport,
     config: ScoreConfig,
@@ -108,14 +108,14 @@ def _score_all(
     """Score everything, write it on rank 0, and return what rank 0 has to say of it."""
     start, num_tokens, total = time.monotonic(), 0, 0.0
     budget = config.train.micro_batch_tokens
-    bar = tqdm(desc="score", unit=" records", disable=None if place.is_reporter else True)
+    bar = tqdm(desc="score", unit=" records", disable=None if topology.is_main_rank else True)
     while True:
-        with agreed("reading the data"):
-            window = _take_window(samples, budget * place.dp * _WINDOW_BATCHES)
+        with raise_on_all_ranks("reading the data"):
+            window = _take_window(samples, budget * topology.dp * _WINDOW_BATCHES)
         if not window:
             break
-        found = _score_window(window, chunks, place, budget)
-        with agreed(f"writing {config.out_path}"):
+        found = _score_window(window, chunks, topology, budget)
+        with raise_on_all_ranks(f"writing {config.out_path}"):
             for index, logprobs in sorted(found.items()) if write is not None else ():
                 _check_finite(logprobs, window[index], config)
                 write({"index": window[index].index, "tokens": window[index].response, "logprobs": logprobs})
@@ -140,30 +140,30 @@ def _check_finite(logprobs: list[float], sample: Sample, config: ScoreConfig) ->
 
 
 def _score_window(
-    window: list[Sample], chunks: list[GLMModel], place: Topology, budget: int
+    window: list[Sample], chunks: list[GLMModel], topology: Topology, budget: int
 ) -> dict[int, list[float]]:
     """Return logprobs by place in the window, all of them on rank 0; each dp rank scores its share."""
     groups = pack_by_tokens([sample.num_tokens for sample in window], max_tokens=budget)
-    mine = groups[place.dp_rank :: place.dp]
+    mine = groups[topology.dp_rank :: topology.dp]
     micro_batches, wanted = [], []
     for group in mine:
         ids = [torch.tensor(window[index].prompt + window[index].response) for index in group]
-        packed = pack(ids, multiple=place.layout.token_multiple)
+        packed = pack(ids, multiple=topology.layout.token_multiple)
         is_wanted_T = torch.zeros(packed.num_tokens, dtype=torch.bool)
         for index, part in zip(group, packed.split(is_wanted_T), strict=True):
             part[len(window[index].prompt) :] = True
-        micro_batches.append(packed.to(place.device))
-        wanted.append(is_wanted_T.to(place.device))
-    scored = score_tokens(chunks, micro_batches, topology=place, wanted=wanted)
+        micro_batches.append(packed.to(topology.device))
+        wanted.append(is_wanted_T.to(topology.device))
+    scored = score_tokens(chunks, micro_batches, topology=topology, wanted=wanted)
     found: dict[int, list[float]] = {}
-    if not place.tp_rank == place.pp_rank == place.cp_rank == 0:
+    if not topology.tp_rank == topology.pp_rank == topology.cp_rank == 0:
         return found
     for group, packed, (logprobs_T, _) in zip(mine, micro_batches, scored, strict=True):
         for index, part in zip(group, packed.split(logprobs_T.cpu()), strict=True):
             found[index] = part[len(window[index].prompt) :].tolist()
-    if place.dp > 1:
-        everyone: list[dict] = [{} for _ in range(place.dp)]
-        dist.all_gather_object(everyone, found, group=place.dp_group)
+    if topology.dp > 1:
+        everyone: list[dict] = [{} for _ in range(topology.dp)]
+        dist.all_gather_object(everyone, found, group=topology.dp_group)
         found = {index: logprobs for part in everyone for index, logprobs in part.items()}
     return found
 
@@ -198,7 +198,7 @@ def _samples(
 def _sample(
     record: DemonstrationRecord, *, tokenizer: Tokenizer | None, max_prompt_tokens: int, max_positions: int
 ) -> Sample:
-    place = record.place
+    place = record.location
     prompt = prompt_ids(record.prompt, place, tokenizer)
     response = answer_ids(record.response, place, tokenizer)
     if len(prompt) > max_prompt_tokens:

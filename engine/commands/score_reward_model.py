@@ -12,7 +12,7 @@ from tqdm import tqdm
 from glm_rlhf.engine.build.models import DTYPES, find_tokenizer
 from glm_rlhf.engine.config.sections import ScoreConfig
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
-from glm_rlhf.engine.data.records.reading import Place, ReadReport
+from glm_rlhf.engine.data.records.reading import ReadReport, RecordLocation
 from glm_rlhf.engine.data.records.schema import (
     DemonstrationRecord,
     PairRecord,
@@ -22,7 +22,7 @@ from glm_rlhf.engine.data.records.schema import (
 from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import load_model
@@ -40,7 +40,7 @@ class Judged:
     """Prompt and answer, of the chosen and then of the other answer where it is a pair."""
 
 
-def score_answers(config: ScoreConfig, place: Topology) -> None:
+def score_answers(config: ScoreConfig, topology: Topology) -> None:
     """Write one line a record: `{"index", "score"}`, of a pair `{"index", "chosen_score", "rejected_score"}`.
 
     A score is the scalar at an answer's last token. Every rank of the topology calls it; rank 0 writes and
@@ -49,25 +49,25 @@ def score_answers(config: ScoreConfig, place: Topology) -> None:
     Raises:
         ValueError: anything that the user has to mend.
     """
-    chunks, _ = load_model(config.model.path, place, role="reward", dtype=DTYPES[config.train.dtype])
-    with agreed("reading the tokenizer"):
+    chunks, _ = load_model(config.model.path, topology, role="reward", dtype=DTYPES[config.train.dtype])
+    with raise_on_all_ranks("reading the tokenizer"):
         tokenizer = find_tokenizer(config, chunks[0].glm)
     report, budget = ReadReport(), config.train.micro_batch_tokens
     records = _records(config, tokenizer, chunks[0].glm, report)
     start, num_answers, num_right = time.monotonic(), 0, 0.0
-    bar = tqdm(desc="score", unit=" records", disable=None if place.is_reporter else True)
+    bar = tqdm(desc="score", unit=" records", disable=None if topology.is_main_rank else True)
     with contextlib.ExitStack() as stack:
         write = None
-        with agreed(f"writing {config.out_path}"):
-            if place.is_reporter:
+        with raise_on_all_ranks(f"writing {config.out_path}"):
+            if topology.is_main_rank:
                 write = stack.enter_context(json_lines(config.out_path))
         while True:
-            with agreed("reading the data"):
-                window = _take_window(records, budget * place.dp * _WINDOW_BATCHES)
+            with raise_on_all_ranks("reading the data"):
+                window = _take_window(records, budget * topology.dp * _WINDOW_BATCHES)
             if not window:
                 break
             sequences = [sequence for record in window for sequence in record.sequences]
-            scores = iter(score_sequences(chunks, sequences, place=place, max_tokens=budget))
+            scores = iter(score_sequences(chunks, sequences, topology=topology, max_tokens=budget))
             for record in window:
                 found = [next(scores) for _ in record.sequences]
                 num_answers += len(found)
@@ -76,7 +76,7 @@ def score_answers(config: ScoreConfig, place: Topology) -> None:
                     write({"index": record.index, **_named(found)})
                 bar.update()
     bar.close()
-    if place.is_reporter:
+    if topology.is_main_rank:
         skipped = f", {report.num_skipped} bad ones skipped" if report.num_skipped else ""
         is_pairs = num_answers > report.num_records > 0
         accuracy = f", accuracy {num_right / report.num_records:.4f}" if is_pairs else ""
@@ -128,7 +128,7 @@ def _judged(
     max_prompt_tokens: int,
     max_positions: int,
 ) -> Judged:
-    place = record.place
+    place = record.location
     prompt = prompt_ids(record.prompt, place, tokenizer)
     if len(prompt) > max_prompt_tokens:
         raise place.error(
@@ -140,7 +140,7 @@ def _judged(
     return Judged(index=place.index, sequences=sequences)
 
 
-def _check_lengths(sequences: tuple[list[int], ...], place: Place, max_positions: int) -> None:
+def _check_lengths(sequences: tuple[list[int], ...], place: RecordLocation, max_positions: int) -> None:
     longest = max(map(len, sequences))
     if longest > max_positions:
         raise place.error(f"prompt and answer have {longest} tokens, the model's context is {max_positions}")

@@ -59,7 +59,7 @@ class EvaluateWithinSection:
     pass_reward: float = 1.0
     """An answer passes when its reward is at least this."""
     keeps_best: bool = True
-    """Whether the policy of the highest mean reward is kept in <run.output>/checkpoints/best."""
+    """Whether the policy of the highest mean reward is kept in <run.output>/hf/best."""
 
     def __post_init__(self) -> None:
         if (self.every > 0) != (self.path is not None):

@@ -12,6 +12,11 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 HELP_WIDTH = 100
+RENAMED_KEYS = {
+    "train.park": "train.offload",
+    "ppo.scores_early": "ppo.overlap_scoring",
+}
+"""Keys of earlier versions, which are refused, and what they are called now."""
 _BOUNDS = ((annotated_types.Ge, "ge", "at least"), (annotated_types.Gt, "gt", "above"))
 _BOUNDS += ((annotated_types.Le, "le", "at most"), (annotated_types.Lt, "lt", "below"))
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -23,7 +28,7 @@ class Required:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class InWords:
+class Described:
     """What a value type accepts, for types whose Python type does not say it; goes into `Annotated`."""
 
     words: str
@@ -168,7 +173,7 @@ def _value_type(annotation: Any) -> type:
 
 def _in_words(annotation: Any, metadata: list[Any]) -> str:
     for entry in metadata:
-        if isinstance(entry, InWords):
+        if isinstance(entry, Described):
             return entry.words
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(in_yaml(choice) for choice in get_args(annotation))

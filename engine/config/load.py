@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from glm_rlhf.engine.config.keys import Key, in_yaml, keys_of, nearest_key, section_factories
-from glm_rlhf.engine.config.yaml_source import ConfigError, Given, read_file, read_value, to_yaml
+from glm_rlhf.engine.config.keys import RENAMED_KEYS, Key, in_yaml, keys_of, nearest_key, section_factories
+from glm_rlhf.engine.config.yaml_source import ConfigError, YamlValue, read_file, read_value, to_yaml
 
 __all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
 
@@ -40,7 +40,7 @@ def load_config(
             wrong type or range, impossible combinations. All faulty keys are named at once.
     """
     keys = keys_of(config_class)
-    given: dict[str, Given] = {}
+    given: dict[str, YamlValue] = {}
     problems: list[str] = []
     entries = [*(read_file(path) if path is not None else ()), *(_override(text, keys) for text in overrides)]
     for entry in entries:
@@ -86,7 +86,7 @@ def is_override(argument: str) -> bool:
     return _OVERRIDE.match(argument) is not None
 
 
-def _override(text: str, keys: dict[str, Key]) -> Given:
+def _override(text: str, keys: dict[str, Key]) -> YamlValue:
     path, sign, value = text.partition("=")
     if not sign or not path:
         raise ConfigError(f"{COMMAND_LINE}: {text!r} sets no key: write section.key=value")
@@ -97,7 +97,7 @@ def _override(text: str, keys: dict[str, Key]) -> Given:
     if not value:
         mend = "a value, or null for none" if key and key.may_be_null else "a value"
         raise ConfigError(f"{COMMAND_LINE}: {path}= is empty: give {mend}")
-    return Given(section=section, name=name, value=_value(value, key), place=COMMAND_LINE)
+    return YamlValue(section=section, name=name, value=_value(value, key), location=COMMAND_LINE)
 
 
 def _value(text: str, key: Key | None) -> Any:
@@ -107,20 +107,21 @@ def _value(text: str, key: Key | None) -> Any:
     return text if key is not None and key.is_text and not is_quoted and not is_null else read_value(text)
 
 
-def _unknown(entry: Given, keys: dict[str, Key]) -> str:
+def _unknown(entry: YamlValue, keys: dict[str, Key]) -> str:
     of_section = [key for key in keys.values() if key.section == entry.section]
     if of_section and not entry.name:
         return (
-            f"{entry.place}: {entry.path} is a section: set its keys one by one, "
+            f"{entry.location}: {entry.path} is a section: set its keys one by one, "
             f"such as {of_section[0].path}=…"
         )
-    return (
-        f"{entry.place}: unknown key {entry.path}, the nearest valid key is {nearest_key(entry.path, keys)}"
-    )
+    if RENAMED_KEYS.get(entry.path) in keys:
+        return f"{entry.location}: {entry.path} is now called {RENAMED_KEYS[entry.path]}"
+    nearest = nearest_key(entry.path, keys)
+    return f"{entry.location}: unknown key {entry.path}, the nearest valid key is {nearest}"
 
 
 def _problems(
-    error: ValidationError, section: str, keys: dict[str, Key], given: dict[str, Given]
+    error: ValidationError, section: str, keys: dict[str, Key], given: dict[str, YamlValue]
 ) -> Iterator[str]:
     for detail in error.errors():
         kind, location = detail["type"], detail["loc"]
@@ -132,7 +133,7 @@ def _problems(
             in_file = f"{location[0]}: below {section}: in the file"
             yield f"{path} is required: add {path}=… to the command line, or {in_file}"
             continue
-        place = f"{given[path].place}: " if path in given else ""
+        place = f"{given[path].location}: " if path in given else ""
         value = given[path].value if path in given else detail["input"]
         subject = f"{place}{path} is {_shown(value)}"
         if kind == "value_error":

@@ -128,7 +128,7 @@ class PlannedTrainSection:
     """Precision of weights and activations."""
     recompute_layers: bool | None = None
     """Whether backward runs each layer again; null leaves it to the plan."""
-    park: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
+    offload: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
     """What waits in host memory in phases that do not need it, as in `ppo`; copies take no time here."""
 
 

@@ -75,12 +75,12 @@ class PPOTrainSection:
     """Precision of weights and activations; the optimizers keep fp32 weights."""
     recompute_layers: bool = False
     """Whether backward runs each layer again in place of keeping its activations."""
-    park: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
+    offload: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
     """What waits in pinned host memory in phases that do not need it. optimizers: the states of policy and
     critic while answers are generated and scored, gradient buffers are given up meanwhile. reference, reward:
     the model's weights while answers are generated and learned from; it then scores none early."""
     save_every: CountOrZero = 0
-    """Iterations between two checkpoints <run.output>/resume/step_N to go on from; 0: after the last only."""
+    """Iterations between two saves of <run.output>/checkpoints/step_N to resume from; 0: after the last."""
     keep_last: Count = 2
     """Newest checkpoints that stay; the others are removed."""
     keep_every: CountOrZero = 0
@@ -88,7 +88,7 @@ class PPOTrainSection:
     async_save: bool = True
     """Whether a checkpoint is written while training goes on; a failure then ends the next step."""
     export_every: CountOrZero = 0
-    """Iterations between two Hugging Face folders of the policy, <run.output>/checkpoints/step_N; 0: after
+    """Iterations between two Hugging Face folders of the policy, <run.output>/hf/step_N; 0: after
     the last only."""
     max_nonfinite_steps: Count = 3
     """Iterations in a row given up because some number was not finite, before the run stops."""
@@ -131,7 +131,7 @@ class PPOSection:
     max_logprob_gap: NotNegative = 1e-4
     """The sampler's logprobs serve as the old ones up to this mean distance, in nats, from a forward pass
     over one answer in eight; above it, the pass goes over all."""
-    scores_early: bool = True
+    overlap_scoring: bool = True
     """Whether reference, critic and reward model score answers that have ended while others are generated, in
     turns in which a pipeline stage would be idle. Off it saves the memory of a forward pass over an answer
     beside the cache. Without parallel.pp no turn is idle; with parallel.cp, generation.tp or generation.pp
@@ -203,9 +203,9 @@ class PPOConfig:
                 f"data.sft_path is {self.data.sft_path}, but ppo.sft_coef is 0, so that it would not be "
                 "learned from: set ppo.sft_coef above 0, or data.sft_path to null"
             )
-        if "optimizers" in self.train.park and self.optimizer.in_backward:
+        if "optimizers" in self.train.offload and self.optimizer.in_backward:
             raise ValueError(
-                f"train.park is {list(self.train.park)} with optimizer.in_backward, whose state is not "
+                f"train.offload is {list(self.train.offload)} with optimizer.in_backward, whose state is not "
                 "parked: leave optimizers out, or set optimizer.in_backward to false"
             )
         if self.train.sft_batch_size is not None and self.data.sft_path is None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from glm_rlhf.engine.config.keys import InWords
+from glm_rlhf.engine.config.keys import Described
 from glm_rlhf.engine.config.load import load_config
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -41,10 +41,10 @@ def _num_bytes(size: Any) -> Any:
     return int(float(match[1]) * _BYTES[match[2]])
 
 
-FolderName = Annotated[str, AfterValidator(_folder_name), InWords(words="a folder name")]
-PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), InWords(words="a path")]
+FolderName = Annotated[str, AfterValidator(_folder_name), Described(words="a folder name")]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Described(words="a path")]
 NumBytes = Annotated[
-    int, BeforeValidator(_num_bytes), Field(ge=1), InWords(words="a size in bytes, above 0, such as 5GB")
+    int, BeforeValidator(_num_bytes), Field(ge=1), Described(words="a size in bytes, above 0, such as 5GB")
 ]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from glm_rlhf.engine.config.keys import InWords
+from glm_rlhf.engine.config.keys import Described
 from glm_rlhf.engine.config.load import load_config
 from glm_rlhf.engine.config.sections import (
     Count,
@@ -44,7 +44,7 @@ class TrainingRunSection:
     """Run folder; <run.name> stands for the name. The resolved config goes there as config.yaml."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
     """Seed of every random number generator; ranks derive theirs from it."""
-    resume: Annotated[PathText, InWords(words="auto, never, or the path of a checkpoint")] = "auto"
+    resume: Annotated[PathText, Described(words="auto, never, or the path of a checkpoint")] = "auto"
     """auto goes on from the newest whole checkpoint in the run folder; never starts anew in a new folder."""
     watchdog_s: Seconds | None = 1800.0
     """Seconds without progress after which a rank tells its phase and stacks, and ends; null: never."""
@@ -104,7 +104,7 @@ class TrainSection:
     overlap_communication: bool = False
     """Whether gradients are reduced and weights gathered over dp while the model computes."""
     save_every: CountOrZero = 0
-    """Steps between two checkpoints <run.output>/resume/step_N to go on from; 0: one after the last only."""
+    """Steps between two saves of <run.output>/checkpoints/step_N to resume from; 0: after the last only."""
     keep_last: Count = 2
     """Newest checkpoints that stay; the others are removed."""
     keep_every: CountOrZero = 0
@@ -112,7 +112,7 @@ class TrainSection:
     async_save: bool = True
     """Whether a checkpoint is written while training goes on; a failure then ends the next step."""
     export_every: CountOrZero = 0
-    """Steps between two Hugging Face folders <run.output>/checkpoints/step_N; 0: one after the last only."""
+    """Steps between two Hugging Face folders <run.output>/hf/step_N; 0: one after the last only."""
     eval_every: CountOrZero = 0
     """Steps between two evaluations on data.eval_path; 0: before the first step and after the last only."""
     max_nonfinite_steps: Count = 3

@@ -14,7 +14,7 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class YamlValue:
     """One value as the user gave it."""
 
     section: str
@@ -23,7 +23,7 @@ class Given:
     """The part after it; empty where a whole section was given a value."""
     value: Any
     """What was read: null, bool, int, float, str, or a tuple or dict of them."""
-    place: str
+    location: str
     """Where it stands, to be named in errors: `ppo.yaml line 3`, or `command line`."""
 
     @property
@@ -57,7 +57,7 @@ for _tag, _pattern, _first in _SCALARS:
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
-def read_file(path: str | Path) -> list[Given]:
+def read_file(path: str | Path) -> list[YamlValue]:
     """Return the values of a YAML file of sections, in its order.
 
     Raises:
@@ -103,7 +103,7 @@ def to_yaml(sections: dict[str, Any]) -> str:
     return yaml.dump(sections, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _entries(loader: _Loader, root: yaml.Node | None, file: str) -> Iterator[Given]:
+def _entries(loader: _Loader, root: yaml.Node | None, file: str) -> Iterator[YamlValue]:
     if root is None or _is_null(root):
         return
     for section, place, section_node in _pairs(root, file, "the file", "sections such as run: and model:"):
@@ -116,7 +116,7 @@ def _entries(loader: _Loader, root: yaml.Node | None, file: str) -> Iterator[Giv
             continue
         for name, key_place, node in _pairs(section_node, file, section, "keys, each on a line below it"):
             value = _frozen(loader.construct_object(node, deep=True))
-            yield Given(section=section, name=name, value=value, place=key_place)
+            yield YamlValue(section=section, name=name, value=value, location=key_place)
 
 
 def _pairs(node: yaml.Node, file: str, what: str, required: str) -> Iterator[tuple[str, str, yaml.Node]]:

@@ -51,7 +51,7 @@ CPU = Kernels(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
+class RankMicroBatch:
     """The part of a micro-batch that one rank computes."""
 
     model: GLMConfig

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from glm_rlhf.engine.cost.activations import MicroBatch
+from glm_rlhf.engine.cost.activations import RankMicroBatch
 from glm_rlhf.engine.cost.hardware import Cluster
 from glm_rlhf.engine.cost.pass_time import (
     DecodeCosts,
@@ -14,10 +14,10 @@ from glm_rlhf.engine.cost.pass_time import (
     optimizer_step,
 )
 from glm_rlhf.engine.cost.pipeline_simulation import is_filler, play_passes, play_rounds
-from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.spec.pipeline_order import Pass, num_fillers
+from glm_rlhf.parallel.spec.pipeline_order import Pass, num_padding_micro_batches
 from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES
 
 _CONTEXTS = 8
@@ -83,7 +83,7 @@ class Estimate:
 
 
 def estimate(
-    roles: Roles, work: Work, choice: Choice, cluster: Cluster, *, num_concurrent: int, has_baseline: bool
+    roles: Roles, work: Workload, choice: Choice, cluster: Cluster, *, num_concurrent: int, has_baseline: bool
 ) -> Estimate:
     """Return the time of an iteration; schedules are played event by event.
 
@@ -130,7 +130,7 @@ class _Plan:
     """The phases of one choice."""
 
     roles: Roles
-    work: Work
+    work: Workload
     choice: Choice
     cluster: Cluster
 
@@ -183,7 +183,7 @@ class _Plan:
         share = work.mean_new_tokens / work.mean_tokens
         forward, backward, hops = {}, {}, []
         for role, model in models.items():
-            batch = MicroBatch(model=model, layout=layout, num_tokens=tokens, itemsize=work.itemsize)
+            batch = RankMicroBatch(model=model, layout=layout, num_tokens=tokens, itemsize=work.itemsize)
             costs = PassCosts(
                 cluster=self.cluster,
                 choice=self.choice,
@@ -197,7 +197,7 @@ class _Plan:
             backward[role] = costs.backward()
             hops.append(costs.hop_s())
         roles = [role for role in models for _ in range(num_batches)]
-        fillers = num_fillers(layout, len(roles))
+        fillers = num_padding_micro_batches(layout, len(roles))
         busy_s = dict.fromkeys(models, 0.0)
 
         def duration(stage: int, one: Pass) -> float:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from glm_rlhf.engine.cost.activations import CUDA, Kernels, MicroBatch
-from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.cost.activations import CUDA, Kernels, RankMicroBatch
+from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.pipeline_order import num_in_flight
@@ -70,7 +70,7 @@ class RankMemory:
 
 
 def fullest_rank(
-    roles: Roles, work: Work, choice: Choice, *, num_gpus: int, kernels: Kernels = CUDA
+    roles: Roles, work: Workload, choice: Choice, *, num_gpus: int, kernels: Kernels = CUDA
 ) -> RankMemory:
     """Return the rank that holds most: one of the first or of the last stage.
 
@@ -85,7 +85,7 @@ def fullest_rank(
 
 
 def rank_memory(
-    roles: Roles, work: Work, choice: Choice, *, num_gpus: int, stage: int, kernels: Kernels = CUDA
+    roles: Roles, work: Workload, choice: Choice, *, num_gpus: int, stage: int, kernels: Kernels = CUDA
 ) -> RankMemory:
     """Return the memory of a rank of pipeline stage `stage`.
 
@@ -105,9 +105,9 @@ def rank_memory(
     length = work.longest
     experience = choice.num_sequences(work, num_gpus) * length * _EXPERIENCE_BYTES
 
-    def batch(model: GLMConfig) -> MicroBatch:
+    def batch(model: GLMConfig) -> RankMicroBatch:
         num_tokens = choice.batch_tokens(work, num_gpus, length=length)
-        return MicroBatch(
+        return RankMicroBatch(
             model=model, layout=layout, num_tokens=num_tokens, itemsize=work.itemsize, kernels=kernels
         )
 
@@ -160,11 +160,11 @@ def role_bytes(
     )
 
 
-def _parked_bytes(held: dict[str, RoleBytes], work: Work, phases: Iterable[str]) -> dict[str, int]:
+def _parked_bytes(held: dict[str, RoleBytes], work: Workload, phases: Iterable[str]) -> dict[str, int]:
     """Return what is in host memory in each phase; the reference's answers are generated with all models."""
     optimizers = sum(held[name].optimizer + held[name].gradients for name in TRAINED)
-    frozen = sum(role.weights for name, role in held.items() if name in work.parks)
-    found = {"generate": optimizers, "score": optimizers} if "optimizers" in work.parks else {}
+    frozen = sum(role.weights for name, role in held.items() if name in work.offloads)
+    found = {"generate": optimizers, "score": optimizers} if "optimizers" in work.offloads else {}
     return found | {name: frozen for name in phases if name.startswith("train") or name == "step"}
 
 
@@ -189,7 +189,7 @@ def _start_bytes(held: dict[str, RoleBytes]) -> int:
 
 
 def training_bytes(
-    batches: Sequence[tuple[MicroBatch, float | None]],
+    batches: Sequence[tuple[RankMicroBatch, float | None]],
     recomputes: bool,
     *,
     stage: int,
@@ -215,7 +215,7 @@ def training_bytes(
     return saved + max(_pass_bytes(batch, share, recomputes, stage=stage) for batch, share in batches)
 
 
-def _pass_bytes(batch: MicroBatch, trained_share: float | None, recomputes: bool, *, stage: int) -> int:
+def _pass_bytes(batch: RankMicroBatch, trained_share: float | None, recomputes: bool, *, stage: int) -> int:
     """Return what the fullest pass takes beside what is saved for backward."""
     layer = batch.backward_workspace_bytes(recomputes=recomputes)
     if stage < batch.layout.pp - 1:
@@ -227,29 +227,29 @@ def _pass_bytes(batch: MicroBatch, trained_share: float | None, recomputes: bool
     return max(at_loss, kept + batch.hidden_bytes, layer + batch.residual_bytes)
 
 
-def generation_bytes(model: GLMConfig, work: Work, choice: Choice, *, num_gpus: int) -> int:
+def generation_bytes(model: GLMConfig, work: Workload, choice: Choice, *, num_gpus: int) -> int:
     """Return what a step of generation takes at most, the cache apart: a full step of prompts."""
     layout = choice.layout
     num_sequences = min(work.max_batch, choice.num_sequences(work, num_gpus))
     num_prompts = -(-num_sequences // work.num_samples)  # samples share their prompt's pages
     rows = min(work.max_step_tokens, num_prompts * work.max_prompt_tokens)
-    plain = MicroBatch(
+    plain = RankMicroBatch(
         model=model, layout=Layout(tp=layout.tp, pp=layout.pp), num_tokens=rows, itemsize=work.itemsize
     )
-    num_drawn = -(-num_sequences // layout.pp)
-    logits = 2 * num_drawn * (model.vocab_size // layout.tp) * _FP32
+    num_sampled = -(-num_sequences // layout.pp)
+    logits = 2 * num_sampled * (model.vocab_size // layout.tp) * _FP32
     return max(plain.forward_workspace_bytes(), logits)
 
 
-def _early_score_bytes(roles: Roles, work: Work, choice: Choice) -> int:
-    """Return what `ppo.scores_early` takes between turns at most: a forward pass over the longest answer."""
+def _early_score_bytes(roles: Roles, work: Workload, choice: Choice) -> int:
+    """Return what `ppo.overlap_scoring` takes at most: a forward pass over the longest answer."""
     if choice.layout.pp == 1 or choice.layout.cp > 1:
         return 0
     options = {"layout": choice.layout, "num_tokens": work.longest, "itemsize": work.itemsize}
-    return max(MicroBatch(model=model, **options).forward_workspace_bytes() for _, model in roles.items)
+    return max(RankMicroBatch(model=model, **options).forward_workspace_bytes() for _, model in roles.items)
 
 
-def page_bytes(model: GLMConfig, layout: Layout, work: Work) -> int:
+def page_bytes(model: GLMConfig, layout: Layout, work: Workload) -> int:
     """Return a page of the cache: keys and values of its positions in every layer of the rank."""
     num_heads = max(1, model.num_kv_heads // layout.tp)
     elements = 2 * (model.num_layers // layout.pp) * work.page_size * num_heads * model.head_size

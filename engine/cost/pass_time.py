@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from glm_rlhf.engine.cost.activations import MicroBatch
+from glm_rlhf.engine.cost.activations import RankMicroBatch
 from glm_rlhf.engine.cost.hardware import Cluster
-from glm_rlhf.engine.cost.workload import Choice, Work
+from glm_rlhf.engine.cost.workload import Choice, Workload
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.shard_sizes import chunk_sizes
@@ -45,7 +45,7 @@ class PassCosts:
 
     cluster: Cluster
     choice: Choice
-    batch: MicroBatch
+    batch: RankMicroBatch
     """A micro-batch; `num_tokens` are its own, not the budget."""
     length: int
     """Tokens of a sequence: what attention grows with."""
@@ -180,7 +180,7 @@ class DecodeCosts:
 
     cluster: Cluster
     choice: Choice
-    work: Work
+    work: Workload
     policy: GLMConfig
 
     @property
@@ -203,7 +203,7 @@ class DecodeCosts:
     def prefill(self, num_tokens: int, *, length: int) -> Cost:
         """Return `num_tokens` of prompts of `length` through a stage, the weights' reading aside."""
         plain = replace(self.choice, layout=Layout(tp=self.choice.layout.tp, pp=self.choice.layout.pp))
-        batch = MicroBatch(
+        batch = RankMicroBatch(
             model=self.policy, layout=plain.layout, num_tokens=num_tokens, itemsize=self.work.itemsize
         )
         costs = PassCosts(

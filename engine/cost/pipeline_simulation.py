@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.spec.pipeline_order import Pass, num_fillers, stage_order
+from glm_rlhf.parallel.spec.pipeline_order import Pass, num_padding_micro_batches, stage_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def play_passes(
 
 def is_filler(layout: Layout, num_micro_batches: int, one: Pass) -> bool:
     """Return whether a pass belongs to an empty micro-batch."""
-    return one.micro_batch < num_fillers(layout, num_micro_batches)
+    return one.micro_batch < num_padding_micro_batches(layout, num_micro_batches)
 
 
 def _source(layout: Layout, stage: int, one: Pass) -> tuple[int, Pass] | None:

@@ -29,7 +29,7 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Workload:
     """One iteration over all ranks; lengths in tokens."""
 
     max_prompt_tokens: int
@@ -58,8 +58,8 @@ class Work:
     """Optimizer steps a pass."""
     recomputes_logprobs: bool
     """Whether the policy's logprobs are computed again for all answers and not for a sample of them."""
-    parks: frozenset[str] = frozenset()
-    """What waits in host memory where it is not needed, as `train.park` has it."""
+    offloads: frozenset[str] = frozenset()
+    """What waits in host memory where it is not needed, as `train.offload` has it."""
 
     @property
     def longest(self) -> int:
@@ -88,19 +88,19 @@ class Choice:
     recompute_layers: bool
     """Whether backward runs each layer again."""
 
-    def num_sequences(self, work: Work, num_gpus: int) -> int:
+    def num_sequences(self, work: Workload, num_gpus: int) -> int:
         """Return the sequences of the fullest data-parallel copy."""
         prompts = -(-work.num_prompts // self.layout.dp(num_gpus))
         return prompts * work.num_samples
 
-    def batch_tokens(self, work: Work, num_gpus: int, *, length: int) -> int:
+    def batch_tokens(self, work: Workload, num_gpus: int, *, length: int) -> int:
         """Return the tokens of a full micro-batch of sequences of `length`, filler included."""
         in_step = -(-self.num_sequences(work, num_gpus) // work.minibatches) * length
         tokens = min(max(self.micro_batch_tokens // length, 1) * length, in_step)
         multiple = self.layout.token_multiple
         return -(-tokens // multiple) * multiple
 
-    def num_micro_batches(self, work: Work, num_gpus: int, *, length: int, minibatches: int) -> int:
+    def num_micro_batches(self, work: Workload, num_gpus: int, *, length: int, minibatches: int) -> int:
         """Return the micro-batches in one of `minibatches` parts of a copy's sequences of `length`."""
         in_part = -(-self.num_sequences(work, num_gpus) // minibatches)
         return -(-in_part // max(self.micro_batch_tokens // length, 1))

@@ -9,7 +9,7 @@ _Z = 1.959964  # two-sided 95 % of the normal distribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class ConfidenceInterval:
     """A mean and where it lies with 95 % confidence."""
 
     mean: float
@@ -22,7 +22,7 @@ class Estimate:
     """How many there were."""
 
 
-def share_estimate(values: Sequence[float]) -> Estimate:
+def share_estimate(values: Sequence[float]) -> ConfidenceInterval:
     """Return the mean of values in [0, 1], one a unit, with Wilson's interval.
 
     It stays inside [0, 1] and has a width where all values are 0 or all are 1. For values between, such as
@@ -39,10 +39,12 @@ def share_estimate(values: Sequence[float]) -> Estimate:
     num, mean = len(values), fmean(values)
     centre = (mean + _Z**2 / (2 * num)) / (1 + _Z**2 / num)
     half = _Z / (1 + _Z**2 / num) * math.sqrt(mean * (1 - mean) / num + _Z**2 / (4 * num**2))
-    return Estimate(mean=mean, low=max(centre - half, 0.0), high=min(centre + half, 1.0), num_units=num)
+    return ConfidenceInterval(
+        mean=mean, low=max(centre - half, 0.0), high=min(centre + half, 1.0), num_units=num
+    )
 
 
-def mean_estimate(values: Sequence[float]) -> Estimate:
+def mean_estimate(values: Sequence[float]) -> ConfidenceInterval:
     """Return the mean of any values, one a unit, ± 1.96 standard errors; for tens of units and more.
 
     Raises:
@@ -51,4 +53,4 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     if len(values) < 2:
         raise ValueError(f"{len(values)} values are given, an interval needs at least 2")
     mean, half = fmean(values), _Z * stdev(values) / math.sqrt(len(values))
-    return Estimate(mean=mean, low=mean - half, high=mean + half, num_units=len(values))
+    return ConfidenceInterval(mean=mean, low=mean - half, high=mean + half, num_units=len(values))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.evaluation.confidence import Estimate, mean_estimate, share_estimate
+from glm_rlhf.engine.evaluation.confidence import ConfidenceInterval, mean_estimate, share_estimate
 from glm_rlhf.engine.evaluation.scored_answers import JudgedAnswer, gather_answers
 from glm_rlhf.engine.types import Rewards, Rollouts
 from glm_rlhf.parallel.runtime.topology import Topology
@@ -32,7 +32,7 @@ class Measured:
 
     name: str
     """As it stands in the metrics, without `eval/`."""
-    estimate: Estimate
+    estimate: ConfidenceInterval
     """Its mean over prompts and the interval."""
     interval: str
     """How the interval was made."""
@@ -42,7 +42,7 @@ def judge_rollouts(
     rollouts: Rollouts,
     rewarder: Callable[[Rollouts], Rewards],
     tokenizer: Tokenizer | None,
-    place: Topology,
+    topology: Topology,
 ) -> list[JudgedAnswer]:
     """Return the answers of all ranks with their rewards, by prompt, on every rank; all of them call this.
 
@@ -50,8 +50,8 @@ def judge_rollouts(
         RewardError: a reward failed; on every rank.
     """
     rewards = rewarder(rollouts)
-    rollouts = replace(rollouts, left_out=rewards.left_out)
-    return gather_answers(rollouts, rewards.totals_B(rollouts.starts), tokenizer, place)
+    rollouts = replace(rollouts, excluded=rewards.excluded)
+    return gather_answers(rollouts, rewards.totals_B(rollouts.starts), tokenizer, topology)
 
 
 def measure(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.types import Rollouts
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -36,7 +36,7 @@ def gather_answers(
     rollouts: Rollouts,
     rewards_B: torch.Tensor,
     tokenizer: Tokenizer | None,
-    place: Topology,
+    topology: Topology,
     *,
     first: int | None = None,
 ) -> list[JudgedAnswer]:
@@ -48,30 +48,30 @@ def gather_answers(
         rollouts: this rank's; those left out have no reward.
         rewards_B: reward of each.
         tokenizer: gives the texts; None leaves them out.
-        place: layout and groups.
+        topology: layout and groups.
         first: so many at most; None for all.
     """
     mine = []
-    if place.tp_rank == place.pp_rank == place.cp_rank == 0:
+    if topology.tp_rank == topology.pp_rank == topology.cp_rank == 0:
         rewards = rewards_B.tolist()
         for number, index in enumerate(rollouts.indices):
             if first is None or index < first:
-                reward = None if number in rollouts.left_out else rewards[number]
+                reward = None if number in rollouts.excluded else rewards[number]
                 mine.append((index, _judged(rollouts, number, reward, tokenizer)))
-    everyone: list = [None] * place.world_size
+    everyone: list = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
     found = sorted((one for part in everyone for one in part), key=lambda one: one[0])
     return [answer for _, answer in found]
 
 
-def write_answers(path: Path, answers: Sequence[JudgedAnswer], place: Topology) -> None:
+def write_answers(path: Path, answers: Sequence[JudgedAnswer], topology: Topology) -> None:
     """Write one JSON line an answer, on the reporter; every rank calls this.
 
     Raises:
         OSError, ValueError: the file cannot be written; on every rank.
     """
-    with agreed(f"writing {path}"):
-        if place.is_reporter:
+    with raise_on_all_ranks(f"writing {path}"):
+        if topology.is_main_rank:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
             path.write_text(text, encoding="utf-8")

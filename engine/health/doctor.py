@@ -12,7 +12,7 @@ from glm_rlhf.engine.health.survey import RankSurvey, survey_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class DoctorReport:
     """What rank 0 knows in the end."""
 
     world_size: int
@@ -46,7 +46,7 @@ def run(config: DoctorConfig) -> int:
     return 0 if report.is_healthy else 1
 
 
-def diagnose(*, rank: int, world_size: int, timeout_s: float) -> Report | None:
+def diagnose(*, rank: int, world_size: int, timeout_s: float) -> DoctorReport | None:
     """Return the report on rank 0, None elsewhere; every rank calls it.
 
     Args:
@@ -59,7 +59,7 @@ def diagnose(*, rank: int, world_size: int, timeout_s: float) -> Report | None:
     """
     if world_size == 1:
         own = survey_rank(rank=0, local_rank=None)
-        return Report(world_size=1, surveys=(own,), silent_ranks=(), differences=())
+        return DoctorReport(world_size=1, surveys=(own,), silent_ranks=(), differences=())
     store = join(timeout_s)
     own = survey_rank(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     outcomes = try_collectives(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
@@ -68,7 +68,7 @@ def diagnose(*, rank: int, world_size: int, timeout_s: float) -> Report | None:
     if rank != 0:
         return None
     surveys = tuple(RankSurvey.from_json(text) for text in texts if text is not None)
-    return Report(
+    return DoctorReport(
         world_size=world_size,
         surveys=surveys,
         silent_ranks=tuple(other for other, text in enumerate(texts) if text is None),
@@ -92,7 +92,7 @@ def differences(surveys: Sequence[RankSurvey]) -> Iterator[str]:
                 yield f"rank {survey.rank} on {survey.host}: {there.name} is {active} ({there.reason})"
 
 
-def to_json(report: Report) -> str:
+def to_json(report: DoctorReport) -> str:
     """Return the report as one JSON object, versions and fast paths those of the first rank."""
     first = report.surveys[0]
     content = {
@@ -115,7 +115,7 @@ def to_json(report: Report) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def to_text(report: Report) -> str:
+def to_text(report: DoctorReport) -> str:
     """Return the report as aligned tables, versions and fast paths those of the first rank."""
     first = report.surveys[0]
     parts = ["versions", *_aligned([(entry.name, entry.version) for entry in first.versions]), ""]
@@ -142,7 +142,7 @@ def _fast_paths(survey: RankSurvey) -> Iterator[str]:
         yield row
 
 
-def _collectives(report: Report) -> list[str]:
+def _collectives(report: DoctorReport) -> list[str]:
     """Return one line for each outcome of a rank; all that went well share the first rank's."""
     shown = [
         (collective.backend, f"rank {survey.rank}", "ok" if collective.is_ok else "FAILED", collective.detail)

@@ -24,7 +24,7 @@ class RankProcess:
     """In the world."""
     pid: int
     """As its machine, or container, counts."""
-    place: str
+    host: str
     """Where processes are counted: the machine since it was started, and the container."""
     start_ticks: int
     """When it was started: a number that is used again has another."""
@@ -41,10 +41,10 @@ def rank_processes() -> tuple[RankProcess, ...]:
     if _BOOT.exists():
         pid, place = os.getpid(), f"{_BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
         _, start_ticks = _state_and_start(pid)
-        own = RankProcess(rank=dist.get_rank(), pid=pid, place=place, start_ticks=start_ticks)
+        own = RankProcess(rank=dist.get_rank(), pid=pid, host=place, start_ticks=start_ticks)
     found: list[RankProcess | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    return tuple(one for one in found if one is not None and own is not None and one.place == own.place)
+    return tuple(one for one in found if one is not None and own is not None and one.host == own.host)
 
 
 def kill_stopped(processes: Sequence[RankProcess]) -> list[int]:

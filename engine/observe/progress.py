@@ -34,7 +34,7 @@ class ProgressLine:
         if not self._is_shown:
             return
         speed = metrics["perf/tokens_per_s"]
-        reward, kl = metrics["critic/rewards/mean"], metrics["objective/kl"]
+        reward, kl = metrics["reward/minus_baseline/mean"], metrics["objective/kl"]
         if not self._bar.disable:
             self._bar.set_postfix_str(
                 f"reward {reward:.3f}, KL {kl:.3f}, {speed:.0f} tokens/s", refresh=False

@@ -3,20 +3,20 @@
 import time
 
 
-class Clock:
+class Timer:
     """Owns the seconds of named laps, one behind the other; laps of one name add up."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
+        self.splits: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
+    def split(self, name: str) -> None:
         """Note the seconds since the last lap."""
         now = time.monotonic()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self.splits[name] = self.splits.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def total_s(self) -> float:
         """Seconds of all laps."""
-        return sum(self.laps.values())
+        return sum(self.splits.values())

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, assumed_rates, read_rates, shape_of
-from glm_rlhf.engine.cost.workload import Roles, Work
+from glm_rlhf.engine.cost.workload import Roles, Workload
 from glm_rlhf.engine.plan.output_files import write_files
 from glm_rlhf.engine.plan.report import report
 from glm_rlhf.engine.plan.search import Limits, search
@@ -52,10 +52,10 @@ def roles_of(config: PlanConfig) -> Roles:
     )
 
 
-def work_of(config: PlanConfig) -> Work:
+def work_of(config: PlanConfig) -> Workload:
     """Return what an iteration has to do."""
     data, generation = config.data, config.generation
-    return Work(
+    return Workload(
         max_prompt_tokens=data.max_prompt_tokens,
         max_new_tokens=generation.max_new_tokens,
         mean_prompt_tokens=data.mean_prompt_tokens or -(-data.max_prompt_tokens // 2),
@@ -69,11 +69,11 @@ def work_of(config: PlanConfig) -> Work:
         epochs=config.ppo.epochs,
         minibatches=config.ppo.minibatches,
         recomputes_logprobs=generation.temperature != 1.0,
-        parks=frozenset(config.train.park),
+        offloads=frozenset(config.train.offload),
     )
 
 
-def check_lengths(roles: Roles, work: Work) -> None:
+def check_lengths(roles: Roles, work: Workload) -> None:
     """Return nothing where the lengths agree with each other and with the policy's context.
 
     Raises:

@@ -16,13 +16,13 @@ from glm_rlhf.engine.config.rl import (
 )
 from glm_rlhf.engine.config.sections import GenerationSection, ModelSection, ParallelSection
 from glm_rlhf.engine.config.training import OptionalModelSection, TrainingRunSection
-from glm_rlhf.engine.plan.search import Plan, layout_name
+from glm_rlhf.engine.plan.search import LayoutPlan, layout_name
 
 REWARD_PLACEHOLDER = "path/to/reward-model"
 CONFIG_NAME, TORCHRUN_NAME, SLURM_NAME = "ppo.yaml", "torchrun.sh", "slurm.sbatch"
 
 
-def ppo_config(config: PlanConfig, plan: Plan) -> PPOConfig:
+def ppo_config(config: PlanConfig, plan: LayoutPlan) -> PPOConfig:
     """Return the settings of `ppo` that carry a plan out; what a plan does not touch has its default."""
     layout = plan.choice.layout
     reward_path = config.reward.path
@@ -57,7 +57,7 @@ def ppo_config(config: PlanConfig, plan: Plan) -> PPOConfig:
             micro_batch_tokens=plan.choice.micro_batch_tokens,
             dtype=config.train.dtype,
             recompute_layers=plan.choice.recompute_layers,
-            park=config.train.park,
+            offload=config.train.offload,
         ),
         ppo=PPOSection(
             epochs=config.ppo.epochs,
@@ -67,7 +67,7 @@ def ppo_config(config: PlanConfig, plan: Plan) -> PPOConfig:
     )
 
 
-def write_files(config: PlanConfig, plan: Plan) -> list[Path]:
+def write_files(config: PlanConfig, plan: LayoutPlan) -> list[Path]:
     """Write the config and both launch scripts to the run folder; return their paths.
 
     Raises:

@@ -7,9 +7,9 @@ from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.cost.hardware import Cluster
 from glm_rlhf.engine.cost.iteration_time import Estimate, PhaseTime, estimate
 from glm_rlhf.engine.cost.memory import rank_memory
-from glm_rlhf.engine.cost.workload import Roles, Work
+from glm_rlhf.engine.cost.workload import Roles, Workload
 from glm_rlhf.engine.plan.output_files import REWARD_PLACEHOLDER
-from glm_rlhf.engine.plan.search import Plan, layout_name
+from glm_rlhf.engine.plan.search import LayoutPlan, layout_name
 from glm_rlhf.parallel.spec.shard_sizes import num_parameters
 from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES
 
@@ -17,7 +17,9 @@ _TRAINING = ("train policy", "train critic")
 Row = tuple[str, ...]
 
 
-def report(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster, plans: Sequence[Plan]) -> str:
+def report(
+    config: PlanConfig, roles: Roles, work: Workload, cluster: Cluster, plans: Sequence[LayoutPlan]
+) -> str:
     """Return everything there is to say of the plans, the first one at length."""
     best = plans[0]
     lines = [*_heading(config, roles, work, cluster), "", "plans, fastest first"]
@@ -35,7 +37,7 @@ def report(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster, plans
     return "\n".join(lines) + "\n"
 
 
-def _heading(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster) -> Iterator[str]:
+def _heading(config: PlanConfig, roles: Roles, work: Workload, cluster: Cluster) -> Iterator[str]:
     sizes = ", ".join(
         f"{name} {num_parameters(model, has_scalar_head=name in SCALAR_ROLES) / 1e9:.2f} B"
         for name, model in roles.items
@@ -52,7 +54,7 @@ def _heading(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster) -> 
     yield f"rates: {cluster.rates.source}"
 
 
-def _plan_rows(plans: Sequence[Plan], cluster: Cluster) -> Iterator[Row]:
+def _plan_rows(plans: Sequence[LayoutPlan], cluster: Cluster) -> Iterator[Row]:
     yield ("", "layout", "micro-batch", "layers run again", "peak GB", "s", "tokens/s/GPU", "MFU", "idle")
     for number, plan in enumerate(plans, start=1):
         total = plan.estimate.total
@@ -69,7 +71,7 @@ def _plan_rows(plans: Sequence[Plan], cluster: Cluster) -> Iterator[Row]:
         )
 
 
-def _reason(plan: Plan, best: Plan, cluster: Cluster) -> str:
+def _reason(plan: LayoutPlan, best: LayoutPlan, cluster: Cluster) -> str:
     phases, total = plan.estimate.phases, plan.estimate.total
     if plan is best:
         longest = max(phases, key=lambda name: phases[name].seconds)
@@ -91,7 +93,7 @@ def _reason(plan: Plan, best: Plan, cluster: Cluster) -> str:
     return f"{factor:.2f} × the time of plan 1, most of it in {slower}: {causes[cause]:+.1f} s of {cause}"
 
 
-def _memory_rows(roles: Roles, work: Work, cluster: Cluster, plan: Plan) -> Iterator[Row]:
+def _memory_rows(roles: Roles, work: Workload, cluster: Cluster, plan: LayoutPlan) -> Iterator[Row]:
     pp = plan.choice.layout.pp
     stages = sorted({0, min(1, pp - 1), pp - 1})
     ranks = [
@@ -138,7 +140,7 @@ def _time_row(name: str, phase: PhaseTime, times: Estimate, names: tuple[str, ..
 
 
 def _scaling_rows(
-    config: PlanConfig, roles: Roles, work: Work, cluster: Cluster, plan: Plan
+    config: PlanConfig, roles: Roles, work: Workload, cluster: Cluster, plan: LayoutPlan
 ) -> Iterator[Row]:
     yield ("GPUs", "prompts", "s", "tokens/s/GPU", "idle", "same prompts: s", "idle")
     factor = 1
@@ -156,7 +158,9 @@ def _scaling_rows(
         factor *= 2
 
 
-def _estimated(config: PlanConfig, roles: Roles, work: Work, cluster: Cluster, plan: Plan) -> Estimate:
+def _estimated(
+    config: PlanConfig, roles: Roles, work: Workload, cluster: Cluster, plan: LayoutPlan
+) -> Estimate:
     return estimate(
         roles,
         work,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster
 from glm_rlhf.engine.cost.iteration_time import Estimate, estimate
 from glm_rlhf.engine.cost.memory import RankMemory, fullest_rank
-from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.parallel.spec.layout import Layout
 
 _TP = (1, 2, 4, 8, 16)
@@ -32,7 +32,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class LayoutPlan:
     """One choice with what it takes."""
 
     choice: Choice
@@ -59,8 +59,8 @@ class NoFit(ValueError):
 
 
 def search(
-    roles: Roles, work: Work, cluster: Cluster, *, limits: Limits, has_baseline: bool, count: int
-) -> list[Plan]:
+    roles: Roles, work: Workload, cluster: Cluster, *, limits: Limits, has_baseline: bool, count: int
+) -> list[LayoutPlan]:
     """Return the fastest plans that fit, fastest first, no two with the same tp, pp and cp.
 
     Args:
@@ -82,17 +82,19 @@ def search(
         max_batch, cache_bytes = _cache(memory, work, choice, cluster)
         times = estimate(roles, work, choice, cluster, num_concurrent=max_batch, has_baseline=has_baseline)
         plans.append(
-            Plan(choice=choice, memory=memory, max_batch=max_batch, cache_bytes=cache_bytes, estimate=times)
+            LayoutPlan(
+                choice=choice, memory=memory, max_batch=max_batch, cache_bytes=cache_bytes, estimate=times
+            )
         )
     plans.sort(key=lambda plan: plan.estimate.total.seconds)
-    best: dict[tuple[int, int, int], Plan] = {}
+    best: dict[tuple[int, int, int], LayoutPlan] = {}
     for plan in plans:
         layout = plan.choice.layout
         best.setdefault((layout.tp, layout.pp, layout.cp), plan)
     return list(best.values())[:count]
 
 
-def layouts(roles: Roles, work: Work, num_gpus: int, limits: Limits) -> Iterator[Layout]:
+def layouts(roles: Roles, work: Workload, num_gpus: int, limits: Limits) -> Iterator[Layout]:
     """Yield every layout that splits all models evenly, divides the GPUs and leaves each copy a prompt."""
     model = roles.policy
     sizes = range(1, min(model.num_layers, num_gpus) + 1)
@@ -116,7 +118,7 @@ def _splits(layout: Layout, roles: Roles) -> bool:
     return True
 
 
-def _choices(roles: Roles, work: Work, num_gpus: int, limits: Limits) -> Iterator[list[Choice]]:
+def _choices(roles: Roles, work: Workload, num_gpus: int, limits: Limits) -> Iterator[list[Choice]]:
     """Yield for each layout its choices, the ones that are likely faster first."""
     if limits.micro_batch_tokens is not None:
         budgets = [limits.micro_batch_tokens]
@@ -136,7 +138,9 @@ def _choices(roles: Roles, work: Work, num_gpus: int, limits: Limits) -> Iterato
 _KEPT_BATCHES = 2
 
 
-def _fitting(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> list[tuple[Choice, RankMemory]]:
+def _fitting(
+    roles: Roles, work: Workload, cluster: Cluster, limits: Limits
+) -> list[tuple[Choice, RankMemory]]:
     """Return for each layout the largest micro-batches that fit; layers run again only where they must."""
     found = []
     for choices in _choices(roles, work, cluster.num_gpus, limits):
@@ -153,17 +157,17 @@ def _fitting(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> list
     return found
 
 
-def _fits(memory: RankMemory, work: Work, choice: Choice, cluster: Cluster) -> bool:
+def _fits(memory: RankMemory, work: Workload, choice: Choice, cluster: Cluster) -> bool:
     return _needed_bytes(memory, work, choice) <= cluster.usable_bytes
 
 
-def _needed_bytes(memory: RankMemory, work: Work, choice: Choice) -> int:
+def _needed_bytes(memory: RankMemory, work: Workload, choice: Choice) -> int:
     """Return the fullest moment with the smallest cache that generates: a sequence a pipeline stage."""
     cache = choice.layout.pp * _sequence_pages(work) * memory.cache_page
     return max(memory.peak, memory.resident + memory.phases["generate"] + cache)
 
 
-def _cache(memory: RankMemory, work: Work, choice: Choice, cluster: Cluster) -> tuple[int, int]:
+def _cache(memory: RankMemory, work: Workload, choice: Choice, cluster: Cluster) -> tuple[int, int]:
     """Return how many sequences generate at once on a rank, and the bytes of the cache for them."""
     room = cluster.usable_bytes - memory.resident - memory.phases["generate"]
     a_sequence = _sequence_pages(work) * memory.cache_page
@@ -172,12 +176,12 @@ def _cache(memory: RankMemory, work: Work, choice: Choice, cluster: Cluster) -> 
     return max_batch, max_batch * a_sequence
 
 
-def _sequence_pages(work: Work) -> int:
+def _sequence_pages(work: Workload) -> int:
     """Return the pages that the engine sets aside for a sequence: one more than it fills, for copies."""
     return -(-work.longest // work.page_size) + 1
 
 
-def _refusal(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> str:
+def _refusal(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> str:
     """Return what is missing, and which single changes make a layout fit."""
     least = _least(roles, work, cluster, limits)
     if least is None:
@@ -208,7 +212,7 @@ def _refusal(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> str:
     )
 
 
-def _changes(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> Iterator[tuple[str, bool]]:
+def _changes(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> Iterator[tuple[str, bool]]:
     """Yield single changes, and whether with them a layout fits."""
     if limits != Limits():
         yield "leave the layout to the plan", bool(_fitting(roles, work, cluster, Limits()))
@@ -239,7 +243,9 @@ def _changes(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> Iter
         yield "sequences half as long", bool(_fitting(roles, half, cluster, limits))
 
 
-def _least(roles: Roles, work: Work, cluster: Cluster, limits: Limits) -> tuple[Choice, RankMemory] | None:
+def _least(
+    roles: Roles, work: Workload, cluster: Cluster, limits: Limits
+) -> tuple[Choice, RankMemory] | None:
     """Return the choice whose fullest rank holds least."""
     found = [
         (choices[-1], fullest_rank(roles, work, choices[-1], num_gpus=cluster.num_gpus))

@@ -5,11 +5,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from glm_rlhf.engine.rewards.function import Reward, RewardFault, RewardFunction, RewardRequest, judge
+from glm_rlhf.engine.rewards.function import (
+    Reward,
+    RewardFailure,
+    RewardFunction,
+    RewardRequest,
+    call_reward_function,
+)
 from glm_rlhf.parallel.runtime.spans import span
 
 
-class BackgroundJudge:
+class BackgroundRewards:
     """Owns the threads that call a reward function, and what it said until somebody takes it.
 
     A thread lives while there are answers to judge, and takes an even share of those that wait. Which answers
@@ -33,7 +39,7 @@ class BackgroundJudge:
         self._idle = set(range(concurrency))  # numbers that no thread has
         self._waiting: dict[int, RewardRequest] = {}
         self._asked: set[int] = set()
-        self._found: dict[int, Reward | RewardFault] = {}
+        self._found: dict[int, Reward | RewardFailure] = {}
         self._round = 0  # answers of a round that was forgotten are dropped
 
     def ask(self, requests: Mapping[int, RewardRequest]) -> None:
@@ -48,14 +54,14 @@ class BackgroundJudge:
                     target=self._work, args=(thread,), name=f"reward {thread}", daemon=True
                 ).start()
 
-    def take(self, numbers: Sequence[int]) -> list[Reward | RewardFault]:
+    def take(self, numbers: Sequence[int]) -> list[Reward | RewardFailure]:
         """Return what was said of answers that were asked for, in the order of `numbers`; waits for it."""
         with self._changed:
             self._changed.wait_for(lambda: all(number in self._found for number in numbers))
             self._asked.difference_update(numbers)
             return [self._found.pop(number) for number in numbers]
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drop all that was asked for: what waits is not judged, what is being judged is not kept."""
         with self._changed:
             self._round += 1
@@ -80,12 +86,12 @@ class BackgroundJudge:
                     self._found |= dict(zip(batch, found, strict=True))
                     self._changed.notify_all()
 
-    def _judge(self, requests: list[RewardRequest]) -> list[Reward | RewardFault]:
+    def _judge(self, requests: list[RewardRequest]) -> list[Reward | RewardFailure]:
         try:
             with span("reward call"):
-                return judge(self._function, requests, masks_faults=True)
+                return call_reward_function(self._function, requests, skip_failures=True)
         except (
             BaseException
         ) as error:  # such as SystemExit, which would end the thread alone, and wait for ever
             reason = f"the reward function raised {type(error).__name__}: {error}"
-            return [RewardFault(reason=reason)] * len(requests)
+            return [RewardFailure(reason=reason)] * len(requests)

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rewards.distributed import AnswerJudge
-from glm_rlhf.engine.rewards.function import RewardFault, RewardFunction
-from glm_rlhf.engine.scoring.overlapped_scores import EarlyScores
+from glm_rlhf.engine.rewards.distributed import RewardDispatcher
+from glm_rlhf.engine.rewards.function import RewardFailure, RewardFunction
+from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
 from glm_rlhf.engine.scoring.rollout_scores import stream_rows
 from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
@@ -30,7 +30,7 @@ class RewardTerms:
         model: Sequence[GLMModel] | None = None,
         function: RewardFunction | None = None,
         function_weight: float = 1.0,
-        masks_faults: bool = False,
+        skip_failures: bool = False,
         concurrency: int = 1,
         answer_by_reference: AnswerByReference | None = None,
     ) -> None:
@@ -43,9 +43,9 @@ class RewardTerms:
             model: this rank's chunks of a reward model; None for none.
             function: judges answers; None for none.
             function_weight: factor of the function's reward.
-            masks_faults: whether an answer that the function has no reward for is left out, and told on
+            skip_failures: whether an answer that the function has no reward for is left out, and told on
                 stderr, rather than ending the run.
-            concurrency: most calls of the function at once, as for `AnswerJudge`.
+            concurrency: most calls of the function at once, as for `RewardDispatcher`.
             answer_by_reference: where given, the reward of its answer to the same prompt is subtracted
                 (ChatGLM-RLHF's baseline); each prompt is answered once and its score kept.
 
@@ -58,22 +58,22 @@ class RewardTerms:
         self.model, self.function_weight = model, function_weight
         self.judge = None
         if function is not None:
-            self.judge = AnswerJudge(
+            self.judge = RewardDispatcher(
                 function,
                 topology=topology,
                 tokenizer=tokenizer,
-                masks_faults=masks_faults,
+                skip_failures=skip_failures,
                 concurrency=concurrency,
             )
         self.answer_by_reference = answer_by_reference
         self.baselines: dict[tuple[int, ...], float] = {}
 
     def __call__(
-        self, rollouts: Rollouts, *, uses_early: bool = False, early: EarlyScores | None = None
+        self, rollouts: Rollouts, *, uses_overlapped: bool = False, overlapped: OverlappedScores | None = None
     ) -> Rewards:
         """Return rewards less baselines; every rank of the topology calls this.
 
-        With `uses_early` the function was asked for these answers as they ended, by `judge.ask_early`;
+        With `uses_overlapped` the function was asked for these answers as they ended, by `judge.ask_ahead`;
         `early` is what the reward model has said of some.
 
         Where faults are masked, an answer is left out when it or its prompt's reference answer has no
@@ -82,17 +82,17 @@ class RewardTerms:
         Raises:
             RewardError: the function failed on some rank, or for all answers; on every rank.
         """
-        rewards = self.without_baseline(rollouts, uses_early=uses_early, early=early)
+        rewards = self.without_baseline(rollouts, uses_overlapped=uses_overlapped, overlapped=overlapped)
         if self.answer_by_reference is None:
             return rewards
         self._learn_baselines(rollouts.prompts)
         baselines = [self.baselines.get(prompt.tokens) for prompt in rollouts.prompts]
-        left_out = rewards.left_out | {index for index, found in enumerate(baselines) if found is None}
+        excluded = rewards.excluded | {index for index, found in enumerate(baselines) if found is None}
         less_B = rewards.rewards_B - torch.tensor(
             [found or 0.0 for found in baselines], device=rewards.rewards_B.device
         )
-        less_B[sorted(left_out)] = 0.0
-        return Rewards(rewards_B=less_B, token_rewards_T=rewards.token_rewards_T, left_out=left_out)
+        less_B[sorted(excluded)] = 0.0
+        return Rewards(rewards_B=less_B, token_rewards_T=rewards.token_rewards_T, excluded=excluded)
 
     def baseline_tensors(self) -> dict[str, torch.Tensor]:
         """Return what reference answers have scored, as tensors that a checkpoint can hold."""
@@ -122,11 +122,11 @@ class RewardTerms:
         rewards = self.without_baseline(answers)
         scores = rewards.totals_B(answers.starts).tolist()
         for index, (prompt, score) in enumerate(zip(answers.prompts, scores, strict=True)):
-            if index not in rewards.left_out:
+            if index not in rewards.excluded:
                 self.baselines.setdefault(prompt.tokens, score)
 
     def without_baseline(
-        self, rollouts: Rollouts, *, uses_early: bool = False, early: EarlyScores | None = None
+        self, rollouts: Rollouts, *, uses_overlapped: bool = False, overlapped: OverlappedScores | None = None
     ) -> Rewards:
         """Return rewards with nothing subtracted; every rank of the topology calls this.
 
@@ -134,20 +134,20 @@ class RewardTerms:
             RewardError: the function failed on some rank, or for all answers; on every rank.
         """
         device = rollouts.tokens_T.device
-        total_B, token_T, left_out = torch.zeros(rollouts.num_sequences, device=device), None, set()
+        total_B, token_T, excluded = torch.zeros(rollouts.num_sequences, device=device), None, set()
         if self.model is not None:
             rows_T = stream_rows(
                 self.model,
                 rollouts,
                 max_tokens=self.micro_batch_tokens,
                 topology=self.topology,
-                early=early,
+                overlapped=overlapped,
             )
             total_B += rows_T[rollouts.cu_seqlens[1:].long() - 1]
         if self.judge is not None:
-            for index, reward in enumerate(self.judge(rollouts, uses_early=uses_early)):
-                if isinstance(reward, RewardFault):
-                    left_out.add(index)
+            for index, reward in enumerate(self.judge(rollouts, uses_overlapped=uses_overlapped)):
+                if isinstance(reward, RewardFailure):
+                    excluded.add(index)
                 elif isinstance(reward, tuple):
                     token_T = (
                         torch.zeros(rollouts.tokens_T.shape, device=device) if token_T is None else token_T
@@ -157,5 +157,5 @@ class RewardTerms:
                     token_T[end - len(reward) : end] = weighted
                 else:
                     total_B[index] += self.function_weight * reward
-        total_B[sorted(left_out)] = 0.0
-        return Rewards(rewards_B=total_B, token_rewards_T=token_T, left_out=frozenset(left_out))
+        total_B[sorted(excluded)] = 0.0
+        return Rewards(rewards_B=total_B, token_rewards_T=token_T, excluded=frozenset(excluded))

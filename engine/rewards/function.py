@@ -29,7 +29,7 @@ class RewardRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RewardFault:
+class RewardFailure:
     """Stands where an answer's reward could not be had; a reward function may return it itself."""
 
     reason: str
@@ -39,7 +39,7 @@ class RewardFault:
 Reward = float | tuple[float, ...]
 """Of an answer as a whole, or one a token of it, its end id included."""
 
-RewardFunction = Callable[[Sequence[RewardRequest]], Sequence[Reward | RewardFault]]
+RewardFunction = Callable[[Sequence[RewardRequest]], Sequence[Reward | RewardFailure]]
 """Takes answers and returns one reward each, in their order."""
 
 
@@ -68,15 +68,15 @@ def find_rule(name: str) -> RewardFunction:
     return function
 
 
-def judge(
-    function: RewardFunction, requests: Sequence[RewardRequest], *, masks_faults: bool = False
-) -> list[Reward | RewardFault]:
+def call_reward_function(
+    function: RewardFunction, requests: Sequence[RewardRequest], *, skip_failures: bool = False
+) -> list[Reward | RewardFailure]:
     """Return a function's rewards, each known to be finite; nothing is mended, no fault becomes a number.
 
     Args:
         function: judges the answers.
         requests: the answers.
-        masks_faults: whether a fault stands in place of its answer's reward, rather than being raised. A
+        skip_failures: whether a fault stands in place of its answer's reward, rather than being raised. A
             function that raises, or answers with another count, is a fault of every answer.
 
     Raises:
@@ -86,43 +86,45 @@ def judge(
         answers = list(function(requests))
         if len(answers) != len(requests):
             reason = f"the reward function gave {len(answers)} rewards for {len(requests)} answers"
-            answers = [RewardFault(reason=reason)] * len(requests)
+            answers = [RewardFailure(reason=reason)] * len(requests)
     except Exception as error:
         reason = f"the reward function raised {type(error).__name__}: {error}"
-        answers = [RewardFault(reason=reason)] * len(requests)
+        answers = [RewardFailure(reason=reason)] * len(requests)
     found = [_checked(answer, request) for answer, request in zip(answers, requests, strict=True)]
-    if not masks_faults:
-        refuse_faults(found, requests)
+    if not skip_failures:
+        raise_on_failures(found, requests)
     return found
 
 
-def refuse_faults(found: Sequence[Reward | RewardFault], requests: Sequence[RewardRequest]) -> None:
+def raise_on_failures(found: Sequence[Reward | RewardFailure], requests: Sequence[RewardRequest]) -> None:
     """Raise RewardError where an answer has a fault in place of a reward; the message names the first."""
     for index, reward in enumerate(found):
-        if isinstance(reward, RewardFault):
+        if isinstance(reward, RewardFailure):
             raise RewardError(f"reward {index} of {len(found)}, {describe(requests[index], reward)}")
 
 
-def describe(request: RewardRequest, fault: RewardFault) -> str:
+def describe(request: RewardRequest, fault: RewardFailure) -> str:
     """Return a fault in words, with the beginning of its prompt and answer."""
     prompt = request.prompt_tokens if request.prompt is None else request.prompt
     response = request.response_tokens if request.response is None else request.response
     return f"of the answer {_short(response)} to the prompt {_short(prompt)}: {fault.reason}"
 
 
-def _checked(answer: object, request: RewardRequest) -> Reward | RewardFault:
-    if isinstance(answer, RewardFault):
+def _checked(answer: object, request: RewardRequest) -> Reward | RewardFailure:
+    if isinstance(answer, RewardFailure):
         return answer
     if not isinstance(answer, Sequence) or isinstance(answer, str):
         if _is_number(answer):
             return float(answer)
-        return RewardFault(reason=f"it is {_short(answer)}, a finite number is required")
+        return RewardFailure(reason=f"it is {_short(answer)}, a finite number is required")
     num_tokens = len(request.response_tokens)
     if len(answer) != num_tokens:
-        return RewardFault(reason=f"it has {len(answer)} numbers for an answer of {num_tokens} tokens")
+        return RewardFailure(reason=f"it has {len(answer)} numbers for an answer of {num_tokens} tokens")
     for place, number in enumerate(answer):
         if not _is_number(number):
-            return RewardFault(reason=f"it is {_short(number)} at token {place}, a finite number is required")
+            return RewardFailure(
+                reason=f"it is {_short(number)} at token {place}, a finite number is required"
+            )
     return tuple(float(number) for number in answer)
 
 

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm_rlhf.engine.rewards.function import Reward, RewardFault, RewardRequest
+from glm_rlhf.engine.rewards.function import Reward, RewardFailure, RewardRequest
 
 _MAX_BYTES = 64 * 2**20
 _MAX_PAUSE_S = 30.0
@@ -35,7 +35,7 @@ class HttpReward:
 
     A batch is asked for again, at most `retries` times, after pauses that double from `pause_s` to 30 s:
     when nobody answers, not in time, with a status of 5xx, 408 or 429, or with what is not of the contract.
-    What then has no reward is a `RewardFault`, and further batches of the same call are not asked for: a
+    What then has no reward is a `RewardFailure`, and further batches of the same call are not asked for: a
     call lasts at most (retries + 1) · (timeout_s + pause) longer than the server works.
     """
 
@@ -50,18 +50,18 @@ class HttpReward:
     pause_s: float = 0.5
     """Pause before the first time that a batch is asked for again."""
 
-    def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFault]:
+    def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFailure]:
         """Return a reward or a fault for each answer."""
-        found: list[Reward | RewardFault] = []
+        found: list[Reward | RewardFailure] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
             answer = self._ask_until_answered(batch)
-            if isinstance(answer, RewardFault):
+            if isinstance(answer, RewardFailure):
                 return found + [answer] * (len(requests) - start)
             found += answer
         return found
 
-    def _ask_until_answered(self, batch: Sequence[RewardRequest]) -> list[Reward] | RewardFault:
+    def _ask_until_answered(self, batch: Sequence[RewardRequest]) -> list[Reward] | RewardFailure:
         body = json.dumps({"requests": [_in_json(request) for request in batch]}).encode()
         reasons: list[str] = []
         for attempt in range(self.retries + 1):
@@ -74,7 +74,9 @@ class HttpReward:
                 break
             except (OSError, ValueError, http.client.HTTPException) as error:
                 reasons.append(f"{type(error).__name__}: {error}")
-        return RewardFault(reason=f"{self.url} gave none in {len(reasons)} attempts, at last: {reasons[-1]}")
+        return RewardFailure(
+            reason=f"{self.url} gave none in {len(reasons)} attempts, at last: {reasons[-1]}"
+        )
 
     def _ask(self, body: bytes, num_answers: int) -> list[Reward]:
         """Return the rewards of one POST.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from glm_rlhf.engine.rewards.function import (
     Reward,
     RewardError,
-    RewardFault,
+    RewardFailure,
     RewardFunction,
     RewardRequest,
+    call_reward_function,
     find_rule,
-    judge,
 )
 
 _PLUS = re.compile(r"\s+\+\s+")
@@ -41,16 +41,16 @@ class RewardSum:
     terms: tuple[RewardTerm, ...]
     """At least one."""
 
-    def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFault]:
+    def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFailure]:
         """Return the weighted sum, or a fault that names its term, for each answer."""
-        by_term = [judge(term.function, requests, masks_faults=True) for term in self.terms]
+        by_term = [call_reward_function(term.function, requests, skip_failures=True) for term in self.terms]
         return [self._total(rewards) for rewards in zip(*by_term, strict=True)]
 
-    def _total(self, rewards: Sequence[Reward | RewardFault]) -> Reward | RewardFault:
+    def _total(self, rewards: Sequence[Reward | RewardFailure]) -> Reward | RewardFailure:
         whole, by_token = 0.0, None
         for term, reward in zip(self.terms, rewards, strict=True):
-            if isinstance(reward, RewardFault):
-                return RewardFault(reason=f"of {term.name}: {reward.reason}")
+            if isinstance(reward, RewardFailure):
+                return RewardFailure(reason=f"of {term.name}: {reward.reason}")
             if not isinstance(reward, tuple):
                 whole += term.weight * reward
             elif by_token is None:

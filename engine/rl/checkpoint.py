@@ -10,7 +10,7 @@ from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.runs.checkpoints import find_checkpoint, is_same_layout, open_writer, restore_run
 from glm_rlhf.engine.runs.fingerprint import model_identity
 from glm_rlhf.parallel.megatron_compat.rng_state import random_state
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 
@@ -20,19 +20,19 @@ def save_run(
     config: PPOConfig,
     folder: Path,
     *,
-    place: Topology,
+    topology: Topology,
     progress: Mapping[str, Any] | None,
     keep_last: int,
 ) -> Path:
     """Write a checkpoint `step_N` into a folder, as `PPOEngine.save` says; every rank calls this."""
     step = roles.iteration
-    with agreed(f"fingerprinting the models of {config.model.path}"):
-        identity = identity_of_models(config) if place.is_reporter else {}
+    with raise_on_all_ranks(f"fingerprinting the models of {config.model.path}"):
+        identity = identity_of_models(config) if topology.is_main_rank else {}
     with open_writer(
         folder,
         config,
         roles.trained,
-        place=place,
+        topology=topology,
         keep_last=keep_last or sys.maxsize,
         is_async=False,
     ) as writer:
@@ -45,30 +45,32 @@ def save_run(
     return folder / f"step_{step}"
 
 
-def load_run(roles: PPORoles, config: PPOConfig, path: Path, *, place: Topology) -> dict[str, Any]:
+def load_run(roles: PPORoles, config: PPOConfig, path: Path, *, topology: Topology) -> dict[str, Any]:
     """Bring the roles to a checkpoint, as `PPOEngine.load` says; every rank calls this."""
-    origin = find_checkpoint(path, place)
-    if origin is None:
+    checkpoint = find_checkpoint(path, topology)
+    if checkpoint is None:
         raise ValueError(f"{path} is no checkpoint and holds none: give what PPOEngine.save was given")
-    with agreed(f"fingerprinting the models of {config.model.path}"):
-        identity = identity_of_models(config) if place.is_reporter else {}
-    progress = restore_run(origin, roles.trained, config=config, identity=identity, place=place)
-    take_over(roles, origin, progress)
-    return origin.manifest.state.get("caller", {})
+    with raise_on_all_ranks(f"fingerprinting the models of {config.model.path}"):
+        identity = identity_of_models(config) if topology.is_main_rank else {}
+    progress = restore_run(checkpoint, roles.trained, config=config, identity=identity, topology=topology)
+    restore_roles(roles, checkpoint, progress)
+    return checkpoint.manifest.state.get("caller", {})
 
 
-def take_over(roles: PPORoles, origin: Checkpoint, progress: Mapping[str, Any]) -> None:
+def restore_roles(roles: PPORoles, checkpoint: Checkpoint, progress: Mapping[str, Any]) -> None:
     """Bring what the roles carry between iterations to a checkpoint; every rank calls this.
 
     Scores of reference answers are a data-parallel rank's own in the same layout; in another one every rank
     takes over those of all.
     """
-    place = roles.topology
+    topology = roles.topology
     roles.set_progress(progress)
-    with agreed(f"resuming from {origin.folder}"):
-        ranks = [place.rank] if is_same_layout(origin, place) else range(origin.manifest.world_size)
+    with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
+        ranks = (
+            [topology.rank] if is_same_layout(checkpoint, topology) else range(checkpoint.manifest.world_size)
+        )
         for rank in ranks:
-            roles.rewards.add_baselines(origin.rank_tensors(rank))
+            roles.rewards.add_baselines(checkpoint.rank_tensors(rank))
 
 
 def identity_of_models(config: PPOConfig) -> dict[str, str]:

@@ -31,14 +31,14 @@ from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
 from glm_rlhf.engine.rollout.generate import AnswerSettings
-from glm_rlhf.engine.rollout.generation_layout import second_layout
+from glm_rlhf.engine.rollout.generation_layout import generation_layout
 from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.rollout.stop_strings import stop_check
 from glm_rlhf.engine.training.run import adam_of
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.topology import Topology, topology
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -68,7 +68,7 @@ class PPOEngine:
         axes = config.parallel
         with contextlib.ExitStack() as stack:
             self.topology: Topology = stack.enter_context(
-                topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed)
+                open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed)
             )
             self.roles, self.tokenizer = _build(config, self.topology, stack)
             self._stack = stack.pop_all()
@@ -131,7 +131,12 @@ class PPOEngine:
             ValueError: it cannot be written; on every rank.
         """
         return save_run(
-            self.roles, self.config, Path(folder), place=self.topology, progress=progress, keep_last=keep_last
+            self.roles,
+            self.config,
+            Path(folder),
+            topology=self.topology,
+            progress=progress,
+            keep_last=keep_last,
         )
 
     def load(self, path: str | Path) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class PPOEngine:
         Raises:
             ValueError: there is none, it is damaged, or of other settings or models; on every rank.
         """
-        return load_run(self.roles, self.config, Path(path), place=self.topology)
+        return load_run(self.roles, self.config, Path(path), topology=self.topology)
 
     def close(self) -> None:
         """Leave the layout; the engine is of no use afterwards."""
@@ -170,21 +175,21 @@ class PPOEngine:
 
 
 def _build(
-    config: PPOConfig, place: Topology, stack: contextlib.ExitStack
+    config: PPOConfig, topology: Topology, stack: contextlib.ExitStack
 ) -> tuple[PPORoles, Tokenizer | None]:
     """Return the roles with their models loaded, and the tokenizer; `stack` ends what the roles hold."""
     loading = {"dtype": DTYPES[config.train.dtype], "seed": config.run.seed}
     trained = {"recompute_layers": config.train.recompute_layers}
-    with agreed("finding the reward function"):
+    with raise_on_all_ranks("finding the reward function"):
         function = reward_function_of(config.reward)
-    policy, _ = load_model(config.model.path, place, **loading, **trained)
+    policy, _ = load_model(config.model.path, topology, **loading, **trained)
     glm, given = policy[0].glm, config.generation
     resharded = stack.enter_context(
-        second_layout(policy, place, tp=given.tp, pp=given.pp, timeout_s=config.parallel.timeout_s)
+        generation_layout(policy, topology, tp=given.tp, pp=given.pp, timeout_s=config.parallel.timeout_s)
     )
-    with agreed("reading the tokenizer"):
+    with raise_on_all_ranks("reading the tokenizer"):
         tokenizer = find_tokenizer(config, glm)
-    load = partial(load_other, place=place, beside=glm, **loading)
+    load = partial(load_other, topology=topology, beside=glm, **loading)
     paths = {
         "critic.path": config.critic.path,
         "reward.path": config.reward.path,
@@ -196,36 +201,36 @@ def _build(
     reward_model = None
     if config.reward.path is not None:
         reward_model, _ = load("reward.path", config.reward.path, role="reward")
-    if created and place.is_reporter:
+    if created and topology.is_main_rank:
         sys.stderr.write(f"{paths[critic_key]} has no scalar head: the critic starts with a new one\n")
     roles = PPORoles(
-        topology=place,
+        topology=topology,
         policy=policy,
         critic=critic,
         reference=reference,
         reward_model=reward_model,
         reward_function=function,
         reward_function_weight=config.reward.function_weight,
-        masks_reward_faults=config.reward.on_error == "mask",
+        skip_reward_failures=config.reward.on_error == "mask",
         reward_concurrency=config.reward.concurrency,
         uses_reference_baseline=config.ppo.reference_baseline,
         settings=_settings(config),
-        answers=answer_settings_of(config, tokenizer, glm, place),
+        answers=answer_settings_of(config, tokenizer, glm, topology),
         policy_adam=adam_of(config.optimizer),
         critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
         in_backward=config.optimizer.in_backward,
         seed=config.run.seed,
         answer_seed=answer_seed(config),
         tokenizer=tokenizer,
-        demonstrations=_demonstrations(config, tokenizer, glm, place),
+        demonstrations=_demonstrations(config, tokenizer, glm, topology),
         resharded=resharded,
-        parks=config.train.park,
+        offloads=config.train.offload,
     )
     return roles, tokenizer
 
 
 def _demonstrations(
-    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+    config: PPOConfig, tokenizer: Tokenizer | None, glm: GLMConfig, topology: Topology
 ) -> DemonstrationStream | None:
     """Return what the policy imitates, tokenised into the run folder; None when the config names nothing."""
     data = config.data
@@ -234,7 +239,7 @@ def _demonstrations(
     section = DemonstrationsSection(
         path=data.sft_path, max_prompt_tokens=data.max_prompt_tokens, on_error=data.on_error
     )
-    records, _ = open_demonstrations(section, config.run.output, tokenizer, glm, place=place)
+    records, _ = open_demonstrations(section, config.run.output, tokenizer, glm, topology=topology)
     return DemonstrationStream(
         records,
         batch_size=config.sft_batch_size,
@@ -278,17 +283,17 @@ def _settings(config: PPOConfig) -> PPOSettings:
         max_kl=ppo.max_kl,
         critic_warmup_iterations=config.critic.warmup_iterations,
         max_logprob_gap=ppo.max_logprob_gap,
-        scores_early=ppo.scores_early,
+        overlap_scoring=ppo.overlap_scoring,
         micro_batch_tokens=config.train.micro_batch_tokens,
     )
 
 
 def answer_settings_of(
-    config: PPOConfig | EvaluateConfig, tokenizer: Tokenizer | None, glm: GLMConfig, place: Topology
+    config: PPOConfig | EvaluateConfig, tokenizer: Tokenizer | None, glm: GLMConfig, topology: Topology
 ) -> AnswerSettings:
     """Return how a config wants prompts answered."""
     given = config.generation
-    masked_V = None if tokenizer is None else tokenizer.ids_never_sampled(glm.vocab_size).to(place.device)
+    masked_V = None if tokenizer is None else tokenizer.unsampleable_ids(glm.vocab_size).to(topology.device)
     return AnswerSettings(
         sampling=SamplingSettings(
             temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, masked_ids_V=masked_V

@@ -15,7 +15,7 @@ from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 
 BEST = "best"
 
@@ -34,7 +34,7 @@ class PPOEvaluation:
         self._settings = EvaluationSettings(
             num_samples=given.num_samples, pass_k=given.pass_k, pass_reward=given.pass_reward
         )
-        with agreed("reading the prompts of evaluate.path"):
+        with raise_on_all_ranks("reading the prompts of evaluate.path"):
             self._prompts = read_prompt_inputs(
                 given.path,
                 engine.tokenizer,
@@ -44,7 +44,7 @@ class PPOEvaluation:
                 report=ReadReport(),
             )
         self._against = self._answers(engine.roles.reference, None)
-        self._best_file = Path(config.run.output) / "checkpoints" / f"{BEST}.json"
+        self._best_file = Path(config.run.output) / "hf" / f"{BEST}.json"
         self._best_reward = None
 
     def is_due(self, step: int) -> bool:
@@ -74,7 +74,7 @@ class PPOEvaluation:
 
     def _answers(self, chunks: list[GLMModel], resharded: ReshardedWeights | None) -> list[JudgedAnswer]:
         engine = self._engine
-        engine.roles.parking.before_scoring()
+        engine.roles.offload.before_scoring()
         rollouts = answer_prompts(
             chunks,
             self._prompts,
@@ -91,16 +91,16 @@ class PPOEvaluation:
         """Put the policy in the place of the one that was best before."""
         best = self._best_file.with_suffix("")
         new, old = best.with_name(f"{BEST}.new"), best.with_name(f"{BEST}.old")
-        place = self._engine.topology
-        with agreed(f"making room for {new}"):
-            if place.is_reporter:
+        topology = self._engine.topology
+        with raise_on_all_ranks(f"making room for {new}"):
+            if topology.is_main_rank:
                 best.parent.mkdir(parents=True, exist_ok=True)
                 for left in (new, old):  # by a run that was killed in between
                     if left.exists():
                         shutil.rmtree(left)
         self._engine.export_hf(new)
-        with agreed(f"keeping {best}"):
-            if place.is_reporter:
+        with raise_on_all_ranks(f"keeping {best}"):
+            if topology.is_main_rank:
                 if best.exists():
                     best.rename(old)
                 new.rename(best)

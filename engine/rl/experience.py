@@ -9,13 +9,13 @@ import torch.distributed as dist
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.scoring.old_logprobs import old_logprobs
-from glm_rlhf.engine.scoring.overlapped_scores import EarlyRoles
+from glm_rlhf.engine.scoring.overlapped_scores import OverlappedRoles
 from glm_rlhf.engine.scoring.rollout_scores import batches_of, stream_logprobs, stream_rows
 from glm_rlhf.engine.types import Experience, Rewards, Rollouts
 from glm_rlhf.kernels import ppo_advantages, whiten
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.token_outputs import shift_to_tokens
-from glm_rlhf.parallel.runtime.nonfinite import named, refuse_nonfinite
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology
 
 Rewarder = Callable[[Rollouts], Rewards]
@@ -33,7 +33,7 @@ def make_experience(
     kl_coef: float,
     sample_seed: int,
     topology: Topology,
-    early: EarlyRoles | None = None,
+    overlapped: OverlappedRoles | None = None,
 ) -> Experience:
     """Return what an update needs of these rollouts; every rank of the topology calls this.
 
@@ -58,19 +58,21 @@ def make_experience(
     phases = Phases()
     with phases.phase("reward"):
         rewards = rewarder(rollouts)
-    rollouts = replace(rollouts, left_out=rewards.left_out)
+    rollouts = replace(rollouts, excluded=rewards.excluded)
     mask_T = rollouts.action_mask_T
     rewards_B = rewards.totals_B(rollouts.starts)
     with phases.phase("reference"):
-        known = early and early.reference
+        known = overlapped and overlapped.reference
         batches = batches_of(rollouts, **options, without=known.sequences if known else ())
-        ref_logprobs_T = stream_logprobs(reference, rollouts, batches, mask_T, topology=topology, early=known)
+        ref_logprobs_T = stream_logprobs(
+            reference, rollouts, batches, mask_T, topology=topology, overlapped=known
+        )
     with phases.phase("old_logprobs"):
         old_logprobs_T, gap = old_logprobs(
             policy, rollouts, mask_T, **options, max_gap=settings.max_logprob_gap, seed=sample_seed
         )
     with phases.phase("values"):
-        rows_T = stream_rows(critic, rollouts, **options, early=early and early.critic)
+        rows_T = stream_rows(critic, rollouts, **options, overlapped=overlapped and overlapped.critic)
         values_T = shift_to_tokens(rows_T) * mask_T
     found = {
         "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),
@@ -118,8 +120,8 @@ def _check_finite(found: dict[str, torch.Tensor], rollouts: Rollouts, topology: 
     for name, values_T in found.items():
         answers = answers_with(rollouts, ~values_T.isfinite())
         if answers:
-            findings.append(f"{name} of answers {named(answers)}")
-    refuse_nonfinite(findings, "no update is made of them", device=topology.device)
+            findings.append(f"{name} of answers {abbreviate(answers)}")
+    raise_if_nonfinite(findings, "no update is made of them", device=topology.device)
 
 
 def answers_with(rollouts: Rollouts, chosen_T: torch.Tensor) -> list[int]:
@@ -154,17 +156,17 @@ def _metrics(
             (kl_T * mask_T).sum(),
             values_T.sum(),
             torch.tensor(float(sum(rollouts.prompt_lengths)), device=mask_T.device),
-            torch.tensor(float(len(rollouts.left_out)), device=mask_T.device),
+            torch.tensor(float(len(rollouts.excluded)), device=mask_T.device),
         ]
     ).double()
     dist.all_reduce(sums, group=topology.dp_group)
-    count, rewards, squares, length, cut, tokens, kl, values, prompt, left_out = sums.tolist()
-    judged = max(count - left_out, 1)
+    count, rewards, squares, length, cut, tokens, kl, values, prompt, excluded = sums.tolist()
+    judged = max(count - excluded, 1)
     mean = rewards / judged
     return {
-        "critic/rewards/mean": mean,
-        "critic/rewards/std": max(squares / judged - mean * mean, 0.0) ** 0.5,
-        "critic/rewards/num_left_out": left_out,
+        "reward/minus_baseline/mean": mean,
+        "reward/minus_baseline/std": max(squares / judged - mean * mean, 0.0) ** 0.5,
+        "reward/num_excluded": excluded,
         "critic/values/mean": values / max(tokens, 1),
         "objective/kl": kl / judged,
         "objective/kl_per_token": kl / max(tokens, 1),

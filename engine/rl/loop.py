@@ -23,24 +23,29 @@ from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.observe.progress import ProgressLine
 from glm_rlhf.engine.observe.report import SAMPLES_AFTER, SAMPLES_FOLDER, tell_report
 from glm_rlhf.engine.observe.trace import Trace, tracing
-from glm_rlhf.engine.rl.checkpoint import identity_of_models, take_over
+from glm_rlhf.engine.rl.checkpoint import identity_of_models, restore_roles
 from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.rl.evaluation import PPOEvaluation
 from glm_rlhf.engine.rl.partial_update import tensors_of, update_of
 from glm_rlhf.engine.runs.checkpoints import (
     IS_INSIDE,
     RunCheckpoints,
-    claim_folder,
     is_same_layout,
     open_checkpoints,
+    open_run_folder,
     resume,
 )
 from glm_rlhf.engine.runs.fingerprint import lengths_identity
 from glm_rlhf.engine.training.lr_schedule import cosine_lr
 from glm_rlhf.engine.training.run import sampler_of
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.preemption import Leaving, heeding_signals, is_wished, postponed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.preemption import (
+    Preempted,
+    defer_preemption,
+    handle_preemption_signals,
+    preemption_requested,
+)
 from glm_rlhf.parallel.runtime.spans import span
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
@@ -58,10 +63,10 @@ def run(config: PPOConfig) -> None:
         ValueError: anything that the user has to mend.
     """
     with PPOEngine(config) as engine:
-        place = engine.topology
-        origin = claim_folder(config, place)
+        topology = engine.topology
+        checkpoint = open_run_folder(config, topology)
         report = ReadReport()
-        with agreed("reading the prompts"):
+        with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_inputs(
                 config.data.path,
                 engine.tokenizer,
@@ -71,7 +76,7 @@ def run(config: PPOConfig) -> None:
                 report=report,
             )
             sampler = sampler_of(config, prompts)
-        if report.num_skipped and place.is_reporter:
+        if report.num_skipped and topology.is_main_rank:
             sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
@@ -80,110 +85,112 @@ def run(config: PPOConfig) -> None:
                     engine.roles.trained,
                     identity=_identity(engine, prompts),
                     export=engine.export_hf,
-                    place=place,
+                    topology=topology,
                 )
             )
             first = 0
-            if origin is not None:
-                first = _go_on(engine, origin, checkpoints)
+            if checkpoint is not None:
+                first = _resume(engine, checkpoint, checkpoints)
                 if first >= config.train.steps:
                     checkpoints.close_finished(first)
                     return
-            with agreed(f"writing to {config.run.output}"):
+            with raise_on_all_ranks(f"writing to {config.run.output}"):
                 write = stack.enter_context(
                     open_metrics(
                         config.run.output,
-                        is_owner=place.is_reporter,
+                        is_owner=topology.is_main_rank,
                         uses_tensorboard=config.observe.tensorboard,
                         wandb_project=config.observe.wandb,
                         run_name=config.run.name,
                         config=dataclasses.asdict(config),
-                        last_step=None if origin is None else first,
+                        last_step=None if checkpoint is None else first,
                     )
                 )
             progress = stack.enter_context(
-                ProgressLine(steps=config.train.steps, is_shown=place.is_reporter, first_step=first)
+                ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first)
             )
             trace = None
             if config.observe.trace:
-                with agreed("beginning the traces"):
-                    trace = stack.enter_context(tracing(config.run.output, rank=place.rank))
+                with raise_on_all_ranks("beginning the traces"):
+                    trace = stack.enter_context(tracing(config.run.output, rank=topology.rank))
             evaluation = PPOEvaluation(engine) if config.evaluate.every else None
             if evaluation is not None and first == 0:
                 write(0, evaluation.run(0))
-            stack.enter_context(watchdog(config.run.watchdog_s, rank=place.rank))
-            stack.enter_context(heeding_signals())
-            num_given_up, behind = 0, {"step": first} | engine.roles.progress()
+            stack.enter_context(watchdog(config.run.watchdog_s, rank=topology.rank))
+            stack.enter_context(handle_preemption_signals())
+            num_given_up, completed = 0, {"step": first} | engine.roles.progress()
             for step in range(first, config.train.steps):
                 batch = [prompts[number] for number in sampler.batch(step)]
                 try:
                     metrics = _iterate(engine, batch, step, trace)
                 except FloatingPointError as error:  # the same on every rank
                     num_given_up += 1
-                    _give_up(step, num_given_up, error, config, place)
+                    _skip_iteration(step, num_given_up, error, config, topology)
                     metrics = {"actor/is_step_skipped": 1.0}
-                except Leaving:
-                    _leave(engine, checkpoints, behind)
+                except Preempted:
+                    _leave(engine, checkpoints, completed)
                     return
                 else:
                     num_given_up = 0
-                behind = {"step": step + 1} | engine.roles.progress()
+                completed = {"step": step + 1} | engine.roles.progress()
                 if evaluation is not None and evaluation.is_due(step + 1):
-                    with postponed():
+                    with defer_preemption():
                         metrics |= evaluation.run(step + 1)
                 write(step + 1, metrics)
                 with span("save"):
                     checkpoints.after_step(
-                        step + 1, behind, rank_tensors=engine.roles.rewards.baseline_tensors()
+                        step + 1, completed, rank_tensors=engine.roles.rewards.baseline_tensors()
                     )
                 if "perf/tokens_per_s" in metrics:  # a whole iteration
                     progress.show(step + 1, metrics)
-                if step + 1 < config.train.steps and is_wished((None, place.device)):
-                    _leave(engine, checkpoints, behind)
+                if step + 1 < config.train.steps and preemption_requested((None, topology.device)):
+                    _leave(engine, checkpoints, completed)
                     return
         _close(engine, [prompts[number] for number in sampler.batch(0)])
 
 
-def _go_on(engine: PPOEngine, origin: Checkpoint, checkpoints: RunCheckpoints) -> int:
+def _resume(engine: PPOEngine, checkpoint: Checkpoint, checkpoints: RunCheckpoints) -> int:
     """Bring the engine to a checkpoint; return the iterations behind it."""
-    progress = resume(origin, checkpoints)
-    take_over(engine.roles, origin, progress)
+    progress = resume(checkpoint, checkpoints)
+    restore_roles(engine.roles, checkpoint, progress)
     if progress.get(IS_INSIDE):
-        place = engine.topology
-        with agreed(f"resuming from {origin.folder}"):
-            if not is_same_layout(origin, place):
+        topology = engine.topology
+        with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
+            if not is_same_layout(checkpoint, topology):
                 raise ValueError(
-                    f"{origin.folder} was left inside iteration {progress['step'] + 1}, and holds its "
+                    f"{checkpoint.folder} was left inside iteration {progress['step'] + 1}, and holds its "
                     "answers as its own layout deals them: go on in that one "
-                    f"({origin.manifest.layout}, {origin.manifest.world_size} ranks), or remove it "
+                    f"({checkpoint.manifest.layout}, {checkpoint.manifest.world_size} ranks), or remove it "
                     "and go on from the one before it"
                 )
-            engine.roles.unfinished = update_of(origin.rank_tensors(place.rank), device=place.device)
+            engine.roles.partial_update = update_of(
+                checkpoint.rank_tensors(topology.rank), device=topology.device
+            )
     return progress["step"]
 
 
 def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, str]:
     """Return fingerprints of the models that a run starts from and of its prompts, on the reporter only."""
-    if not engine.topology.is_reporter:
+    if not engine.topology.is_main_rank:
         return {}
     lengths = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
     return identity_of_models(engine.config) | {"data.path": lengths}
 
 
-def _leave(engine: PPOEngine, checkpoints: RunCheckpoints, behind: Mapping[str, float | int]) -> None:
+def _leave(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, float | int]) -> None:
     """Save the run as it was after the last whole iteration, or inside one between two epochs."""
-    roles, step = engine.roles, behind["step"]
+    roles, step = engine.roles, completed["step"]
     rank_tensors = roles.rewards.baseline_tensors()
-    if roles.unfinished is None:
-        checkpoints.leave(step, behind, rank_tensors=rank_tensors)
+    if roles.partial_update is None:
+        checkpoints.save_and_exit(step, completed, rank_tensors=rank_tensors)
         return
     progress = {"step": step, IS_INSIDE: True} | roles.progress()
-    rank_tensors |= tensors_of(roles.unfinished)
-    checkpoints.leave(step + 1, progress, rank_tensors=rank_tensors, is_inside=True)
+    rank_tensors |= tensors_of(roles.partial_update)
+    checkpoints.save_and_exit(step + 1, progress, rank_tensors=rank_tensors, is_inside=True)
 
 
-def _give_up(
-    step: int, num_in_a_row: int, error: FloatingPointError, config: PPOConfig, place: Topology
+def _skip_iteration(
+    step: int, num_in_a_row: int, error: FloatingPointError, config: PPOConfig, topology: Topology
 ) -> None:
     """Tell that an iteration was given up.
 
@@ -197,7 +204,7 @@ def _give_up(
             f"is {limit}: iteration {step + 1}: {error}; lower optimizer.lr and critic.lr, look at these "
             "answers, or start from weights that are finite"
         ) from error
-    if place.is_reporter:
+    if topology.is_main_rank:
         sys.stderr.write(f"iteration {step + 1} was given up ({num_in_a_row} of {limit} in a row): {error}\n")
 
 
@@ -207,9 +214,9 @@ def _iterate(
     """Run one iteration, or the rest of one, and return its metrics with the time of each phase.
 
     Raises:
-        Leaving: a rank was asked to leave; inside an update between two of its epochs.
+        Preempted: a rank was asked to leave; inside an update between two of its epochs.
     """
-    config, place = engine.config, engine.topology
+    config, topology = engine.config, engine.topology
     engine.set_lr(
         cosine_lr(
             step,
@@ -222,30 +229,30 @@ def _iterate(
     if trace is not None:
         trace.take_wait_s()  # of what came between two iterations
     phases = Phases()
-    is_leaving = partial(is_wished, (None, place.device))
-    unfinished = engine.roles.unfinished
+    is_leaving = partial(preemption_requested, (None, topology.device))
+    partial_update = engine.roles.partial_update
     with phases.phase("iteration"):
-        if unfinished is None:
+        if partial_update is None:
             with phases.phase("generate"):
                 rollouts = engine.generate(prompts)
             with phases.phase("experience"):
                 experience = engine.make_experience(rollouts)
                 if is_leaving():
-                    raise Leaving
+                    raise Preempted
             with phases.phase("update"):
                 metrics = engine.roles.update(experience, is_leaving=is_leaving)
         else:
-            experience = unfinished.experience
+            experience = partial_update.experience
             with phases.phase("update"):
                 metrics = engine.roles.finish_update(is_leaving=is_leaving)
-    elapsed_s, num_answers = phases.seconds["timing_s/iteration"], experience.rollouts.num_everywhere
+    elapsed_s, num_answers = phases.seconds["timing_s/iteration"], experience.rollouts.num_global
     metrics |= phases.seconds
     metrics["actor/is_step_skipped"] = 0.0
-    if unfinished is None:  # else the time is that of a part of the iteration
-        metrics |= _speed(metrics, num_answers, elapsed_s, place)
+    if partial_update is None:  # else the time is that of a part of the iteration
+        metrics |= _speed(metrics, num_answers, elapsed_s, topology)
         metrics |= _mfu(engine, metrics, num_answers)
-    if trace is not None and place.device.type == "cpu":  # on CUDA the host does not see waits
-        metrics |= _idle(trace.take_wait_s() / elapsed_s, place)
+    if trace is not None and topology.device.type == "cpu":  # on CUDA the host does not see waits
+        metrics |= _idle(trace.take_wait_s() / elapsed_s, topology)
     is_last = step + 1 == config.train.steps
     if config.train.sample_every and (step % config.train.sample_every == 0 or is_last):
         path = Path(config.run.output) / SAMPLES_FOLDER / f"step_{step + 1}.jsonl"
@@ -254,14 +261,14 @@ def _iterate(
 
 
 def _speed(
-    metrics: Mapping[str, float], num_answers: int, elapsed_s: float, place: Topology
+    metrics: Mapping[str, float], num_answers: int, elapsed_s: float, topology: Topology
 ) -> dict[str, float]:
     num_answer_tokens = metrics["response_length/mean"] * num_answers
     num_tokens = num_answer_tokens + metrics["prompt_length/mean"] * num_answers
     return {
         "perf/tokens_per_s": num_tokens / elapsed_s,
-        "perf/tokens_per_s_per_gpu": num_tokens / elapsed_s / place.world_size,
-        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / elapsed_s / place.world_size,
+        "perf/tokens_per_s_per_gpu": num_tokens / elapsed_s / topology.world_size,
+        "perf/response_tokens_per_s_per_gpu": num_answer_tokens / elapsed_s / topology.world_size,
     }
 
 
@@ -270,10 +277,10 @@ def _mfu(engine: PPOEngine, metrics: Mapping[str, float], num_sequences: int) ->
 
     Nothing where an update stopped early or carried demonstrations: its tokens are not these.
     """
-    config, place = engine.config, engine.topology
-    if place.device.type != "cuda" or config.train.dtype != "bf16" or config.ppo.sft_coef:
+    config, topology = engine.config, engine.topology
+    if topology.device.type != "cuda" or config.train.dtype != "bf16" or config.ppo.sft_coef:
         return {}
-    peak = known_peak_flop_per_s(torch.cuda.get_device_name(place.device))
+    peak = known_peak_flop_per_s(torch.cuda.get_device_name(topology.device))
     if peak is None or metrics["actor/stopped_early"]:
         return {}
     answer = metrics["response_length/mean"]
@@ -287,36 +294,36 @@ def _mfu(engine: PPOEngine, metrics: Mapping[str, float], num_sequences: int) ->
                 chunks[0].glm, num_sequences=num_sequences, mean_tokens=mean_tokens, num_targets=targets
             )
             flop *= config.ppo.epochs
-            found[f"perf/mfu/{name}"] = flop / (seconds * place.world_size * peak)
+            found[f"perf/mfu/{name}"] = flop / (seconds * topology.world_size * peak)
     return found
 
 
-def _idle(share: float, place: Topology) -> dict[str, float]:
+def _idle(share: float, topology: Topology) -> dict[str, float]:
     """Return the mean over ranks, and the largest, of the share of an iteration in which a rank waits."""
-    shares = torch.tensor([share, share], dtype=torch.float64, device=place.device)
+    shares = torch.tensor([share, share], dtype=torch.float64, device=topology.device)
     dist.all_reduce(shares[:1])
     dist.all_reduce(shares[1:], op=dist.ReduceOp.MAX)
     total, largest = shares.tolist()
-    return {"perf/idle_fraction": total / place.world_size, "perf/idle_fraction_max": largest}
+    return {"perf/idle_fraction": total / topology.world_size, "perf/idle_fraction_max": largest}
 
 
 def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
     """Answer the first iteration's sample prompts once more, and write the report."""
-    config, place = engine.config, engine.topology
+    config, topology = engine.config, engine.topology
     folder = Path(config.run.output)
     if config.train.sample_every:
-        num_prompts = max(math.ceil(_NUM_SAMPLES / config.generation.num_samples), place.dp)
+        num_prompts = max(math.ceil(_NUM_SAMPLES / config.generation.num_samples), topology.dp)
         rollouts = engine.generate(first_prompts[:num_prompts])
-        engine.roles.parking.before_scoring()
+        engine.roles.offload.before_scoring()
         rewards = engine.roles.rewards(rollouts)
-        rollouts = dataclasses.replace(rollouts, left_out=rewards.left_out)
+        rollouts = dataclasses.replace(rollouts, excluded=rewards.excluded)
         path = folder / SAMPLES_FOLDER / SAMPLES_AFTER
         _write_samples(engine, path, rollouts, rewards.totals_B(rollouts.starts))
-    if place.is_reporter:
+    if topology.is_main_rank:
         tell_report(folder, title=config.run.name)
 
 
 def _write_samples(engine: PPOEngine, path: Path, rollouts: Rollouts, rewards_B: torch.Tensor) -> None:
-    place = engine.topology
-    answers = gather_answers(rollouts, rewards_B, engine.tokenizer, place, first=_NUM_SAMPLES)
-    write_answers(path, answers, place)
+    topology = engine.topology
+    answers = gather_answers(rollouts, rewards_B, engine.tokenizer, topology, first=_NUM_SAMPLES)
+    write_answers(path, answers, topology)

@@ -7,11 +7,11 @@ import torch
 
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, InBackwardState
-from glm_rlhf.parallel.runtime.cpu_offload import Parking
+from glm_rlhf.parallel.runtime.cpu_offload import CpuOffload
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
-class RoleParking:
+class RoleOffload:
     """Owns what is parked of the roles, and moves it between the phases of an iteration.
 
     | parked | from | until |
@@ -24,7 +24,7 @@ class RoleParking:
 
     def __init__(
         self,
-        parks: Collection[str],
+        offloads: Collection[str],
         *,
         trained: Collection[AnyTrainingState],
         reference: Sequence[GLMModel],
@@ -42,39 +42,39 @@ class RoleParking:
         Raises:
             ValueError: `optimizers` are to be parked, but change weights during backward.
         """
-        self.parks = frozenset(parks)
-        self._trained = list(trained) if "optimizers" in self.parks else []
+        self.offloads = frozenset(offloads)
+        self._trained = list(trained) if "optimizers" in self.offloads else []
         if any(isinstance(state, InBackwardState) for state in self._trained):
             raise ValueError(
-                "an optimizer in backward is not parked: leave optimizers out of train.park, or set "
+                "an optimizer in backward is not parked: leave optimizers out of train.offload, or set "
                 "optimizer.in_backward to false"
             )
         models = {"reference": reference, "reward": reward_model}
         self._frozen = [
-            Parking(partial(_weights_of, chunks), device=topology.device, changes=False)
+            CpuOffload(partial(_weights_of, chunks), device=topology.device, changes=False)
             for role, chunks in models.items()
-            if role in self.parks and chunks is not None
+            if role in self.offloads and chunks is not None
         ]
-        self.parked_bytes = 0
+        self.offloaded_bytes = 0
 
     def before_generation(self) -> None:
         """Take optimizers to the host, and frozen models that are not there already."""
-        self.parked_bytes = sum(state.park() for state in self._trained)
-        for parking in self._frozen:
-            parking.park()
-            self.parked_bytes += parking.parked_bytes
+        self.offloaded_bytes = sum(state.offload() for state in self._trained)
+        for offload in self._frozen:
+            offload.offload()
+            self.offloaded_bytes += offload.offloaded_bytes
 
     def before_scoring(self) -> None:
         """Bring the weights of frozen models back, for whoever is going to use them."""
-        for parking in self._frozen:
-            parking.wait()
+        for offload in self._frozen:
+            offload.wait()
 
     def before_update(self) -> None:
         """Take the weights of frozen models to the host, and begin to bring the optimizers back."""
-        for parking in self._frozen:
-            parking.park()
+        for offload in self._frozen:
+            offload.offload()
         for state in self._trained:
-            state.begin_return()
+            state.prefetch()
 
 
 def _weights_of(chunks: Sequence[GLMModel]) -> list[torch.Tensor]:

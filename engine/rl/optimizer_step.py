@@ -17,10 +17,10 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import PackedTokens
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.training_state import StepResult
-from glm_rlhf.parallel.pipeline.oom_retry import run_fitting
-from glm_rlhf.parallel.pipeline.schedule import run_in_turn
+from glm_rlhf.parallel.pipeline.oom_retry import run_with_oom_retry
+from glm_rlhf.parallel.pipeline.schedule import run_models
 from glm_rlhf.parallel.pipeline.timing import PassTimes
-from glm_rlhf.parallel.runtime.nonfinite import gathered, named, refuse_nonfinite
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, gather_findings, raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology
 
 Step = TypeVar("Step")
@@ -40,7 +40,7 @@ class Learner(Generic[Step]):
     """Its micro-batches: answers, and demonstrations behind them; none where this rank has no share."""
     loss: Callable[[GLMModel, torch.Tensor, Any], tuple[torch.Tensor, Any]]
     """`(model, hidden_TD, batch) -> (loss, statistics)`: of answers with `sums`, of demonstrations sums."""
-    conclude: Callable[[StepResult, Sequence[Any]], Step]
+    reduce_statistics: Callable[[StepResult, Sequence[Any]], Step]
     """What became of the step, of the statistics on the last stage; every rank calls it together."""
 
 
@@ -84,7 +84,7 @@ def take_steps(
     for learner, (norm, statistics) in zip(learners, ready, strict=True):
         with phases.shared("apply", lambda seconds, role=learner.role: {role: seconds}):
             learner.state.apply(norm)
-            steps.append(learner.conclude(StepResult(is_applied=True, grad_norm=norm), statistics))
+            steps.append(learner.reduce_statistics(StepResult(is_applied=True, grad_norm=norm), statistics))
     return steps
 
 
@@ -99,7 +99,7 @@ def _ready_to_step(
     told = list(zip(batches, found, strict=True)) if found else []
     words = [_finding(learners[batch.learner].role, one, batch.batch, rollouts) for batch, one in told]
     findings = list(dict.fromkeys(one for one in words if one is not None))
-    refuse_nonfinite(findings, _CONSEQUENCE, device=topology.device)
+    raise_if_nonfinite(findings, _CONSEQUENCE, device=topology.device)
     norms = [learner.state.grad_norm() for learner in learners]
     _refuse_norms(learners, norms, batches, rollouts)
     return [
@@ -119,9 +119,9 @@ class _Assigned:
         """Its tokens."""
         return self.batch.packed
 
-    def halves(self, multiple: int) -> "tuple[_Assigned, ...]":
+    def split_in_two(self, multiple: int) -> "tuple[_Assigned, ...]":
         """Return it in two; see `fitting.Divisible`."""
-        return tuple(dataclasses.replace(self, batch=half) for half in self.batch.halves(multiple))
+        return tuple(dataclasses.replace(self, batch=half) for half in self.batch.split_in_two(multiple))
 
 
 def _gradients(
@@ -135,7 +135,7 @@ def _gradients(
         for learner in learners:
             learner.state.zero_grad()
         own = [[b.packed for b in batches if b.learner == place] for place in range(len(learners))]
-        return run_in_turn(
+        return run_models(
             [learner.state.chunks for learner in learners],
             own,
             lambda model, hidden_TD, index: learners[batches[index].learner].loss(
@@ -149,7 +149,7 @@ def _gradients(
     def name(batch: _Assigned) -> str:
         if isinstance(batch.batch, MicroBatch):
             return "a demonstration"
-        return f"answer {named(_answers_of(rollouts, batch.batch))} with its prompt"
+        return f"answer {abbreviate(_answers_of(rollouts, batch.batch))} with its prompt"
 
     given = [
         _Assigned(learner=place, batch=batch)
@@ -157,7 +157,7 @@ def _gradients(
         for batch in learner.batches
     ]
     models = [learner.state.chunks for learner in learners]
-    return run_fitting(begin, given, name, models=models, place=topology, forward_only=False)
+    return run_with_oom_retry(begin, given, name, models=models, topology=topology, forward_only=False)
 
 
 def _finding(role: str, statistics: Any, batch: StreamBatch | MicroBatch, rollouts: Rollouts) -> str | None:
@@ -168,7 +168,7 @@ def _finding(role: str, statistics: Any, batch: StreamBatch | MicroBatch, rollou
         return None
     if is_demonstration:
         return "the loss on demonstrations"
-    return f"the {role}'s loss on answers {named(_answers_of(rollouts, batch))}"
+    return f"the {role}'s loss on answers {abbreviate(_answers_of(rollouts, batch))}"
 
 
 def _refuse_norms(
@@ -187,12 +187,13 @@ def _refuse_norms(
             own = [b.batch for b in batches if b.learner == place and isinstance(b.batch, StreamBatch)]
             answers = sorted(i for batch in own for i in _answers_of(rollouts, batch))
             where.append(
-                f"those of {named(names)} of the {learner.role} in a step on answers {named(answers)}"
+                f"those of {abbreviate(names)} of the {learner.role} in a step on answers "
+                f"{abbreviate(answers)}"
             )
     if said:
         raise FloatingPointError(
             f"{' and '.join(said)}; {_CONSEQUENCE}; not finite: "
-            f"{gathered(where) or 'no gradient by itself, their squares overflow'}"
+            f"{gather_findings(where) or 'no gradient by itself, their squares overflow'}"
         )
 
 

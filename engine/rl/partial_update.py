@@ -16,7 +16,7 @@ _FACTS = f"{_PREFIX}facts"
 
 
 @dataclass(slots=True, kw_only=True)
-class UnfinishedUpdate:
+class PartialUpdate:
     """What a rank has learned from an iteration's experience so far, and what it goes on with."""
 
     experience: Experience
@@ -29,7 +29,7 @@ class UnfinishedUpdate:
     """Metrics of the critic's."""
 
 
-def tensors_of(update: UnfinishedUpdate) -> dict[str, torch.Tensor]:
+def tensors_of(update: PartialUpdate) -> dict[str, torch.Tensor]:
     """Return an update as tensors by name, for a rank's part of a checkpoint."""
     experience, rollouts = update.experience, update.experience.rollouts
     tensors: dict[str, torch.Tensor] = {}
@@ -42,13 +42,13 @@ def tensors_of(update: UnfinishedUpdate) -> dict[str, torch.Tensor]:
     }
     facts["experience"].pop("rollouts")
     facts["experience"]["metrics"] = dict(experience.metrics)
-    facts["rollouts"]["left_out"] = sorted(rollouts.left_out)
+    facts["rollouts"]["excluded"] = sorted(rollouts.excluded)
     facts["rollouts"]["prompts"] = [[prompt.tokens, dict(prompt.extra)] for prompt in rollouts.prompts]
     text = json.dumps(facts).encode()
     return tensors | {_FACTS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
-def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> UnfinishedUpdate:
+def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> PartialUpdate:
     """Return the update that `tensors_of` took apart, its tensors on a device.
 
     Raises:
@@ -57,12 +57,12 @@ def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> U
     facts = json.loads(tensors[_FACTS].numpy().tobytes())
     moved = {name: tensor.to(device) for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in facts["rollouts"].items()}
-    given["left_out"] = frozenset(given["left_out"])
+    given["excluded"] = frozenset(given["excluded"])
     given["prompts"] = tuple(PromptInput(tokens=tuple(ids), extra=extra) for ids, extra in given["prompts"])
     rollouts = Rollouts(**given, **_named(moved, "rollouts."))
     experience = Experience(rollouts=rollouts, **facts["experience"], **_named(moved, "experience."))
     steps = {name: facts[name] for name in ("epoch", "policy_steps", "critic_steps")}
-    return UnfinishedUpdate(experience=experience, **steps)
+    return PartialUpdate(experience=experience, **steps)
 
 
 def _parts(whole: Experience | Rollouts, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

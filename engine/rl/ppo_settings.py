@@ -39,7 +39,7 @@ class PPOSettings:
     max_logprob_gap: float = 1e-4
     """The sampler's logprobs serve as the old ones when a sample of them differs from a forward pass by at
     most this, in nats on average; else all are computed again."""
-    scores_early: bool = True
+    overlap_scoring: bool = True
     """Whether models score answers in turns of generation in which a pipeline stage would be idle."""
     micro_batch_tokens: int = 16384
     """Tokens of a micro-batch."""

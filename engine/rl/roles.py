@@ -18,20 +18,20 @@ from glm_rlhf.engine.rl.algorithms.ppo import (
     policy_learner,
 )
 from glm_rlhf.engine.rl.experience import make_experience
-from glm_rlhf.engine.rl.offload import RoleParking
+from glm_rlhf.engine.rl.offload import RoleOffload
 from glm_rlhf.engine.rl.optimizer_step import take_steps
-from glm_rlhf.engine.rl.partial_update import UnfinishedUpdate
+from glm_rlhf.engine.rl.partial_update import PartialUpdate
 from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
 from glm_rlhf.engine.rollout.generate import AnswerSettings, answer_prompts
 from glm_rlhf.engine.rollout.scheduling.requests import Completion
-from glm_rlhf.engine.scoring.overlapped_scores import EarlyRoles, EarlyScorer
+from glm_rlhf.engine.scoring.overlapped_scores import OverlappedRoles, OverlappedScorer
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.preemption import Leaving
+from glm_rlhf.parallel.runtime.preemption import Preempted
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.weights.export import export_model
 
@@ -63,12 +63,12 @@ class PPORoles:
         reward_model: Sequence[GLMModel] | None = None,
         reward_function: RewardFunction | None = None,
         reward_function_weight: float = 1.0,
-        masks_reward_faults: bool = False,
+        skip_reward_failures: bool = False,
         reward_concurrency: int = 1,
         uses_reference_baseline: bool = False,
         demonstrations: DemonstrationStream | None = None,
         resharded: ReshardedWeights | None = None,
-        parks: Collection[str] = (),
+        offloads: Collection[str] = (),
     ) -> None:
         """Take the models, their weights in place, and make the optimizers.
 
@@ -99,8 +99,8 @@ class PPORoles:
         options = {"topology": topology, "in_backward": in_backward}
         self.policy_state = training_state(self.policy, policy_adam, **options)
         self.critic_state = training_state(self.critic, critic_adam, **options)
-        self.parking = RoleParking(
-            parks,
+        self.offload = RoleOffload(
+            offloads,
             trained=self.trained.values(),
             reference=self.reference,
             reward_model=reward_model,
@@ -111,9 +111,9 @@ class PPORoles:
         self.kl_coef = settings.kl_coef
         self.iteration = 0
         self._num_answered = 0
-        self.unfinished: UnfinishedUpdate | None = None
+        self.partial_update: PartialUpdate | None = None
         # Rollouts whose answers were judged as they ended, and what models said of some of them by then.
-        self._newest: tuple[Rollouts, EarlyRoles | None] | None = None
+        self._newest: tuple[Rollouts, OverlappedRoles | None] | None = None
         self.answer_seed = seed if answer_seed is None else answer_seed
         # Not a method of this object: a circle of references would keep the models until a collector comes.
         answer_by_reference = partial(
@@ -131,7 +131,7 @@ class PPORoles:
             model=reward_model,
             function=reward_function,
             function_weight=reward_function_weight,
-            masks_faults=masks_reward_faults,
+            skip_failures=skip_reward_failures,
             concurrency=reward_concurrency,
             answer_by_reference=answer_by_reference if uses_reference_baseline else None,
         )
@@ -143,14 +143,14 @@ class PPORoles:
         which a pipeline stage would be idle; `make_experience` of what this returns takes both.
         """
         self._num_answered += 1
-        self.parking.before_generation()
-        judge, scorer = self.rewards.judge, self._early_scorer()
+        self.offload.before_generation()
+        judge, scorer = self.rewards.judge, self._overlapped_scorer()
         if judge is not None:
-            judge.forget()
+            judge.discard()
 
         def on_ended(index: int, prompt: PromptInput, done: Completion) -> None:
             if judge is not None:
-                judge.ask_early(index, prompt, done)
+                judge.ask_ahead(index, prompt, done)
             if scorer is not None:
                 scorer.add(index, prompt, done)
 
@@ -173,23 +173,25 @@ class PPORoles:
         Raises:
             RewardError, FloatingPointError: a reward failed, or a number is none; on every rank.
         """
-        self.parking.before_scoring()
+        self.offload.before_scoring()
         newest, self._newest = self._newest, None
         is_newest = newest is not None and rollouts is newest[0]
-        early = newest[1] if is_newest else None
+        overlapped = newest[1] if is_newest else None
         experience = make_experience(
             rollouts,
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
-            rewarder=partial(self.rewards, uses_early=is_newest, early=early and early.reward),
+            rewarder=partial(
+                self.rewards, uses_overlapped=is_newest, overlapped=overlapped and overlapped.reward
+            ),
             settings=self.settings,
             kl_coef=self.kl_coef,
             sample_seed=(self.seed << 20) + self.iteration,
             topology=self.topology,
-            early=early,
+            overlapped=overlapped,
         )
-        self.parking.before_update()
+        self.offload.before_update()
         return experience
 
     def update(
@@ -204,25 +206,25 @@ class PPORoles:
         Raises:
             FloatingPointError: a loss or gradient was not finite: the steps from there on were not taken, or
                 with `in_backward` perhaps a part of one; on every rank.
-            Leaving: the update was left; `unfinished` is what `finish_update` goes on with.
+            Preempted: the update was left; `partial_update` is what `finish_update` goes on with.
         """
-        return self._learn(UnfinishedUpdate(experience=experience), is_leaving)
+        return self._learn(PartialUpdate(experience=experience), is_leaving)
 
     def finish_update(self, *, is_leaving: Callable[[], bool] | None = None) -> dict[str, float]:
         """Go on with the update that was left, as `update` does."""
-        unfinished, self.unfinished = self.unfinished, None
-        self.parking.before_update()
-        return self._learn(unfinished, is_leaving)
+        partial_update, self.partial_update = self.partial_update, None
+        self.offload.before_update()
+        return self._learn(partial_update, is_leaving)
 
-    def _learn(self, work: UnfinishedUpdate, is_leaving: Callable[[], bool] | None) -> dict[str, float]:
+    def _learn(self, work: PartialUpdate, is_leaving: Callable[[], bool] | None) -> dict[str, float]:
         phases = Phases()
         experience, policies, critics = work.experience, work.policy_steps, work.critic_steps
         is_stopped, first = False, work.epoch
         trains_policy = self.iteration >= self.settings.critic_warmup_iterations
         for epoch in range(first, self.settings.epochs):
             if epoch > first and is_leaving is not None and is_leaving():
-                work.epoch, self.unfinished = epoch, work
-                raise Leaving
+                work.epoch, self.partial_update = epoch, work
+                raise Preempted
             seed = (self.seed << 20) + self.iteration * 1000 + epoch
             for part in mini_batches(experience, self.settings, seed=seed, topology=self.topology):
                 given = (experience, part, self.settings)
@@ -277,15 +279,15 @@ class PPORoles:
         """Write the policy as a Hugging Face folder; `source` gives tokenizer and other files."""
         export_model(self.policy, path, topology=self.topology, source=source)
 
-    def _early_scorer(self) -> EarlyScorer | None:
+    def _overlapped_scorer(self) -> OverlappedScorer | None:
         """Return what scores answers in idle turns; None where there are none, or ranks share answers."""
         layout = self.topology.layout
-        if not self.settings.scores_early or layout.pp == 1 or layout.cp > 1 or self.resharded is not None:
+        if not self.settings.overlap_scoring or layout.pp == 1 or layout.cp > 1 or self.resharded is not None:
             return None
-        return EarlyScorer(
-            reference=None if "reference" in self.parking.parks else self.reference,
+        return OverlappedScorer(
+            reference=None if "reference" in self.offload.offloads else self.reference,
             critic=self.critic,
-            reward_model=None if "reward" in self.parking.parks else self.rewards.model,
+            reward_model=None if "reward" in self.offload.offloads else self.rewards.model,
             temperature=self.answers.sampling.temperature,
             topology=self.topology,
         )
@@ -296,7 +298,7 @@ class PPORoles:
         if target is None:
             return
         error = experience.metrics["objective/kl_per_token"] / target - 1.0
-        share = experience.rollouts.num_everywhere / self.settings.kl_horizon
+        share = experience.rollouts.num_global / self.settings.kl_horizon
         self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share
 
 

@@ -67,11 +67,11 @@ class DemonstrationStream:
         self._sampler = BatchSampler(len(records), batch_size, seed=seed)
         self._objective = AnswerLikelihood(records)
 
-    def take(self, place: Topology) -> SFTTerm:
+    def take(self, topology: Topology) -> SFTTerm:
         """Return the next step's term; every rank calls this, nothing is communicated."""
         numbers: Sequence[int] = self._sampler.batch(self.num_steps)
         self.num_steps += 1
-        batches = take_share(self.records, numbers, max_tokens=self.micro_batch_tokens, place=place)
+        batches = take_share(self.records, numbers, max_tokens=self.micro_batch_tokens, topology=topology)
         return SFTTerm(
             objective=self._objective,
             batches=tuple(batches),

@@ -15,8 +15,8 @@ from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.nonfinite import refuse_nonfinite
-from glm_rlhf.parallel.runtime.preemption import Leaving, is_wished
+from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
+from glm_rlhf.parallel.runtime.preemption import Preempted, preemption_requested
 from glm_rlhf.parallel.runtime.topology import Topology
 
 OnEnded = Callable[[int, PromptInput, Completion], None]
@@ -74,7 +74,7 @@ def answer_prompts(
     Raises:
         ValueError: no prompts, or one that leaves no room for an answer; its place is named.
         FloatingPointError: logits on some rank are not finite; on every rank of the world.
-        Leaving: a rank was asked to leave; on every rank of the world.
+        Preempted: a rank was asked to leave; on every rank of the world.
     """
     if len(prompts) < (1 if is_share else topology.dp):
         raise ValueError(
@@ -113,8 +113,8 @@ def answer_prompts(
     ]
     longest = max(lengths) + settings.max_new_tokens
     with (
-        weights_for_generation(chunks, topology, resharded) as (weights, place),
-        GenerationPhase(weights, topology=place, batch=settings.batch, longest=longest) as phase,
+        weights_for_generation(chunks, topology, resharded) as (weights, topology),
+        GenerationPhase(weights, topology=topology, batch=settings.batch, longest=longest) as phase,
     ):
         found, findings = [], []
         try:
@@ -126,11 +126,11 @@ def answer_prompts(
                     on_ended(_index(done, settings), prompts[done.request], done)
         except FloatingPointError as error:  # on every rank of this copy of the model; others go on
             findings = [str(error)]
-        except Leaving:  # likewise
+        except Preempted:  # likewise
             found = []
-        refuse_nonfinite(findings, "these prompts are not answered", device=topology.device)
-        if is_wished((None, topology.device)):
-            raise Leaving
+        raise_if_nonfinite(findings, "these prompts are not answered", device=topology.device)
+        if preemption_requested((None, topology.device)):
+            raise Preempted
     if copies.size() > 1:
         everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
         dist.all_gather_object(everyone, found, group=copies)
@@ -160,7 +160,7 @@ def _as_rollouts(
     for done in found:
         prompt = prompts[done.request].tokens
         tokens += [*prompt, *done.tokens]
-        logprobs += [0.0] * len(prompt) + list(done.plain_logprobs)
+        logprobs += [0.0] * len(prompt) + list(done.untempered_logprobs)
     used = tuple(prompts[done.request] for done in found)
     return Rollouts(
         tokens_T=torch.tensor(tokens, dtype=torch.int64, device=topology.device),
@@ -173,5 +173,5 @@ def _as_rollouts(
         logprobs_T=torch.tensor(logprobs, dtype=torch.float32, device=topology.device),
         temperature=settings.sampling.temperature,
         indices=tuple(_index(done, settings) for done in found),
-        num_everywhere=len(prompts) * settings.num_samples,
+        num_global=len(prompts) * settings.num_samples,
     )

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.generation_topology import second_topology
+from glm_rlhf.parallel.runtime.generation_topology import generation_topology
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
 @contextlib.contextmanager
-def second_layout(
+def generation_layout(
     chunks: Sequence[GLMModel], topology: Topology, *, tp: int | None, pp: int | None, timeout_s: float
 ) -> Iterator[ReshardedWeights | None]:
     """Return, as a context manager, the policy's parameters in another layout; None where it is the same one.
@@ -35,7 +35,7 @@ def second_layout(
         yield None
         return
     layout.check_model(chunks[0].glm)
-    with second_topology(layout, topology, timeout_s=timeout_s) as target:
+    with generation_topology(layout, topology, timeout_s=timeout_s) as target:
         yield ReshardedWeights(chunks, target)
 
 
@@ -48,7 +48,7 @@ def weights_for_generation(
     Args:
         chunks: this rank's chunks of the policy, bare; used as they are where there is no second layout.
         topology: their layout and groups.
-        resharded: of `second_layout`; the world communicates, all its ranks enter.
+        resharded: of `generation_layout`; the world communicates, all its ranks enter.
     """
     if resharded is None:
         yield chunks, topology

@@ -15,7 +15,7 @@ from glm_rlhf.parallel.inference.stage import GenerationStage
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights, chunk_weights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.pipeline.oom import has_failed_on_peers
-from glm_rlhf.parallel.runtime.nonfinite import named
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
 
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -130,27 +130,27 @@ class GenerationPhase:
                 except torch.OutOfMemoryError as error:
                     self._shrink(queue, error)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} (prompts {named(queue.drawing)})") from error
+            raise FloatingPointError(f"{error} (prompts {abbreviate(queue.drawing)})") from error
         finally:
             queue.close()
 
     def _shrink(self, queue: GenerationQueue, error: torch.OutOfMemoryError) -> None:
         """Have smaller steps where memory ran out in one; see `run`."""
-        place, most = self.topology, 0
-        if place.layout.pp == 1 and has_failed_on_peers(place.rank, [place.tp_group]):
+        topology, most = self.topology, 0
+        if topology.layout.pp == 1 and has_failed_on_peers(topology.rank, [topology.tp_group]):
             most = queue.shrink()
         if not most:
             raise ValueError(
-                f"rank {place.rank} has no memory for a step of generation, and with pipeline stages, on one "
-                "tensor-parallel rank alone or for a single token it cannot be made smaller: lower "
+                f"rank {topology.rank} has no memory for a step of generation, and with pipeline stages, on "
+                "one tensor-parallel rank alone or for a single token it cannot be made smaller: lower "
                 f"generation.max_step_tokens, generation.max_batch or generation.cache_bytes ({error})"
             ) from error
         self.batch = replace(self.batch, max_batch=min(self.batch.max_batch, most), max_step_tokens=most)
         self._stage = None  # and its recorded steps
-        if place.device.type == "cuda":
+        if topology.device.type == "cuda":
             torch.cuda.empty_cache()
         sys.stderr.write(
-            f"[rank {place.rank}] out of memory in a step of generation: {most} tokens a step and as many "
+            f"[rank {topology.rank}] out of memory in a step of generation: {most} tokens a step and as many "
             "sequences at once, at most, from here on until the phase ends\n"
         )
 

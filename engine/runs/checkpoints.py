@@ -15,16 +15,17 @@ from glm_rlhf.parallel.checkpoint.restore import checkpoint_at, newest_checkpoin
 from glm_rlhf.parallel.checkpoint.save import CheckpointWriter, step_folders
 from glm_rlhf.parallel.megatron_compat.rng_state import random_state, set_random_state
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.weights.hf_writer import companion_files
 
-FOLDER = "resume"
+FOLDER = "checkpoints"
 """Folder, in a run folder, of what the run goes on from."""
-EXPORTS = "checkpoints"
+EXPORTS = "hf"
 """Folder of the Hugging Face folders."""
+_OLD_FOLDER = "resume"
 
 IS_INSIDE = "is_inside"
 """Entry of a run's progress that is true where it was left before the end of the checkpoint's step."""
@@ -38,7 +39,7 @@ class SavedRun(Protocol):
     model: Any
 
 
-def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
+def open_run_folder(config: SavedRun, topology: Topology) -> Checkpoint | None:
     """Return what the run goes on from, None for a new run; every rank calls this, first.
 
     `run.resume` decides: `auto` takes the newest whole checkpoint of the run folder, if it has any; `never`
@@ -50,27 +51,28 @@ def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
     """
     output, wanted = Path(config.run.output), config.run.resume
     own = output / FOLDER
+    with raise_on_all_ranks(f"looking into {output}"):
+        if topology.is_main_rank:
+            _refuse_old_names(output)
     if wanted == "auto":
-        found = newest_checkpoint(own, topology=place)
+        found = newest_checkpoint(own, topology=topology)
         if found is not None:
-            return _told(found, place)
+            return _told(found, topology)
     elif wanted != "never":
         path = Path(wanted)
-        found = find_checkpoint(path, place)
+        found = find_checkpoint(path, topology)
         if found is None:
-            raise ValueError(
-                f"run.resume is {wanted}: there is no checkpoint; give its folder, auto or never"
-            )
-        with agreed(f"claiming {output}"):
+            raise ValueError(_no_checkpoint(path))
+        with raise_on_all_ranks(f"claiming {output}"):
             later = [step for step in step_folders(own) if step > found.manifest.step] if own.is_dir() else []
-            if place.is_reporter and later:
+            if topology.is_main_rank and later:
                 raise ValueError(
                     f"{own} holds step_{later[0]}, later than {found.folder}: remove what is later, or give "
                     "this run another run.name"
                 )
-        return _told(found, place)
-    with agreed(f"claiming {output}"):
-        if place.is_reporter:
+        return _told(found, topology)
+    with raise_on_all_ranks(f"claiming {output}"):
+        if topology.is_main_rank:
             output.mkdir(parents=True, exist_ok=True)
             for folder in (own, output / EXPORTS):
                 earlier = sorted(path.name for path in folder.glob("step_*"))
@@ -82,7 +84,30 @@ def claim_folder(config: SavedRun, place: Topology) -> Checkpoint | None:
     return None
 
 
-def find_checkpoint(path: Path, place: Topology) -> Checkpoint | None:
+def _refuse_old_names(output: Path) -> None:
+    """Raise ValueError where a run folder has the names of versions before 0.2."""
+    if not any((output / _OLD_FOLDER).glob("step_*")):
+        return
+    moves = [f"mv {output / _OLD_FOLDER} {output / FOLDER}"]
+    if (output / FOLDER).exists():
+        moves.insert(0, f"mv {output / FOLDER} {output / EXPORTS}")
+    raise ValueError(
+        f"{output} is a run folder of a version before 0.2, whose checkpoints lie in {_OLD_FOLDER}/ and "
+        f"exports in {FOLDER}/: rename them with `{' && '.join(moves)}`"
+    )
+
+
+def _no_checkpoint(path: Path) -> str:
+    """Return what a message says of `run.resume` that leads to no checkpoint."""
+    if (path / "config.json").exists():
+        return (
+            f"run.resume is {path}, a Hugging Face folder, which holds weights alone: resume from one like "
+            f"<run.output>/{FOLDER}/step_N, or start a new run with model.path={path}"
+        )
+    return f"run.resume is {path}: there is no checkpoint; give its folder, auto or never"
+
+
+def find_checkpoint(path: Path, topology: Topology) -> Checkpoint | None:
     """Return the checkpoint at a path, or the newest whole one in a folder of them; None where there is none.
 
     Every rank calls this.
@@ -91,19 +116,19 @@ def find_checkpoint(path: Path, place: Topology) -> Checkpoint | None:
         CheckpointError: it is damaged, or none in the folder is whole; on every rank.
     """
     find = checkpoint_at if is_checkpoint(path) else newest_checkpoint
-    return find(path, topology=place)
+    return find(path, topology=topology)
 
 
-def is_same_layout(found: Checkpoint, place: Topology) -> bool:
+def is_same_layout(found: Checkpoint, topology: Topology) -> bool:
     """Return whether a checkpoint was written by as many ranks in the same places."""
     manifest = found.manifest
-    return (manifest.layout, manifest.world_size) == (place.layout, place.world_size)
+    return (manifest.layout, manifest.world_size) == (topology.layout, topology.world_size)
 
 
-def _told(found: Checkpoint, place: Topology) -> Checkpoint:
-    if place.is_reporter:
+def _told(found: Checkpoint, topology: Topology) -> Checkpoint:
+    if topology.is_main_rank:
         then = found.manifest.layout
-        layout = "" if then == place.layout else f", which was written in another layout ({then})"
+        layout = "" if then == topology.layout else f", which was written in another layout ({then})"
         sys.stderr.write(f"going on from {found.folder}{layout}\n")
     return found
 
@@ -119,13 +144,13 @@ class RunCheckpoints:
         *,
         identity: Mapping[str, Any],
         export: Callable[[Path], None],
-        place: Topology,
+        topology: Topology,
     ) -> None:
         self.config, self.models, self.writer = config, dict(models), writer
-        self.identity, self.export, self.place = dict(identity), export, place
+        self.identity, self.export, self.topology = dict(identity), export, topology
         self._saved_step: int | None = None
 
-    def hold(self, step: int) -> None:
+    def keep(self, step: int) -> None:
         """Know that this step is saved already: the run goes on from it."""
         self._saved_step = step
 
@@ -161,7 +186,7 @@ class RunCheckpoints:
             self._export(step)
         return saves or exports
 
-    def leave(
+    def save_and_exit(
         self,
         step: int,
         progress: Mapping[str, Any],
@@ -183,7 +208,7 @@ class RunCheckpoints:
         if step and self._saved_step != step:
             self._save(step, progress, rank_tensors)
         self.writer.finish()
-        if self.place.is_reporter:
+        if self.topology.is_main_rank:
             where = "inside" if is_inside else "after"
             sys.stderr.write(f"left {where} step {step} of {self.config.train.steps}, as a signal asked\n")
 
@@ -202,7 +227,7 @@ class RunCheckpoints:
         """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
         if self._is_export_missing(step):
             self._export(step)
-        if self.place.is_reporter:
+        if self.topology.is_main_rank:
             sys.stderr.write(
                 f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
                 "raise train.steps, or give another run.name\n"
@@ -210,7 +235,7 @@ class RunCheckpoints:
 
     def _is_export_missing(self, step: int) -> bool:
         """Return whether a step has no export yet, the same on every rank."""
-        with agreed("looking for the export"):
+        with raise_on_all_ranks("looking for the export"):
             is_there = [self._export_folder(step).exists()]
         torch.distributed.broadcast_object_list(is_there, src=0)
         return not is_there[0]
@@ -220,8 +245,8 @@ class RunCheckpoints:
 
     def _export(self, step: int) -> None:
         folder = self._export_folder(step)
-        with agreed(f"making {folder.parent}"):
-            if self.place.is_reporter:
+        with raise_on_all_ranks(f"making {folder.parent}"):
+            if self.topology.is_main_rank:
                 folder.parent.mkdir(parents=True, exist_ok=True)
         self.export(folder)
 
@@ -242,7 +267,7 @@ def open_checkpoints(
     *,
     identity: Mapping[str, Any],
     export: Callable[[Path], None],
-    place: Topology,
+    topology: Topology,
 ) -> Iterator[RunCheckpoints]:
     """Return, as a context manager, what saves a run; every rank enters.
 
@@ -251,7 +276,7 @@ def open_checkpoints(
         models: what is trained, by name; the first is what a checkpoint is as a model folder.
         identity: what may not change between a run and its resumption, JSON values.
         export: writes the Hugging Face folder that it is given.
-        place: layout and groups.
+        topology: layout and groups.
 
     Raises:
         ValueError: the folder cannot be made, or the last save failed.
@@ -261,16 +286,21 @@ def open_checkpoints(
         Path(config.run.output) / FOLDER,
         config,
         models,
-        place=place,
+        topology=topology,
         keep_last=train.keep_last,
         keep_every=train.keep_every,
         is_async=train.async_save,
     ) as writer:
-        yield RunCheckpoints(config, models, writer, identity=identity, export=export, place=place)
+        yield RunCheckpoints(config, models, writer, identity=identity, export=export, topology=topology)
 
 
 def open_writer(
-    folder: Path, config: SavedRun, models: Mapping[str, AnyTrainingState], *, place: Topology, **options: Any
+    folder: Path,
+    config: SavedRun,
+    models: Mapping[str, AnyTrainingState],
+    *,
+    topology: Topology,
+    **options: Any,
 ) -> CheckpointWriter:
     """Return what writes a run's checkpoints into a folder, a context manager; every rank calls this.
 
@@ -278,24 +308,24 @@ def open_writer(
         folder: of the checkpoints.
         config: of the run; a checkpoint as a model folder has what lies beside the weights of `model.path`.
         models: what is trained, by name.
-        place: layout and groups.
+        topology: layout and groups.
         options: of the writer: `keep_last`, `keep_every`, `is_async`.
 
     Raises:
         ValueError: the folder cannot be made.
     """
     chunk = next(iter(models.values())).bare_chunks[0]
-    with agreed(f"reading {config.model.path}"):
-        companions = {}
-        if place.is_reporter:
-            companions = companion_files(
+    with raise_on_all_ranks(f"reading {config.model.path}"):
+        extra_files = {}
+        if topology.is_main_rank:
+            extra_files = companion_files(
                 config.model.path, chunk.glm, dtype=chunk.config.params_dtype, role=chunk.role
             )
     given = _as_json(config)
-    return CheckpointWriter(folder, topology=place, config=given, companions=companions, **options)
+    return CheckpointWriter(folder, topology=topology, config=given, extra_files=extra_files, **options)
 
 
-def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
+def resume(checkpoint: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
     """Bring models, optimizers and random generators to a checkpoint; return the loop's progress.
 
     Every rank calls this. Random generators go on where the layout is the same.
@@ -303,25 +333,25 @@ def resume(origin: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is of another run, or of other models.
     """
-    is_whole_step = not origin.manifest.state["progress"].get(IS_INSIDE)
-    if is_whole_step and origin.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
-        checkpoints.hold(origin.manifest.step)
+    is_whole_step = not checkpoint.manifest.state["progress"].get(IS_INSIDE)
+    if is_whole_step and checkpoint.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
+        checkpoints.keep(checkpoint.manifest.step)
     return restore_run(
-        origin,
+        checkpoint,
         checkpoints.models,
         config=checkpoints.config,
         identity=checkpoints.identity,
-        place=checkpoints.place,
+        topology=checkpoints.topology,
     )
 
 
 def restore_run(
-    origin: Checkpoint,
+    checkpoint: Checkpoint,
     models: Mapping[str, AnyTrainingState],
     *,
     config: SavedRun,
     identity: Mapping[str, Any],
-    place: Topology,
+    topology: Topology,
 ) -> dict[str, Any]:
     """Bring models, optimizers and random generators to a checkpoint; return the progress saved in it.
 
@@ -332,23 +362,23 @@ def restore_run(
         models: what is trained, by name.
         config: settings of the run, which may differ in few ways from those then.
         identity: fingerprints of what may not differ, on the reporter.
-        place: layout and groups.
+        topology: layout and groups.
 
     Raises:
         ValueError: the checkpoint is of another run, or of other models.
     """
-    manifest = origin.manifest
-    with agreed(f"resuming from {origin.folder}"):
+    manifest = checkpoint.manifest
+    with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
         check_same_run(
-            origin.folder,
+            checkpoint.folder,
             manifest.config,
             _as_json(config),
             manifest.state.get("identity", {}),
-            identity if place.is_reporter else None,
+            identity if topology.is_main_rank else None,
         )
     for name, training in models.items():
-        restore(training, origin, name)
-    if is_same_layout(origin, place):
-        with agreed(f"resuming from {origin.folder}"):
-            set_random_state(origin.rank_tensors(place.rank))
+        restore(training, checkpoint, name)
+    if is_same_layout(checkpoint, topology):
+        with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
+            set_random_state(checkpoint.rank_tensors(topology.rank))
     return manifest.state["progress"]

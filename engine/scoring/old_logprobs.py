@@ -69,7 +69,7 @@ def draw_sample(rollouts: Rollouts, *, max_tokens: int, seed: int) -> frozenset[
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(rollouts.num_sequences, generator=generator).tolist()
-    drawn = [number for number in drawn if number not in rollouts.left_out]
+    drawn = [number for number in drawn if number not in rollouts.excluded]
     sample, room = [], max_tokens
     for number in drawn[: -(-len(drawn) // _ONE_IN)]:
         room -= rollouts.lengths[number]

@@ -15,7 +15,7 @@ from glm_rlhf.engine.rollout.scheduling.requests import Completion
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import PackedTokens, pack
-from glm_rlhf.parallel.pipeline.scoring import PostponedScores
+from glm_rlhf.parallel.pipeline.scoring import DeferredScores
 from glm_rlhf.parallel.runtime.spans import span
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -24,7 +24,7 @@ MICRO_BATCH_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EarlyScores:
+class OverlappedScores:
     """What one model said of some sequences of this rank's rollouts."""
 
     sequences: frozenset[int]
@@ -34,14 +34,14 @@ class EarlyScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EarlyRoles:
+class OverlappedRoles:
     """What the models have scored by the end of generation."""
 
-    reference: EarlyScores | None
+    reference: OverlappedScores | None
     """Logprobs of answer tokens; None where it takes no part, or memory has run out in it."""
-    critic: EarlyScores | None
+    critic: OverlappedScores | None
     """Rows of the critic, likewise."""
-    reward: EarlyScores | None
+    reward: OverlappedScores | None
     """Rows of the reward model, likewise."""
 
 
@@ -56,7 +56,7 @@ class _Batch:
     """bool, true at tokens of answers."""
 
 
-class EarlyScorer:
+class OverlappedScorer:
     """Owns the answers that have ended while one phase of generation lasts, and what was found of them."""
 
     def __init__(
@@ -72,7 +72,7 @@ class EarlyScorer:
         self._topology, self._temperature = topology, temperature
         models = {"reference": reference, "critic": critic, "reward": reward_model}
         self._models = {
-            role: PostponedScores(chunks, topology=topology)
+            role: DeferredScores(chunks, topology=topology)
             for role, chunks in models.items()
             if chunks is not None
         }
@@ -103,14 +103,14 @@ class EarlyScorer:
                 self._models[role].add_rows(batch.packed)
         self._scored[role].append(batch)
 
-    def tell(self, rollouts: Rollouts) -> EarlyRoles:
+    def tell(self, rollouts: Rollouts) -> OverlappedRoles:
         """Return what was found, on every rank of the pipeline, which communicates.
 
         Args:
             rollouts: of the generation that gave the answers.
         """
         found = {role: self._told(role, rollouts) for role in self._models}
-        return EarlyRoles(
+        return OverlappedRoles(
             reference=found.get("reference"), critic=found.get("critic"), reward=found.get("reward")
         )
 
@@ -130,12 +130,12 @@ class EarlyScorer:
         device, multiple = self._topology.device, self._topology.layout.token_multiple
         packed = pack([sequence.to(device) for sequence in sequences], multiple=multiple)
         answers_T = torch.zeros(packed.num_tokens, dtype=torch.bool)
-        answers_T[: packed.num_tokens - packed.num_filler] = torch.cat(masks)
+        answers_T[: packed.num_tokens - packed.num_padding] = torch.cat(masks)
         return _Batch(indices=tuple(indices), packed=packed, answers_T=answers_T.to(device))
 
-    def _told(self, role: str, rollouts: Rollouts) -> EarlyScores | None:
+    def _told(self, role: str, rollouts: Rollouts) -> OverlappedScores | None:
         batches, model = self._scored[role], self._models[role]
-        rows = model.told_tokens() if role == "reference" else model.told_rows()
+        rows = model.collect_tokens() if role == "reference" else model.collect_rows()
         if rows is None:
             return None
         numbers = {index: number for number, index in enumerate(rollouts.indices)}
@@ -146,4 +146,4 @@ class EarlyScorer:
                 number = numbers[index]
                 sequences.add(number)
                 found_T[starts[number] : starts[number + 1]] = part
-        return EarlyScores(sequences=frozenset(sequences), found_T=found_T)
+        return OverlappedScores(sequences=frozenset(sequences), found_T=found_T)

@@ -22,7 +22,7 @@ def score_reference(
     *,
     discount: float,
     max_tokens: int,
-    place: Topology,
+    topology: Topology,
 ) -> torch.Tensor:
     """Return the (weighted) log-probabilities of answers under the reference, on the host, fp32 [n, 2].
 
@@ -36,21 +36,21 @@ def score_reference(
         numbers: which of them to score.
         discount: in (0, 1].
         max_tokens: of a micro-batch.
-        place: layout and groups.
+        topology: layout and groups.
 
     Raises:
         ValueError: a log-probability is not finite; the message names the record.
     """
     scores = torch.zeros(len(records), 2, dtype=torch.float64)
     bar = tqdm(
-        total=len(numbers), desc="reference", unit=" pairs", disable=None if place.is_reporter else True
+        total=len(numbers), desc="reference", unit=" pairs", disable=None if topology.is_main_rank else True
     )
-    for window in _windows(records, numbers, max_tokens * place.dp * _WINDOW_BATCHES):
-        batches = take_share(records, window, max_tokens=max_tokens, place=place)
+    for window in _windows(records, numbers, max_tokens * topology.dp * _WINDOW_BATCHES):
+        batches = take_share(records, window, max_tokens=max_tokens, topology=topology)
         found = score_tokens(
             chunks,
             [batch.packed for batch in batches],
-            topology=place,
+            topology=topology,
             wanted=[batch.mask() for batch in batches],
         )
         for batch, (logprobs_T, _) in zip(batches, found, strict=True):
@@ -59,9 +59,9 @@ def score_reference(
             scores[list(batch.records)] = sums.unflatten(0, (-1, 2)).cpu().double()
         bar.update(len(window))
     bar.close()
-    if place.dp > 1:
-        everyone = scores.to(place.device)
-        dist.all_reduce(everyone, group=place.dp_group)
+    if topology.dp > 1:
+        everyone = scores.to(topology.device)
+        dist.all_reduce(everyone, group=topology.dp_group)
         scores = everyone.cpu()
     for number in (~scores.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from glm_rlhf.engine.data.batching import deal_micro_batches
 from glm_rlhf.engine.data.store.examples import Records
 from glm_rlhf.engine.objectives.losses import answer_mask, answer_weights
-from glm_rlhf.parallel.model.packing import PackedTokens, TokenShare, pack, share
+from glm_rlhf.parallel.model.packing import ContextShard, PackedTokens, pack, share
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -28,7 +28,7 @@ class MicroBatch:
         """Tokens of each sequence's answer."""
         return tuple(a - b for a, b in zip(self.packed.lengths, self.prompt_lengths, strict=True))
 
-    def halves(self, multiple: int) -> "tuple[MicroBatch, ...]":
+    def split_in_two(self, multiple: int) -> "tuple[MicroBatch, ...]":
         """Return the records in two micro-batches, or this one alone; see `fitting.Divisible`."""
         num_together = len(self.packed.lengths) // len(self.records)
         return tuple(
@@ -37,7 +37,7 @@ class MicroBatch:
                 packed=packed,
                 prompt_lengths=self.prompt_lengths[own],
             )
-            for packed, _, own in self.packed.halves(multiple, num_together=num_together)
+            for packed, _, own in self.packed.split_in_two(multiple, num_together=num_together)
         ) or (self,)
 
     def mask(self) -> torch.Tensor:
@@ -55,13 +55,13 @@ class MicroBatch:
         )
         return weights_T.to(self.packed.tokens_T.device, non_blocking=True)
 
-    def share_of(self, place: Topology) -> TokenShare:
+    def share_of(self, topology: Topology) -> ContextShard:
         """Return this rank's part of the stream."""
-        return share(self.packed, cp_rank=place.cp_rank, cp_size=place.layout.cp)
+        return share(self.packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
 
 
 def take_share(
-    records: Records, numbers: Sequence[int], *, max_tokens: int, place: Topology
+    records: Records, numbers: Sequence[int], *, max_tokens: int, topology: Topology
 ) -> list[MicroBatch]:
     """Return the micro-batches of this rank's share of `numbers`, the same on all ranks of its model copy.
 
@@ -72,20 +72,22 @@ def take_share(
         records: where the numbers point to.
         numbers: of the whole step, over all data-parallel ranks.
         max_tokens: of a micro-batch; one record that is longer gets one of its own.
-        place: layout and rank.
+        topology: layout and rank.
     """
     lengths = records.lengths[list(numbers)].tolist()
-    dealt = deal_micro_batches(lengths, num_ranks=place.dp, max_tokens=max_tokens)
+    dealt = deal_micro_batches(lengths, num_ranks=topology.dp, max_tokens=max_tokens)
     return [
-        _packed(records, tuple(numbers[i] for i in group), place) for group in dealt[place.dp_rank] if group
+        _packed(records, tuple(numbers[i] for i in group), topology)
+        for group in dealt[topology.dp_rank]
+        if group
     ]
 
 
-def _packed(records: Records, numbers: tuple[int, ...], place: Topology) -> MicroBatch:
+def _packed(records: Records, numbers: tuple[int, ...], topology: Topology) -> MicroBatch:
     examples = [example for number in numbers for example in records.examples(number)]
-    packed = pack([example.tokens_T for example in examples], multiple=place.layout.token_multiple)
+    packed = pack([example.tokens_T for example in examples], multiple=topology.layout.token_multiple)
     return MicroBatch(
         records=numbers,
-        packed=packed.to(place.device),
+        packed=packed.to(topology.device),
         prompt_lengths=tuple(example.num_prompt for example in examples),
     )

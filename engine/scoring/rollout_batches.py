@@ -18,11 +18,11 @@ class StreamBatch:
     rows: torch.Tensor
     """Where the micro-batch's real tokens stand in the stream, int64."""
 
-    def halves(self, multiple: int) -> "tuple[StreamBatch, ...]":
+    def split_in_two(self, multiple: int) -> "tuple[StreamBatch, ...]":
         """Return the sequences in two micro-batches, or this one alone; see `fitting.Divisible`."""
         return tuple(
             StreamBatch(packed=packed, rows=self.rows[tokens])
-            for packed, tokens, _ in self.packed.halves(multiple)
+            for packed, tokens, _ in self.packed.split_in_two(multiple)
         ) or (self,)
 
     def take(self, values_T: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from glm_rlhf.engine.scoring.overlapped_scores import EarlyScores
+from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
 from glm_rlhf.engine.scoring.rollout_batches import StreamBatch, stream_batches
 from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
@@ -32,7 +32,7 @@ def stream_logprobs(
     mask_T: torch.Tensor,
     *,
     topology: Topology,
-    early: EarlyScores | None = None,
+    overlapped: OverlappedScores | None = None,
 ) -> torch.Tensor:
     """Return the logprobs of the tokens in `mask_T` at the rollouts' temperature, fp32 [T], 0 elsewhere.
 
@@ -46,7 +46,7 @@ def stream_logprobs(
         topology: layout and groups.
         early: what the model has said of others.
     """
-    logprobs_T = _begun(mask_T, early)
+    logprobs_T = _begun(mask_T, overlapped)
     scored = score_tokens(
         chunks,
         [batch.packed for batch in batches],
@@ -65,21 +65,23 @@ def stream_rows(
     *,
     max_tokens: int,
     topology: Topology,
-    early: EarlyScores | None = None,
+    overlapped: OverlappedScores | None = None,
 ) -> torch.Tensor:
     """Return the scalar that a critic or reward model reads off after each token, fp32 [T].
 
     Ranks that share the sequences call this together; arguments as above.
     """
-    scored = early.sequences if early else ()
+    scored = overlapped.sequences if overlapped else ()
     batches = batches_of(rollouts, max_tokens=max_tokens, topology=topology, without=scored)
-    rows_T = _begun(rollouts.tokens_T, early)
+    rows_T = _begun(rollouts.tokens_T, overlapped)
     found = score_rows(chunks, [batch.packed for batch in batches], topology=topology)
     for batch, rows in zip(batches, found, strict=True):
         batch.put(rows, rows_T)
     return rows_T
 
 
-def _begun(like_T: torch.Tensor, early: EarlyScores | None) -> torch.Tensor:
+def _begun(like_T: torch.Tensor, overlapped: OverlappedScores | None) -> torch.Tensor:
     """Return the stream as far as it is known."""
-    return torch.zeros(like_T.shape, device=like_T.device) if early is None else early.found_T.clone()
+    return (
+        torch.zeros(like_T.shape, device=like_T.device) if overlapped is None else overlapped.found_T.clone()
+    )

@@ -17,7 +17,7 @@ def score_sequences(
     chunks: Sequence[GLMModel],
     sequences: Sequence[Sequence[int]],
     *,
-    place: Topology,
+    topology: Topology,
     max_tokens: int,
 ) -> list[float]:
     """Return the score of each sequence, read at its last token, the same on every rank.
@@ -28,27 +28,27 @@ def score_sequences(
     Args:
         chunks: this rank's chunks of a reward model.
         sequences: ids of prompt and answer, at least one each.
-        place: layout and groups.
+        topology: layout and groups.
         max_tokens: of a micro-batch; a longer sequence is one of its own.
 
     Raises:
         ValueError: a score is not finite; the message says which.
     """
     lengths = [len(sequence) for sequence in sequences]
-    mine = deal_by_tokens(lengths, place.dp)[place.dp_rank]
+    mine = deal_by_tokens(lengths, topology.dp)[topology.dp_rank]
     groups = pack_by_tokens([lengths[i] for i in mine], max_tokens=max_tokens)
     micro_batches = [
-        pack([torch.tensor(sequences[mine[i]]) for i in group], multiple=place.layout.token_multiple)
+        pack([torch.tensor(sequences[mine[i]]) for i in group], multiple=topology.layout.token_multiple)
         for group in groups
     ]
-    scores_B = torch.zeros(len(sequences), dtype=torch.float64, device=place.device)
+    scores_B = torch.zeros(len(sequences), dtype=torch.float64, device=topology.device)
     if micro_batches:
-        rows = score_rows(chunks, [packed.to(place.device) for packed in micro_batches], topology=place)
+        rows = score_rows(chunks, [packed.to(topology.device) for packed in micro_batches], topology=topology)
         for group, packed, row_T in zip(groups, micro_batches, rows, strict=True):
             last_B = torch.tensor(packed.boundaries[1:]) - 1
             scores_B[[mine[i] for i in group]] = row_T[last_B.to(row_T.device)].double()
-    if place.dp > 1:
-        dist.all_reduce(scores_B, group=place.dp_group)
+    if topology.dp > 1:
+        dist.all_reduce(scores_B, group=topology.dp_group)
     scores = scores_B.tolist()
     for index, score in enumerate(scores):
         if not math.isfinite(score):

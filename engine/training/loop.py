@@ -10,13 +10,13 @@ from tqdm import tqdm
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.data.store.examples import Records
 from glm_rlhf.engine.observe.metrics import WriteMetrics
-from glm_rlhf.engine.observe.timer import Clock
+from glm_rlhf.engine.observe.timer import Timer
 from glm_rlhf.engine.runs.checkpoints import RunCheckpoints, is_due
 from glm_rlhf.engine.scoring.record_batches import take_share
 from glm_rlhf.engine.training.step import Objective, UpdateResult, evaluate, update
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.runtime.nonfinite import named
-from glm_rlhf.parallel.runtime.preemption import Leaving, is_wished
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate
+from glm_rlhf.parallel.runtime.preemption import Preempted, preemption_requested
 from glm_rlhf.parallel.runtime.spans import span
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -38,7 +38,7 @@ class LoopSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class HeldOut:
     """Records that are looked at, but not learned from."""
 
     records: Records
@@ -88,10 +88,10 @@ def train(
     sampler: BatchSampler,
     settings: LoopSettings,
     *,
-    place: Topology,
+    topology: Topology,
     write: WriteMetrics,
     checkpoints: RunCheckpoints,
-    held: Held | None = None,
+    held: HeldOut | None = None,
     progress: LoopProgress | None = None,
 ) -> LoopResult:
     """Train to the end of the run; every rank calls this together.
@@ -105,7 +105,7 @@ def train(
         records: what is learned from.
         sampler: which of them each step takes, over all ranks.
         settings: of the loop.
-        place: layout and groups.
+        topology: layout and groups.
         write: metrics, on the reporter.
         checkpoints: saves what is due after each step.
         held: records to evaluate on.
@@ -113,7 +113,7 @@ def train(
 
     Raises:
         ValueError: too many steps in a row were not finite; the message names ranks and records.
-        Leaving: a rank was asked to leave, what there is was saved; on every rank.
+        Preempted: a rank was asked to leave, what there is was saved; on every rank.
     """
     start = time.monotonic()
     progress = progress or LoopProgress()
@@ -124,24 +124,24 @@ def train(
         total=settings.steps,
         desc="train",
         unit=" steps",
-        disable=None if place.is_reporter else True,
+        disable=None if topology.is_main_rank else True,
     )
     if held is not None and progress.step == 0:
-        write(0, _evaluate(state, held, 0, settings, place))
+        write(0, _evaluate(state, held, 0, settings, topology))
     for index in range(progress.step, settings.steps):
-        clock = Clock()
+        clock = Timer()
         numbers = sampler.batch(index)
-        batches = take_share(records, numbers, max_tokens=settings.micro_batch_tokens, place=place)
-        clock.lap("timing_s/data")
+        batches = take_share(records, numbers, max_tokens=settings.micro_batch_tokens, topology=topology)
+        clock.split("timing_s/data")
         lr = settings.lr_of(index)
         state.set_lr(lr)
         with span("update"):
             denominator = objective.denominator(numbers)
-            result = update(state, objective, batches, denominator, place=place, name=records.name)
-        clock.lap("timing_s/update")
+            result = update(state, objective, batches, denominator, topology=topology, name=records.name)
+        clock.split("timing_s/update")
         step_tokens = int(records.lengths[numbers].sum())
         metrics = _named(objective.metrics(result.sums), objective.prefix)
-        metrics |= _of_step(result, lr, step_tokens, clock.total_s, objective.prefix, place)
+        metrics |= _of_step(result, lr, step_tokens, clock.total_s, objective.prefix, topology)
         if result.is_applied:
             losses.append(result.sums["loss"])
         progress = LoopProgress(
@@ -154,9 +154,9 @@ def train(
         has_to_stop = progress.num_in_a_row >= settings.max_nonfinite_steps
         if held is not None and not has_to_stop and is_due(index + 1, settings.eval_every, is_last):
             with span("eval"):
-                metrics |= _evaluate(state, held, index + 1, settings, place)
-            clock.lap("timing_s/eval")
-        write(index + 1, metrics | clock.laps | saving)
+                metrics |= _evaluate(state, held, index + 1, settings, topology)
+            clock.split("timing_s/eval")
+        write(index + 1, metrics | clock.splits | saving)
         if has_to_stop:
             bar.close()
             raise ValueError(_why_stopped(result, progress.num_in_a_row, index + 1, records, numbers))
@@ -164,14 +164,14 @@ def train(
         with span("save"):  # behind the metrics, which go on from it
             is_saved = checkpoints.after_step(index + 1, asdict(progress))
         if is_saved:
-            clock.lap("timing_s/save")
-            saving = {"timing_s/save": clock.laps["timing_s/save"]}
+            clock.split("timing_s/save")
+            saving = {"timing_s/save": clock.splits["timing_s/save"]}
         bar.set_postfix(loss=f"{result.sums['loss']:.4f}", refresh=False)
         bar.update()
-        if not is_last and is_wished((None, place.device)):
+        if not is_last and preemption_requested((None, topology.device)):
             bar.close()
-            checkpoints.leave(index + 1, asdict(progress))
-            raise Leaving
+            checkpoints.save_and_exit(index + 1, asdict(progress))
+            raise Preempted
     bar.close()
     return LoopResult(
         first_loss=losses[0] if losses else math.nan,
@@ -183,21 +183,23 @@ def train(
 
 
 def _evaluate(
-    state: AnyTrainingState, held: Held, step: int, settings: LoopSettings, place: Topology
+    state: AnyTrainingState, held: HeldOut, step: int, settings: LoopSettings, topology: Topology
 ) -> dict[str, float | None]:
     state.gather_weights()
     batches = take_share(
-        held.records, list(held.numbers), max_tokens=settings.micro_batch_tokens, place=place
+        held.records, list(held.numbers), max_tokens=settings.micro_batch_tokens, topology=topology
     )
     denominator = held.objective.denominator(held.numbers)
-    sums = evaluate(state.chunks, held.objective, batches, denominator, place=place, name=held.records.name)
-    if held.on_result is not None and place.is_reporter:
+    sums = evaluate(
+        state.chunks, held.objective, batches, denominator, topology=topology, name=held.records.name
+    )
+    if held.on_result is not None and topology.is_main_rank:
         held.on_result(step, sums)
     return _named(held.objective.metrics(sums), "eval")
 
 
 def _of_step(
-    result: UpdateResult, lr: float, num_tokens: int, elapsed_s: float, prefix: str, place: Topology
+    result: UpdateResult, lr: float, num_tokens: int, elapsed_s: float, prefix: str, topology: Topology
 ) -> dict[str, float | None]:
     speed = num_tokens / elapsed_s
     return {
@@ -205,7 +207,7 @@ def _of_step(
         f"{prefix}/lr": lr,
         f"{prefix}/is_step_skipped": float(not result.is_applied),
         "perf/tokens_per_s": speed,
-        "perf/tokens_per_s_per_gpu": speed / place.world_size,
+        "perf/tokens_per_s_per_gpu": speed / topology.world_size,
         "timing_s/step": elapsed_s,
     }
 
@@ -218,14 +220,14 @@ def _why_stopped(
     result: UpdateResult, num_in_a_row: int, step: int, records: Records, numbers: Sequence[int]
 ) -> str:
     loss = result.sums["loss"]
-    if result.culprits:
+    if result.nonfinite_records:
         what = f"the loss is {loss} at step {step}, " + "; ".join(
             f"on rank {rank} with {', '.join(records.name(number) for number in numbers[:3])}"
             + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
-            for rank, numbers in result.culprits[:3]
+            for rank, numbers in result.nonfinite_records[:3]
         )
     elif math.isfinite(loss):
-        of_step = named([records.name(number) for number in numbers])
+        of_step = abbreviate([records.name(number) for number in numbers])
         what = f"the gradient's norm is {result.grad_norm} at step {step}"
         what += f", at a loss of {loss:.4g} on {of_step}"
         what += f", {result.where}" if result.where else ""

@@ -17,14 +17,14 @@ from glm_rlhf.engine.observe.metrics import open_metrics
 from glm_rlhf.engine.observe.report import tell_report
 from glm_rlhf.engine.runs.checkpoints import EXPORTS, open_checkpoints, resume
 from glm_rlhf.engine.runs.fingerprint import lengths_identity, model_identity
-from glm_rlhf.engine.training.loop import Held, LoopProgress, LoopResult, LoopSettings, train
+from glm_rlhf.engine.training.loop import HeldOut, LoopProgress, LoopResult, LoopSettings, train
 from glm_rlhf.engine.training.lr_schedule import cosine_lr
 from glm_rlhf.engine.training.step import Objective
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.consensus import agreed
-from glm_rlhf.parallel.runtime.preemption import Leaving, heeding_signals
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.preemption import Preempted, handle_preemption_signals
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.weights.export import export_model
@@ -46,17 +46,17 @@ def sampler_of(config: TrainingConfig | PPOConfig, records: Sized) -> BatchSampl
     return BatchSampler(len(records), config.train.global_batch_size, seed=config.run.seed)
 
 
-def held_of(
+def held_out_of(
     config: TrainingConfig,
     records: Records | None,
     objective: Objective,
     on_result: Callable[[int, Mapping[str, float]], None] | None = None,
-) -> Held | None:
+) -> HeldOut | None:
     """Return what a run is evaluated on: the first `data.eval_records` of its held-out records, if any."""
     if records is None:
         return None
     numbers = range(min(len(records), config.data.eval_records))
-    return Held(records=records, objective=objective, numbers=numbers, on_result=on_result)
+    return HeldOut(records=records, objective=objective, numbers=numbers, on_result=on_result)
 
 
 def run_training(
@@ -65,9 +65,9 @@ def run_training(
     objective: Objective,
     records: Records,
     *,
-    held: Held | None,
-    place: Topology,
-    origin: Checkpoint | None,
+    held: HeldOut | None,
+    topology: Topology,
+    checkpoint: Checkpoint | None,
 ) -> None:
     """Train `chunks` as the config says; every rank calls this, rank 0 tells how it went.
 
@@ -81,7 +81,7 @@ def run_training(
     state = training_state(
         chunks,
         adam_of(config.optimizer),
-        topology=place,
+        topology=topology,
         overlap_communication=config.train.overlap_communication,
         in_backward=config.optimizer.in_backward,
     )
@@ -91,31 +91,33 @@ def run_training(
             open_checkpoints(
                 config,
                 {"policy": state},
-                identity=_identity(config, records, place),
-                export=lambda folder: export_model(chunks, folder, topology=place, source=config.model.path),
-                place=place,
+                identity=_identity(config, records, topology),
+                export=lambda folder: export_model(
+                    chunks, folder, topology=topology, source=config.model.path
+                ),
+                topology=topology,
             )
         )
         progress = LoopProgress()
-        if origin is not None:
-            progress = LoopProgress(**resume(origin, checkpoints))
+        if checkpoint is not None:
+            progress = LoopProgress(**resume(checkpoint, checkpoints))
             if progress.step >= config.train.steps:
                 checkpoints.close_finished(progress.step)
                 return
-        with agreed(f"writing to {config.run.output}"):
+        with raise_on_all_ranks(f"writing to {config.run.output}"):
             write = stack.enter_context(
                 open_metrics(
                     config.run.output,
-                    is_owner=place.is_reporter,
+                    is_owner=topology.is_main_rank,
                     uses_tensorboard=config.observe.tensorboard,
                     wandb_project=config.observe.wandb,
                     run_name=config.run.name,
                     config=dataclasses.asdict(config),
-                    last_step=None if origin is None else progress.step,
+                    last_step=None if checkpoint is None else progress.step,
                 )
             )
-        stack.enter_context(watchdog(config.run.watchdog_s, rank=place.rank))
-        stack.enter_context(heeding_signals())
+        stack.enter_context(watchdog(config.run.watchdog_s, rank=topology.rank))
+        stack.enter_context(handle_preemption_signals())
         try:
             result = train(
                 state,
@@ -123,22 +125,22 @@ def run_training(
                 records,
                 sampler,
                 _loop_settings(config.train, config.optimizer),
-                place=place,
+                topology=topology,
                 write=write,
                 checkpoints=checkpoints,
                 held=held,
                 progress=progress,
             )
-        except Leaving:
+        except Preempted:
             return
-    if place.is_reporter:
+    if topology.is_main_rank:
         tell_report(config.run.output, title=config.run.name)
         sys.stderr.write(_in_words(config, result))
 
 
-def _identity(config: TrainingConfig, records: Records, place: Topology) -> dict[str, str]:
+def _identity(config: TrainingConfig, records: Records, topology: Topology) -> dict[str, str]:
     """Return fingerprints of what a run learns from, on the reporter; elsewhere nothing."""
-    if not place.is_reporter:
+    if not topology.is_main_rank:
         return {}
     identity = {
         "model.path": model_identity(config.model.path),

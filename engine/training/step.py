@@ -11,9 +11,9 @@ import torch.distributed as dist
 from glm_rlhf.engine.scoring.record_batches import MicroBatch
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.pipeline.oom_retry import run_fitting
+from glm_rlhf.parallel.pipeline.oom_retry import run_with_oom_retry
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
-from glm_rlhf.parallel.runtime.nonfinite import gathered, named
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, gather_findings
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -43,7 +43,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What became of one step; the same on every rank, but for the culprits."""
+    """What became of one step; the same on every rank, but for the records."""
 
     sums: dict[str, float]
     """The objective's sums over all ranks."""
@@ -51,7 +51,7 @@ class UpdateResult:
     """Norm of the gradient over the whole model before clipping; NaN when the loss was not finite."""
     is_applied: bool
     """Whether the weights changed: the loss and the gradient were finite."""
-    culprits: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    nonfinite_records: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """(rank, record numbers) of each micro-batch whose loss was not finite, over all ranks."""
     where: str = ""
     """Ranks and weights whose gradient was not finite; empty where it was, or where it is not known."""
@@ -63,7 +63,7 @@ def update(
     batches: Sequence[MicroBatch],
     denominator: float,
     *,
-    place: Topology,
+    topology: Topology,
     name: Callable[[int], str],
 ) -> UpdateResult:
     """Return what one step did; every rank calls this together.
@@ -77,7 +77,7 @@ def update(
         objective: the loss.
         batches: this data-parallel rank's, perhaps none.
         denominator: of the whole step.
-        place: layout and groups.
+        topology: layout and groups.
         name: of a record, for messages.
 
     Raises:
@@ -87,18 +87,20 @@ def update(
 
     def begin(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         state.zero_grad()
-        return _run(state.chunks, objective, batches, denominator, place, forward_only=False)
+        return _run(state.chunks, objective, batches, denominator, topology, forward_only=False)
 
-    outputs, batches = _fitted(begin, state.chunks, batches, place, name, forward_only=False)
-    sums = _total(outputs, objective, place)
+    outputs, batches = _fitted(begin, state.chunks, batches, topology, name, forward_only=False)
+    sums = _total(outputs, objective, topology)
     if not math.isfinite(sums["loss"]):
-        culprits = _find_culprits(outputs, batches, place)
-        return UpdateResult(sums=sums, grad_norm=math.nan, is_applied=False, culprits=culprits)
+        nonfinite_records = _find_culprits(outputs, batches, topology)
+        return UpdateResult(
+            sums=sums, grad_norm=math.nan, is_applied=False, nonfinite_records=nonfinite_records
+        )
     result = state.step()
     where = ""
     if not result.is_applied:
         names = state.nonfinite_gradients()
-        where = gathered([f"in {named(names)}"] if names else [])
+        where = gather_findings([f"in {abbreviate(names)}"] if names else [])
     return UpdateResult(sums=sums, grad_norm=result.grad_norm, is_applied=result.is_applied, where=where)
 
 
@@ -108,7 +110,7 @@ def evaluate(
     batches: Sequence[MicroBatch],
     denominator: float,
     *,
-    place: Topology,
+    topology: Topology,
     name: Callable[[int], str],
 ) -> dict[str, float]:
     """Return the objective's sums over all ranks, without gradients; every rank calls this together.
@@ -118,27 +120,27 @@ def evaluate(
     """
 
     def run(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        return _run(chunks, objective, batches, denominator, place, forward_only=True)
+        return _run(chunks, objective, batches, denominator, topology, forward_only=True)
 
-    outputs, _ = _fitted(run, chunks, batches, place, name, forward_only=True)
-    return _total(outputs, objective, place)
+    outputs, _ = _fitted(run, chunks, batches, topology, name, forward_only=True)
+    return _total(outputs, objective, topology)
 
 
 def _fitted(
     run: Callable[[Sequence[MicroBatch]], list[torch.Tensor]],
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[MicroBatch],
-    place: Topology,
+    topology: Topology,
     name: Callable[[int], str],
     *,
     forward_only: bool,
 ) -> tuple[list[torch.Tensor], list[MicroBatch]]:
-    return run_fitting(
+    return run_with_oom_retry(
         run,
         batches,
         lambda batch: name(batch.records[0]),
         models=[chunks],
-        place=place,
+        topology=topology,
         forward_only=forward_only,
     )
 
@@ -148,7 +150,7 @@ def _run(
     objective: Objective,
     batches: Sequence[MicroBatch],
     denominator: float,
-    place: Topology,
+    topology: Topology,
     *,
     forward_only: bool,
 ) -> list[torch.Tensor]:
@@ -157,10 +159,10 @@ def _run(
         chunks,
         [batch.packed for batch in batches],
         _step(objective, batches, denominator),
-        topology=place,
+        topology=topology,
         forward_only=forward_only,
     )
-    return list(outputs) if place.is_last_stage else []
+    return list(outputs) if topology.is_last_stage else []
 
 
 def _step(
@@ -172,10 +174,10 @@ def _step(
     return step
 
 
-def _total(outputs: Sequence[torch.Tensor], objective: Objective, place: Topology) -> dict[str, float]:
+def _total(outputs: Sequence[torch.Tensor], objective: Objective, topology: Topology) -> dict[str, float]:
     """Add up over micro-batches and ranks: one all-reduce of the world."""
-    sums_K = torch.zeros(len(objective.sum_names), dtype=torch.float64, device=place.device)
-    if place.tp_rank == 0:
+    sums_K = torch.zeros(len(objective.sum_names), dtype=torch.float64, device=topology.device)
+    if topology.tp_rank == 0:
         for output in outputs:
             sums_K += output
     dist.all_reduce(sums_K)
@@ -183,14 +185,14 @@ def _total(outputs: Sequence[torch.Tensor], objective: Objective, place: Topolog
 
 
 def _find_culprits(
-    outputs: Sequence[torch.Tensor], batches: Sequence[MicroBatch], place: Topology
+    outputs: Sequence[torch.Tensor], batches: Sequence[MicroBatch], topology: Topology
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Gather from all ranks which of their micro-batches had a loss that is not finite."""
     mine = [
-        (place.rank, batch.records)
+        (topology.rank, batch.records)
         for output, batch in zip(outputs, batches if outputs else (), strict=True)
-        if place.tp_rank == 0 and not math.isfinite(output[0].item())
+        if topology.tp_rank == 0 and not math.isfinite(output[0].item())
     ]
-    everyone: list[list] = [[] for _ in range(place.world_size)]
+    everyone: list[list] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(everyone, mine)
     return tuple(found for part in everyone for found in part)

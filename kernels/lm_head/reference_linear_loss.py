@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptLogits:
+class ReferenceKeptLogits:
     """Exponentials of the tempered logits z of some rows, in tiles of `TILE_COLUMNS` columns."""
 
     exp_TV: torch.Tensor
@@ -38,7 +38,7 @@ def keep_logits(
     *,
     vocab_offset: int,
     temperature: float,
-) -> tuple[SoftmaxStatistics, KeptLogits]:
+) -> tuple[SoftmaxStatistics, ReferenceKeptLogits]:
     """Return the statistics of the rows and what `dlogits_of_kept` makes their gradient of."""
     dtype = math_dtype(hidden_TD)
     hidden_TD = scaled(hidden_TD.to(dtype), temperature)
@@ -52,12 +52,12 @@ def keep_logits(
         statistics = tile if statistics is None else statistics.merged(tile)
     if statistics is None:
         statistics = SoftmaxStatistics.empty(hidden_TD.shape[0], hidden_TD)
-        return statistics, KeptLogits(exp_TV=exp_TV, max_ST=statistics.max_T[None])
-    return statistics, KeptLogits(exp_TV=exp_TV, max_ST=torch.stack(maxima))
+        return statistics, ReferenceKeptLogits(exp_TV=exp_TV, max_ST=statistics.max_T[None])
+    return statistics, ReferenceKeptLogits(exp_TV=exp_TV, max_ST=torch.stack(maxima))
 
 
 def dlogits_of_kept(
-    kept: KeptLogits,
+    kept: ReferenceKeptLogits,
     targets_T: torch.Tensor,
     distribution: RowDistribution,
     dlogprob_T: torch.Tensor,

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.parallel.checkpoint.save import TRACKER, bring_back, step_folders
+from glm_rlhf.parallel.checkpoint.save import TRACKER, recover_replaced, step_folders
 from glm_rlhf.parallel.checkpoint.shards import frozen_weights, held_shards
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.optim.state_access import go_on, parts_of, set_averages
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.optim.state_access import parts_of, resume_from, set_moments
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
-from glm_rlhf.parallel.spec.sharding import Piece, Shard, read_shard
-from glm_rlhf.parallel.storage.checkpoint_manifest import AVERAGES, WEIGHT, CheckpointError
+from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, read_shard
+from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS, WEIGHT, CheckpointError
 from glm_rlhf.parallel.storage.checkpoint_tensors import (
     Checkpoint,
     ShardedTensor,
@@ -37,9 +37,9 @@ def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint |
     """
     folder = Path(folder)
     steps: list = [[]]
-    if topology.is_reporter:
+    if topology.is_main_rank:
         if folder.is_dir():
-            bring_back(folder)
+            recover_replaced(folder)
             steps[0] = list(step_folders(folder))
     dist.broadcast_object_list(steps, src=0)
     refusals = []
@@ -83,7 +83,7 @@ def _try(path: Path, topology: Topology) -> tuple[Checkpoint | None, str | None]
 
 
 def _tell(folder: Path, step: int, refusals: list[str], topology: Topology) -> None:
-    if not topology.is_reporter:
+    if not topology.is_main_rank:
         return
     for refusal in refusals:
         sys.stderr.write(f"refused: {refusal}\n")
@@ -100,7 +100,7 @@ def _tell(folder: Path, step: int, refusals: list[str], topology: Topology) -> N
 
 @torch.no_grad()
 def restore(state: AnyTrainingState, checkpoint: Checkpoint, model: str) -> None:
-    """Fill weights and averages from a model of a checkpoint; every rank of the topology calls this.
+    """Fill weights and moments from a model of a checkpoint; every rank of the topology calls this.
 
     A rank reads what it owns. In the layout that wrote it, that is one stretch of a file for each parameter;
     in another one the parameter is put together from the parts that overlap it. The data-parallel group
@@ -109,7 +109,7 @@ def restore(state: AnyTrainingState, checkpoint: Checkpoint, model: str) -> None
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    with agreed(f"restoring {model} from {checkpoint.folder}"):
+    with raise_on_all_ranks(f"restoring {model} from {checkpoint.folder}"):
         facts = checkpoint.manifest.models.get(model)
         if facts is None:
             raise CheckpointError(
@@ -123,24 +123,24 @@ def restore(state: AnyTrainingState, checkpoint: Checkpoint, model: str) -> None
                 f"{checkpoint.folder} holds a {facts.role} {facts.config}; the {model} of this run is a "
                 f"{role} {chunk.glm}: resume with the model that it was trained from"
             )
-        held = {weight.ours for weight, *_ in held_shards(state)}
+        held = {weight.name for weight, *_ in held_shards(state)}
         if held & set(facts.frozen) != frozen_weights(state):
             raise CheckpointError(
                 f"{checkpoint.folder} and this run train different weights of {model}; on this rank, "
                 f"frozen there: {sorted(held & set(facts.frozen))}, here: {sorted(frozen_weights(state))}"
             )
         sources = {WEIGHT: _Source(checkpoint, model, WEIGHT)}
-        if facts.has_averages:
-            sources |= {kind: _Source(checkpoint, model, kind) for kind in AVERAGES}
-        shards = {shard.ours: (shard, holder) for _, shard, holder in held_shards(state)}
+        if facts.has_moments:
+            sources |= {kind: _Source(checkpoint, model, kind) for kind in ADAM_MOMENTS}
+        shards = {shard.name: (shard, holder) for _, shard, holder in held_shards(state)}
         for part in parts_of(state):
-            shard, holder = shards[part.ours]
+            shard, holder = shards[part.name]
             span = part.start, part.stop
             part.weight.copy_(sources[WEIGHT].read(shard, holder, *span))
-            if part.is_trained and facts.has_averages:
-                averages = {kind: sources[kind].read(shard, holder, *span) for kind in AVERAGES}
-                set_averages(part, averages, facts.num_steps)
-    go_on(state, facts.num_steps, facts.gradient_squares)
+            if part.is_trained and facts.has_moments:
+                moments = {kind: sources[kind].read(shard, holder, *span) for kind in ADAM_MOMENTS}
+                set_moments(part, moments, facts.num_steps)
+    resume_from(state, facts.num_steps, facts.gradient_squares)
 
 
 class _Source:
@@ -150,16 +150,16 @@ class _Source:
         self._shards: dict[tuple[str, int], StoredShard] = checkpoint.shards(model, kind)
         self._tensors: dict[str, ShardedTensor] = checkpoint.tensors(model, kind)
 
-    def read(self, shard: Shard, holder: int, start: int, stop: int) -> torch.Tensor:
+    def read(self, shard: ParamShard, holder: int, start: int, stop: int) -> torch.Tensor:
         """Return elements of a flattened parameter, a new CPU tensor [stop - start], as they are stored."""
-        stored = self._shards.get((shard.ours, holder))
+        stored = self._shards.get((shard.name, holder))
         if stored is not None and stored.shard.pieces == shard.pieces:
             out = torch.empty(stop - start, dtype=stored.dtype)
             stored.read(start, stop, out)
             return out
         return read_shard(shard, self._read_piece, dtype=torch.float32).view(-1)[start:stop].clone()
 
-    def _read_piece(self, piece: Piece, out: torch.Tensor) -> None:
+    def _read_piece(self, piece: HfSlice, out: torch.Tensor) -> None:
         whole = torch.empty(out.shape, dtype=out.dtype)
         self._tensors[piece.name].read_into(piece.dim, piece.start, piece.stop, whole)
         out.copy_(whole)

@@ -23,15 +23,15 @@ import torch.distributed as dist
 from glm_rlhf.parallel.checkpoint.shards import facts_of, joined_facts, stored_tensors
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.state_shard import SplitMaster
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_manifest import (
     FILE_NAME,
     FORMAT,
     CheckpointError,
-    FileFacts,
+    FileInfo,
     Manifest,
-    ModelFacts,
+    ModelInfo,
     RankFile,
     current_versions,
     manifest_bytes,
@@ -49,7 +49,7 @@ _LEFTOVER = re.compile(r"\.step_(\d+)\.(partial|replaced|removed)")
 _JOIN_TIMEOUT_S = 60.0
 
 
-def bring_back(folder: Path) -> None:
+def recover_replaced(folder: Path) -> None:
     """Give a checkpoint its name back that a kill found between giving way and being replaced."""
     for path in folder.iterdir():
         match = _LEFTOVER.fullmatch(path.name)
@@ -82,7 +82,7 @@ class CheckpointWriter:
         keep_every: int = 0,
         is_async: bool = True,
         config: Mapping[str, Any] | None = None,
-        companions: Mapping[str, bytes] | None = None,
+        extra_files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Make the folder, and remove what a kill has left in it.
 
@@ -93,14 +93,14 @@ class CheckpointWriter:
             keep_every: those of steps that are a multiple stay too; 0 for none.
             is_async: whether `save` returns before the checkpoint is written.
             config: settings of the run for the manifest, JSON values.
-            companions: further files by name, such as the tokenizer's; rank 0's count.
+            extra_files: further files by name, such as the tokenizer's; rank 0's count.
 
         Raises:
             ValueError: the folder cannot be made.
         """
         self.folder, self.topology = Path(folder), topology
         self.keep_last, self.keep_every, self.is_async = keep_last, keep_every, is_async
-        self.config, self.companions = dict(config or {}), dict(companions or {})
+        self.config, self.extra_files = dict(config or {}), dict(extra_files or {})
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._staged = threading.Event()
@@ -108,8 +108,8 @@ class CheckpointWriter:
         self._memory: torch.Tensor | None = None
         # The thread has a group of its own, so that it may communicate while the run does.
         self._thread_group, self._group = (dist.new_group(backend="gloo") for _ in range(2))
-        with agreed(f"making {self.folder}"):
-            if topology.is_reporter:
+        with raise_on_all_ranks(f"making {self.folder}"):
+            if topology.is_main_rank:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for path in self.folder.iterdir():
                     if _LEFTOVER.fullmatch(path.name):
@@ -138,7 +138,7 @@ class CheckpointWriter:
         job = self._plan(step, models, state, rank_tensors or {})
         self._staged.clear()
         for training in models.values():
-            training.before_change = self._staged.wait
+            training.wait_for_readers = self._staged.wait
         if not self.is_async:
             self._run(job)
             self.finish()
@@ -173,7 +173,7 @@ class CheckpointWriter:
         elif self._error is None:
             return
         error, self._thread, self._error = self._error, None, None
-        with agreed("writing a checkpoint", group=self._group):
+        with raise_on_all_ranks("writing a checkpoint", group=self._group):
             if error is not None:
                 raise error
 
@@ -221,7 +221,7 @@ class CheckpointWriter:
             self._write(job, partial)
         except Exception as error:
             self._error = error
-            if self.topology.is_reporter:
+            if self.topology.is_main_rank:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _write(self, job: "_Job", partial: Path) -> None:
@@ -231,7 +231,7 @@ class CheckpointWriter:
                 content = self._stage(job)
             finally:
                 self._staged.set()
-            if self.topology.is_reporter:
+            if self.topology.is_main_rank:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
         with self._agreed(job):
@@ -240,12 +240,12 @@ class CheckpointWriter:
         everyone: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(everyone, mine, group=self._thread_group)
         with self._agreed(job):
-            if self.topology.is_reporter:
+            if self.topology.is_main_rank:
                 self._commit(job, partial, everyone)
 
     @contextlib.contextmanager
     def _agreed(self, job: "_Job"):
-        with agreed(f"writing the checkpoint of step {job.step}", group=self._thread_group):
+        with raise_on_all_ranks(f"writing the checkpoint of step {job.step}", group=self._thread_group):
             try:
                 yield
             except OSError as error:
@@ -280,7 +280,7 @@ class CheckpointWriter:
         return memoryview(memory.numpy())
 
     def _commit(self, job: "_Job", partial: Path, everyone: list[tuple[RankFile, dict]]) -> None:
-        for name, content in self.companions.items():
+        for name, content in self.extra_files.items():
             write_synced(partial / name, content)
         manifest = Manifest(
             format=FORMAT,
@@ -290,9 +290,9 @@ class CheckpointWriter:
             versions=current_versions(),
             models={model: joined_facts([models[model] for _, models in everyone]) for model in job.models},
             ranks=tuple(file for file, _ in everyone),
-            companions={
-                name: FileFacts(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-                for name, content in self.companions.items()
+            extra_files={
+                name: FileInfo(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+                for name, content in self.extra_files.items()
             },
             config=self.config,
             state=job.state,
@@ -313,9 +313,9 @@ class CheckpointWriter:
         for place, (step, path) in enumerate(step_folders(self.folder).items()):
             is_kept = place < self.keep_last or (self.keep_every > 0 and step % self.keep_every == 0)
             if not is_kept:
-                doomed = self.folder / f".step_{step}.removed"
-                os.rename(path, doomed)  # at once not a checkpoint any more
-                shutil.rmtree(doomed)
+                removed = self.folder / f".step_{step}.removed"
+                os.rename(path, removed)  # at once not a checkpoint any more
+                shutil.rmtree(removed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,14 +327,14 @@ class _Job:
     entries: Mapping[str, HeaderEntry]
     tensors: dict[str, torch.Tensor | SplitMaster]
     starts: dict[str, dict[str, int]]
-    models: dict[str, ModelFacts]
+    models: dict[str, ModelInfo]
     state: dict[str, Any]
     ready: object | None
 
 
-def _write_file(path: Path, content: memoryview) -> FileFacts:
+def _write_file(path: Path, content: memoryview) -> FileInfo:
     digest = hashlib.sha256()
     with path.open("xb", buffering=0) as file:
         write_all(file.fileno(), content, 0, on_block=digest.update)
         os.fsync(file.fileno())
-    return FileFacts(num_bytes=len(content), sha256=digest.hexdigest())
+    return FileInfo(num_bytes=len(content), sha256=digest.hexdigest())

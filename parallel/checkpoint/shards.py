@@ -8,22 +8,22 @@ import torch
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.state_access import gradient_squares_of, num_steps_of, parts_of
 from glm_rlhf.parallel.optim.state_shard import SplitMaster
-from glm_rlhf.parallel.spec.sharding import Shard, first_holder, shards_of
+from glm_rlhf.parallel.spec.sharding import ParamShard, owner_rank, shards_of
 from glm_rlhf.parallel.spec.weight_map import Weight, weights_of
-from glm_rlhf.parallel.storage.checkpoint_manifest import WEIGHT, ModelFacts
+from glm_rlhf.parallel.storage.checkpoint_manifest import WEIGHT, ModelInfo
 from glm_rlhf.parallel.storage.checkpoint_tensors import tensor_name
 from glm_rlhf.parallel.storage.safetensors_format import DTYPE_NAMES
 from glm_rlhf.parallel.weights.load import part_of
 
 
-def held_shards(training: AnyTrainingState) -> Iterator[tuple[Weight, Shard, int]]:
+def held_shards(training: AnyTrainingState) -> Iterator[tuple[Weight, ParamShard, int]]:
     """Yield (row of the table, parameter, first tensor-parallel rank with the same one) for this rank."""
-    place = training.topology
-    tp = {"tp_rank": place.tp_rank, "tp_size": place.layout.tp}
+    topology = training.topology
+    tp = {"tp_rank": topology.tp_rank, "tp_size": topology.layout.tp}
     for chunk in training.bare_chunks:
         for weight in weights_of(chunk.glm, **part_of(chunk)):
             for shard in shards_of(weight, chunk.glm, **tp):
-                yield weight, shard, first_holder(weight, shard, chunk.glm, **tp)
+                yield weight, shard, owner_rank(weight, shard, chunk.glm, **tp)
 
 
 def stored_tensors(
@@ -35,26 +35,26 @@ def stored_tensors(
     share, alike; the last stage has a copy of a tied head; a frozen parameter is the same on all
     data-parallel ranks. Nothing is copied.
     """
-    place = training.topology
+    topology = training.topology
     stored = {
-        shard.ours
+        shard.name
         for weight, shard, holder in held_shards(training)
-        if holder == place.tp_rank and not _is_tied_copy(weight, training)
+        if holder == topology.tp_rank and not _is_tied_copy(weight, training)
     }
     tensors, starts = {}, {}
     for part in parts_of(training):
-        if part.ours in stored and (part.is_trained or place.dp_cp_group.rank() == 0):
-            starts[part.ours] = part.start
+        if part.name in stored and (part.is_trained or topology.dp_cp_group.rank() == 0):
+            starts[part.name] = part.start
             weight = part.weight if isinstance(part.weight, SplitMaster) else part.weight.detach()
-            for kind, values in {WEIGHT: weight, **part.averages}.items():
-                tensors[tensor_name(model, kind, part.ours)] = values
+            for kind, values in {WEIGHT: weight, **part.moments}.items():
+                tensors[tensor_name(model, kind, part.name)] = values
     return tensors, starts
 
 
-def facts_of(training: AnyTrainingState) -> ModelFacts:
+def facts_of(training: AnyTrainingState) -> ModelInfo:
     """Return what this rank knows of a model; `joined_facts` makes it whole."""
     chunk = training.bare_chunks[0]
-    return ModelFacts(
+    return ModelInfo(
         role=part_of(chunk)["role"],
         config=chunk.glm,
         dtype=DTYPE_NAMES[chunk.config.params_dtype],
@@ -64,7 +64,7 @@ def facts_of(training: AnyTrainingState) -> ModelFacts:
     )
 
 
-def joined_facts(facts: Sequence[ModelFacts]) -> ModelFacts:
+def joined_facts(facts: Sequence[ModelInfo]) -> ModelInfo:
     """Return the facts of a model from those of all ranks, some of which own nothing that is trained."""
     return replace(
         facts[0],
@@ -78,11 +78,11 @@ def frozen_weights(training: AnyTrainingState) -> set[str]:
     """Return our names of the weights on this rank that are not trained."""
     trained = {name: p.requires_grad for chunk in training.bare_chunks for name, p in chunk.named_weights()}
     return {
-        weight.ours
+        weight.name
         for weight, shard, _ in held_shards(training)
-        if not trained[shard.ours] and not _is_tied_copy(weight, training)
+        if not trained[shard.name] and not _is_tied_copy(weight, training)
     }
 
 
 def _is_tied_copy(weight: Weight, training: AnyTrainingState) -> bool:
-    return weight.ours == "output_layer.weight" and training.bare_chunks[0].glm.has_tied_head
+    return weight.name == "output_layer.weight" and training.bare_chunks[0].glm.has_tied_head

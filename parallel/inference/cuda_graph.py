@@ -14,13 +14,12 @@ import torch
 
 from glm_rlhf.parallel.inference.step_inputs import (
     DecodeBatch,
-    HostNumbers,
-    Plan,
-    Work,
+    PinnedInputs,
     decode_batch,
     decode_shapes,
     fill_decodes,
 )
+from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows that are recorded; a step is filled up to the next one, a larger one runs eagerly."""
@@ -31,7 +30,7 @@ Compute = Callable[[int, DecodeBatch, torch.Tensor | None], torch.Tensor]
 
 
 class Recording(Protocol):
-    """Work that was recorded."""
+    """SequenceWork that was recorded."""
 
     output: torch.Tensor
     """What the work returned; each replay writes it anew."""
@@ -84,7 +83,7 @@ class DecodeGraphs:
         """Recordings that were made and not dropped."""
         return len(self._steps)
 
-    def takes(self, plan: Plan) -> bool:
+    def takes(self, plan: StepPlan) -> bool:
         """Return whether a step can be replayed: sequences that decode, not too many, and not too long."""
         return (
             not plan.prefills
@@ -92,15 +91,15 @@ class DecodeGraphs:
             and all(len(work.pages) <= self._table_width for work in plan.decodes)
         )
 
-    def numbers(self, works: Sequence[Work]) -> HostNumbers:
+    def numbers(self, works: Sequence[SequenceWork]) -> PinnedInputs:
         """Return a step's numbers, filled up to the next recorded batch size."""
         num_rows = BATCH_SIZES[bisect_left(BATCH_SIZES, len(works))]
-        numbers = HostNumbers(decode_shapes(num_rows, self._table_width))
+        numbers = PinnedInputs(decode_shapes(num_rows, self._table_width))
         fill_decodes(numbers.arrays, works, self._page_size)
         return numbers
 
     def run(
-        self, chunk: int, numbers: HostNumbers, num_rows: int, hidden_BD: torch.Tensor | None
+        self, chunk: int, numbers: PinnedInputs, num_rows: int, hidden_BD: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the chunk's output for the first `num_rows` rows, in memory of its own.
 
@@ -124,10 +123,10 @@ class DecodeGraphs:
         """Drop all recordings and their memory."""
         self._steps.clear()
 
-    def _recorded(self, chunk: int, like: HostNumbers, *, has_hidden: bool) -> "_RecordedStep":
+    def _recorded(self, chunk: int, like: PinnedInputs, *, has_hidden: bool) -> "_RecordedStep":
         """Record a step whose rows are all there to fill up: they leave the cache as it is."""
         num_rows = len(like.arrays[0])
-        empty = HostNumbers(decode_shapes(num_rows, self._table_width))
+        empty = PinnedInputs(decode_shapes(num_rows, self._table_width))
         fill_decodes(empty.arrays, (), self._page_size)
         words = empty.words.to(self._device)
         batch = decode_batch(empty.views(words))

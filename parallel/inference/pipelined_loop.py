@@ -16,23 +16,27 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from glm_rlhf.parallel.inference.stage import GenerationStage, Turn
-from glm_rlhf.parallel.inference.step_inputs import Plan
-from glm_rlhf.parallel.runtime.preemption import Leaving, is_wished
-from glm_rlhf.parallel.runtime.spans import make_progress, span
+from glm_rlhf.parallel.inference.stage import GenerationStage, InFlightStep
+from glm_rlhf.parallel.inference.step_plan import StepPlan
+from glm_rlhf.parallel.runtime.preemption import Preempted, preemption_requested
+from glm_rlhf.parallel.runtime.spans import heartbeat, span
 
 _ROUNDS_BETWEEN_WISHES = 16
 Done = TypeVar("Done", covariant=True)
 
 
 class Queue(Protocol, Generic[Done]):
-    """Who runs next; `engine.rollout.queue.GenerationQueue`."""
+    """Who runs next; `GenerationQueue` of the engine."""
 
-    def next(self, group: int) -> Plan | None:
+    def next(self, group: int) -> StepPlan | None:
         """Return what a group does now, None when it has nothing to do."""
 
     def take(
-        self, group: int, tokens: Sequence[int], logprobs: Sequence[float], plain_logprobs: Sequence[float]
+        self,
+        group: int,
+        tokens: Sequence[int],
+        logprobs: Sequence[float],
+        untempered_logprobs: Sequence[float],
     ) -> list[Done]:
         """Take what was drawn in a group's last step and return the sequences that it completed."""
 
@@ -81,22 +85,22 @@ def run_queue(
     Raises:
         ValueError: fewer groups than stages.
         FloatingPointError: a row's logits are not finite, so that no token can be drawn.
-        Leaving: a rank was asked to leave; on all ranks of both groups.
+        Preempted: a rank was asked to leave; on all ranks of both groups.
     """
     num_stages = stage.topology.layout.pp
     if num_groups < num_stages:
         raise ValueError(f"{num_groups} groups for {num_stages} stages: some stage would always wait")
     ticks = TickCount() if ticks is None else ticks
-    running: list[Turn | None] = [None] * num_groups
-    place, num_rounds, num_idle = stage.topology, 0, 0
+    running: list[InFlightStep | None] = [None] * num_groups
+    topology, num_rounds, num_idle = stage.topology, 0, 0
     while not queue.is_finished:
-        make_progress()
+        heartbeat()
         num_rounds += 1
-        if num_rounds % _ROUNDS_BETWEEN_WISHES == 0 and is_wished(
-            (place.tp_group, place.device), (place.pp_host_group, torch.device("cpu"))
+        if num_rounds % _ROUNDS_BETWEEN_WISHES == 0 and preemption_requested(
+            (topology.tp_group, topology.device), (topology.pp_host_group, torch.device("cpu"))
         ):
             _finish_turns(stage, [], running)
-            raise Leaving
+            raise Preempted
         for _ in range(num_idle if when_idle is not None else 0):
             when_idle()
         num_idle = 0
@@ -104,7 +108,7 @@ def run_queue(
             finished, running[group] = running[group], None
             if finished is not None:
                 try:
-                    yield from queue.take(group, *stage.drawn(finished))
+                    yield from queue.take(group, *stage.sampled(finished))
                 except BaseException:
                     # Every rank is here: what is on its way between them must not meet the next run.
                     _finish_turns(stage, running[:group], running[group:])
@@ -121,22 +125,22 @@ def run_queue(
     stage.finish()
 
 
-def _advance_further(stage: GenerationStage, turns: Sequence[Turn | None]) -> None:
+def _advance_further(stage: GenerationStage, turns: Sequence[InFlightStep | None]) -> None:
     """Run the chunks behind the first of every turn."""
     for chunk in range(1, stage.num_chunks):
-        for turn in turns:
-            if turn is not None:
+        for step in turns:
+            if step is not None:
                 with span("token step"):
-                    stage.advance(turn, chunk)
+                    stage.advance(step, chunk)
 
 
 def _finish_turns(
-    stage: GenerationStage, begun: Sequence[Turn | None], computed: Sequence[Turn | None]
+    stage: GenerationStage, begun: Sequence[InFlightStep | None], computed: Sequence[InFlightStep | None]
 ) -> None:
     """Take every turn to its end, whatever it draws: turns of this round, and turns of the last one."""
     _advance_further(stage, begun)
-    for turn in (*computed, *begun):
-        if turn is not None:
+    for step in (*computed, *begun):
+        if step is not None:
             with contextlib.suppress(FloatingPointError):
-                stage.drawn(turn)
+                stage.sampled(step)
     stage.finish()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights, weights_by_name
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.topology import Topology
-from glm_rlhf.parallel.spec.reshard_plan import Move, layers_of_stage, plan_reshard
+from glm_rlhf.parallel.spec.reshard_plan import Transfer, layers_of_stage, plan_reshard
 
 DEFAULT_BUFFER_BYTES = 256 * 2**20
 
@@ -33,7 +33,7 @@ class ReshardedWeights:
 
         Args:
             chunks: this rank's chunks of a policy, in the layout that trains.
-            target: the other layout, `second_topology`.
+            target: the other layout, `generation_topology`.
             buffer_bytes: memory for what is sent and received at a time.
 
         Raises:
@@ -118,7 +118,7 @@ class ReshardedWeights:
 class _Round:
     """What this rank sends and receives at a time, in the order of the other ranks."""
 
-    def __init__(self, sends: Iterable[Move], receives: Iterable[Move]) -> None:
+    def __init__(self, sends: Iterable[Transfer], receives: Iterable[Transfer]) -> None:
         # Sorting is stable: between two ranks both keep the plan's order.
         self.sends = sorted(sends, key=lambda move: move.target_rank)
         self.receives = sorted(receives, key=lambda move: move.source_rank)
@@ -147,14 +147,14 @@ def _totals(pairs: Iterable[tuple[int, int]], world_size: int) -> list[int]:
     return [totals[rank] for rank in range(world_size)]
 
 
-def _parts(buffer: torch.Tensor, moves: Sequence[Move]) -> tuple[torch.Tensor, ...]:
+def _parts(buffer: torch.Tensor, moves: Sequence[Transfer]) -> tuple[torch.Tensor, ...]:
     sizes = [move.num_elements for move in moves]
     return buffer[: sum(sizes)].split(sizes) if sizes else ()
 
 
-def _source_of(move: Move, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _source_of(move: Transfer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return tensors[move.source_name].narrow(move.dim, move.source_start, move.length)
 
 
-def _target_of(move: Move, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _target_of(move: Transfer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return tensors[move.target_name].narrow(move.dim, move.target_start, move.length)

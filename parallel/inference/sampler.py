@@ -32,7 +32,7 @@ class SamplingSettings:
             raise ValueError(f"top_p is {self.top_p}, required is a number above 0, at most 1")
 
 
-def draw_tokens(
+def sample_tokens(
     logits_BV: torch.Tensor,
     seeds_B: torch.Tensor,
     steps_B: torch.Tensor,

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from glm_rlhf.parallel.inference.cuda_graph import DecodeGraphs, Record
 from glm_rlhf.parallel.inference.decoder import chunk_decoders
 from glm_rlhf.parallel.inference.kv_cache import KVCache
-from glm_rlhf.parallel.inference.sampler import SamplingSettings, draw_tokens
-from glm_rlhf.parallel.inference.step_inputs import DecodeBatch, HostNumbers, Plan, make_batch
+from glm_rlhf.parallel.inference.sampler import SamplingSettings, sample_tokens
+from glm_rlhf.parallel.inference.step_inputs import DecodeBatch, PinnedInputs, make_batch
+from glm_rlhf.parallel.inference.step_plan import StepPlan
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights
 
 _HIDDEN, _TOKENS = 1, 2
@@ -18,18 +19,18 @@ _HIDDEN, _TOKENS = 1, 2
 
 
 @dataclass(slots=True, kw_only=True)
-class Turn:
+class InFlightStep:
     """One group's step on its way through the stages."""
 
     num_rows: int
     """Rows that go through."""
-    num_drawn: int
+    num_sampled: int
     """Rows whose next token is drawn."""
     batch: DecodeBatch | None
     """The rows; None where `recorded` has them."""
-    recorded: HostNumbers | None
+    recorded: PinnedInputs | None
     """The rows as a recorded step takes them; None for a step that runs eagerly."""
-    drawn: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
     """float64 [rows drawn, 3] on the last stage: token, logprob, plain logprob."""
 
 
@@ -74,56 +75,58 @@ class GenerationStage:
         self._sent: list[tuple[dist.Work, torch.Tensor]] = []
 
     @torch.inference_mode()
-    def start(self, plan: Plan) -> Turn:
+    def start(self, plan: StepPlan) -> InFlightStep:
         """Copy the pages that a step asks for and put its rows where they are computed."""
         self._cache.copy_pages(plan.copies)
         if self._graphs is not None and self._graphs.takes(plan):
             count = len(plan.decodes)
             numbers = self._graphs.numbers(plan.decodes)
-            return Turn(num_rows=count, num_drawn=count, batch=None, recorded=numbers)
+            return InFlightStep(num_rows=count, num_sampled=count, batch=None, recorded=numbers)
         batch = make_batch(plan, page_size=self._cache.page_size, device=self.topology.device)
-        return Turn(num_rows=len(batch.tokens_T), num_drawn=batch.num_drawn, batch=batch, recorded=None)
+        return InFlightStep(
+            num_rows=len(batch.tokens_T), num_sampled=batch.num_sampled, batch=batch, recorded=None
+        )
 
     @torch.inference_mode()
-    def advance(self, turn: Turn, chunk: int) -> None:
+    def advance(self, step: InFlightStep, chunk: int) -> None:
         """Run one of this stage's chunks: receive, compute, send on or draw."""
-        place = self.topology
-        is_first = place.pp_rank == 0 and chunk == 0
-        hidden_TD = None if is_first else self._receive_hidden(turn.num_rows)
-        if turn.recorded is not None:
-            output = self._graphs.run(chunk, turn.recorded, turn.num_rows, hidden_TD)
+        topology = self.topology
+        is_first = topology.pp_rank == 0 and chunk == 0
+        hidden_TD = None if is_first else self._receive_hidden(step.num_rows)
+        if step.recorded is not None:
+            output = self._graphs.run(chunk, step.recorded, step.num_rows, hidden_TD)
         else:
-            output = self._compute(chunk, turn.batch, hidden_TD)
+            output = self._compute(chunk, step.batch, hidden_TD)
         if not self._is_last(chunk):
-            self._send(output, (place.pp_rank + 1) % place.layout.pp, place.pp_group, _HIDDEN)
-        elif turn.num_drawn:
-            turn.drawn = output
-            if place.layout.pp > 1:
-                turn.drawn = output.cpu()
-                for stage in range(place.layout.pp - 1):
-                    self._send(turn.drawn, stage, place.pp_host_group, _TOKENS)
+            self._send(output, (topology.pp_rank + 1) % topology.layout.pp, topology.pp_group, _HIDDEN)
+        elif step.num_sampled:
+            step.sampled = output
+            if topology.layout.pp > 1:
+                step.sampled = output.cpu()
+                for stage in range(topology.layout.pp - 1):
+                    self._send(step.sampled, stage, topology.pp_host_group, _TOKENS)
 
     @torch.inference_mode()
-    def drawn(self, turn: Turn) -> tuple[list[int], list[float], list[float]]:
+    def sampled(self, step: InFlightStep) -> tuple[list[int], list[float], list[float]]:
         """Return what the last stage drew in a turn: tokens, logprobs, plain logprobs.
 
         Raises:
             FloatingPointError: a row's logits are not finite, so that no token can be drawn.
         """
-        if turn.num_drawn == 0:  # a part of a prompt, and nothing else, went through
+        if step.num_sampled == 0:  # a part of a prompt, and nothing else, went through
             return [], [], []
-        if turn.drawn is None:
+        if step.sampled is None:
             group = self.topology.pp_host_group
-            turn.drawn = torch.empty(turn.num_drawn, 3, dtype=torch.float64)
+            step.sampled = torch.empty(step.num_sampled, 3, dtype=torch.float64)
             source = dist.get_global_rank(group, self.topology.layout.pp - 1)
-            dist.recv(turn.drawn, source, group=group, tag=_TOKENS)
-        tokens, logprobs, plain_logprobs = turn.drawn.t().tolist()
+            dist.recv(step.sampled, source, group=group, tag=_TOKENS)
+        tokens, logprobs, untempered_logprobs = step.sampled.t().tolist()
         if -1.0 in tokens:
             raise FloatingPointError(
                 f"{tokens.count(-1.0)} of {len(tokens)} rows have no token that could be drawn: their logits "
                 "are not finite, or every id is masked"
             )
-        return [int(token) for token in tokens], logprobs, plain_logprobs
+        return [int(token) for token in tokens], logprobs, untempered_logprobs
 
     def finish(self) -> None:
         """Wait until the other stages have what was sent to them."""
@@ -135,10 +138,10 @@ class GenerationStage:
         """Return the residual stream to send on, or of the last chunk what was drawn; waits for no device."""
         decoder = self._decoders[chunk]
         output = decoder.forward(batch, hidden_TD)
-        if not self._is_last(chunk) or not batch.num_drawn:
+        if not self._is_last(chunk) or not batch.num_sampled:
             return output
         group = self.topology.tp_group if self.topology.layout.tp > 1 else None
-        samples = draw_tokens(
+        samples = sample_tokens(
             decoder.logits(output), batch.seeds_B, batch.steps_B, self.settings, group=group
         )
         return torch.stack([part.double() for part in samples], dim=1)
@@ -147,10 +150,10 @@ class GenerationStage:
         return self.topology.is_last_stage and chunk + 1 == self.num_chunks
 
     def _receive_hidden(self, num_rows: int) -> torch.Tensor:
-        place = self.topology
-        hidden_TD = torch.empty(num_rows, self._hidden_size, dtype=self._dtype, device=place.device)
-        source = dist.get_global_rank(place.pp_group, (place.pp_rank - 1) % place.layout.pp)
-        dist.recv(hidden_TD, source, group=place.pp_group, tag=_HIDDEN)
+        topology = self.topology
+        hidden_TD = torch.empty(num_rows, self._hidden_size, dtype=self._dtype, device=topology.device)
+        source = dist.get_global_rank(topology.pp_group, (topology.pp_rank - 1) % topology.layout.pp)
+        dist.recv(hidden_TD, source, group=topology.pp_group, tag=_HIDDEN)
         return hidden_TD
 
     def _send(self, tensor: torch.Tensor, stage: int, group: dist.ProcessGroup, tag: int) -> None:

@@ -7,34 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 from glm_rlhf.parallel.model.packing import Segment
 
 Shape = tuple[tuple[int, ...], type]
 """Sizes of an array, and its type: np.int64 or np.int32."""
-
-
-class Work(Protocol):
-    """What one sequence does in a step; `engine.rollout.queue.SequenceWork`."""
-
-    tokens: tuple[int, ...]
-    start: int
-    pages: tuple[int, ...]
-    samples: bool
-    seed: int
-    num_generated: int
-
-
-class Plan(Protocol):
-    """Who runs in a step; `engine.rollout.queue.Step`."""
-
-    copies: tuple[tuple[int, int], ...]
-    decodes: tuple[Work, ...]
-    prefills: tuple[Work, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +46,12 @@ class DecodeBatch:
     """Draws made before for each row that is drawn, int64."""
 
     @property
-    def num_drawn(self) -> int:
+    def num_sampled(self) -> int:
         """Rows whose next token is drawn."""
         return len(self.seeds_B)
 
 
-def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBatch:
+def make_batch(plan: StepPlan, *, page_size: int, device: torch.device) -> DecodeBatch:
     """Return a step's rows on the device.
 
     Args:
@@ -81,19 +62,19 @@ def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBat
     decodes, prefills = plan.decodes, plan.prefills
     width = max((len(work.pages) for work in decodes), default=0)
     if not prefills:
-        numbers = HostNumbers(decode_shapes(len(decodes), width))
+        numbers = PinnedInputs(decode_shapes(len(decodes), width))
         fill_decodes(numbers.arrays, decodes, page_size)
         return decode_batch(numbers.to(device))
     query_lengths = tuple(len(work.tokens) for work in prefills)
     key_lengths = tuple(work.start + len(work.tokens) for work in prefills)
-    num_drawn = len(decodes) + sum(work.samples for work in prefills)
+    num_sampled = len(decodes) + sum(work.samples for work in prefills)
     num_context = sum(key_lengths) if any(work.start for work in prefills) else 0
-    numbers = HostNumbers(
+    numbers = PinnedInputs(
         [
             *decode_shapes(
-                len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_drawn=num_drawn
+                len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_sampled=num_sampled
             ),
-            ((num_drawn,), np.int64),
+            ((num_sampled,), np.int64),
             ((len(prefills) + 1,), np.int32),
             ((len(prefills) + 1,), np.int32),
             ((num_context,), np.int64),
@@ -118,7 +99,7 @@ def make_batch(plan: Plan, *, page_size: int, device: torch.device) -> DecodeBat
 
 
 def decode_shapes(
-    num_decodes: int, table_width: int, *, num_rows: int | None = None, num_drawn: int | None = None
+    num_decodes: int, table_width: int, *, num_rows: int | None = None, num_sampled: int | None = None
 ) -> list[Shape]:
     """Return shape and type of tokens, positions, slots, seeds, steps, lengths and page table.
 
@@ -129,7 +110,7 @@ def decode_shapes(
         num_drawn: rows whose next token is drawn, when it is not every row.
     """
     by_row = ((num_decodes if num_rows is None else num_rows,), np.int64)
-    by_draw = ((num_decodes if num_drawn is None else num_drawn,), np.int64)
+    by_draw = ((num_decodes if num_sampled is None else num_sampled,), np.int64)
     return [
         *(by_row, by_row, by_row, by_draw, by_draw),
         ((num_decodes,), np.int32),
@@ -137,7 +118,7 @@ def decode_shapes(
     ]
 
 
-def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[Work], page_size: int) -> None:
+def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[SequenceWork], page_size: int) -> None:
     """Write decoding sequences into the first rows of arrays that have `decode_shapes` and hold zeros.
 
     Rows of decodes behind them fill up the batch: they write no key, see no position, and draw a token that
@@ -163,7 +144,7 @@ def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[Work], page_size:
 
 
 def _fill_prefills(
-    arrays: Sequence[np.ndarray], works: Sequence[Work], num_decodes: int, page_size: int
+    arrays: Sequence[np.ndarray], works: Sequence[SequenceWork], num_decodes: int, page_size: int
 ) -> None:
     """Write prefilled sequences behind the decoding ones."""
     tokens, positions, slots, seeds, steps, _, _, sampled_rows, query_cu, key_cu, key_slots = arrays
@@ -185,7 +166,7 @@ def _fill_prefills(
         query_cu[place], key_cu[place] = row - num_decodes, num_keys
 
 
-def _slots(work: Work, num_positions: int, page_size: int) -> np.ndarray:
+def _slots(work: SequenceWork, num_positions: int, page_size: int) -> np.ndarray:
     """Return where the first positions of a sequence lie."""
     first_slots = np.array(work.pages, dtype=np.int64)[:, None] * page_size
     return (first_slots + np.arange(page_size)).reshape(-1)[:num_positions]
@@ -215,7 +196,7 @@ def decode_batch(
     )
 
 
-class HostNumbers:
+class PinnedInputs:
     """Arrays of int64 and int32 that lie end to end in one tensor of the host.
 
     The memory is pinned where there is CUDA: a copy from it is not waited for, and it is given to no other

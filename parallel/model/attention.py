@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.kernels.layers.rope import rope, rope_qkv_in_place
-from glm_rlhf.parallel.model.packing import TokenShare
+from glm_rlhf.parallel.model.packing import ContextShard
 from glm_rlhf.parallel.model.varlen_attention import packed_attention
 
 
@@ -23,7 +23,7 @@ from glm_rlhf.parallel.model.varlen_attention import packed_attention
 class AttentionInputs:
     """What every layer's attention needs to know of a micro-batch; made once a forward pass."""
 
-    share: TokenShare
+    share: ContextShard
     """This rank's tokens, and which keys each of them sees."""
     cos_TR: torch.Tensor
     """Cosines of this rank's rows, fp32 [T, rotary pairs]."""

@@ -24,7 +24,7 @@ from glm_rlhf.parallel.megatron_compat.cpu_patches import is_needed as is_cpu
 from glm_rlhf.parallel.model.attention import AttentionInputs
 from glm_rlhf.parallel.model.heads import ValueHead, VocabularyHead
 from glm_rlhf.parallel.model.layers import block_submodules
-from glm_rlhf.parallel.model.packing import TokenShare
+from glm_rlhf.parallel.model.packing import ContextShard
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES
@@ -129,7 +129,7 @@ class GLMModel(MegatronModule):
         """Index in the whole model of this chunk's first layer, from 0."""
         return self.decoder.layers[0].layer_number - 1
 
-    def forward(self, share: TokenShare) -> torch.Tensor:
+    def forward(self, share: ContextShard) -> torch.Tensor:
         """Return this chunk's output for one micro-batch.
 
         Args:

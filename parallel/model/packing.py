@@ -23,7 +23,7 @@ class PackedTokens:
     """Token ids, int64 [T], filler included."""
     lengths: tuple[int, ...]
     """Length of each real sequence, in tokens; zero is allowed."""
-    num_filler: int
+    num_padding: int
     """Tokens at the end of the stream that belong to no sequence."""
 
     @property
@@ -44,16 +44,18 @@ class PackedTokens:
         """Start and end of every non-empty run of tokens that attend to each other, filler included."""
         starts = self.boundaries
         spans = [(a, b) for a, b in pairwise(starts) if b > a]
-        if self.num_filler:
+        if self.num_padding:
             spans.append((starts[-1], self.num_tokens))
         return spans
 
     def to(self, device: torch.device) -> "PackedTokens":
         """Return the same stream on `device`."""
         tokens_T = self.tokens_T.to(device, non_blocking=True)
-        return PackedTokens(tokens_T=tokens_T, lengths=self.lengths, num_filler=self.num_filler)
+        return PackedTokens(tokens_T=tokens_T, lengths=self.lengths, num_padding=self.num_padding)
 
-    def halves(self, multiple: int, *, num_together: int = 1) -> "list[tuple[PackedTokens, slice, slice]]":
+    def split_in_two(
+        self, multiple: int, *, num_together: int = 1
+    ) -> "list[tuple[PackedTokens, slice, slice]]":
         """Return the stream cut in two between sequences, tokens as even as may be, or nothing.
 
         Args:
@@ -69,7 +71,7 @@ class PackedTokens:
         cuts = [cut for cut in range(num_together, end, num_together) if 0 < starts[cut] < starts[-1]]
         if not cuts:
             return []
-        cut = min(cuts, key=lambda place: abs(2 * starts[place] - starts[-1]))
+        cut = min(cuts, key=lambda topology: abs(2 * starts[topology] - starts[-1]))
         pieces = self.split(self.tokens_T)
         return [
             (pack(pieces[a:b], multiple=multiple), slice(starts[a], starts[b]), slice(a, b))
@@ -105,7 +107,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenShare:
+class ContextShard:
     """What one context-parallel rank does of a stream."""
 
     packed: PackedTokens
@@ -148,10 +150,10 @@ def pack(sequences: Sequence[torch.Tensor], *, multiple: int = 1, filler_token: 
     parts = [sequence.long() for sequence in sequences]
     if num_filler:
         parts.append(parts[0].new_full((num_filler,), filler_token))
-    return PackedTokens(tokens_T=torch.cat(parts), lengths=lengths, num_filler=num_filler)
+    return PackedTokens(tokens_T=torch.cat(parts), lengths=lengths, num_padding=num_filler)
 
 
-def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> TokenShare:
+def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> ContextShard:
     """Return what context-parallel rank `cp_rank` of `cp_size` does of a stream.
 
     Raises:
@@ -161,7 +163,7 @@ def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> TokenS
     position_T = _positions(packed)
     if cp_size == 1:
         segment = _segment(packed.spans, 0, total, 0, device)
-        return TokenShare(
+        return ContextShard(
             packed=packed,
             rows=None,
             segments=(segment,),
@@ -183,7 +185,7 @@ def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> TokenS
     segments = tuple(
         _segment(packed.spans, c * chunk, (c + 1) * chunk, i * chunk, device) for i, c in enumerate(mine)
     )
-    return TokenShare(
+    return ContextShard(
         packed=packed,
         rows=rows.to(device, non_blocking=True),
         segments=segments,

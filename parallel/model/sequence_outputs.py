@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from glm_rlhf.kernels.lm_head.linear_ppo_loss import NllStatistics
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.model.packing import TokenShare
+from glm_rlhf.parallel.model.packing import ContextShard
 from glm_rlhf.parallel.model.token_outputs import next_tokens, shift_to_rows, token_logprobs, token_values
 from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 
@@ -18,7 +18,7 @@ from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 def answer_nll(
     model: GLMModel,
     hidden_TD: torch.Tensor,
-    mine: TokenShare,
+    mine: ContextShard,
     is_trained_T: torch.Tensor,
     *,
     denominator: float,
@@ -47,7 +47,7 @@ def answer_nll(
     )
 
 
-def last_token_values(model: GLMModel, hidden_TD: torch.Tensor, mine: TokenShare) -> torch.Tensor:
+def last_token_values(model: GLMModel, hidden_TD: torch.Tensor, mine: ContextShard) -> torch.Tensor:
     """Return the scalar at each sequence's last token, fp32 [B]: a reward model's scores.
 
     The context-parallel group adds up 4 B bytes.
@@ -74,7 +74,7 @@ def last_token_values(model: GLMModel, hidden_TD: torch.Tensor, mine: TokenShare
 
 
 def sequence_logprobs(
-    model: GLMModel, hidden_TD: torch.Tensor, mine: TokenShare, weights_T: torch.Tensor
+    model: GLMModel, hidden_TD: torch.Tensor, mine: ContextShard, weights_T: torch.Tensor
 ) -> torch.Tensor:
     """Return sum_t weights_T[t] · log p(token t | tokens before t) of each sequence, fp32 [B].
 

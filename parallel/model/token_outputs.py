@@ -64,8 +64,8 @@ def next_tokens(packed: PackedTokens, wanted_T: torch.Tensor | None = None) -> t
     is_target_T = torch.ones_like(packed.tokens_T, dtype=torch.bool) if wanted_T is None else wanted_T.clone()
     starts = torch.tensor([start for start, _ in packed.spans]).to(is_target_T.device, non_blocking=True)
     is_target_T[starts] = False
-    if packed.num_filler:
-        is_target_T[-packed.num_filler :] = False
+    if packed.num_padding:
+        is_target_T[-packed.num_padding :] = False
     return shift_to_rows(torch.where(is_target_T, packed.tokens_T, IGNORE_INDEX), last=IGNORE_INDEX)
 
 

@@ -28,7 +28,7 @@ def packed_attention(
         query_TNH: queries of this rank's rows.
         key_SKH: keys of the whole stream; N is a multiple of K.
         value_SKH: values of the whole stream.
-        segments: which queries see which keys, `TokenShare.segments`.
+        segments: which queries see which keys, `ContextShard.segments`.
 
     Returns:
         [T, N, H] in the dtype of the queries.

@@ -6,13 +6,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from glm_rlhf.kernels import AdamWTable
-from glm_rlhf.kernels.adam import adamw
+from glm_rlhf.kernels import AdamWTable, adamw
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.optim.state_shard import Part, SplitMaster
+from glm_rlhf.parallel.optim.state_shard import SplitMaster, StateShard
 from glm_rlhf.parallel.optim.training_state import AdamSettings, sum_replicas
 from glm_rlhf.parallel.runtime.topology import Topology
-from glm_rlhf.parallel.storage.checkpoint_manifest import AVERAGES
+from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS
 
 
 def buckets_of(chunks: Sequence[GLMModel], topology: Topology) -> Iterator["Bucket"]:
@@ -132,7 +131,7 @@ class Bucket:
         for shard, (whole, work) in zip(self._shards, started, strict=True):
             shard.finish_gather(_finished(whole, work))
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[StateShard]:
         """Return this rank's shares, without filler; a rank may have none of a small weight."""
         for table, places, _ in self._tables:
             for row, place in enumerate(places):
@@ -140,14 +139,14 @@ class Bucket:
                 if count:
                     weight = table.weights[row][:count]
                     moments = table.first_moments[row][:count], table.second_moments[row][:count]
-                    yield Part(
-                        ours=self._names[place],
+                    yield StateShard(
+                        name=self._names[place],
                         start=start,
                         weight=weight
                         if table.remainders is None
                         else SplitMaster(weight=weight, remainder=table.remainders[row][:count]),
                         is_trained=True,
-                        averages=dict(zip(AVERAGES, moments, strict=True)),
+                        moments=dict(zip(ADAM_MOMENTS, moments, strict=True)),
                     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.gradient_buckets import Bucket, buckets_of
-from glm_rlhf.parallel.optim.state_shard import Part
+from glm_rlhf.parallel.optim.state_shard import StateShard
 from glm_rlhf.parallel.optim.training_state import (
     AdamSettings,
     StepResult,
@@ -67,8 +67,8 @@ class InBackwardState:
         self.topology, self.settings = topology, settings
         self.chunks = list(chunks)
         self._lr = settings.lr
-        self.before_change: Callable[[], None] | None = None
-        """Called before weights and averages change: returns when nobody reads them any more."""
+        self.wait_for_readers: Callable[[], None] | None = None
+        """Called before weights and moments change: returns when nobody reads them any more."""
         self.num_steps = 0
         """Steps that were taken."""
         self._buckets = list(buckets_of(chunks, topology))
@@ -123,9 +123,9 @@ class InBackwardState:
     def gather_weights(self) -> None:
         """Do nothing: weights are gathered as they change."""
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, StateShard]:
         """Return this rank's shares of the weights that are trained, by their names in the whole model."""
-        return {part.ours: part for bucket in self._buckets for part in bucket.parts()}
+        return {part.name: part for bucket in self._buckets for part in bucket.parts()}
 
     @property
     def gradient_squares(self) -> dict[str, float]:
@@ -133,7 +133,7 @@ class InBackwardState:
         names = (bucket.name for bucket in self._buckets)
         return dict(zip(names, self._taken_squares_K.tolist(), strict=True))
 
-    def go_on(self, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
+    def resume_from(self, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
         """Gather the weights of `parts` that were filled, and continue; every rank calls this.
 
         Args:
@@ -193,8 +193,8 @@ class InBackwardState:
         dist.all_reduce(square, group=self.topology.dp_cp_group)
         dist.all_reduce(square, group=self.topology.tp_group)
         self._squares_K[index] = square
-        if self.before_change is not None:
-            self.before_change()
+        if self.wait_for_readers is not None:
+            self.wait_for_readers()
         bucket.update(
             gradients,
             step=self.num_steps + 1,

@@ -1,7 +1,7 @@
-"""What a rank owns of a model in training: fp32 weights and Adam's averages, in flat parts of parameters.
+"""What a rank owns of a model in training: fp32 weights and Adam's moments, in flat parts of parameters.
 
 The distributed optimizer cuts the flattened parameters of a rank into dp × cp stretches and keeps fp32
-weights and averages of its own stretch only; the optimizer in backward cuts each parameter. A part is what
+weights and moments of its own stretch only; the optimizer in backward cuts each parameter. A part is what
 a rank has of one parameter, so that every rank can write, and fill again, exactly what it has; nothing is
 communicated for it.
 """
@@ -12,12 +12,12 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, InBackwardState
-from glm_rlhf.parallel.optim.state_shard import Part
+from glm_rlhf.parallel.optim.state_shard import StateShard
 from glm_rlhf.parallel.optim.training_state import TrainingState
-from glm_rlhf.parallel.storage.checkpoint_manifest import AVERAGES
+from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS
 
 
-def parts_of(state: AnyTrainingState) -> Iterator[Part]:
+def parts_of(state: AnyTrainingState) -> Iterator[StateShard]:
     """Yield the parts that this rank owns, in the model's order.
 
     Data- and context-parallel ranks share a trained parameter's elements without overlap; each of them has
@@ -26,17 +26,17 @@ def parts_of(state: AnyTrainingState) -> Iterator[Part]:
     if isinstance(state, InBackwardState):
         found = state.parts()
     else:
-        state.bring_back()
-        found = {part.ours: part for part in _distributed_parts(state)}
+        state.bring_back_state()
+        found = {part.name: part for part in _distributed_parts(state)}
     for chunk in state.bare_chunks:
         for name, parameter in chunk.named_weights():
             if not parameter.requires_grad:
-                yield Part(ours=name, start=0, weight=parameter.detach().view(-1), is_trained=False)
+                yield StateShard(name=name, start=0, weight=parameter.detach().view(-1), is_trained=False)
             elif name in found:
                 yield found[name]
 
 
-def _distributed_parts(state: TrainingState) -> Iterator[Part]:
+def _distributed_parts(state: TrainingState) -> Iterator[StateShard]:
     """Yield the parts of what is trained, for Megatron-core's optimizers."""
     for optimizer in _optimizers(state):
         main_of = _main_parameters(optimizer)
@@ -44,13 +44,13 @@ def _distributed_parts(state: TrainingState) -> Iterator[Part]:
             for name, parameter in chunk.named_weights():
                 if parameter in optimizer.model_param_gbuf_map:
                     main = main_of[parameter]
-                    averages = optimizer.optimizer.state.get(main, {})
-                    yield Part(
-                        ours=name,
+                    moments = optimizer.optimizer.state.get(main, {})
+                    yield StateShard(
+                        name=name,
                         start=optimizer._get_model_param_range_map(parameter)["param"].start,
                         weight=main,
                         is_trained=True,
-                        averages={kind: averages[kind] for kind in AVERAGES if kind in averages},
+                        moments={kind: moments[kind] for kind in ADAM_MOMENTS if kind in moments},
                         optimizer=optimizer,
                     )
 
@@ -59,7 +59,7 @@ def num_steps_of(state: AnyTrainingState) -> int:
     """Return the steps that Adam has taken, 0 also on a rank that owns nothing that is trained."""
     if isinstance(state, InBackwardState):
         return state.num_steps
-    state.bring_back()
+    state.bring_back_state()
     for optimizer in _optimizers(state):
         inner = optimizer.optimizer
         for found in inner.state.values():
@@ -76,15 +76,15 @@ def gradient_squares_of(state: AnyTrainingState) -> dict[str, float]:
     return state.gradient_squares if isinstance(state, InBackwardState) else {}
 
 
-def set_averages(part: Part, averages: Mapping[str, torch.Tensor], num_steps: int) -> None:
-    """Give Adam its averages of a part, fp32 tensors that it may keep, and the steps behind them."""
+def set_moments(part: StateShard, moments: Mapping[str, torch.Tensor], num_steps: int) -> None:
+    """Give Adam its moments of a part, fp32 tensors that it may keep, and the steps behind them."""
     if part.optimizer is None:
-        for name, values in part.averages.items():
-            values.copy_(averages[name])
+        for name, values in part.moments.items():
+            values.copy_(moments[name])
         return
     inner = part.optimizer.optimizer
     main = part.weight
-    inner.state[main] = {name: averages[name].to(main.device) for name in AVERAGES}
+    inner.state[main] = {name: moments[name].to(main.device) for name in ADAM_MOMENTS}
     if type(inner).__module__.startswith("torch."):
         inner.state[main]["step"] = torch.tensor(float(num_steps), dtype=torch.float32)
         return
@@ -92,7 +92,7 @@ def set_averages(part: Part, averages: Mapping[str, torch.Tensor], num_steps: in
         group["step"] = num_steps
 
 
-def go_on(state: AnyTrainingState, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
+def resume_from(state: AnyTrainingState, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
     """Continue with parts that were filled, their weights gathered over dp; every rank calls this.
 
     Args:
@@ -101,7 +101,7 @@ def go_on(state: AnyTrainingState, num_steps: int, gradient_squares: Mapping[str
         gradient_squares: what an optimizer in backward clips its next step by; empty after the ordinary one.
     """
     if isinstance(state, InBackwardState):
-        state.go_on(num_steps, gradient_squares)
+        state.resume_from(num_steps, gradient_squares)
         return
     for optimizer in _optimizers(state):
         optimizer._copy_main_params_to_model_params()

@@ -37,10 +37,10 @@ class SplitMaster:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class StateShard:
     """Some consecutive elements of one flattened parameter of this rank."""
 
-    ours: str
+    name: str
     """The parameter's name in the whole model."""
     start: int
     """First element."""
@@ -48,10 +48,10 @@ class Part:
     """The elements: the very tensors that the optimizer changes, fp32; or a view of a frozen parameter."""
     is_trained: bool
     """False where the parameter is frozen."""
-    averages: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Adam's, the very tensors; none of frozen weights, nor before the first step where Adam makes them."""
     optimizer: DistributedOptimizer | None = field(default=None, repr=False)
-    """Where averages are put that are not there yet; None where they always are."""
+    """Where moments are put that are not there yet; None where they always are."""
 
     @property
     def stop(self) -> int:

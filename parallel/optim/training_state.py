@@ -19,7 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from glm_rlhf.parallel.megatron_compat.cpu_patches import cuda_type_names
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.cpu_offload import Parking
+from glm_rlhf.parallel.runtime.cpu_offload import CpuOffload
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -78,8 +78,8 @@ class TrainingState:
         megatron = chunks[0].config
         self.topology = topology
         self.clip_grad = settings.clip_grad
-        self.before_change: Callable[[], None] | None = None
-        """Called before weights and averages change: returns when nobody reads them any more."""
+        self.wait_for_readers: Callable[[], None] | None = None
+        """Called before weights and moments change: returns when nobody reads them any more."""
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -109,7 +109,7 @@ class TrainingState:
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(
                 config, self.chunks, use_gloo_process_groups=False
             )
-        self._parking = Parking(
+        self._offloaded_state = CpuOffload(
             partial(_optimizer_tensors, self.optimizer, self.chunks), device=topology.device
         )
         for group in self.optimizer.param_groups:
@@ -149,7 +149,7 @@ class TrainingState:
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, after the schedule; every rank calls this together."""
-        self._parking.wait()
+        self._offloaded_state.wait()
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
 
@@ -159,11 +159,11 @@ class TrainingState:
         if self.clip_grad > 0.0 and parameters:  # a rank may own no weight that is trained
             with cuda_type_names():  # it asserts the type's name
                 clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
-        if self.before_change is not None:
-            self.before_change()
+        if self.wait_for_readers is not None:
+            self.wait_for_readers()
         self.optimizer.step_with_ready_grads()
 
-    def park(self) -> int:
+    def offload(self) -> int:
         """Begin to take the optimizer's state to host memory, and give up the gradient buffers.
 
         The buffers are there again with `zero_grad`, the state with `step`, or what is told below.
@@ -171,22 +171,22 @@ class TrainingState:
         Returns:
             Bytes that the device need not hold when the copies are done.
         """
-        if self.before_change is not None:
-            self.before_change()
-        self._parking.park()
-        num_bytes = self._parking.parked_bytes
+        if self.wait_for_readers is not None:
+            self.wait_for_readers()
+        self._offloaded_state.offload()
+        num_bytes = self._offloaded_state.offloaded_bytes
         for gradients in self._gradient_buffers():
             num_bytes += gradients.numel() * gradients.element_size()
             gradients.untyped_storage().resize_(0)
         return num_bytes
 
-    def begin_return(self) -> None:
+    def prefetch(self) -> None:
         """Begin to bring the optimizer's state back from host memory, beside the work up to `step`."""
-        self._parking.begin_return()
+        self._offloaded_state.prefetch()
 
-    def bring_back(self) -> None:
+    def bring_back_state(self) -> None:
         """Have the optimizer's state on the device, for whoever reads or changes it beside `step`."""
-        self._parking.wait()
+        self._offloaded_state.wait()
 
     def nonfinite_gradients(self) -> list[str]:
         """Return the names of this rank's weights whose gradient is not finite, until `zero_grad`.
@@ -240,7 +240,7 @@ def take_step(state: Steppable) -> StepResult:
 def _optimizer_tensors(
     outer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]
 ) -> Iterator[torch.Tensor]:
-    """Yield the optimizer's own tensors: averages, and fp32 weights that are not the model's themselves."""
+    """Yield the optimizer's own tensors: moments, and fp32 weights that are not the model's themselves."""
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     models_own = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
     for optimizer in getattr(outer, "chained_optimizers", [outer]):

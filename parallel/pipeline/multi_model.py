@@ -20,30 +20,30 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.model.packing import TokenShare
+from glm_rlhf.parallel.model.packing import ContextShard
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.spec.pipeline_order import num_fillers
+from glm_rlhf.parallel.spec.pipeline_order import num_padding_micro_batches
 
 Chunks = Sequence[torch.nn.Module]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class ScheduledMicroBatch:
     """One micro-batch of the schedule."""
 
     model: int
     """Which of the models it goes through."""
     index: int | None
     """Its place among all models' micro-batches, one model's after the other's; None for a filler, empty."""
-    share: TokenShare
+    share: ContextShard
     """This rank's part of it."""
     is_last: bool
     """Whether the model has no turn after it: its gradient is complete then."""
 
 
-def turns_of(
-    shares: Sequence[Sequence[TokenShare]], filler: TokenShare, layout: Layout, *, is_final: bool
-) -> list[Turn]:
+def scheduled_micro_batches(
+    shares: Sequence[Sequence[ContextShard]], padding: ContextShard, layout: Layout, *, is_final: bool
+) -> list[ScheduledMicroBatch]:
     """Return the turns of a schedule, in order.
 
     Fillers come first: reductions that overlap with backward wait for gradients of the last micro-batch.
@@ -58,20 +58,20 @@ def turns_of(
             micro-batches, no group of two models.
     """
     counts = [len(own) for own in shares]
-    missing = [num_fillers(layout, count) for count in counts]
+    missing = [num_padding_micro_batches(layout, count) for count in counts]
     if not is_final:
-        missing = [num_fillers(layout, sum(counts)), *[0] * (len(counts) - 1)]
+        missing = [num_padding_micro_batches(layout, sum(counts)), *[0] * (len(counts) - 1)]
     turns, indices = [], itertools.count()
     for model, own in enumerate(shares):
-        work = [(None, filler)] * missing[model] + [(next(indices), share) for share in own]
+        work = [(None, padding)] * missing[model] + [(next(indices), share) for share in own]
         turns += [
-            Turn(model=model, index=index, share=share, is_last=place == len(work))
+            ScheduledMicroBatch(model=model, index=index, share=share, is_last=place == len(work))
             for place, (index, share) in enumerate(work, start=1)
         ]
     return turns
 
 
-class ChunksInTurn(torch.nn.Module):
+class MultiModelChunk(torch.nn.Module):
     """What Megatron-core's schedules take for a model chunk: the chunks of several models at its place."""
 
     def __init__(self, chunks: Chunks, config: TransformerConfig) -> None:
@@ -87,7 +87,7 @@ class ChunksInTurn(torch.nn.Module):
         """Take the former stage's output, for the chunk whose turn comes."""
         self._input = input_tensor
 
-    def take(self, turn: Turn) -> torch.nn.Module:
+    def take(self, turn: ScheduledMicroBatch) -> torch.nn.Module:
         """Return the chunk whose turn it is, with its input."""
         chunk = self._chunks[turn.model]
         unwrap(chunk).set_input_tensor(self._input)

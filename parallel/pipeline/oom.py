@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.model.packing import TokenShare
-from glm_rlhf.parallel.pipeline.multi_model import Turn
+from glm_rlhf.parallel.model.packing import ContextShard
+from glm_rlhf.parallel.pipeline.multi_model import ScheduledMicroBatch
 from glm_rlhf.parallel.runtime.topology import Topology
 
 _PEERS_S = 5.0
@@ -41,31 +41,31 @@ class OutOfMemory(Exception):
         """Which one failed on this rank; None where none did."""
 
 
-class Attempt:
+class OomGuard:
     """Owns what this rank knows about its memory in one schedule."""
 
-    def __init__(self, turns: Sequence[Turn], place: Topology, *, is_final: bool) -> None:
+    def __init__(self, turns: Sequence[ScheduledMicroBatch], topology: Topology, *, is_final: bool) -> None:
         """Begin.
 
         Args:
             turns: what goes through the schedule.
-            place: layout and groups.
+            topology: layout and groups.
             is_final: whether weights change, or reductions begin, before the schedule's end: it cannot be
                 run again then.
         """
         self._turns = turns
         self._num_tokens = [turn.share.packed.num_tokens for turn in turns]
-        self._place, self._is_final = place, is_final
+        self._place, self._is_final = topology, is_final
         self._newest = 0
         self._failed: int | None = None
 
     @property
-    def is_over(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether memory has run out, and only messages are sent any more."""
         return self._failed is not None
 
     @contextlib.contextmanager
-    def enduring(self, index: int | None = None) -> Iterator[None]:
+    def guard(self, index: int | None = None) -> Iterator[None]:
         """Run a block of the schedule; where memory runs out in it the schedule is over.
 
         Args:
@@ -117,14 +117,14 @@ class Attempt:
         raise OutOfMemory(num_tokens, None if self._failed is None else self._turns[self._failed].index)
 
 
-def groups_of(place: Topology, *, forward_only: bool) -> list[dist.ProcessGroup]:
+def groups_of(topology: Topology, *, forward_only: bool) -> list[dist.ProcessGroup]:
     """Return the groups in which, one after the other, the ranks of a schedule come to agree."""
     if not forward_only:
         return [dist.group.WORLD]
-    return [group for group in (place.tp_group, place.cp_group, place.pp_group) if group.size() > 1]
+    return [group for group in (topology.tp_group, topology.cp_group, topology.pp_group) if group.size() > 1]
 
 
-def stand_in(model: GLMModel, token_share: TokenShare) -> torch.Tensor:
+def zero_output(model: GLMModel, token_share: ContextShard) -> torch.Tensor:
     """Return zeros in place of what a chunk would give for a micro-batch, with no graph behind them."""
     config, layout = model.config, model.topology.layout
     num_rows = token_share.positions_T.shape[0]
@@ -135,10 +135,10 @@ def stand_in(model: GLMModel, token_share: TokenShare) -> torch.Tensor:
     return torch.zeros(shape, dtype=config.params_dtype, device=model.topology.device)
 
 
-def backward_or_zeros(attempt: Attempt, backward_step: Callable[..., Any], *given: Any) -> Any:
+def backward_or_zeros(attempt: OomGuard, backward_step: Callable[..., Any], *given: Any) -> Any:
     """Return what Megatron-core's backward step does: gradients of its inputs, zeros once it is over."""
-    if not attempt.is_over:
-        with attempt.enduring():
+    if not attempt.has_failed:
+        with attempt.guard():
             return backward_step(*given)
     inputs = given[0]
     if isinstance(inputs, list):

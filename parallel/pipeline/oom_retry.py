@@ -18,7 +18,7 @@ class Divisible(Protocol):
     packed: PackedTokens
     """Its tokens."""
 
-    def halves(self, multiple: int) -> tuple[Self, ...]:
+    def split_in_two(self, multiple: int) -> tuple[Self, ...]:
         """Return two micro-batches with the records of this one, in order, or itself alone where it has one.
 
         Args:
@@ -30,13 +30,13 @@ Batch = TypeVar("Batch", bound=Divisible)
 Result = TypeVar("Result")
 
 
-def run_fitting(
+def run_with_oom_retry(
     run: Callable[[Sequence[Batch]], Result],
     batches: Sequence[Batch],
     name: Callable[[Batch], str],
     *,
     models: Sequence[Chunks],
-    place: Topology,
+    topology: Topology,
     forward_only: bool,
 ) -> tuple[Result, list[Batch]]:
     """Return what `run` makes of the micro-batches, and those that it was given in the end.
@@ -51,7 +51,7 @@ def run_fitting(
         name: of a micro-batch with one record, for the message.
         models: this rank's chunks of each model in the schedule, wrapped for training or bare. What one
             holds leaves the others less: their micro-batches are cut alike.
-        place: layout and groups.
+        topology: layout and groups.
         forward_only: whether `run` keeps nothing for backward.
 
     Raises:
@@ -62,7 +62,7 @@ def run_fitting(
     kind = "forward" if forward_only else "training"
     while True:
         limit = min((own[kind] for own in limits if kind in own), default=None)
-        fitting = list(_cut(batches, limit, place.layout.token_multiple))
+        fitting = list(_cut(batches, limit, topology.layout.token_multiple))
         try:
             return run(fitting), fitting
         except OutOfMemory as fault:
@@ -70,10 +70,10 @@ def run_fitting(
         limit = max(min(found.num_tokens, limit or found.num_tokens) // 2, 1)
         for own in limits:
             own[kind] = limit
-        _refuse_undivided(found, fitting, name, roles, place, forward_only=forward_only)
+        _refuse_undivided(found, fitting, name, roles, topology, forward_only=forward_only)
         if found.index is not None:
             sys.stderr.write(
-                f"[rank {place.rank}] out of memory in a micro-batch of {found.num_tokens} tokens, "
+                f"[rank {topology.rank}] out of memory in a micro-batch of {found.num_tokens} tokens, "
                 f"{roles}, {kind}: all of more than {limit} are split from here on\n"
             )
 
@@ -83,7 +83,7 @@ def _cut(batches: Sequence[Batch], most_tokens: int | None, multiple: int) -> It
     for batch in batches:
         parts = (batch,)
         if most_tokens is not None and batch.packed.num_tokens > most_tokens:
-            parts = batch.halves(multiple)
+            parts = batch.split_in_two(multiple)
         if len(parts) == 1:
             yield batch
         else:
@@ -95,7 +95,7 @@ def _refuse_undivided(
     batches: Sequence[Batch],
     name: Callable[[Batch], str],
     roles: str,
-    place: Topology,
+    topology: Topology,
     *,
     forward_only: bool,
 ) -> None:
@@ -106,15 +106,15 @@ def _refuse_undivided(
     words = None
     if fault.index is not None:
         failed = batches[fault.index]
-        others = batches if place.layout.pp > 1 else [failed]
-        if not any(len(batch.halves(place.layout.token_multiple)) > 1 for batch in others):
+        others = batches if topology.layout.pp > 1 else [failed]
+        if not any(len(batch.split_in_two(topology.layout.token_multiple)) > 1 for batch in others):
             words = (
-                f"rank {place.rank} has no memory for {name(failed)} by itself, {failed.packed.num_tokens} "
-                f"tokens through the {roles}: set train.recompute_layers to true, raise parallel.tp, "
-                "parallel.pp or parallel.cp, or leave out what is so long (data.max_tokens, "
-                "data.max_prompt_tokens, generation.max_new_tokens)"
+                f"rank {topology.rank} has no memory for {name(failed)} by itself, "
+                f"{failed.packed.num_tokens} tokens through the {roles}: set train.recompute_layers to "
+                "true, raise parallel.tp, parallel.pp or parallel.cp, or exclude what is so long "
+                "(data.max_tokens, data.max_prompt_tokens, generation.max_new_tokens)"
             )
-    for group in groups_of(place, forward_only=forward_only):
+    for group in groups_of(topology, forward_only=forward_only):
         everyone: list[str | None] = [None] * group.size()
         dist.all_gather_object(everyone, words, group=group)
         words = next((one for one in everyone if one is not None), None)

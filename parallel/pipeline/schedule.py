@@ -13,21 +13,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.model.packing import PackedTokens, TokenShare, pack, share
+from glm_rlhf.parallel.model.packing import ContextShard, PackedTokens, pack, share
 from glm_rlhf.parallel.pipeline.multi_model import (
     Chunks,
-    ChunksInTurn,
-    Turn,
+    MultiModelChunk,
+    ScheduledMicroBatch,
     backward_of,
     communicates_in_backward,
+    scheduled_micro_batches,
     shared_config,
-    turns_of,
     unwrap,
 )
-from glm_rlhf.parallel.pipeline.oom import Attempt, backward_or_zeros, stand_in
+from glm_rlhf.parallel.pipeline.oom import OomGuard, backward_or_zeros, zero_output
 from glm_rlhf.parallel.pipeline.p2p import StageLink
 from glm_rlhf.parallel.pipeline.timing import PassTimes
-from glm_rlhf.parallel.runtime.spans import make_progress, span
+from glm_rlhf.parallel.runtime.spans import heartbeat, span
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.pipeline_order import stage_order
 
@@ -42,7 +42,7 @@ def run_micro_batches(
     *,
     topology: Topology,
     forward_only: bool,
-    postponed: list[Attempt] | None = None,
+    postponed: list[OomGuard] | None = None,
 ) -> list[Output]:
     """Return what `step` gives for each micro-batch, in order, on the last stage; elsewhere nothing.
 
@@ -68,7 +68,7 @@ def run_micro_batches(
         OutOfMemory: on every rank of the schedule where memory ran out on one; `fitting` runs it again.
         ValueError: memory ran out where that cannot be, see `out_of_memory`.
     """
-    return run_in_turn(
+    return run_models(
         [chunks],
         [micro_batches],
         step,
@@ -78,14 +78,14 @@ def run_micro_batches(
     )
 
 
-def run_in_turn(
+def run_models(
     models: Sequence[Chunks],
     micro_batches: Sequence[Sequence[PackedTokens]],
     step: Step,
     *,
     topology: Topology,
     forward_only: bool,
-    postponed: list[Attempt] | None = None,
+    postponed: list[OomGuard] | None = None,
     times: PassTimes | None = None,
 ) -> list[Output]:
     """Return what `run_micro_batches` does, of several models whose micro-batches share one schedule.
@@ -113,11 +113,11 @@ def run_in_turn(
     ]
     # What communicates, or changes weights, where backward ends.
     is_final = not forward_only and any(map(communicates_in_backward, models))
-    turns = turns_of(shares, _filler(topology), layout, is_final=is_final)
-    attempt = Attempt(turns, topology, is_final=is_final)
+    turns = scheduled_micro_batches(shares, _filler(topology), layout, is_final=is_final)
+    attempt = OomGuard(turns, topology, is_final=is_final)
     passes = _Passes(attempt=attempt, times=times)
     config = shared_config(models)
-    chunks = [ChunksInTurn(group, config) for group in zip(*models, strict=True)]
+    chunks = [MultiModelChunk(group, config) for group in zip(*models, strict=True)]
     run = partial(
         schedules.get_forward_backward_func(),
         **_communication(config, models, turns, topology),
@@ -191,7 +191,7 @@ def _in_stream_order(
 class _Passes:
     """What passes of a schedule run in."""
 
-    attempt: Attempt
+    attempt: OomGuard
     times: PassTimes | None
 
     @contextlib.contextmanager
@@ -206,17 +206,17 @@ class _Passes:
 
 
 def _forward_step(
-    step: Step, passes: _Passes, data: Iterator[tuple[int, Turn]], chunks: ChunksInTurn
+    step: Step, passes: _Passes, data: Iterator[tuple[int, ScheduledMicroBatch]], chunks: MultiModelChunk
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
-    make_progress()
+    heartbeat()
     place, turn = next(data)
     chunk = chunks.take(turn)
     hidden = None
-    if not passes.attempt.is_over:
-        with passes.attempt.enduring(place), passes.one(unwrap(chunk), "forward"):
+    if not passes.attempt.has_failed:
+        with passes.attempt.guard(place), passes.one(unwrap(chunk), "forward"):
             hidden = chunk(turn.share)
     if hidden is None:
-        hidden = stand_in(unwrap(chunk), turn.share)
+        hidden = zero_output(unwrap(chunk), turn.share)
     return hidden, partial(_apply, step, unwrap(chunk), turn.index, passes)
 
 
@@ -230,8 +230,8 @@ def _apply(
 ) -> Any:
     """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output)."""
     loss, output = None, None
-    if index is not None and not passes.attempt.is_over:
-        with passes.attempt.enduring(), passes.one(model, "head"):
+    if index is not None and not passes.attempt.has_failed:
+        with passes.attempt.guard(), passes.one(model, "head"):
             loss, output = step(model, hidden_TD, index)
     if non_loss_data:
         return output
@@ -245,7 +245,7 @@ def _apply(
 
 @contextlib.contextmanager
 def _own_backward(
-    models: Sequence[Chunks], turns: Sequence[Turn], passes: _Passes, topology: Topology
+    models: Sequence[Chunks], turns: Sequence[ScheduledMicroBatch], passes: _Passes, topology: Topology
 ) -> Iterator[None]:
     """Make each backward a span that may run out of memory: Megatron-core's schedule calls it by name."""
     backward_step = schedules.backward_step
@@ -276,7 +276,10 @@ def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:
 
 
 def _communication(
-    config: TransformerConfig, models: Sequence[Chunks], turns: Sequence[Turn], topology: Topology
+    config: TransformerConfig,
+    models: Sequence[Chunks],
+    turns: Sequence[ScheduledMicroBatch],
+    topology: Topology,
 ) -> dict[str, Any]:
     layout = topology.layout
     if layout.pp == 1:
@@ -292,7 +295,7 @@ def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int, device=tensor.device)
 
 
-def _filler(topology: Topology) -> TokenShare:
+def _filler(topology: Topology) -> ContextShard:
     """Return empty work: at least one micro-batch is needed, and interleaved a multiple of pp."""
     layout = topology.layout
     token = torch.zeros(1, dtype=torch.int64, device=topology.device)

@@ -8,8 +8,8 @@ import torch
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import PackedTokens, share
 from glm_rlhf.parallel.model.token_outputs import next_tokens, shift_to_tokens, token_logprobs, token_values
-from glm_rlhf.parallel.pipeline.oom import Attempt, OutOfMemory
-from glm_rlhf.parallel.pipeline.oom_retry import run_fitting
+from glm_rlhf.parallel.pipeline.oom import OomGuard, OutOfMemory
+from glm_rlhf.parallel.pipeline.oom_retry import run_with_oom_retry
 from glm_rlhf.parallel.pipeline.schedule import collect_rows, run_micro_batches
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -72,10 +72,10 @@ def score_rows(
     return [row.squeeze(1) for row in rows]
 
 
-class PostponedScores:
+class DeferredScores:
     """Owns what the last stage has found of micro-batches that went one by one, until all ranks are told.
 
-    No stage waits for those behind it before `told_tokens` or `told_rows`.
+    No stage waits for those behind it before `collect_tokens` or `collect_rows`.
     """
 
     def __init__(self, chunks: Sequence[GLMModel], *, topology: Topology) -> None:
@@ -83,22 +83,22 @@ class PostponedScores:
         self._chunks, self._topology = chunks, topology
         self._micro_batches: list[PackedTokens] = []
         self._outputs: list[torch.Tensor] = []
-        self._attempts: list[Attempt] = []
+        self._attempts: list[OomGuard] = []
 
     def add_tokens(self, packed: PackedTokens, wanted_T: torch.Tensor, *, temperature: float) -> None:
-        """Send a micro-batch through the model for `told_tokens`; ranks as for `score_tokens`."""
+        """Send a micro-batch through the model for `collect_tokens`; ranks as for `score_tokens`."""
         self._add(_token_step(self._topology, temperature), packed, wanted_T)
 
     def add_rows(self, packed: PackedTokens) -> None:
-        """Send a micro-batch through the model for `told_rows`; ranks as for `score_rows`."""
+        """Send a micro-batch through the model for `collect_rows`; ranks as for `score_rows`."""
         self._add(_row_step, packed, None)
 
-    def told_tokens(self) -> list[torch.Tensor] | None:
+    def collect_tokens(self) -> list[torch.Tensor] | None:
         """Return the logprobs of `score_tokens`, on every rank; None where memory has run out in one."""
         rows = self._told(2)
         return rows and [shift_to_tokens(row[:, 0]) for row in rows]
 
-    def told_rows(self) -> list[torch.Tensor] | None:
+    def collect_rows(self) -> list[torch.Tensor] | None:
         """Return the results of `score_rows`, on every rank; None where memory has run out in one."""
         rows = self._told(1)
         return rows and [row[:, 0] for row in rows]
@@ -137,13 +137,13 @@ class _Part:
     place: int
     """Which micro-batch they are of."""
 
-    def halves(self, multiple: int) -> tuple["_Part", ...]:
+    def split_in_two(self, multiple: int) -> tuple["_Part", ...]:
         """Return the sequences in two parts, or these where there is one."""
         parts = []
-        for packed, tokens, _ in self.packed.halves(multiple):
+        for packed, tokens, _ in self.packed.split_in_two(multiple):
             wanted_T = self.wanted_T
             if wanted_T is not None:
-                wanted_T = torch.nn.functional.pad(wanted_T[tokens], (0, packed.num_filler))
+                wanted_T = torch.nn.functional.pad(wanted_T[tokens], (0, packed.num_padding))
             parts.append(_Part(packed=packed, wanted_T=wanted_T, place=self.place))
         return tuple(parts) or (self,)
 
@@ -190,15 +190,15 @@ def _score(
         _Part(packed=packed, wanted_T=wanted_T, place=place)
         for place, (packed, wanted_T) in enumerate(zip(micro_batches, wanted, strict=True))
     ]
-    rows, parts = run_fitting(
-        run, given, lambda _: "one sequence", models=[chunks], place=topology, forward_only=True
+    rows, parts = run_with_oom_retry(
+        run, given, lambda _: "one sequence", models=[chunks], topology=topology, forward_only=True
     )
     whole = []
     for place, packed in enumerate(micro_batches):
         own = [(part.packed, row) for part, row in zip(parts, rows, strict=True) if part.place == place]
         if len(own) > 1:
             pieces = [row[: part.boundaries[-1]] for part, row in own]
-            whole.append(torch.nn.functional.pad(torch.cat(pieces), (0, 0, 0, packed.num_filler)))
+            whole.append(torch.nn.functional.pad(torch.cat(pieces), (0, 0, 0, packed.num_padding)))
         else:
             whole.append(own[0][1])
     return whole

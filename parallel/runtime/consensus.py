@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 @contextlib.contextmanager
-def agreed(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block whose exception on any rank is raised on all of them.
 
     The block itself must not communicate. At its end one small all-gather of `group` (the world when
@@ -42,7 +42,7 @@ def agreed(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def meetings(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[Callable[[], None]]:
+def failure_barriers(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[Callable[[], None]]:
     """Return, as a context manager, a barrier for a block in which ranks work apart.
 
     A rank that fails between two barriers tells the others at their next one, or at the end of the block,
@@ -61,7 +61,7 @@ def meetings(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[C
     def barrier() -> None:
         nonlocal is_over
         is_over = True
-        with agreed(work, group=group):
+        with raise_on_all_ranks(work, group=group):
             pass
         is_over = False
 
@@ -72,7 +72,7 @@ def meetings(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[C
         error = found
         if is_over:  # another rank's fault, or the meeting itself failed: nobody comes any more
             raise
-    with agreed(work, group=group):
+    with raise_on_all_ranks(work, group=group):
         if error is not None:
             raise error
 

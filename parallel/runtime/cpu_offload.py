@@ -1,10 +1,10 @@
-"""Contents of tensors wait in host memory while a phase does not need them, and their device memory is free.
+"""Tensors whose contents wait in host memory while a phase does not need them; their device memory is free.
 
-Parking copies a storage to the host and empties it; filling it again gives it an address that may be another.
-The tensors over it stay the objects that they are, and are of no use in between. On CUDA both copies run on
-a stream of their own, between device and pinned memory, and the host waits for none: what is parked is free
-when it is copied, and what comes back is waited for by the work that uses it. On a CPU the same is done at
-once: it gains nothing there, and is tested there.
+Offloading copies a storage to the host and resizes it to zero; prefetching fills it again, perhaps at another
+address. The tensors over it stay the same objects, and must not be used in between. On CUDA both copies run
+on a stream of their own, between device and pinned memory, and the host waits for none of them: what is
+offloaded is free once it is copied, and what is prefetched is waited for by the work that uses it. On a CPU
+the same happens at once: it gains nothing there, and is tested there.
 """
 
 import contextlib
@@ -13,40 +13,40 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 
-class Parking:
+class CpuOffload:
     """Owns the host's copies of some tensors, and knows whether the device has their contents."""
 
     def __init__(
         self, tensors: Callable[[], Iterable[torch.Tensor]], *, device: torch.device, changes: bool = True
     ) -> None:
-        """Park nothing yet.
+        """Offload nothing yet.
 
         Args:
-            tensors: gives what is to be parked, asked each time, for some may come later; storages are parked
+            tensors: gives what to offload, asked each time, since some may come later; storages are offloaded
                 whole, with whatever else lies in them.
             device: where they are.
-            changes: whether their contents change when they are not parked; what does not is copied once.
+            changes: whether their contents change while they are on the device; what does not is copied once.
         """
         self._tensors, self._changes = tensors, changes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._hosts: dict[int, torch.Tensor] = {}  # by the place among the storages
-        self._parked: list[torch.UntypedStorage] = []
+        self._offloaded: list[torch.UntypedStorage] = []
         self._is_coming = False
 
     @property
-    def parked_bytes(self) -> int:
+    def offloaded_bytes(self) -> int:
         """What the device need not hold now."""
-        return sum(self._hosts[place].numel() for place in range(len(self._parked)))
+        return sum(self._hosts[place].numel() for place in range(len(self._offloaded)))
 
     @torch.no_grad()
-    def park(self) -> None:
+    def offload(self) -> None:
         """Begin to take contents to the host; nothing where they are there already."""
-        if self._parked:
+        if self._offloaded:
             return
         self.wait()
-        self._parked = _storages(self._tensors())
+        self._offloaded = _storages(self._tensors())
         with self._copying():
-            for place, storage in enumerate(self._parked):
+            for place, storage in enumerate(self._offloaded):
                 content = _bytes_of(storage)
                 host = self._hosts.get(place)
                 if host is None or host.numel() != content.numel():
@@ -62,19 +62,19 @@ class Parking:
                 storage.resize_(0)
 
     @torch.no_grad()
-    def begin_return(self) -> None:
+    def prefetch(self) -> None:
         """Begin to bring contents back, beside the work that follows up to `wait`."""
-        for place, storage in enumerate(self._parked):
+        for place, storage in enumerate(self._offloaded):
             storage.resize_(self._hosts[place].numel())  # from the memory of the stream that will use it
         with self._copying():
-            for place, storage in enumerate(self._parked):
+            for place, storage in enumerate(self._offloaded):
                 _bytes_of(storage).copy_(self._hosts[place], non_blocking=True)
-        self._is_coming = self._is_coming or bool(self._parked)
-        self._parked = []
+        self._is_coming = self._is_coming or bool(self._offloaded)
+        self._offloaded = []
 
     def wait(self) -> None:
         """Have the work that follows find the contents on the device."""
-        self.begin_return()
+        self.prefetch()
         if self._is_coming and self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         self._is_coming = False

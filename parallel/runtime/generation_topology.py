@@ -19,7 +19,7 @@ _ORDER = "tp-cp-ep-dp-pp"
 
 
 @contextlib.contextmanager
-def second_topology(
+def generation_topology(
     layout: Layout, first: Topology, *, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> Iterator[Topology]:
     """Return, as a context manager, this rank's place in a layout for generation; every rank must enter.

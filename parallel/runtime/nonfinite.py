@@ -8,7 +8,7 @@ import torch.distributed as dist
 _MAX_NAMED = 3
 
 
-def refuse_nonfinite(findings: Sequence[str], consequence: str, *, device: torch.device) -> None:
+def raise_if_nonfinite(findings: Sequence[str], consequence: str, *, device: torch.device) -> None:
     """Do nothing where no rank has findings; every rank of the world calls this: 8 bytes are all-reduced.
 
     Args:
@@ -22,10 +22,10 @@ def refuse_nonfinite(findings: Sequence[str], consequence: str, *, device: torch
     count = torch.tensor([len(findings)], device=device)
     dist.all_reduce(count)
     if int(count):
-        raise FloatingPointError(f"not finite: {gathered(findings)}; {consequence}")
+        raise FloatingPointError(f"not finite: {gather_findings(findings)}; {consequence}")
 
 
-def gathered(findings: Sequence[str]) -> str:
+def gather_findings(findings: Sequence[str]) -> str:
     """Return the findings of all ranks as words; every rank of the world calls this."""
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, list(findings[:_MAX_NAMED]))
@@ -36,7 +36,7 @@ def gathered(findings: Sequence[str]) -> str:
     return "; ".join(f"on rank {', '.join(map(str, ranks))} {words}" for words, ranks in by_words.items())
 
 
-def named(numbers: Sequence[object]) -> str:
+def abbreviate(numbers: Sequence[object]) -> str:
     """Return the first of some numbers, or names, as words."""
     more = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
     return ", ".join(map(str, numbers[:_MAX_NAMED])) + more

@@ -16,12 +16,12 @@ _is_wished = False
 _handlers_before: dict[int, Any] = {}
 
 
-class Leaving(Exception):
+class Preempted(Exception):
     """Raised on all ranks where they leave what they were doing, since one of them was asked to."""
 
 
 @contextlib.contextmanager
-def heeding_signals() -> Iterator[None]:
+def handle_preemption_signals() -> Iterator[None]:
     """Take `SIGNALS` as a wish to leave while the block runs; every rank enters, on its main thread.
 
     Where the block raises, a first signal still ends nothing until `restore_handlers`: as soon as one rank
@@ -52,7 +52,7 @@ def _wish(number: int, _frame: object) -> None:
 
 
 @contextlib.contextmanager
-def postponed() -> Iterator[None]:
+def defer_preemption() -> Iterator[None]:
     """Let the block end before a wish is heeded; every rank enters."""
     global _is_heeded
     before, _is_heeded = _is_heeded, False
@@ -62,7 +62,7 @@ def postponed() -> Iterator[None]:
         _is_heeded = before
 
 
-def is_wished(*places: tuple[dist.ProcessGroup | None, torch.device]) -> bool:
+def preemption_requested(*places: tuple[dist.ProcessGroup | None, torch.device]) -> bool:
     """Return whether any rank was asked to leave, the same on all ranks of the groups.
 
     All ranks of the groups call it together: 8 bytes are all-reduced in each, one after the other. Where

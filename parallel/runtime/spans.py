@@ -37,7 +37,7 @@ def progress_time() -> float:
     return _progress_time
 
 
-def make_progress() -> None:
+def heartbeat() -> None:
     """Say that this rank gets on, in the middle of a span."""
     global _progress_time
     _progress_time = time.monotonic()
@@ -54,7 +54,7 @@ def span(name: str) -> Iterator[None]:
     is_main = threading.current_thread() is _main_thread
     if is_main:
         _open.append(name)
-        make_progress()
+        heartbeat()
     start = time.perf_counter()
     try:
         yield
@@ -65,7 +65,7 @@ def span(name: str) -> Iterator[None]:
     finally:
         if is_main:
             _open.pop()
-            make_progress()
+            heartbeat()
     if _recorder is not None:
         _recorder(name, start, time.perf_counter())
 

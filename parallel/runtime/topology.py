@@ -80,13 +80,15 @@ class Topology:
         return dist.get_global_rank(self.pp_group, self.layout.pp - 1)
 
     @property
-    def is_reporter(self) -> bool:
+    def is_main_rank(self) -> bool:
         """Whether this rank speaks to the user: the first of the world."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
-def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int = 1234) -> Iterator[Topology]:
+def open_topology(
+    layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int = 1234
+) -> Iterator[Topology]:
     """Return, as a context manager, this rank's place in `layout`; every rank of the world must enter.
 
     A world that exists already (a larger stack made it) is used and left alone. Otherwise it is made
@@ -111,13 +113,13 @@ def topology(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int 
     if is_ours:
         layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
         _start_world(timeout_s)
-    place = None
+    topology = None
     try:
-        place = _enter(layout, timeout_s, seed)
-        yield place
+        topology = _enter(layout, timeout_s, seed)
+        yield topology
         dist.barrier()  # nobody closes a connection that another rank still reads from
     finally:
-        _leave(place)
+        _leave(topology)
         if is_ours:
             dist.destroy_process_group()
 
@@ -135,7 +137,7 @@ def _start_world(timeout_s: float) -> None:
         torch.cuda.set_device(local_rank)
     store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = _meeting_point(timeout_s)
+        store, rank, world_size = _rendezvous(timeout_s)
         store.set_timeout(timeout)
     # The store outlives a world and remembers where its ranks were: each world has names of its own.
     store = dist.PrefixStore(f"world_{next(_world_numbers)}", store)
@@ -143,7 +145,7 @@ def _start_world(timeout_s: float) -> None:
 
 
 @functools.cache
-def _meeting_point(timeout_s: float) -> tuple[dist.Store, int, int]:
+def _rendezvous(timeout_s: float) -> tuple[dist.Store, int, int]:
     """Return a store in the launcher's that nobody used before, this process's rank, and the world's size."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     store.set_timeout(timedelta(seconds=timeout_s))
@@ -221,13 +223,13 @@ def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup
     return mine
 
 
-def _leave(place: Topology | None) -> None:
+def _leave(topology: Topology | None) -> None:
     """Forget Megatron-core's groups, and destroy those that this process is in."""
     listed = parallel_state._global_process_group_list or []
     groups = {id(group): group for group in listed if group is not None}
     parallel_state.destroy_model_parallel()
-    if place is not None and place.pp_host_group is not place.pp_group:
-        dist.destroy_process_group(place.pp_host_group)
+    if topology is not None and topology.pp_host_group is not topology.pp_group:
+        dist.destroy_process_group(topology.pp_host_group)
     for group in groups.values():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -22,7 +22,7 @@ class Pass:
     """Which of the stage's chunks."""
 
 
-def num_fillers(layout: Layout, num_micro_batches: int) -> int:
+def num_padding_micro_batches(layout: Layout, num_micro_batches: int) -> int:
     """Return how many empty micro-batches run first: one for none, up to whole groups when interleaved."""
     group = layout.pp if layout.vpp > 1 else 1
     return -max(num_micro_batches, 1) % group + (num_micro_batches == 0)
@@ -39,7 +39,7 @@ def stage_order(
         stage: 0 ≤ stage < pp.
         forward_only: no backward passes.
     """
-    total = num_micro_batches + num_fillers(layout, num_micro_batches)
+    total = num_micro_batches + num_padding_micro_batches(layout, num_micro_batches)
     table = _table(layout, total)
     forwards = [Pass("forward", index, chunk) for index, chunk in table]
     if forward_only:
@@ -52,7 +52,7 @@ def stage_order(
 
 def num_in_flight(layout: Layout, num_micro_batches: int, *, stage: int) -> int:
     """Return how many passes through a chunk wait for their backward on a stage at most."""
-    total = (num_micro_batches + num_fillers(layout, num_micro_batches)) * layout.vpp
+    total = (num_micro_batches + num_padding_micro_batches(layout, num_micro_batches)) * layout.vpp
     return min(total, _num_warm_up(layout, stage) + 1)
 
 

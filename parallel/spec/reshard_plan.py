@@ -13,7 +13,7 @@ from math import prod
 
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.spec.sharding import Shard, shards_of
+from glm_rlhf.parallel.spec.sharding import ParamShard, shards_of
 from glm_rlhf.parallel.spec.weight_map import weights_of
 
 _CHUNKS_IN_BUFFER = 4
@@ -21,7 +21,7 @@ _CHUNKS_IN_BUFFER = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
+class Transfer:
     """Rows (dim 0) or columns (dim 1) of one rank's parameter that become part of another's."""
 
     source_rank: int
@@ -50,9 +50,9 @@ class ReshardPlan:
     """Of each rank: our names and shapes of its parameters in the new layout, in the model's order."""
     kept: tuple[frozenset[str], ...]
     """Of each rank: names of parameters that are the same in both layouts."""
-    copies: tuple[Move, ...]
+    copies: tuple[Transfer, ...]
     """Moves within a rank."""
-    rounds: tuple[tuple[Move, ...], ...]
+    rounds: tuple[tuple[Transfer, ...], ...]
     """Moves between ranks, layer by layer; in a round no rank sends or receives more than a buffer holds."""
 
 
@@ -81,8 +81,8 @@ def plan_reshard(
         frozenset(name for name, shard in wanted[rank].items() if held[rank].get(name) == shard)
         for rank in range(world_size)
     ]
-    copies: list[Move] = []
-    by_rank: list[list[list[Move]]] = []  # of each rank, of each of its parameters
+    copies: list[Transfer] = []
+    by_rank: list[list[list[Transfer]]] = []  # of each rank, of each of its parameters
     for rank in range(world_size):
         changed = [shard for name, shard in wanted[rank].items() if name not in kept[rank]]
         moves = [list(_moves_to(rank, shard, holders)) for shard in changed]
@@ -110,11 +110,11 @@ class _Holding:
     ranks: tuple[int, ...]
     start: int
     stop: int
-    ours: str
+    name: str
     offset: int
 
 
-def _shards_on(rank: int, config: GLMConfig, layout: Layout, world_size: int) -> dict[str, Shard]:
+def _shards_on(rank: int, config: GLMConfig, layout: Layout, world_size: int) -> dict[str, ParamShard]:
     """Return a rank's parameters by our name, in the model's order."""
     layout.check_model(config)
     layout.dp(world_size)
@@ -127,30 +127,30 @@ def _shards_on(rank: int, config: GLMConfig, layout: Layout, world_size: int) ->
         has_head=stage == layout.pp - 1,
     )
     return {
-        shard.ours: shard
+        shard.name: shard
         for weight in weights
         for shard in shards_of(weight, config, tp_rank=rank % layout.tp, tp_size=layout.tp)
     }
 
 
-def _holders(held: list[dict[str, Shard]]) -> dict[str, list[_Holding]]:
+def _holders(held: list[dict[str, ParamShard]]) -> dict[str, list[_Holding]]:
     """Return by their names who holds which pieces; ranks that hold the same one together."""
     ranks: dict[tuple[str, int, int, str, int], list[int]] = defaultdict(list)
     for rank, shards in enumerate(held):
         for shard in shards.values():
             offset = 0
             for piece in shard.pieces:
-                ranks[piece.name, piece.start, piece.stop, shard.ours, offset].append(rank)
+                ranks[piece.name, piece.start, piece.stop, shard.name, offset].append(rank)
                 offset += piece.length
     holders = defaultdict(list)
     for (name, start, stop, ours, offset), of_piece in ranks.items():
         holders[name].append(
-            _Holding(ranks=tuple(of_piece), start=start, stop=stop, ours=ours, offset=offset)
+            _Holding(ranks=tuple(of_piece), start=start, stop=stop, name=ours, offset=offset)
         )
     return holders
 
 
-def _moves_to(rank: int, shard: Shard, holders: dict[str, list[_Holding]]) -> Iterator[Move]:
+def _moves_to(rank: int, shard: ParamShard, holders: dict[str, list[_Holding]]) -> Iterator[Transfer]:
     """Yield what makes up one parameter of a rank."""
     dim = shard.pieces[0].dim
     elements_per_index = prod(shard.shape) // shard.shape[dim]
@@ -162,11 +162,11 @@ def _moves_to(rank: int, shard: Shard, holders: dict[str, list[_Holding]]) -> It
             own = [held for held in at_hand if rank in held.ranks]
             chosen = own[0] if own else at_hand[rank % len(at_hand)]
             length = min(piece.stop, chosen.stop) - position
-            yield Move(
+            yield Transfer(
                 source_rank=rank if own else chosen.ranks[rank % len(chosen.ranks)],
                 target_rank=rank,
-                source_name=chosen.ours,
-                target_name=shard.ours,
+                source_name=chosen.name,
+                target_name=shard.name,
                 dim=dim,
                 source_start=chosen.offset + position - chosen.start,
                 target_start=target_start,
@@ -177,7 +177,7 @@ def _moves_to(rank: int, shard: Shard, holders: dict[str, list[_Holding]]) -> It
             target_start += length
 
 
-def _split(move: Move, buffer_elements: int) -> Iterator[Move]:
+def _split(move: Transfer, buffer_elements: int) -> Iterator[Transfer]:
     """Yield a move in parts that are small beside the buffer, or single rows."""
     elements_per_index = move.num_elements // move.length
     if elements_per_index > buffer_elements:
@@ -197,7 +197,7 @@ def _split(move: Move, buffer_elements: int) -> Iterator[Move]:
         )
 
 
-def _in_turns(by_rank: list[list[list[Move]]], buffer_elements: int) -> Iterator[Move]:
+def _in_turns(by_rank: list[list[list[Transfer]]], buffer_elements: int) -> Iterator[Transfer]:
     """Yield moves in parts: every rank's first parameter, every rank's second one, and so on.
 
     Within these the ranks take turns, so that all stages move at once and none waits for another's share.
@@ -208,9 +208,9 @@ def _in_turns(by_rank: list[list[list[Move]]], buffer_elements: int) -> Iterator
             yield from (part for part in turn if part is not None)
 
 
-def _rounds(moves: Iterable[Move], buffer_elements: int) -> Iterator[tuple[Move, ...]]:
+def _rounds(moves: Iterable[Transfer], buffer_elements: int) -> Iterator[tuple[Transfer, ...]]:
     """Yield the moves in order, as many at once as fit every rank's buffers."""
-    current: list[Move] = []
+    current: list[Transfer] = []
     sent: dict[int, int] = defaultdict(int)
     received: dict[int, int] = defaultdict(int)
     for move in moves:

@@ -69,10 +69,10 @@ def _sizes(
     fp32: list[int] = []
     for row in rows:
         sizes = _shard_sizes(row, config, tp)
-        if row.place == "value_head":
+        if row.section == "value_head":
             fp32 += sizes
         else:
-            plain += sizes * (num_layers if row.place == "layer" else 1)
+            plain += sizes * (num_layers if row.section == "layer" else 1)
     return ChunkSizes(plain=tuple(plain), fp32=tuple(fp32))
 
 

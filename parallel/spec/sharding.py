@@ -15,7 +15,7 @@ from glm_rlhf.parallel.spec.weight_map import Weight, names_within, sizes
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class HfSlice:
     """Rows (dim 0) or columns (dim 1) from `start` to `stop` of one of their tensors."""
 
     name: str
@@ -34,18 +34,18 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class ParamShard:
     """One rank's parameter: its pieces stacked in order."""
 
-    ours: str
+    name: str
     """Our name of the parameter."""
     shape: tuple[int, ...]
     """Shape of the parameter on this rank."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[HfSlice, ...]
     """Where its rows, or its columns, come from."""
 
 
-def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) -> list[Shard]:
+def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) -> list[ParamShard]:
     """Return the parameters in which a rank holds its part of a weight.
 
     It is one parameter, except for query, key and value where there are more ranks than KV heads: then the
@@ -69,7 +69,7 @@ def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) 
         return _qkv_shards(weight, config, tp_rank, tp_size)
     (name, shape), *_ = theirs.items()
     if weight.split == "replicated":
-        pieces = [Piece(name, 0, 0, shape[0])]
+        pieces = [HfSlice(name, 0, 0, shape[0])]
     elif weight.split == "rows":
         pieces = [_nth_part(name, 0, 0, shape[0], tp_rank, tp_size)]
     elif weight.split == "columns":
@@ -77,10 +77,10 @@ def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) 
     else:
         half = shape[0] // 2
         pieces = [_nth_part(name, 0, base, half, tp_rank, tp_size) for base in (0, half)]
-    return [_shard(weight.ours, pieces, shape)]
+    return [_shard(weight.name, pieces, shape)]
 
 
-def first_holder(weight: Weight, shard: Shard, config: GLMConfig, *, tp_rank: int, tp_size: int) -> int:
+def owner_rank(weight: Weight, shard: ParamShard, config: GLMConfig, *, tp_rank: int, tp_size: int) -> int:
     """Return the lowest tensor-parallel rank that holds the same pieces as `shard` of rank `tp_rank`."""
     for rank in range(tp_rank):
         if shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
@@ -88,51 +88,51 @@ def first_holder(weight: Weight, shard: Shard, config: GLMConfig, *, tp_rank: in
     return tp_rank
 
 
-def _qkv_shards(weight: Weight, config: GLMConfig, tp_rank: int, tp_size: int) -> list[Shard]:
+def _qkv_shards(weight: Weight, config: GLMConfig, tp_rank: int, tp_size: int) -> list[ParamShard]:
     (query, query_base), (key, key_base), (value, value_base) = _sections(weight, config)
     head, group = config.head_size, config.heads_per_group * config.head_size
     columns = names_within(weight, config)[query][1:]
 
-    def group_head(name: str, base: int, index: int) -> Piece:
-        return Piece(name, 0, base + index * head, base + (index + 1) * head)
+    def group_head(name: str, base: int, index: int) -> HfSlice:
+        return HfSlice(name, 0, base + index * head, base + (index + 1) * head)
 
     if tp_size <= config.num_kv_heads:
         num_groups = config.num_kv_heads // tp_size
         pieces = []
         for index in range(tp_rank * num_groups, (tp_rank + 1) * num_groups):
-            pieces.append(Piece(query, 0, query_base + index * group, query_base + (index + 1) * group))
+            pieces.append(HfSlice(query, 0, query_base + index * group, query_base + (index + 1) * group))
             pieces += [group_head(key, key_base, index), group_head(value, value_base, index)]
-        return [_shard(weight.ours, pieces, (0, *columns))]
+        return [_shard(weight.name, pieces, (0, *columns))]
     index = tp_rank * config.num_kv_heads // tp_size
     queries = [_nth_part(query, 0, query_base, config.num_heads * head, tp_rank, tp_size)]
     key_value = [group_head(key, key_base, index), group_head(value, value_base, index)]
     return [
-        _shard(weight.ours.replace("linear_qkv", "linear_q"), queries, (0, *columns)),
-        _shard(weight.ours.replace("linear_qkv", "linear_kv"), key_value, (0, *columns)),
+        _shard(weight.name.replace("linear_qkv", "linear_q"), queries, (0, *columns)),
+        _shard(weight.name.replace("linear_qkv", "linear_kv"), key_value, (0, *columns)),
     ]
 
 
 def _sections(weight: Weight, config: GLMConfig) -> list[tuple[str, int]]:
     """Name and first row of query, key and value: three tensors, or three parts of one."""
-    if len(weight.theirs) == 3:
-        return [(name, 0) for name in weight.theirs]
-    size, (name,) = sizes(config), weight.theirs
+    if len(weight.hf_names) == 3:
+        return [(name, 0) for name in weight.hf_names]
+    size, (name,) = sizes(config), weight.hf_names
     return [(name, 0), (name, size["Q"]), (name, size["Q"] + size["KV"])]
 
 
-def _nth_part(name: str, dim: int, base: int, length: int, rank: int, num_ranks: int) -> Piece:
+def _nth_part(name: str, dim: int, base: int, length: int, rank: int, num_ranks: int) -> HfSlice:
     part = length // num_ranks
-    return Piece(name, dim, base + rank * part, base + (rank + 1) * part)
+    return HfSlice(name, dim, base + rank * part, base + (rank + 1) * part)
 
 
-def _shard(ours: str, pieces: list[Piece], whole_shape: tuple[int, ...]) -> Shard:
+def _shard(ours: str, pieces: list[HfSlice], whole_shape: tuple[int, ...]) -> ParamShard:
     shape = list(whole_shape)
     shape[pieces[0].dim] = sum(piece.length for piece in pieces)
-    return Shard(ours=ours, shape=tuple(shape), pieces=tuple(pieces))
+    return ParamShard(name=ours, shape=tuple(shape), pieces=tuple(pieces))
 
 
 def read_shard(
-    shard: Shard, read: Callable[[Piece, torch.Tensor], None], *, dtype: torch.dtype
+    shard: ParamShard, read: Callable[[HfSlice, torch.Tensor], None], *, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return a rank's parameter, a new CPU tensor of `shard.shape`.
 
@@ -146,7 +146,9 @@ def read_shard(
     return out
 
 
-def read_shard_into(shard: Shard, read: Callable[[Piece, torch.Tensor], None], out: torch.Tensor) -> None:
+def read_shard_into(
+    shard: ParamShard, read: Callable[[HfSlice, torch.Tensor], None], out: torch.Tensor
+) -> None:
     """Fill a rank's parameter, or another tensor of its shape.
 
     Raises:
@@ -156,7 +158,7 @@ def read_shard_into(shard: Shard, read: Callable[[Piece, torch.Tensor], None], o
         read(piece, part)
 
 
-def place_shard(shard: Shard, tensor: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
+def place_shard(shard: ParamShard, tensor: torch.Tensor) -> list[tuple[HfSlice, torch.Tensor]]:
     """Return views of a rank's parameter beside the pieces of their tensors where they belong.
 
     Raises:
@@ -164,10 +166,10 @@ def place_shard(shard: Shard, tensor: torch.Tensor) -> list[tuple[Piece, torch.T
     """
     if tuple(tensor.shape) != shard.shape:
         raise ValueError(
-            f"{shard.ours} has the shape {list(tensor.shape)} where {list(shard.shape)} is required"
+            f"{shard.name} has the shape {list(tensor.shape)} where {list(shard.shape)} is required"
         )
     return list(zip(shard.pieces, _parts(shard, tensor), strict=True))
 
 
-def _parts(shard: Shard, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _parts(shard: ParamShard, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor.split([piece.length for piece in shard.pieces], dim=shard.pieces[0].dim)

@@ -24,22 +24,22 @@ from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
 Role = Literal["policy", "critic", "reward"]
 SCALAR_ROLES = ("critic", "reward")
 Split = Literal["replicated", "rows", "columns", "qkv", "gate_up"]
-Place = Literal["embedding", "layer", "final_norm", "vocabulary_head", "value_head"]
+Section = Literal["embedding", "layer", "final_norm", "vocabulary_head", "value_head"]
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """One row of the table; `{i}` in names stands for the layer's index in the whole model."""
 
-    ours: str
+    name: str
     """Our name. A `qkv` weight becomes two modules where tensor parallelism exceeds the KV heads."""
-    theirs: tuple[str, ...]
+    hf_names: tuple[str, ...]
     """Their names: one tensor, or query, key and value apart."""
     shape: tuple[str, ...]
     """Dimensions of the whole weight, as keys of `sizes`."""
     split: Split
     """How tensor-parallel ranks share it."""
-    place: Place
+    section: Section
     """Which part of the model holds it."""
 
 
@@ -170,13 +170,13 @@ def weights_of(
             "glm4 has them, chatglm and glm have not"
         )
     rows = TABLES[config.family]
-    chosen = [row for row in rows if row.place == "embedding" and has_embedding]
+    chosen = [row for row in rows if row.section == "embedding" and has_embedding]
     for index in layers:
         if not 0 <= index < config.num_layers:
             raise ValueError(f"layer {index} is not one of the model's {config.num_layers} layers")
         chosen += [_at_layer(row, index) for row in rows if _is_in_layer(row, config)]
     if has_head:
-        chosen += [row for row in rows if row.place == "final_norm"]
+        chosen += [row for row in rows if row.section == "final_norm"]
         chosen += _head_of(config, role, has_embedding)
     return chosen
 
@@ -185,28 +185,28 @@ def names_within(weight: Weight, config: GLMConfig) -> dict[str, tuple[int, ...]
     """Return their tensors that make up a weight, with the shape that each must have."""
     size = sizes(config)
     shape = tuple(size[letter] for letter in weight.shape)
-    if len(weight.theirs) == 1:
-        return {weight.theirs[0]: shape}
+    if len(weight.hf_names) == 1:
+        return {weight.hf_names[0]: shape}
     rows = (size["Q"], size["KV"], size["KV"])
-    return {name: (num_rows, *shape[1:]) for name, num_rows in zip(weight.theirs, rows, strict=True)}
+    return {name: (num_rows, *shape[1:]) for name, num_rows in zip(weight.hf_names, rows, strict=True)}
 
 
 def _is_in_layer(row: Weight, config: GLMConfig) -> bool:
-    return row.place == "layer" and (config.has_qkv_bias or not row.ours.endswith("linear_qkv.bias"))
+    return row.section == "layer" and (config.has_qkv_bias or not row.name.endswith("linear_qkv.bias"))
 
 
 def _at_layer(row: Weight, index: int) -> Weight:
-    theirs = tuple(name.format(i=index) for name in row.theirs)
-    return Weight(row.ours.format(i=index), theirs, row.shape, row.split, row.place)
+    theirs = tuple(name.format(i=index) for name in row.hf_names)
+    return Weight(row.name.format(i=index), theirs, row.shape, row.split, row.section)
 
 
 def _head_of(config: GLMConfig, role: Role, has_embedding: bool) -> list[Weight]:
     rows = TABLES[config.family]
     place = "vocabulary_head" if role == "policy" else "value_head"
-    heads = [row for row in rows if row.place == place]
+    heads = [row for row in rows if row.section == place]
     if role != "policy" or not config.has_tied_head:
         return heads
     if has_embedding:
         return []
-    embedding = next(row for row in rows if row.place == "embedding")
-    return [Weight(row.ours, embedding.theirs, row.shape, row.split, row.place) for row in heads]
+    embedding = next(row for row in rows if row.section == "embedding")
+    return [Weight(row.name, embedding.hf_names, row.shape, row.split, row.section) for row in heads]

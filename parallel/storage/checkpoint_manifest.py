@@ -34,9 +34,10 @@ _MAX_BYTES = 2**28
 _LARGEST_LAYERS, _LARGEST_SIZE = 1024, 2**24
 """Far above any model, so that a damaged number is not believed."""
 _CHECKSUM = "checksum"
+_EXTRA_FILES = "companions"  # its name in files of format 1
 
 WEIGHT = "weight"
-AVERAGES = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 """Kinds of tensors: weights, and Adam's running mean of the gradient and of its square."""
 
 
@@ -45,7 +46,7 @@ class CheckpointError(ModelFolderError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileFacts:
+class FileInfo:
     """What a file must be."""
 
     num_bytes: int
@@ -58,7 +59,7 @@ class FileFacts:
 class RankFile:
     """The file of one rank."""
 
-    facts: FileFacts
+    facts: FileInfo
     """Size and checksum."""
     tp_rank: int
     """The rank's place on the tensor-parallel axis."""
@@ -67,7 +68,7 @@ class RankFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
+class ModelInfo:
     """One model of the checkpoint."""
 
     role: Role
@@ -79,7 +80,7 @@ class ModelFacts:
     num_steps: int
     """Optimizer steps taken."""
     frozen: tuple[str, ...]
-    """Our names of the weights that are not trained, and have no averages."""
+    """Our names of the weights that are not trained, and have no moments."""
     gradient_squares: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(
         default_factory=dict
     )
@@ -87,8 +88,8 @@ class ModelFacts:
     backward, which clips by them."""
 
     @property
-    def has_averages(self) -> bool:
-        """Whether Adam's averages are stored; an optimizer in backward has them before its first step."""
+    def has_moments(self) -> bool:
+        """Whether Adam's moments are stored; an optimizer in backward has them before its first step."""
         return self.num_steps > 0 or bool(self.gradient_squares)
 
 
@@ -106,11 +107,11 @@ class Manifest:
     """Ranks of that run."""
     versions: dict[str, str]
     """Of the project, Python, torch and Megatron-core."""
-    models: dict[str, ModelFacts]
+    models: dict[str, ModelInfo]
     """The models by name; the first one is what the folder is as a model folder."""
     ranks: tuple[RankFile, ...]
     """The files, rank by rank."""
-    companions: dict[str, FileFacts]
+    extra_files: Annotated[dict[str, FileInfo], Field(alias=_EXTRA_FILES)]
     """Other files."""
     config: dict[str, Any]
     """Settings of the run, as JSON values."""
@@ -118,10 +119,10 @@ class Manifest:
     """What else the engine needs to go on, as JSON values."""
 
     @property
-    def files(self) -> dict[str, FileFacts]:
+    def files(self) -> dict[str, FileInfo]:
         """Every file but the manifest by name."""
         of_ranks = {rank_file_name(rank): file.facts for rank, file in enumerate(self.ranks)}
-        return of_ranks | self.companions
+        return of_ranks | self.extra_files
 
 
 _ADAPTER = TypeAdapter(Manifest)
@@ -140,6 +141,7 @@ def is_checkpoint(folder: Path) -> bool:
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the file's content; equal manifests give equal bytes."""
     values = asdict(manifest)
+    values[_EXTRA_FILES] = values.pop("extra_files")
     values[_CHECKSUM] = _checksum(values)
     return json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from glm_rlhf.parallel.spec.sharding import Piece, Shard, first_holder, shards_of
+from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, owner_rank, shards_of
 from glm_rlhf.parallel.spec.weight_map import Weight, names_within, weights_of
 from glm_rlhf.parallel.storage.checkpoint_manifest import (
-    AVERAGES,
+    ADAM_MOMENTS,
     WEIGHT,
     CheckpointError,
     Manifest,
-    ModelFacts,
+    ModelInfo,
     rank_file_name,
     read_manifest,
 )
@@ -53,7 +53,7 @@ class StoredPart:
 class StoredShard:
     """One rank's parameter, of all parts."""
 
-    shard: Shard
+    shard: ParamShard
     """Which pieces of whole tensors it holds."""
     parts: tuple[StoredPart, ...]
     """Its elements in order, without a hole."""
@@ -76,7 +76,7 @@ class StoredShard:
                     file.fileno(),
                     part.offset + (first - part.start) * size,
                     content[(first - start) * size : (last - start) * size],
-                    what=f"{part.path} was cut short while {self.shard.ours} was read",
+                    what=f"{part.path} was cut short while {self.shard.name} was read",
                 )
 
 
@@ -94,7 +94,7 @@ class ShardedTensor:
     """The same, as the format calls it."""
     shape: tuple[int, ...]
     """Row-major dimensions."""
-    holders: tuple[tuple[Piece, int, StoredShard], ...]
+    holders: tuple[tuple[HfSlice, int, StoredShard], ...]
     """(piece of this tensor, its first row or column in the shard, shard)."""
 
     def read_into(self, dim: int, start: int, stop: int, out: torch.Tensor) -> None:
@@ -160,9 +160,9 @@ class Checkpoint:
         for weight in _stored_weights(facts, kind):
             for tp_rank in range(tp):
                 for shard in shards_of(weight, facts.config, tp_rank=tp_rank, tp_size=tp):
-                    if first_holder(weight, shard, facts.config, tp_rank=tp_rank, tp_size=tp) == tp_rank:
-                        parts = found.pop((shard.ours, tp_rank), [])
-                        shards[shard.ours, tp_rank] = self._whole(shard, parts, f"{model}/{kind}")
+                    if owner_rank(weight, shard, facts.config, tp_rank=tp_rank, tp_size=tp) == tp_rank:
+                        parts = found.pop((shard.name, tp_rank), [])
+                        shards[shard.name, tp_rank] = self._whole(shard, parts, f"{model}/{kind}")
         if found:
             raise CheckpointError(f"{self.folder} holds {next(iter(found))} of {model}, which it cannot have")
         return shards
@@ -174,7 +174,7 @@ class Checkpoint:
             CheckpointError: an element is missing, or stands there twice.
         """
         facts = self.manifest.models[model]
-        holders: dict[str, list[tuple[Piece, int, StoredShard]]] = defaultdict(list)
+        holders: dict[str, list[tuple[HfSlice, int, StoredShard]]] = defaultdict(list)
         for stored in self.shards(model, kind).values():
             offset = 0
             for piece in stored.shard.pieces:
@@ -182,7 +182,7 @@ class Checkpoint:
                 offset += piece.length
         tensors = {}
         for weight in _stored_weights(facts, kind):
-            is_fp32 = kind != WEIGHT or weight.place == "value_head"
+            is_fp32 = kind != WEIGHT or weight.section == "value_head"
             for name, shape in names_within(weight, facts.config).items():
                 tensors[name] = ShardedTensor(
                     path=self.folder,
@@ -231,7 +231,7 @@ class Checkpoint:
             offset=entry.offset,
         )
 
-    def _whole(self, shard: Shard, parts: Iterable[StoredPart], what: str) -> StoredShard:
+    def _whole(self, shard: ParamShard, parts: Iterable[StoredPart], what: str) -> StoredShard:
         position, ordered = 0, sorted(parts, key=lambda part: part.start)
         for part in ordered:
             if part.start != position or part.dtype != ordered[0].dtype:
@@ -239,7 +239,7 @@ class Checkpoint:
             position = part.stop
         if position != prod(shard.shape):
             raise CheckpointError(
-                f"{self.folder}: {what} of {shard.ours} has {position} of {prod(shard.shape)} elements in "
+                f"{self.folder}: {what} of {shard.name} has {position} of {prod(shard.shape)} elements in "
                 "order; parts of it are missing or overlap"
             )
         return StoredShard(shard=shard, parts=tuple(ordered))
@@ -270,7 +270,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     _check_names(folder, manifest, headers)
     checkpoint = Checkpoint(folder=folder, manifest=manifest, headers=headers)
     for model, facts in manifest.models.items():
-        for kind in (WEIGHT, *(AVERAGES if facts.has_averages else ())):
+        for kind in (WEIGHT, *(ADAM_MOMENTS if facts.has_moments else ())):
             checkpoint.shards(model, kind)
     return checkpoint
 
@@ -285,7 +285,7 @@ def _check_names(folder: Path, manifest: Manifest, headers: Mapping[int, Mapping
                 raise CheckpointError(f"{path} has no weight {ours} of {model}, which the manifest lists")
         for name in headers[rank]:
             owner, kind, ours = (*name.split("/", 2), "", "")[:3]
-            if owner != "rank" and ((owner, ours) not in listed or kind not in (WEIGHT, *AVERAGES)):
+            if owner != "rank" and ((owner, ours) not in listed or kind not in (WEIGHT, *ADAM_MOMENTS)):
                 raise CheckpointError(f"{path} holds {name!r}, which the manifest does not list")
 
 
@@ -304,9 +304,9 @@ def list_checkpoint(folder: Path) -> dict[str, ShardedTensor]:
     return checkpoint.tensors(next(iter(checkpoint.manifest.models)))
 
 
-def _stored_weights(facts: ModelFacts, kind: str) -> list[Weight]:
+def _stored_weights(facts: ModelInfo, kind: str) -> list[Weight]:
     weights = weights_of(facts.config, layers=range(facts.config.num_layers), role=facts.role)
-    return [weight for weight in weights if kind == WEIGHT or weight.ours not in facts.frozen]
+    return [weight for weight in weights if kind == WEIGHT or weight.name not in facts.frozen]
 
 
 def _sha256(path: Path) -> str:

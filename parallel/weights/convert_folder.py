@@ -72,7 +72,7 @@ def convert_folder(
     )
     role = role_of(origin, config)
     whole = iterate_shard(origin, config, tp_rank=0, tp_size=1, layers=range(config.num_layers), role=role)
-    own = [shard for shard in whole.shards if writer_of(shard.ours, config, writers) == rank]
+    own = [shard for shard in whole.shards if writer_of(shard.name, config, writers) == rank]
     export_tensors(
         target,
         new_config,
@@ -106,9 +106,9 @@ def role_of(folder: Path, config: GLMConfig) -> Role:
     """
     there = list_tensors(folder)
     heads = {
-        row.place: row.theirs[0]
+        row.section: row.hf_names[0]
         for row in TABLES[config.family]
-        if row.ours in ("output_layer.weight", "value_head.weight") and row.theirs[0] in there
+        if row.name in ("output_layer.weight", "value_head.weight") and row.hf_names[0] in there
     }
     if len(heads) > 1:
         raise ModelFolderError(
@@ -122,11 +122,11 @@ def _dtypes_as_stored(
 ) -> Mapping[str, torch.dtype]:
     dtypes = {}
     for weight in weights_of(new_config, layers=range(config.num_layers), role=role):
-        for name in weight.theirs:
+        for name in weight.hf_names:
             if config.family == new_config.family and name in whole.tensors:
                 dtypes[name] = whole.tensors[name].dtype
             else:
-                dtypes[name] = whole.dtypes.get(weight.ours, torch.float32)
+                dtypes[name] = whole.dtypes.get(weight.name, torch.float32)
     return dtypes
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.spec.sharding import Piece, Shard, read_shard, read_shard_into, shards_of
+from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, read_shard, read_shard_into, shards_of
 from glm_rlhf.parallel.spec.weight_map import NOT_WEIGHTS, Role, Weight, names_within, weights_of
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder
 from glm_rlhf.parallel.storage.safetensors_format import check_float
@@ -28,7 +28,7 @@ from glm_rlhf.parallel.storage.weight_files import StoredTensor, list_tensors, r
 class ShardStream:
     """One rank's parameters in a folder; iterating reads them, as often as wanted."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ParamShard, ...]
     """Parameters that the folder provides, in the order in which they come."""
     missing: tuple[str, ...]
     """Our names that the folder does not provide, for the caller to create: only of the value head."""
@@ -40,7 +40,7 @@ class ShardStream:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (our name, new CPU tensor)."""
         for shard in self.shards:
-            yield shard.ours, read_shard(shard, self._read, dtype=self.dtypes[shard.ours])
+            yield shard.name, read_shard(shard, self._read, dtype=self.dtypes[shard.name])
 
     def read_into(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Fill one tensor a shard, given by our name, on any device; each may be of another type.
@@ -52,11 +52,11 @@ class ShardStream:
         """
         staging = torch.empty(0, dtype=torch.uint8)
         for shard in self.shards:
-            parameter = parameters[shard.ours].detach()
+            parameter = parameters[shard.name].detach()
             if parameter.device.type == "cpu":
                 read_shard_into(shard, self._read, parameter)
                 continue
-            dtype = self.dtypes[shard.ours]
+            dtype = self.dtypes[shard.name]
             num_bytes = prod(shard.shape) * dtype.itemsize
             if staging.numel() < num_bytes:
                 staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=parameter.is_cuda)
@@ -64,7 +64,7 @@ class ShardStream:
             read_shard_into(shard, self._read, host)
             parameter.copy_(host)
 
-    def _read(self, piece: Piece, out: torch.Tensor) -> None:
+    def _read(self, piece: HfSlice, out: torch.Tensor) -> None:
         read_slice(self.tensors[piece.name], piece.dim, piece.start, piece.stop, out)
 
 
@@ -108,11 +108,11 @@ def iterate_shard(
     shards, missing, dtypes = [], [], {}
     for weight in weights:
         parts = shards_of(weight, config, tp_rank=tp_rank, tp_size=tp_size)
-        if any(name not in tensors for name in weight.theirs):
-            missing += [part.ours for part in parts]
+        if any(name not in tensors for name in weight.hf_names):
+            missing += [part.name for part in parts]
             continue
         shards += parts
-        dtypes |= {part.ours: _dtype_of(weight, tensors, dtype) for part in parts}
+        dtypes |= {part.name: _dtype_of(weight, tensors, dtype) for part in parts}
     return ShardStream(shards=tuple(shards), missing=tuple(missing), dtypes=dtypes, tensors=tensors)
 
 
@@ -134,7 +134,7 @@ def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, S
     tensors = list_tensors(folder)
     weights = weights_of(config, layers=range(config.num_layers), role=role)
     required = _expected(config, weights)
-    optional = _expected(config, [weight for weight in weights if weight.place == "value_head"])
+    optional = _expected(config, [weight for weight in weights if weight.section == "value_head"])
     for name, shape in required.items():
         if name not in tensors and name not in optional:
             raise ModelFolderError(
@@ -191,11 +191,11 @@ def _why_missing(name: str, role: Role) -> str:
 
 
 def _dtype_of(weight: Weight, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> torch.dtype:
-    if weight.place == "value_head":
+    if weight.section == "value_head":
         return torch.float32
     if dtype is not None:
         return dtype
-    first, *others = (tensors[name].dtype for name in weight.theirs)
+    first, *others = (tensors[name].dtype for name in weight.hf_names)
     for other in others:  # query, key and value of different types: keep every bit
         first = torch.promote_types(first, other)
     return first

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.spec.sharding import Piece, Shard, place_shard, shards_of
+from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, place_shard, shards_of
 from glm_rlhf.parallel.spec.weight_map import (
     NOT_WEIGHTS,
     SCALAR_ROLES,
@@ -98,7 +98,7 @@ def export_tensors(
     """
     writers = writers or Writers()
     weights = weights_of(config, layers=range(config.num_layers), role=role)
-    weights = [weight for weight in weights if weight.ours not in without]
+    weights = [weight for weight in weights if weight.name not in without]
     plan = _plan(weights, config, dtype, writers)
     extras = _tensors_besides_weights(source, config)
     last_writer = writers.of_layer(config.num_layers - 1, config.num_layers)
@@ -107,7 +107,7 @@ def export_tensors(
             PlannedTensor(name=stored.name, dtype=stored.dtype, shape=stored.shape, writer=last_writer)
         )
     files = plan_files(plan, max_shard_bytes)
-    own = [weight for weight in weights if writer_of(weight.ours, config, writers) == writers.rank]
+    own = [weight for weight in weights if writer_of(weight.name, config, writers) == writers.rank]
     with new_folder(Path(target), files, writers) as folder:
         if writers.rank == 0:
             _copy_companions(source, folder, config)
@@ -134,10 +134,10 @@ def _plan(
 ) -> list[PlannedTensor]:
     plan = []
     for weight in weights:
-        writer = writer_of(weight.ours, config, writers)
+        writer = writer_of(weight.name, config, writers)
         for name, shape in names_within(weight, config).items():
             kind = dtype[name] if isinstance(dtype, Mapping) else dtype
-            kind = torch.float32 if weight.place == "value_head" else check_float(kind)
+            kind = torch.float32 if weight.section == "value_head" else check_float(kind)
             plan.append(PlannedTensor(name=name, dtype=kind, shape=shape, writer=writer))
     return plan
 
@@ -194,14 +194,14 @@ class _Assembly:
         self, config: GLMConfig, weights: Sequence[Weight], tp_size: int, output: TensorFiles
     ) -> None:
         self._output = output
-        self._expected: dict[str, list[Shard]] = {}
-        self._open: dict[str, set[Piece]] = {}
+        self._expected: dict[str, list[ParamShard]] = {}
+        self._open: dict[str, set[HfSlice]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._tp_size = tp_size
         for weight in weights:
             for rank in range(tp_size):
                 for shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
-                    self._expected.setdefault(shard.ours, []).append(shard)
+                    self._expected.setdefault(shard.name, []).append(shard)
                     for piece in shard.pieces:
                         self._open.setdefault(piece.name, set()).add(piece)
 
@@ -228,7 +228,7 @@ class _Assembly:
             names = ", ".join(list(self._expected)[:3])
             raise ValueError(f"{len(self._expected)} parameters were not given for the export, first {names}")
 
-    def _put(self, piece: Piece, value: torch.Tensor, *, parameter: str, rank: int) -> None:
+    def _put(self, piece: HfSlice, value: torch.Tensor, *, parameter: str, rank: int) -> None:
         entry = self._output.entries[piece.name]
         dtype = FLOAT_DTYPES[entry.dtype]
         is_replica = piece not in self._open[piece.name]

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.parallel.model.glm import GLMModel, Role, build_model
-from glm_rlhf.parallel.runtime.consensus import agreed
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
-from glm_rlhf.parallel.spec.sharding import Piece, read_shard, shards_of
+from glm_rlhf.parallel.spec.sharding import HfSlice, read_shard, shards_of
 from glm_rlhf.parallel.spec.weight_map import names_within, weights_of
 from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import open_checkpoint
@@ -47,7 +47,7 @@ def load_model(
     Raises:
         ValueError: not a model folder, damaged, or not to be split in this layout.
     """
-    with agreed(f"reading {folder}"):
+    with raise_on_all_ranks(f"reading {folder}"):
         config = read_config(folder)
         topology.layout.check_model(config)
     chunks = build_model(config, topology, role=role, dtype=dtype, recompute_layers=recompute_layers)
@@ -74,10 +74,10 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
         ModelFolderError: the folder is damaged or of another model; a ValueError.
     """
     created: list[str] = []
-    place = chunks[0].topology
-    with agreed(f"loading {folder}"):
+    topology = chunks[0].topology
+    with raise_on_all_ranks(f"loading {folder}"):
         if is_checkpoint(Path(folder)):
-            open_checkpoint(folder).check_files(rank=place.rank, world_size=place.world_size)
+            open_checkpoint(folder).check_files(rank=topology.rank, world_size=topology.world_size)
         for chunk in chunks:
             parameters = dict(chunk.named_weights())
             topology = chunk.topology
@@ -91,7 +91,7 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
             )
             stream.read_into(parameters)
             for shard in stream.shards:
-                del parameters[shard.ours]
+                del parameters[shard.name]
             for name in stream.missing:
                 _create_head(name, parameters.pop(name), seed)
             if "value_head.weight" in stream.missing:
@@ -112,9 +112,9 @@ def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
         parameters = dict(chunk.named_weights())
         for weight in weights_of(glm, **part_of(chunk)):
             for shard in shards_of(weight, glm, tp_rank=topology.tp_rank, tp_size=topology.layout.tp):
-                parameter = parameters.pop(shard.ours)
-                if weight.place == "value_head":
-                    _create_head(shard.ours, parameter, seed)
+                parameter = parameters.pop(shard.name)
+                if weight.section == "value_head":
+                    _create_head(shard.name, parameter, seed)
                 else:
                     draw = _drawing(names_within(weight, glm), glm.init_std, seed)
                     parameter.copy_(read_shard(shard, draw, dtype=torch.float32))
@@ -140,10 +140,10 @@ def part_of(chunk: GLMModel) -> dict[str, Any]:
 
 def _drawing(
     shapes: dict[str, tuple[int, ...]], std: float, seed: int
-) -> Callable[[Piece, torch.Tensor], None]:
+) -> Callable[[HfSlice, torch.Tensor], None]:
     """Return what fills a shard's pieces: each of their tensors has random numbers of its own."""
 
-    def draw(piece: Piece, out: torch.Tensor) -> None:
+    def draw(piece: HfSlice, out: torch.Tensor) -> None:
         shape = shapes[piece.name]
         if len(shape) == 1:
             out.fill_(0.0 if piece.name.endswith("bias") else 1.0)

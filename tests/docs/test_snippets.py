@@ -46,7 +46,7 @@ def test_a_users_folder_goes_from_sft_to_an_export_that_transformers_loads(walke
         config = json.loads((walked / "walk" / name / "config.json").read_text())
         assert config["architectures"] == ["GlmForCausalLM"]
     assert "win_rate" in json.loads((walked / "outputs/evaluate/evaluate.json").read_text())["figures"]
-    assert (walked / "outputs/walk_dpo/checkpoints/step_2/config.json").exists()
+    assert (walked / "outputs/walk_dpo/hf/step_2/config.json").exists()
 
 
 def test_every_metric_that_is_written_is_defined(walked):

@@ -117,8 +117,8 @@ LAYOUTS = {
     "pp2": (2, ["parallel.pp=2"]),
     "cp2": (2, ["parallel.cp=2"]),
     "another layout for generation": (2, ["parallel.pp=2", "generation.pp=1", "generation.tp=2"]),
-    "parked, in backward": (1, ["train.park=[reference]", "optimizer.in_backward=true"]),
-    "optimizers parked": (1, ["train.park=[optimizers,reference]", "train.recompute_layers=true"]),
+    "parked, in backward": (1, ["train.offload=[reference]", "optimizer.in_backward=true"]),
+    "optimizers parked": (1, ["train.offload=[optimizers,reference]", "train.recompute_layers=true"]),
 }
 
 

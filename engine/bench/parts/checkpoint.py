@@ -22,9 +22,9 @@ from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.weights.load import randomize_weights
 
 
-def checkpoint_rows(sizes: Sizes, place: Topology, *, budget_s: float, command: str) -> list[Row]:
-    """Return saving and restoring a policy in training: weights and Adam's averages, on this rank."""
-    state = _trained(sizes, place)
+def checkpoint_rows(sizes: Sizes, topology: Topology, *, budget_s: float, command: str) -> list[Row]:
+    """Return saving and restoring a policy in training: weights and Adam's moments, on this rank."""
+    state = _trained(sizes, topology)
     num_weights = sum(parameter.numel() for chunk in state.bare_chunks for parameter in chunk.parameters())
     tensors, _ = stored_tensors("policy", state)
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -32,8 +32,8 @@ def checkpoint_rows(sizes: Sizes, place: Topology, *, budget_s: float, command: 
     steps = itertools.count(1)
     with (
         tempfile.TemporaryDirectory() as name,
-        CheckpointWriter(Path(name) / "beside", topology=place, keep_last=1) as beside,
-        CheckpointWriter(Path(name) / "waited", topology=place, keep_last=1, is_async=False) as waited,
+        CheckpointWriter(Path(name) / "beside", topology=topology, keep_last=1) as beside,
+        CheckpointWriter(Path(name) / "waited", topology=topology, keep_last=1, is_async=False) as waited,
     ):
         peer = Path(name) / "peer.pt"
         kept = [tensor.clone() for tensor in tensors.values()]
@@ -43,14 +43,14 @@ def checkpoint_rows(sizes: Sizes, place: Topology, *, budget_s: float, command: 
 
         def hold_up() -> None:
             beside.save(next(steps), {"policy": state}, state={})
-            state.before_change()  # the optimizer's next step waits here until the tensors are copied
+            state.wait_for_readers()  # the optimizer's next step waits here until the tensors are copied
 
         def torch_save() -> None:
             torch.save(stored(), peer)
 
         def ours_load(writer: CheckpointWriter = waited) -> None:
             newest = next(iter(step_folders(writer.folder).values()))
-            restore(state, checkpoint_at(newest, topology=place), "policy")
+            restore(state, checkpoint_at(newest, topology=topology), "policy")
 
         def torch_load() -> None:
             found = torch.load(peer, weights_only=True)
@@ -128,18 +128,18 @@ def checkpoint_rows(sizes: Sizes, place: Topology, *, budget_s: float, command: 
     ]
 
 
-def _trained(sizes: Sizes, place: Topology) -> TrainingState:
-    """Return a policy after one step, so that Adam's averages are there."""
-    chunks = build_model(sizes.model, place, dtype=sizes.dtype)
+def _trained(sizes: Sizes, topology: Topology) -> TrainingState:
+    """Return a policy after one step, so that Adam's moments are there."""
+    chunks = build_model(sizes.model, topology, dtype=sizes.dtype)
     randomize_weights(chunks, seed=1)
-    state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=place)
+    state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=topology)
     tokens_T = torch.randint(
         0, sizes.model.vocab_size, (sizes.length,), generator=torch.Generator().manual_seed(2)
     )
-    batch = pack([tokens_T]).to(place.device)
+    batch = pack([tokens_T]).to(topology.device)
     state.zero_grad()
     run_micro_batches(
-        state.chunks, [batch], next_token_loss([batch], sizes.length), topology=place, forward_only=False
+        state.chunks, [batch], next_token_loss([batch], sizes.length), topology=topology, forward_only=False
     )
     state.step()
     return state

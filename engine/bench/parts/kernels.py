@@ -6,14 +6,14 @@ import torch
 
 from glm_rlhf.engine.bench.harness import Contender, Entry, Problem, measure
 from glm_rlhf.engine.bench.kernel_rows.case import Case
-from glm_rlhf.engine.bench.machine import Rates
+from glm_rlhf.engine.bench.machine import MachineRates
 from glm_rlhf.engine.bench.report import Row
 
 
 def measured_case(
     case: Case,
     device: torch.device,
-    rates: Rates,
+    rates: MachineRates,
     *,
     budget_s: float,
     command: str,
@@ -42,7 +42,7 @@ def measured_case(
     return row_of(case, rates, entries, command)
 
 
-def row_of(case: Case, rates: Rates, entries: Sequence[Entry], command: str) -> Row:
+def row_of(case: Case, rates: MachineRates, entries: Sequence[Entry], command: str) -> Row:
     """Return the row of a case with what its contenders did, and with its limit."""
     return Row(
         row=case.row,

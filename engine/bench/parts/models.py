@@ -34,16 +34,16 @@ GREEDY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 class Policy:
     """A policy with random weights on this rank, and the same one in transformers."""
 
-    def __init__(self, sizes: Sizes, place: Topology, *, with_transformers: bool) -> None:
+    def __init__(self, sizes: Sizes, topology: Topology, *, with_transformers: bool) -> None:
         """Build ours; where `with_transformers`, load its export into transformers' class."""
-        self.sizes, self.place = sizes, place
-        self.chunks = build_model(sizes.model, place, dtype=sizes.dtype)
+        self.sizes, self.topology = sizes, topology
+        self.chunks = build_model(sizes.model, topology, dtype=sizes.dtype)
         randomize_weights(self.chunks, seed=1)
         self.theirs: TransformersModel | str = "left out of bench.against"
         if with_transformers:
             with tempfile.TemporaryDirectory() as folder:
-                export_model(self.chunks, Path(folder) / "policy", topology=place)
-                self.theirs = load_transformers(Path(folder) / "policy", sizes.dtype, place.device)
+                export_model(self.chunks, Path(folder) / "policy", topology=topology)
+                self.theirs = load_transformers(Path(folder) / "policy", sizes.dtype, topology.device)
 
     def contenders(
         self, ours: Contender, make: Callable[[TransformersModel], tuple[Callable[[], Any], Any]]
@@ -58,10 +58,10 @@ class Policy:
 
 def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
     """Return forward, and forward with backward, on sequences of different lengths."""
-    sizes, place = policy.sizes, policy.place
+    sizes, topology = policy.sizes, policy.topology
     generator = torch.Generator().manual_seed(7)
     sequences = [
-        torch.randint(0, sizes.model.vocab_size, (length,), generator=generator).to(place.device)
+        torch.randint(0, sizes.model.vocab_size, (length,), generator=generator).to(topology.device)
         for length in sizes.lengths
     ]
     batches = [sequences[i : i + sizes.batch] for i in range(0, len(sequences), sizes.batch)]
@@ -73,30 +73,30 @@ def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
     )
 
     def row(name: str, what: str, problem: Problem) -> Row:
-        entries = measure(problem, device=place.device, budget_s=budget_s, warm_up_runs=1)
+        entries = measure(problem, device=topology.device, budget_s=budget_s, warm_up_runs=1)
         return Row(
             row=name, what=what, shape=shape, command=command, entries=entries, work=(num_tokens, "tokens")
         )
 
     forward = Problem(
         contenders=policy.contenders(
-            Contender(name="ours, packed", run=lambda: [sequence_logprobs(policy.chunks, batches, place)]),
+            Contender(name="ours, packed", run=lambda: [sequence_logprobs(policy.chunks, batches, topology)]),
             lambda theirs: (lambda: theirs.logprobs(batches), None),
         ),
         expected=lambda: [
-            sequence_logprobs(policy.chunks, [[sequence] for sequence in sequences], place).float()
+            sequence_logprobs(policy.chunks, [[sequence] for sequence in sequences], topology).float()
         ],
         tolerance=TOLERANCE[sizes.dtype],
     )
     rows = [row("forward", "logprob of every token, no gradients", forward)]
-    state = TrainingState(policy.chunks, AdamSettings(lr=1e-5), topology=place)
+    state = TrainingState(policy.chunks, AdamSettings(lr=1e-5), topology=topology)
     both = Problem(
         contenders=policy.contenders(
-            Contender(name="ours, packed", run=lambda: _gradient(state, batches, num_tokens, place)),
+            Contender(name="ours, packed", run=lambda: _gradient(state, batches, num_tokens, topology)),
             lambda theirs: (lambda: theirs.gradient(batches, num_tokens), None),
         ),
         expected=lambda: [
-            tensor.clone() for tensor in _gradient(state, [[s] for s in sequences], num_tokens, place)
+            tensor.clone() for tensor in _gradient(state, [[s] for s in sequences], num_tokens, topology)
         ],
         tolerance=TOLERANCE[sizes.dtype],
     )
@@ -106,7 +106,7 @@ def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
 
 def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
     """Return greedy answers of one length; checked by how likely each token is in a forward pass."""
-    sizes, place = policy.sizes, policy.place
+    sizes, topology = policy.sizes, policy.topology
     generator = torch.Generator().manual_seed(5)
     size = (sizes.num_prompts, sizes.prompt_tokens)
     prompts_BT = torch.randint(0, sizes.model.vocab_size, size, generator=generator)
@@ -119,7 +119,7 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
     )
 
     def ours() -> Rollouts:
-        return answer_prompts(policy.chunks, prompts, settings, seed=1, topology=place)
+        return answer_prompts(policy.chunks, prompts, settings, seed=1, topology=topology)
 
     def whole(rollouts: Rollouts) -> Answer:
         starts, order = rollouts.starts, torch.tensor(rollouts.indices).argsort()
@@ -130,7 +130,7 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
         (tokens_BT,) = found
         if tokens_BT.shape != (size[0], size[1] + sizes.new_tokens):
             return math.inf
-        return _greedy_gap(policy, tokens_BT.to(place.device), size[1])
+        return _greedy_gap(policy, tokens_BT.to(topology.device), size[1])
 
     problem = Problem(
         contenders=policy.contenders(
@@ -146,7 +146,7 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
         what="greedy answers of one length",
         shape=f"{size[0]} prompts of {size[1]} tokens, {sizes.new_tokens} new tokens each",
         command=command,
-        entries=measure(problem, device=place.device, budget_s=budget_s, warm_up_runs=1),
+        entries=measure(problem, device=topology.device, budget_s=budget_s, warm_up_runs=1),
         work=(float(size[0] * sizes.new_tokens), "tokens"),
     )
 
@@ -166,7 +166,7 @@ def next_token_loss(
 
 
 def sequence_logprobs(
-    chunks: Sequence[GLMModel], batches: Sequence[Sequence[torch.Tensor]], place: Topology
+    chunks: Sequence[GLMModel], batches: Sequence[Sequence[torch.Tensor]], topology: Topology
 ) -> torch.Tensor:
     """Return the logprob of every token but each sequence's first, a micro-batch each list of sequences."""
     packed = [pack(batch) for batch in batches]
@@ -176,17 +176,17 @@ def sequence_logprobs(
         logprobs_T, _ = token_logprobs(model, hidden_TD, targets[index])
         return None, logprobs_T[targets[index] >= 0]
 
-    found = run_micro_batches(chunks, packed, step, topology=place, forward_only=True)
+    found = run_micro_batches(chunks, packed, step, topology=topology, forward_only=True)
     return torch.cat(found)
 
 
 def _gradient(
-    state: TrainingState, batches: Sequence[Sequence[torch.Tensor]], denominator: float, place: Topology
+    state: TrainingState, batches: Sequence[Sequence[torch.Tensor]], denominator: float, topology: Topology
 ) -> list[torch.Tensor]:
     state.zero_grad()
     packed = [pack(batch) for batch in batches]
     step = next_token_loss(packed, denominator)
-    losses = run_micro_batches(state.chunks, packed, step, topology=place, forward_only=False)
+    losses = run_micro_batches(state.chunks, packed, step, topology=topology, forward_only=False)
     (model,) = state.bare_chunks
     return [torch.stack(losses).sum(), model.embedding.word_embeddings.weight.main_grad]
 
@@ -203,5 +203,5 @@ def _greedy_gap(policy: Policy, tokens_BT: torch.Tensor, num_prompt: int) -> flo
         return None, None
 
     batches = [pack([row_T]) for row_T in tokens_BT]
-    run_micro_batches(policy.chunks, batches, step, topology=policy.place, forward_only=True)
+    run_micro_batches(policy.chunks, batches, step, topology=policy.topology, forward_only=True)
     return max(gaps)

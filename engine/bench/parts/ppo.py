@@ -9,7 +9,7 @@ import torch
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.bench.sizes import Sizes
-from glm_rlhf.engine.cost.workload import Choice, Work
+from glm_rlhf.engine.cost.workload import Choice, Workload
 from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.rollout.generate import AnswerSettings
@@ -31,10 +31,10 @@ _LEAST_RUNS, _MOST_RUNS = 5, 50
 
 
 def make_roles(
-    place: Topology,
+    topology: Topology,
     *,
     model: GLMConfig,
-    work: Work,
+    work: Workload,
     choice: Choice,
     fill: Callable[..., None] = randomize_weights,
 ) -> PPORoles:
@@ -46,11 +46,11 @@ def make_roles(
     for index, role in enumerate(("policy", "critic", "reference", "reward")):
         recomputes = choice.recompute_layers and role in ("policy", "critic")
         models[role] = build_model(
-            model, place, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
+            model, topology, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
         )
         fill(models[role], seed=index)
     return PPORoles(
-        topology=place,
+        topology=topology,
         policy=models["policy"],
         critic=models["critic"],
         reference=models["reference"],
@@ -75,9 +75,9 @@ def make_roles(
     )
 
 
-def ppo_row(sizes: Sizes, place: Topology, *, budget_s: float, command: str) -> Row:
+def ppo_row(sizes: Sizes, topology: Topology, *, budget_s: float, command: str) -> Row:
     """Return an iteration's time, the median of each phase in the columns behind it."""
-    work = Work(
+    work = Workload(
         max_prompt_tokens=sizes.prompt_tokens,
         max_new_tokens=sizes.new_tokens,
         mean_prompt_tokens=sizes.prompt_tokens,
@@ -93,14 +93,14 @@ def ppo_row(sizes: Sizes, place: Topology, *, budget_s: float, command: str) -> 
         recomputes_logprobs=False,
     )
     choice = Choice(layout=Layout(), micro_batch_tokens=8 * work.longest, recompute_layers=False)
-    roles = make_roles(place, model=sizes.model, work=work, choice=choice)
+    roles = make_roles(topology, model=sizes.model, work=work, choice=choice)
     prompts = random_prompts(sizes.model, work)
     runs: list[dict[str, float]] = []
     started = time.perf_counter()
     while len(runs) < _WARM_UP + _LEAST_RUNS or (
         time.perf_counter() - started < budget_s and len(runs) < _WARM_UP + _MOST_RUNS
     ):
-        runs.append(iteration_s(roles, prompts, place))
+        runs.append(iteration_s(roles, prompts, topology))
     entry = _entry(runs[_WARM_UP:])
     return Row(
         row="ppo",
@@ -122,7 +122,7 @@ def _entry(runs: Sequence[dict[str, float]]) -> Entry:
     )
 
 
-def random_prompts(model: GLMConfig, work: Work) -> list[PromptInput]:
+def random_prompts(model: GLMConfig, work: Workload) -> list[PromptInput]:
     """Return an iteration's prompts, all of the longest."""
     size = (work.num_prompts, work.max_prompt_tokens)
     generator = torch.Generator().manual_seed(2)
@@ -130,21 +130,21 @@ def random_prompts(model: GLMConfig, work: Work) -> list[PromptInput]:
     return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
 
 
-def iteration_s(roles: PPORoles, prompts: Sequence[PromptInput], place: Topology) -> dict[str, float]:
+def iteration_s(roles: PPORoles, prompts: Sequence[PromptInput], topology: Topology) -> dict[str, float]:
     """Return the seconds of each phase of an iteration, the device waited for behind each."""
-    marks = [_now(place)]
+    marks = [_now(topology)]
     rollouts = roles.generate(prompts)
-    marks.append(_now(place))
+    marks.append(_now(topology))
     experience = roles.make_experience(rollouts)
-    marks.append(_now(place))
+    marks.append(_now(topology))
     metrics = roles.update(experience)
-    marks.append(_now(place))
+    marks.append(_now(topology))
     generate_s, score_s, update_s = (end - start for start, end in itertools.pairwise(marks))
     critic_s = metrics["timing_s/critic"]  # the host's, which waits for the device at the end of a step
     return dict(zip(PHASES, (generate_s, score_s, critic_s, update_s - critic_s), strict=True))
 
 
-def _now(place: Topology) -> float:
-    if place.device.type == "cuda":
-        torch.cuda.synchronize(place.device)
+def _now(topology: Topology) -> float:
+    if topology.device.type == "cuda":
+        torch.cuda.synchronize(topology.device)
     return time.perf_counter()

@@ -46,19 +46,19 @@ class ScalingPoint:
     """Seconds of each step whose tokens the ranks share."""
 
 
-def measure_scaling(sizes: Sizes, place: Topology) -> ScalingPoint:
+def measure_scaling(sizes: Sizes, topology: Topology) -> ScalingPoint:
     """Return this world's steps: forward, backward, sum of gradients, Adam; every rank calls this."""
-    chunks = build_model(sizes.model, place, dtype=sizes.dtype)
+    chunks = build_model(sizes.model, topology, dtype=sizes.dtype)
     randomize_weights(chunks, seed=1)
-    state = TrainingState(chunks, AdamSettings(lr=1e-5), topology=place)
-    shares = {"weak": sizes.tokens, "strong": sizes.tokens // place.dp}
+    state = TrainingState(chunks, AdamSettings(lr=1e-5), topology=topology)
+    shares = {"weak": sizes.tokens, "strong": sizes.tokens // topology.dp}
     seconds = {}
     for name, tokens in shares.items():
-        batch = _batch(sizes, max(1, tokens // sizes.length), place)
-        seconds[name] = seconds_on_all(lambda b=batch: _step(state, b, place), place, REPETITIONS)
+        batch = _batch(sizes, max(1, tokens // sizes.length), topology)
+        seconds[name] = seconds_on_all(lambda b=batch: _step(state, b, topology), topology, REPETITIONS)
     return ScalingPoint(
-        num_ranks=place.world_size,
-        backend=dist.get_backend(place.dp_cp_group),
+        num_ranks=topology.world_size,
+        backend=dist.get_backend(topology.dp_cp_group),
         tokens=sizes.tokens,
         weak_s=tuple(seconds["weak"]),
         strong_s=tuple(seconds["strong"]),
@@ -111,16 +111,16 @@ def efficiencies(points: Sequence[ScalingPoint]) -> Mapping[str, list[float]]:
     return {"weak": weak, "strong": strong}
 
 
-def _batch(sizes: Sizes, num_sequences: int, place: Topology) -> PackedTokens:
-    generator = torch.Generator().manual_seed(place.rank)
+def _batch(sizes: Sizes, num_sequences: int, topology: Topology) -> PackedTokens:
+    generator = torch.Generator().manual_seed(topology.rank)
     sequences = torch.randint(
         0, sizes.model.vocab_size, (num_sequences, sizes.length), generator=generator
     ).unbind()
-    return pack(sequences).to(place.device)
+    return pack(sequences).to(topology.device)
 
 
-def _step(state: TrainingState, batch: PackedTokens, place: Topology) -> None:
+def _step(state: TrainingState, batch: PackedTokens, topology: Topology) -> None:
     state.zero_grad()
-    step = next_token_loss([batch], float(batch.num_tokens * place.dp))
-    run_micro_batches(state.chunks, [batch], step, topology=place, forward_only=False)
+    step = next_token_loss([batch], float(batch.num_tokens * topology.dp))
+    run_micro_batches(state.chunks, [batch], step, topology=topology, forward_only=False)
     state.step()

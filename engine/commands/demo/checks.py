@@ -21,7 +21,7 @@ MAX_LOGPROB_GAP = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class DemoCheck:
     """Greedy answers given once more elsewhere."""
 
     name: str
@@ -46,7 +46,7 @@ LAYOUTS = {
 """Layouts by their names: how many ranks they take, and the settings that ask for them."""
 
 
-def check_layout(name: str, folder: Path, model: Path, lines: Sequence[dict]) -> Check:
+def check_layout(name: str, folder: Path, model: Path, lines: Sequence[dict]) -> DemoCheck:
     """Return how `generate` answers in one of `LAYOUTS`, as torchrun launches it.
 
     Args:
@@ -77,7 +77,7 @@ def check_layout(name: str, folder: Path, model: Path, lines: Sequence[dict]) ->
         for a, b in zip(lines, found, strict=True)
         for x, y in zip(a["logprobs"], b["logprobs"], strict=False)
     ]
-    return Check(
+    return DemoCheck(
         name=name,
         num_asked=len(lines),
         num_same=sum(a["tokens"] == b["tokens"] for a, b in zip(lines, found, strict=True)),
@@ -98,7 +98,7 @@ def export_for_transformers(folder: Path, model: Path) -> Path:
     return target
 
 
-def check_transformers(exported: Path, lines: Sequence[dict]) -> Check | None:
+def check_transformers(exported: Path, lines: Sequence[dict]) -> DemoCheck | None:
     """Return how transformers' own model answers greedily; None where transformers is not installed.
 
     Args:
@@ -111,7 +111,7 @@ def check_transformers(exported: Path, lines: Sequence[dict]) -> Check | None:
 
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     tokenizer = load_tokenizer(exported)
-    masked = tokenizer.ids_never_sampled(model.config.vocab_size).nonzero()[:, 0].tolist()
+    masked = tokenizer.unsampleable_ids(model.config.vocab_size).nonzero()[:, 0].tolist()
     by_length: dict[int, list[dict]] = defaultdict(list)
     for line in lines:
         by_length[len(line["prompt_tokens"])].append(line)  # prompts of one length need no padding
@@ -129,4 +129,4 @@ def check_transformers(exported: Path, lines: Sequence[dict]) -> Check | None:
         )
         for line, answer in zip(of_length, answers.tolist(), strict=True):
             num_same += answer[length : length + len(line["tokens"])] == line["tokens"]
-    return Check(name="transformers", num_asked=len(lines), num_same=num_same, logprob_gap=None)
+    return DemoCheck(name="transformers", num_asked=len(lines), num_same=num_same, logprob_gap=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from glm_rlhf.engine.commands import score
-from glm_rlhf.engine.commands.demo.toy_task import Task, TaskSet
+from glm_rlhf.engine.commands.demo.toy_task import TaskSet, ToyTask
 from glm_rlhf.engine.commands.demo.training import ask, is_right, read_lines, write_lines
 from glm_rlhf.engine.config.sections import (
     DemoConfig,
@@ -16,7 +16,7 @@ from glm_rlhf.engine.config.sections import (
     ScoreConfig,
     ScoredRecordsSection,
 )
-from glm_rlhf.engine.evaluation.confidence import Estimate, mean_estimate, share_estimate
+from glm_rlhf.engine.evaluation.confidence import ConfidenceInterval, mean_estimate, share_estimate
 
 CLEAR_GAIN = 0.2
 
@@ -39,9 +39,9 @@ class Comparison:
 
     name: str
     """What is measured."""
-    sft: Estimate
+    sft: ConfidenceInterval
     """Before PPO."""
-    ppo: Estimate
+    ppo: ConfidenceInterval
     """After PPO."""
 
 
@@ -57,11 +57,11 @@ class Results:
     """Share of right answers to the task that is never rewarded."""
     length: Comparison
     """Tokens of drawn answers to sums."""
-    greedy_win_rate: Estimate
+    greedy_win_rate: ConfidenceInterval
     """How often PPO's most likely answer is right and SFT's wrong, ties as a half."""
-    sampled_win_rate: Estimate
+    sampled_win_rate: ConfidenceInterval
     """The same of drawn answers."""
-    kl: Estimate
+    kl: ConfidenceInterval
     """KL of PPO from SFT, in nats an answer: mean of log p_ppo − log p_sft of the answers PPO draws."""
 
     @property
@@ -91,7 +91,7 @@ def compare(
     sums, canaries = tasks.held_out_sums, tasks.held_out_canaries
 
     def both(
-        name: str, asked: Sequence[Task], before: list[list[dict]], after: list[list[dict]]
+        name: str, asked: Sequence[ToyTask], before: list[list[dict]], after: list[list[dict]]
     ) -> Comparison:
         return Comparison(
             name=name,
@@ -114,7 +114,7 @@ def compare(
     )
 
 
-def _shares_right(tasks: Sequence[Task], answers: list[list[dict]]) -> list[float]:
+def _shares_right(tasks: Sequence[ToyTask], answers: list[list[dict]]) -> list[float]:
     return [fmean(is_right(task, line) for line in of) for task, of in zip(tasks, answers, strict=True)]
 
 
@@ -122,7 +122,7 @@ def _lengths(answers: list[list[dict]]) -> list[float]:
     return [fmean(len(line["tokens"]) for line in of_prompt) for of_prompt in answers]
 
 
-def _wins(tasks: Sequence[Task], mine: list[list[dict]], others: list[list[dict]]) -> list[float]:
+def _wins(tasks: Sequence[ToyTask], mine: list[list[dict]], others: list[list[dict]]) -> list[float]:
     """Return each prompt's wins of the i-th answer over the other's i-th, a tie as a half."""
     return [
         fmean(
@@ -133,7 +133,7 @@ def _wins(tasks: Sequence[Task], mine: list[list[dict]], others: list[list[dict]
     ]
 
 
-def _kl(config: DemoConfig, sft_policy: Path, answers: list[list[dict]]) -> Estimate:
+def _kl(config: DemoConfig, sft_policy: Path, answers: list[list[dict]]) -> ConfidenceInterval:
     """Return the mean over prompts of what the answers' own policy gives them beyond SFT's, in nats."""
     folder = Path(config.run.output)
     asked, out = folder / "data" / "ppo_answers.jsonl", folder / "answers" / "ppo_by_sft.jsonl"

@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_rlhf.engine.commands.demo.checks import Check
+from glm_rlhf.engine.commands.demo.checks import DemoCheck
 from glm_rlhf.engine.commands.demo.measure import HeldOutAnswers, Results
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet
-from glm_rlhf.engine.evaluation.confidence import Estimate
+from glm_rlhf.engine.evaluation.confidence import ConfidenceInterval
 from glm_rlhf.engine.observe.report import ReportTable, write_report
 
 RESULTS_NAME = "demo.json"
@@ -34,7 +34,7 @@ def write_results(
     seed: int,
     reward: RewardFacts,
     results: Results,
-    checks: Sequence[Check],
+    checks: Sequence[DemoCheck],
     timing_s: dict[str, float],
 ) -> Path:
     """Return the path of `demo.json` after writing every figure there."""
@@ -59,7 +59,7 @@ def write_page(
     after: HeldOutAnswers,
     reward: RewardFacts,
     results: Results,
-    checks: Sequence[Check],
+    checks: Sequence[DemoCheck],
 ) -> Path:
     """Return the path of the report of the PPO run, the demo's figures on top."""
     answers = [
@@ -105,6 +105,6 @@ def figure_rows(results: Results) -> list[tuple[str, str, str]]:
     ]
 
 
-def in_words(estimate: Estimate) -> str:
+def in_words(estimate: ConfidenceInterval) -> str:
     """Return a mean with its interval."""
     return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

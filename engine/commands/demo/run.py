@@ -16,7 +16,7 @@ import torch
 
 from glm_rlhf.engine.commands.demo.checks import (
     LAYOUTS,
-    Check,
+    DemoCheck,
     check_layout,
     check_transformers,
     export_for_transformers,
@@ -32,7 +32,7 @@ from glm_rlhf.engine.commands.demo.report import (
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, careless_sums
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
 from glm_rlhf.engine.config.sections import DemoConfig
-from glm_rlhf.engine.observe.timer import Clock
+from glm_rlhf.engine.observe.timer import Timer
 
 _FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")
 _NUM_THREADS = 2  # more only wait for each other: no matrix here has a thousand rows and columns
@@ -48,7 +48,7 @@ def run(config: DemoConfig) -> int:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("demo is one process, which launches others itself: start it without torchrun")
     folder = _claim(Path(config.run.output))
-    clock = Clock()
+    clock = Timer()
     with _threads(_NUM_THREADS):
         tasks = careless_sums(num_held_out=config.demo.num_held_out, seed=config.run.seed)
         _say(
@@ -56,34 +56,34 @@ def run(config: DemoConfig) -> int:
             f"{len(tasks.canaries)} numbers said backwards"
         )
         sft = train_sft(config, tasks)
-        clock.lap("sft")
+        clock.split("sft")
         before = answer_held_out(config, tasks, sft, name="sft")
-        clock.lap("measure")
+        clock.split("measure")
         _say("2. preference pairs from its own answers, right above wrong")
         asked = tasks.sums[: config.demo.num_pair_prompts]
         pairs = pairs_of(asked, ask(config, sft, asked, name="sft_pairs", temperature=1.0))
         held_out_pairs = pairs_of(tasks.held_out_sums, before.sampled_sums)
-        clock.lap("pairs")
+        clock.split("pairs")
         _say(f"3. a reward model learns {len(pairs)} pairs")
         reward, pair_accuracy = train_reward(config, sft, pairs, held_out_pairs)
         facts = RewardFacts(
             num_pairs=len(pairs), num_held_out_pairs=len(held_out_pairs), pair_accuracy=pair_accuracy
         )
-        clock.lap("reward")
+        clock.split("reward")
         _say(
             f"   it orders {pair_accuracy:.0%} of {len(held_out_pairs)} held-out pairs rightly\n"
             f"4. PPO for {config.demo.ppo_steps} iterations; the reward is the reward model alone"
         )
         ppo = train_ppo(config, tasks, sft, reward)
-        clock.lap("ppo")
+        clock.split("ppo")
         _say("5. held-out prompts, before and after")
         after = answer_held_out(config, tasks, ppo, name="ppo")
         results = compare(config, tasks, sft, before, after)
-        clock.lap("measure")
+        clock.split("measure")
         _show(tasks, before, after, results)
         _say("6. the policy after PPO elsewhere")
         checks = _check(config, folder, ppo, after)
-        clock.lap("checks")
+        clock.split("checks")
     page = write_page(
         folder, tasks=tasks, before=before, after=after, reward=facts, results=results, checks=checks
     )
@@ -93,7 +93,7 @@ def run(config: DemoConfig) -> int:
         reward=facts,
         results=results,
         checks=checks,
-        timing_s=clock.laps | {"all": clock.total_s},
+        timing_s=clock.splits | {"all": clock.total_s},
     )
     _say(f"{clock.total_s:.0f} s; report: {page}; figures: {figures}; the policy: {folder / 'hf'}")
     return 0 if all(check.is_alike for check in checks) else 1
@@ -118,7 +118,7 @@ def _claim(folder: Path) -> Path:
     return folder
 
 
-def _check(config: DemoConfig, folder: Path, policy: Path, answers: HeldOutAnswers) -> list[Check]:
+def _check(config: DemoConfig, folder: Path, policy: Path, answers: HeldOutAnswers) -> list[DemoCheck]:
     """Return the checks that can be made here, each told as soon as it is made."""
     lines = [line for (line,) in answers.greedy_sums[:_NUM_CHECKED]]
     checks = []

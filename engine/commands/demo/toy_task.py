@@ -17,7 +17,7 @@ _CANARY_WORDINGS = ("What is {number} backwards?", "请再说一次{number}，�
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class ToyTask:
     """One question whose answer is known."""
 
     prompt: str
@@ -32,13 +32,13 @@ class Task:
 class TaskSet:
     """Questions to learn from and questions that are held out, each pair of numbers in one of the two."""
 
-    sums: tuple[Task, ...]
+    sums: tuple[ToyTask, ...]
     """To learn from, each in every wording, in random order; demonstrations careless."""
-    canaries: tuple[Task, ...]
+    canaries: tuple[ToyTask, ...]
     """To learn from beside them; demonstrations right."""
-    held_out_sums: tuple[Task, ...]
+    held_out_sums: tuple[ToyTask, ...]
     """One wording to each pair of numbers, none of which `sums` has in any."""
-    held_out_canaries: tuple[Task, ...]
+    held_out_canaries: tuple[ToyTask, ...]
     """The same of the second task."""
 
 
@@ -87,15 +87,15 @@ def without_carry(a: int, b: int) -> int:
     return a + b - 10 * has_carry(a, b)
 
 
-def _sum(a: int, b: int, wording: str, generator: random.Random) -> Task:
+def _sum(a: int, b: int, wording: str, generator: random.Random) -> ToyTask:
     is_careless = generator.random() < CARELESS_SHARE
-    return Task(
+    return ToyTask(
         prompt=wording.format(a=a, b=b),
         answer=str(a + b),
         demonstration=str(without_carry(a, b) if is_careless else a + b),
     )
 
 
-def _backwards(number: int, wording: str) -> Task:
+def _backwards(number: int, wording: str) -> ToyTask:
     answer = str(number)[::-1]
-    return Task(prompt=wording.format(number=number), answer=answer, demonstration=answer)
+    return ToyTask(prompt=wording.format(number=number), answer=answer, demonstration=answer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.engine.commands import generate, reward, sft
-from glm_rlhf.engine.commands.demo.toy_task import Task, TaskSet
+from glm_rlhf.engine.commands.demo.toy_task import TaskSet, ToyTask
 from glm_rlhf.engine.commands.demo.toy_tokenizer import NUM_IDS, write_tiny_tokenizer
 from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.rl import (
@@ -41,7 +41,7 @@ from glm_rlhf.engine.config.training import (
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
 from glm_rlhf.engine.rl import loop
 from glm_rlhf.parallel.model.glm import build_model
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.export import export_model
@@ -72,10 +72,10 @@ _QUIET = ObserveSection(tensorboard=False)
 def train_sft(config: DemoConfig, tasks: TaskSet) -> Path:
     """Return the folder of a policy that imitates the demonstrations; one process calls it."""
     folder = Path(config.run.output)
-    with topology(Layout(), seed=config.run.seed) as place:
-        chunks = build_model(_SHAPE, place, dtype=torch.float32)
+    with open_topology(Layout(), seed=config.run.seed) as topology:
+        chunks = build_model(_SHAPE, topology, dtype=torch.float32)
         randomize_weights(chunks, seed=config.run.seed)
-        export_model(chunks, folder / "model", topology=place)
+        export_model(chunks, folder / "model", topology=topology)
     write_tiny_tokenizer(folder / "model")
     demonstrations = folder / "data" / "demonstrations.jsonl"
     write_lines(
@@ -93,10 +93,10 @@ def train_sft(config: DemoConfig, tasks: TaskSet) -> Path:
     )
     save_config(settings, settings.run.output)
     sft.run(settings)
-    return folder / "sft" / "checkpoints" / f"step_{steps}"
+    return folder / "sft" / "hf" / f"step_{steps}"
 
 
-def pairs_of(tasks: Sequence[Task], lines: Sequence[Sequence[dict]]) -> list[dict]:
+def pairs_of(tasks: Sequence[ToyTask], lines: Sequence[Sequence[dict]]) -> list[dict]:
     """Return records of pairs out of a policy's own answers: to each prompt a right one above a wrong one.
 
     The first of either kind are taken; a prompt with one kind only gives no pair.
@@ -116,7 +116,7 @@ def pairs_of(tasks: Sequence[Task], lines: Sequence[Sequence[dict]]) -> list[dic
     return pairs
 
 
-def is_right(task: Task, line: dict) -> bool:
+def is_right(task: ToyTask, line: dict) -> bool:
     """Return whether an answer is the right one, ended by itself, and nothing else."""
     return line["text"].strip() == task.answer and line["finish_reason"] == "stop"
 
@@ -155,7 +155,7 @@ def train_reward(
     save_config(settings, settings.run.output)
     reward.run(settings)
     last = read_lines(folder / "reward" / "metrics.jsonl")[-1]
-    return folder / "reward" / "checkpoints" / f"step_{steps}", last["eval/accuracy"]
+    return folder / "reward" / "hf" / f"step_{steps}", last["eval/accuracy"]
 
 
 def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Path) -> Path:
@@ -182,11 +182,11 @@ def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Pa
     )
     save_config(settings, settings.run.output)
     loop.run(settings)
-    return folder / "ppo" / "checkpoints" / f"step_{steps}"
+    return folder / "ppo" / "hf" / f"step_{steps}"
 
 
 def ask(
-    config: DemoConfig, model: Path, tasks: Sequence[Task], *, name: str, temperature: float
+    config: DemoConfig, model: Path, tasks: Sequence[ToyTask], *, name: str, temperature: float
 ) -> list[list[dict]]:
     """Return the lines of `generate` for each task: one at temperature 0, else `NUM_SAMPLES`."""
     folder = Path(config.run.output)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from glm_rlhf.engine.data.records.jsonl import DEFAULT_MAX_LINE_BYTES, check_file, read_json_lines
 from glm_rlhf.engine.data.records.parquet import check_parquet, read_parquet_rows
-from glm_rlhf.engine.data.records.reading import OnError, Place, ReadReport, Record
+from glm_rlhf.engine.data.records.reading import OnError, ReadReport, Record, RecordLocation
 
 
 def read_record_file(
     path: str | Path,
-    parse: Callable[[dict, Place], Record],
+    parse: Callable[[dict, RecordLocation], Record],
     *,
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,

@@ -10,10 +10,10 @@ from typing import IO
 
 from glm_rlhf.engine.data.records.reading import (
     OnError,
-    Place,
     ReadReport,
     Record,
     RecordError,
+    RecordLocation,
     check_on_error,
     file_head,
     parse_records,
@@ -30,7 +30,7 @@ _PARQUET_MARK = b"PAR1"
 
 def read_json_lines(
     path: str | Path,
-    parse: Callable[[dict, Place], Record],
+    parse: Callable[[dict, RecordLocation], Record],
     *,
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
@@ -64,7 +64,7 @@ def read_json_lines(
     path = Path(path)
     check_file(path)
 
-    def parse_line(line: tuple[bytes, bool], place: Place) -> Record:
+    def parse_line(line: tuple[bytes, bool], place: RecordLocation) -> Record:
         content, is_too_long = line
         if is_too_long:
             raise place.error(
@@ -133,7 +133,7 @@ def check_file(path: Path) -> None:
         raise RecordError(path, 0, "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
 
 
-def _parse_object(content: bytes, place: Place) -> dict:
+def _parse_object(content: bytes, place: RecordLocation) -> dict:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from glm_rlhf.engine.data.records.reading import (
     OnError,
-    Place,
     ReadReport,
     Record,
     RecordError,
+    RecordLocation,
     check_on_error,
     file_head,
     parse_records,
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 def read_parquet_rows(
     path: str | Path,
-    parse: Callable[[dict, Place], Record],
+    parse: Callable[[dict, RecordLocation], Record],
     *,
     on_error: OnError = "raise",
     report: ReadReport | None = None,
@@ -61,13 +61,13 @@ def read_parquet_rows(
     check_on_error(on_error)
     path = Path(path)
     with _open(path) as file:
-        columns, left_out = _columns(file.schema_arrow, path)
-    if left_out:
+        columns, excluded = _columns(file.schema_arrow, path)
+    if excluded:
         _log.warning(
-            "%s: %s not read: JSON has no form for the type", path, f"column {', '.join(left_out)} is"
+            "%s: %s not read: JSON has no form for the type", path, f"column {', '.join(excluded)} is"
         )
 
-    def parse_row(row: dict | ValueError, place: Place) -> Record:
+    def parse_row(row: dict | ValueError, place: RecordLocation) -> Record:
         if isinstance(row, ValueError):
             raise place.error(f"not usable: {row}") from row
         try:
@@ -119,11 +119,11 @@ def _columns(schema: "pyarrow.Schema", path: Path) -> tuple[list[str], list[str]
     if len(readable) < len(schema):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
         raise RecordError(path, 0, f"has two columns named {twice!r}; rename one")
-    left_out = [f"{name!r} ({schema.field(name).type})" for name, reads in readable.items() if not reads]
-    if len(left_out) == len(readable):
-        found = ", ".join(left_out) or "none"
+    excluded = [f"{name!r} ({schema.field(name).type})" for name, reads in readable.items() if not reads]
+    if len(excluded) == len(readable):
+        found = ", ".join(excluded) or "none"
         raise RecordError(path, 0, f"has no column of texts, numbers, lists or structs; it has {found}")
-    return [name for name, reads in readable.items() if reads], left_out
+    return [name for name, reads in readable.items() if reads], excluded
 
 
 def _is_json(kind: "pyarrow.DataType") -> bool:

@@ -45,7 +45,7 @@ class ReadReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RecordLocation:
     """Where a record stands."""
 
     path: Path
@@ -73,7 +73,7 @@ def check_on_error(on_error: str) -> None:
 def parse_records(
     path: Path,
     raw_records: Iterable[tuple[int, Raw | None]],
-    parse: Callable[[Raw, Place], Record],
+    parse: Callable[[Raw, RecordLocation], Record],
     *,
     on_error: OnError,
     report: ReadReport,
@@ -98,7 +98,7 @@ def parse_records(
         if raw is None:
             report.num_blank += 1
             continue
-        place = Place(path=path, line=line, index=index)
+        place = RecordLocation(path=path, line=line, index=index)
         index += 1
         try:
             record = parse(raw, place)

@@ -10,7 +10,7 @@ from glm_rlhf.engine.data.messages import Message, RoleError, check_conversation
 from glm_rlhf.engine.data.records.files import read_record_file
 from glm_rlhf.engine.data.records.hh_rlhf import split_dialogue_pair
 from glm_rlhf.engine.data.records.jsonl import DEFAULT_MAX_LINE_BYTES, json_type
-from glm_rlhf.engine.data.records.reading import OnError, Place, ReadReport
+from glm_rlhf.engine.data.records.reading import OnError, ReadReport, RecordLocation
 
 PairForm = Literal["pairs", "hh-rlhf"]
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ Answer = str | TokenIds
 class PromptRecord:
     """A prompt to be answered."""
 
-    place: Place
+    location: RecordLocation
     """File, line and index of the record."""
     prompt: Prompt
     """What is to be answered."""
@@ -57,7 +57,7 @@ class PromptRecord:
 class DemonstrationRecord:
     """A prompt with the answer to imitate."""
 
-    place: Place
+    location: RecordLocation
     """File, line and index of the record."""
     prompt: Prompt
     """What is answered."""
@@ -71,7 +71,7 @@ class DemonstrationRecord:
 class PairRecord:
     """A prompt with two answers, one preferred to the other. They may be equal: hygiene is a later step."""
 
-    place: Place
+    location: RecordLocation
     """File, line and index of the record."""
     prompt: Prompt
     """What is answered."""
@@ -113,7 +113,7 @@ def read_prompts(
         RecordError: with file and line; at once for a file that cannot be read, else while iterating.
     """
 
-    def parse(fields: dict, place: Place) -> Result:
+    def parse(fields: dict, place: RecordLocation) -> Result:
         return then(_prompt_record(fields, place, vocab_size=vocab_size))
 
     return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
@@ -137,7 +137,7 @@ def read_demonstrations(
         RecordError: as `read_prompts`.
     """
 
-    def parse(fields: dict, place: Place) -> Result:
+    def parse(fields: dict, place: RecordLocation) -> Result:
         return then(_demonstration_record(fields, place, vocab_size=vocab_size))
 
     return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
@@ -169,31 +169,31 @@ def read_pairs(
     if form not in parsers:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(parsers)}")
 
-    def parse(fields: dict, place: Place) -> Result:
+    def parse(fields: dict, place: RecordLocation) -> Result:
         return then(parsers[form](fields, place))
 
     return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
-def _prompt_record(fields: dict, place: Place, *, vocab_size: int) -> PromptRecord:
+def _prompt_record(fields: dict, place: RecordLocation, *, vocab_size: int) -> PromptRecord:
     prompt = _take_prompt(fields, place, vocab_size)
-    return PromptRecord(place=place, prompt=prompt, extra=fields)
+    return PromptRecord(location=place, prompt=prompt, extra=fields)
 
 
-def _demonstration_record(fields: dict, place: Place, *, vocab_size: int) -> DemonstrationRecord:
+def _demonstration_record(fields: dict, place: RecordLocation, *, vocab_size: int) -> DemonstrationRecord:
     prompt = _take_prompt(fields, place, vocab_size)
     response = _take_answer(fields, place, "response", vocab_size)
-    return DemonstrationRecord(place=place, prompt=prompt, response=response, extra=fields)
+    return DemonstrationRecord(location=place, prompt=prompt, response=response, extra=fields)
 
 
-def _pair_record(fields: dict, place: Place, *, vocab_size: int) -> PairRecord:
+def _pair_record(fields: dict, place: RecordLocation, *, vocab_size: int) -> PairRecord:
     prompt = _take_prompt(fields, place, vocab_size)
     chosen = _take_answer(fields, place, "chosen", vocab_size)
     rejected = _take_answer(fields, place, "rejected", vocab_size)
-    return PairRecord(place=place, prompt=prompt, chosen=chosen, rejected=rejected, extra=fields)
+    return PairRecord(location=place, prompt=prompt, chosen=chosen, rejected=rejected, extra=fields)
 
 
-def _hh_rlhf_record(fields: dict, place: Place) -> PairRecord:
+def _hh_rlhf_record(fields: dict, place: RecordLocation) -> PairRecord:
     given = [key for key in _PROMPT_KEYS if key in fields]
     if given:
         raise place.error(
@@ -205,10 +205,10 @@ def _hh_rlhf_record(fields: dict, place: Place) -> PairRecord:
         check_conversation(messages, ends_open=True)
     except ValueError as error:
         raise place.error(str(error)) from error
-    return PairRecord(place=place, prompt=messages, chosen=chosen, rejected=rejected, extra=fields)
+    return PairRecord(location=place, prompt=messages, chosen=chosen, rejected=rejected, extra=fields)
 
 
-def _take_prompt(fields: dict, place: Place, vocab_size: int) -> Prompt:
+def _take_prompt(fields: dict, place: RecordLocation, vocab_size: int) -> Prompt:
     name = _one_of(fields, place, _PROMPT_KEYS)
     value = fields.pop(name)
     if name == "prompt_tokens":
@@ -222,7 +222,7 @@ def _take_prompt(fields: dict, place: Place, vocab_size: int) -> Prompt:
     return _messages(value, place)
 
 
-def _messages(value: object, place: Place) -> tuple[Message, ...]:
+def _messages(value: object, place: RecordLocation) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise place.error(f"'messages' must be a list of turns, not {json_type(value)}")
     messages = []
@@ -246,13 +246,13 @@ def _messages(value: object, place: Place) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _take_answer(fields: dict, place: Place, key: str, vocab_size: int) -> Answer:
+def _take_answer(fields: dict, place: RecordLocation, key: str, vocab_size: int) -> Answer:
     name = _one_of(fields, place, (key, f"{key}_tokens"))
     value = fields.pop(name)
     return _text(value, place, name) if name == key else _token_ids(value, place, name, vocab_size)
 
 
-def _one_of(fields: dict, place: Place, names: tuple[str, ...]) -> str:
+def _one_of(fields: dict, place: RecordLocation, names: tuple[str, ...]) -> str:
     given = [name for name in names if name in fields]
     if len(given) == 1:
         return given[0]
@@ -265,7 +265,7 @@ def _one_of(fields: dict, place: Place, names: tuple[str, ...]) -> str:
     raise place.error(f"there is no {wanted}; other fields of the record: {present}")
 
 
-def _text(value: object, place: Place, name: str, hint: str = "") -> str:
+def _text(value: object, place: RecordLocation, name: str, hint: str = "") -> str:
     if not isinstance(value, str):
         raise place.error(f"'{name}' must be a text, not {json_type(value)}{hint}")
     position = lone_surrogate(value)
@@ -274,7 +274,7 @@ def _text(value: object, place: Place, name: str, hint: str = "") -> str:
     return value
 
 
-def _token_ids(value: object, place: Place, name: str, vocab_size: int) -> TokenIds:
+def _token_ids(value: object, place: RecordLocation, name: str, vocab_size: int) -> TokenIds:
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else json_type(value)
         raise place.error(f"'{name}' must be a list of at least one token id, not {found}")

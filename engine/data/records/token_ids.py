@@ -1,11 +1,11 @@
 """The token ids of a record's prompt and answers, rendered, or taken as they were given."""
 
-from glm_rlhf.engine.data.records.reading import Place
+from glm_rlhf.engine.data.records.reading import RecordLocation
 from glm_rlhf.engine.data.records.schema import Answer, Prompt, TokenIds
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 
 
-def prompt_ids(prompt: Prompt, place: Place, tokenizer: Tokenizer | None) -> list[int]:
+def prompt_ids(prompt: Prompt, place: RecordLocation, tokenizer: Tokenizer | None) -> list[int]:
     """Return the ids a model is given before it answers.
 
     Args:
@@ -24,7 +24,7 @@ def prompt_ids(prompt: Prompt, place: Place, tokenizer: Tokenizer | None) -> lis
         raise place.error(str(error)) from error
 
 
-def answer_ids(answer: Answer, place: Place, tokenizer: Tokenizer | None) -> list[int]:
+def answer_ids(answer: Answer, place: RecordLocation, tokenizer: Tokenizer | None) -> list[int]:
     """Return the ids a model is to write: a text with its header and end id, or ids as they were given.
 
     Raises:

@@ -140,10 +140,10 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _remove(path: Path) -> None:
-    doomed = path.with_name(_partial_name(path, uuid.uuid4().hex))
+    removed = path.with_name(_partial_name(path, uuid.uuid4().hex))
     with contextlib.suppress(FileNotFoundError):  # another host was faster
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        path.rename(removed)
+        shutil.rmtree(removed)
 
 
 def _partial_name(path: Path, mark: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glm_rlhf.engine.data.messages import Message
-from glm_rlhf.engine.data.records.reading import OnError, Place, ReadReport, RecordError
+from glm_rlhf.engine.data.records.reading import OnError, ReadReport, RecordError, RecordLocation
 from glm_rlhf.engine.data.records.schema import (
     DemonstrationRecord,
     PairForm,
@@ -76,7 +76,7 @@ class Source:
                 "needs at least 1, prompt and answer at least 2"
             )
 
-    def open(self, tokenizer: Tokenizer | None, report: ReadReport) -> "Iterator[Entry]":
+    def open(self, tokenizer: Tokenizer | None, report: ReadReport) -> "Iterator[StoredRecord]":
         """Return an iterator over the file's records as ids; see `read_json_lines`."""
         then = partial(_entry, source=self, tokenizer=tokenizer)
         common = {"vocab_size": self.vocab_size, "on_error": self.on_error, "report": report, "then": then}
@@ -87,7 +87,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class StoredRecord:
     """A record as it is stored."""
 
     index: int
@@ -156,8 +156,8 @@ def _entry(
     *,
     source: Source,
     tokenizer: Tokenizer | None,
-) -> Entry:
-    place = record.place
+) -> StoredRecord:
+    place = record.location
     prompt = prompt_ids(record.prompt, place, tokenizer)
     if len(prompt) > source.max_prompt_tokens:
         raise place.error(
@@ -176,10 +176,10 @@ def _entry(
             ids = _cut(ids, room, name, place, source)
             num_truncated += 1
         parts.append(ids)
-    return Entry(index=place.index, parts=parts, num_truncated=num_truncated)
+    return StoredRecord(index=place.index, parts=parts, num_truncated=num_truncated)
 
 
-def _cut(ids: list[int], room: int, name: str, place: Place, source: Source) -> list[int]:
+def _cut(ids: list[int], room: int, name: str, place: RecordLocation, source: Source) -> list[int]:
     if not source.truncates:
         raise place.error(
             f"prompt and {name} have {source.max_tokens - room + len(ids)} tokens, the model's context is "

@@ -151,7 +151,7 @@ class Tokenizer:
         """
         return vocabulary.ids_without_token(self.table, num_rows)
 
-    def ids_never_sampled(self, num_rows: int) -> torch.Tensor:
+    def unsampleable_ids(self, num_rows: int) -> torch.Tensor:
         """Return a bool tensor [num_rows], true for rows a sampler must never choose.
 
         Rows without a token, and special tokens only a chat form may place (`[gMASK]`, `<|system|>`, `<unk>`,

@@ -66,7 +66,7 @@ def mini_batches(
     """
     rollouts = experience.rollouts
     generator = torch.Generator().manual_seed(seed)
-    turn = torch.randperm(rollouts.num_everywhere, generator=generator).tolist()
+    turn = torch.randperm(rollouts.num_global, generator=generator).tolist()
     mask_T = rollouts.action_mask_T
     parts, sizes = [], []
     for part in range(settings.minibatches):
@@ -131,7 +131,7 @@ def policy_learner(
             reduces_hidden_gradient=not model.config.sequence_parallel,
         )
 
-    def conclude(result: StepResult, found: Sequence[PolicyStatistics | torch.Tensor]) -> PolicyStep:
+    def reduce_statistics(result: StepResult, found: Sequence[PolicyStatistics | torch.Tensor]) -> PolicyStep:
         own = [one for one in found if isinstance(one, PolicyStatistics)]
         sums = _summed([one.sums for one in own], len(POLICY_SUMS), topology)
         maxima = _largest([one.maxima for one in own], topology)
@@ -143,7 +143,7 @@ def policy_learner(
         return PolicyStep(result=result, statistics=statistics, sft_loss=sft_loss)
 
     given = (*mini_batch.batches, *(sft.batches if sft is not None else ()))
-    return Learner(role="policy", state=state, batches=given, loss=loss, conclude=conclude)
+    return Learner(role="policy", state=state, batches=given, loss=loss, reduce_statistics=reduce_statistics)
 
 
 def critic_learner(
@@ -173,11 +173,13 @@ def critic_learner(
             denominator=mini_batch.num_actions,
         )
 
-    def conclude(result: StepResult, found: Sequence[ValueStatistics]) -> CriticStep:
+    def reduce_statistics(result: StepResult, found: Sequence[ValueStatistics]) -> CriticStep:
         sums = _summed([one.sums for one in found], len(VALUE_SUMS), topology)
         return CriticStep(result=result, statistics=ValueStatistics(sums=sums))
 
-    return Learner(role="critic", state=state, batches=mini_batch.batches, loss=loss, conclude=conclude)
+    return Learner(
+        role="critic", state=state, batches=mini_batch.batches, loss=loss, reduce_statistics=reduce_statistics
+    )
 
 
 class _RowsOf:

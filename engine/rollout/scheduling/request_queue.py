@@ -8,13 +8,12 @@ from glm_rlhf.engine.rollout.scheduling.requests import (
     Completion,
     GenerationRequest,
     QueueStatistics,
-    SequenceWork,
-    Step,
     sample_seed,
 )
-from glm_rlhf.engine.rollout.scheduling.scheduler import Planned, Roster
+from glm_rlhf.engine.rollout.scheduling.scheduler import Planned, Scheduler
 from glm_rlhf.engine.rollout.scheduling.sequence_state import SequenceState
 from glm_rlhf.engine.rollout.scheduling.validation import check_limits, check_requests
+from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 
 __all__ = [
     "Completion",
@@ -22,7 +21,7 @@ __all__ = [
     "GenerationRequest",
     "QueueStatistics",
     "SequenceWork",
-    "Step",
+    "StepPlan",
     "sample_seed",
 ]
 
@@ -61,7 +60,7 @@ class GenerationQueue:
     ) -> None:
         check_limits(num_pages, page_size, max_batch, max_step_tokens, num_groups)
         check_requests(requests, num_pages * page_size)
-        self._roster = Roster(
+        self._scheduler = Scheduler(
             requests,
             num_pages=num_pages,
             page_size=page_size,
@@ -76,12 +75,12 @@ class GenerationQueue:
     @property
     def pool(self) -> PagePool:
         """Who owns which page; for reading."""
-        return self._roster.pool
+        return self._scheduler.pool
 
     @property
     def is_finished(self) -> bool:
         """Whether every sequence is complete, or the queue was closed."""
-        return self._roster.num_unfinished == 0
+        return self._scheduler.num_unfinished == 0
 
     @property
     def drawing(self) -> list[int]:
@@ -92,28 +91,28 @@ class GenerationQueue:
     @property
     def num_running(self) -> int:
         """Sequences that own pages now."""
-        return self._roster.num_running
+        return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
         """Sequences that have not started or were preempted."""
-        return self._roster.num_unfinished - self._roster.num_running
+        return self._scheduler.num_unfinished - self._scheduler.num_running
 
     @property
     def statistics(self) -> QueueStatistics:
         """What was done so far."""
-        return self._roster.statistics
+        return self._scheduler.statistics
 
-    def next(self, group: int) -> Step | None:
+    def next(self, group: int) -> StepPlan | None:
         """Return what `group` does now, or None if it has nothing to do; other groups may have."""
         assert self._in_flight[group] is None, f"next({group}) although its step is in flight"
-        planned, copies = self._roster.send(group)
+        planned, copies = self._scheduler.schedule(group)
         if not planned:
             return None
         decodes = [one for one in planned if one.is_decode]
         prefills = [one for one in planned if not one.is_decode]
         self._in_flight[group] = [one.sequence for one in decodes + prefills if one.samples]
-        return Step(
+        return StepPlan(
             copies=tuple(copies),
             decodes=tuple(self._work(one) for one in decodes),
             prefills=tuple(self._work(one) for one in prefills),
@@ -124,7 +123,7 @@ class GenerationQueue:
         group: int,
         tokens: Sequence[int],
         logprobs: Sequence[float],
-        plain_logprobs: Sequence[float],
+        untempered_logprobs: Sequence[float],
     ) -> list[Completion]:
         """Return the sequences that end with the tokens drawn in the last step of `group`.
 
@@ -139,22 +138,22 @@ class GenerationQueue:
         """
         drawing = self._in_flight[group]
         assert drawing is not None, f"take({group}) without a step in flight"
-        given = (len(tokens), len(logprobs), len(plain_logprobs))
+        given = (len(tokens), len(logprobs), len(untempered_logprobs))
         if given != (len(drawing),) * 3:
             raise ValueError(
                 f"take({group}) was given {given} tokens, logprobs and plain logprobs; the step draws "
                 f"{len(drawing)}: one for each decode, then one for each prefill that samples"
             )
         self._in_flight[group] = None
-        self._roster.bring_back(group)
+        self._scheduler.on_step_done(group)
         completions = []
-        for sequence, *drawn in zip(drawing, tokens, logprobs, plain_logprobs, strict=True):
+        for sequence, *drawn in zip(drawing, tokens, logprobs, untempered_logprobs, strict=True):
             sequence.tokens.append(int(drawn[0]))
             sequence.logprobs.append(float(drawn[1]))
-            sequence.plain_logprobs.append(float(drawn[2]))
+            sequence.untempered_logprobs.append(float(drawn[2]))
             reason = self._finish_reason(sequence)
             if reason is not None:
-                self._roster.finish(sequence)
+                self._scheduler.finish(sequence)
                 completions.append(_completion(sequence, reason))
         return completions
 
@@ -167,7 +166,7 @@ class GenerationQueue:
             The most tokens of a step from now on, and the most sequences at once; 0 where a step of a single
             token was in flight, which stays.
         """
-        most = self._roster.shrink()
+        most = self._scheduler.shrink()
         if most:
             self._in_flight = [None] * len(self._in_flight)
         return most
@@ -178,7 +177,7 @@ class GenerationQueue:
         The pool checks that no page was lost.
         """
         self._in_flight = [None] * len(self._in_flight)
-        self._roster.clear()
+        self._scheduler.clear()
 
     def _work(self, one: Planned) -> SequenceWork:
         sequence, end = one.sequence, one.sequence.num_cached + one.num_tokens
@@ -208,6 +207,6 @@ def _completion(sequence: SequenceState, reason: Literal["stop", "length"]) -> C
         sample=sequence.sample,
         tokens=tuple(sequence.tokens),
         logprobs=tuple(sequence.logprobs),
-        plain_logprobs=tuple(sequence.plain_logprobs),
+        untempered_logprobs=tuple(sequence.untempered_logprobs),
         finish_reason=reason,
     )

@@ -27,7 +27,7 @@ from glm_rlhf.engine.rollout.scheduling.page_pool import PagePool
 from glm_rlhf.engine.rollout.scheduling.requests import GenerationRequest, QueueStatistics
 from glm_rlhf.engine.rollout.scheduling.sequence_state import PromptState, SequenceState, states_of
 
-__all__ = ["Planned", "Roster"]
+__all__ = ["Planned", "Scheduler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Planned:
         return self.samples and self.num_tokens == 1
 
 
-class Roster:
+class Scheduler:
     """Who waits, who runs in which group and who owns which page.
 
     Args:
@@ -82,10 +82,10 @@ class Roster:
         """Sequences that own pages."""
         return sum(len(running) for running in self._groups)
 
-    def send(self, group: int) -> tuple[list[Planned], list[tuple[int, int]]]:
+    def schedule(self, group: int) -> tuple[list[Planned], list[tuple[int, int]]]:
         """Return what `group` does now and the copies of pages before it.
 
-        If it does anything, its step is in flight until `bring_back`.
+        If it does anything, its step is in flight until `on_step_done`.
         """
         planned = self._continue_running(group)
         copies = self._start_waiting(group, planned)
@@ -96,7 +96,7 @@ class Roster:
             self._count(num_skips=1)
         return planned, copies
 
-    def bring_back(self, group: int) -> None:
+    def on_step_done(self, group: int) -> None:
         """Note that the tokens of the step in flight are in the cache."""
         for one in self._in_flight[group] or ():
             sequence, prompt = one.sequence, one.sequence.prompt

@@ -72,7 +72,7 @@ class SequenceState:
     tokens: list[int] = field(default_factory=list)
     """Drawn so far."""
     logprobs: list[float] = field(default_factory=list)
-    plain_logprobs: list[float] = field(default_factory=list)
+    untempered_logprobs: list[float] = field(default_factory=list)
 
     @property
     def num_unfed(self) -> int:

@@ -9,8 +9,8 @@ from benchmarks.end_to_end.checks import check_metrics, check_samples
 from benchmarks.end_to_end.report import as_markdown
 
 SANE = {
-    "critic/rewards/mean": 0.1,
-    "critic/rewards/std": 0.2,
+    "reward/minus_baseline/mean": 0.1,
+    "reward/minus_baseline/std": 0.2,
     "objective/kl": 0.0,
     "objective/kl_per_token": 0.0,
     "actor/first_ppo_kl": 1e-12,
@@ -47,7 +47,7 @@ def test_sane_metrics_pass():
         ({"actor/entropy": math.log(1000) + 0.01}, "entropy"),
         ({"actor/pg_clipfrac": 0.6}, "clipfrac"),
         ({"actor/grad_norm": 0.0}, "grad_norm"),
-        ({"critic/rewards/std": 0.0}, "rewards differ"),
+        ({"reward/minus_baseline/std": 0.0}, "rewards differ"),
     ],
 )
 def test_each_fault_fails_its_claim(changes, claim):

@@ -49,7 +49,7 @@ def test_the_package_can_be_imported_where_it_is_not_installed(monkeypatch):
 
 def test_a_step_that_outlasts_its_limit_is_stopped():
     endless = (sys.executable, "-S", "-c", "import threading; threading.Event().wait()")
-    outcome = gpu.run_step(gpu.Step(name="endless", command=endless, limit_s=1.0), {})
+    outcome = gpu.run_step(gpu.GpuStep(name="endless", command=endless, limit_s=1.0), {})
     assert outcome.status == "stopped after 1 s"
 
 
@@ -61,7 +61,7 @@ def test_the_report_holds_tests_and_benchmark(tmp_path):
         '<testcase classname="a" name="left"><skipped/></testcase></testsuite></testsuites>'
     )
     command = (sys.executable, "-S", "-c", "raise SystemExit(1)")
-    outcome = gpu.run_step(gpu.Step(name="tests", command=command, limit_s=60.0, result=junit), {})
+    outcome = gpu.run_step(gpu.GpuStep(name="tests", command=command, limit_s=60.0, result=junit), {})
     assert outcome.status == "exit code 1"
     (tmp_path / "kernels.md").write_text("# Kernels, CUDA\n")
     (tmp_path / "kernels.json").write_text('{"title": "Kernels, CUDA"}')

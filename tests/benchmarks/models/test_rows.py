@@ -19,12 +19,12 @@ from benchmarks.models.sizes import (
 from benchmarks.models.training import micro_batch_flop
 from benchmarks.models.verdict import claim
 from glm_rlhf.engine.bench.harness import Entry, Timing
-from glm_rlhf.engine.bench.machine import H200, Rates
+from glm_rlhf.engine.bench.machine import H200, MachineRates
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.parallel.inference.layer_ops import TorchOps
 from glm_rlhf.parallel.spec.presets import preset
 
-RATES = Rates(bytes_per_s=1e9, flop_per_s=1e10, source="made up")
+RATES = MachineRates(bytes_per_s=1e9, flop_per_s=1e10, source="made up")
 NEVER = float("inf")
 
 

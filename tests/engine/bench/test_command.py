@@ -14,7 +14,7 @@ from glm_rlhf.engine.bench.parts import models
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.config.bench import BenchSection
 from glm_rlhf.engine.cost.hardware import GPUS, assumed_rates, read_rates
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.presets import preset
 
@@ -60,8 +60,8 @@ def test_parts_of_one_process_are_right_and_timed(tmp_path, tiny, capsys):
 
 def test_a_wrong_peer_is_not_timed(tiny, monkeypatch):
     """Answers of other tokens than the likeliest, and logprobs of another weight."""
-    with topology(Layout()) as place:
-        policy = models.Policy(tiny, place, with_transformers=True)
+    with open_topology(Layout()) as topology:
+        policy = models.Policy(tiny, topology, with_transformers=True)
         with torch.no_grad():
             policy.theirs.model.lm_head.weight.mul_(-1.0)
         rows = [models.generation_row(policy, budget_s=0.0, command="x")]
@@ -92,7 +92,7 @@ def on_ranks(folder, parts, found):
     with (
         mock.patch.dict(os.environ, WORLD_SIZE="4"),
         mock.patch.object(command, "sizes_for", return_value=found),
-        mock.patch.object(command, "rates_on", lambda place, _model, _size: MEASURED[place.world_size]),
+        mock.patch.object(command, "rates_on", lambda topology, _model, _size: MEASURED[topology.world_size]),
     ):
         return main(["bench", f"run.output={folder}", f"bench.parts={parts}"])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glm_rlhf.engine.bench import rates
-from glm_rlhf.engine.bench.machine import Rates as DeviceRates
+from glm_rlhf.engine.bench.machine import MachineRates as DeviceRates
 from glm_rlhf.engine.cost.hardware import read_rates
 from glm_rlhf.parallel.spec.presets import preset
 

@@ -11,7 +11,7 @@ from glm_rlhf.engine.data.records.reading import ReadReport, RecordError
 from glm_rlhf.engine.build.prompts import read_prompt_inputs
 from glm_rlhf.engine.build.records import open_demonstrations, open_pairs
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 
 DEMONSTRATION = '{"prompt_tokens": [3, 4], "response_tokens": [5, 6]}'
 PAIR = '{"prompt_tokens": [3, 4], "chosen_tokens": [5, 6], "rejected_tokens": [7]}'
@@ -40,12 +40,12 @@ def open_lines(kind: str, lines: list[str], folder: Path, **options):
     """Open a file of lines on this rank alone as what `kind` of training reads."""
     path = folder / f"{kind}.jsonl"
     path.write_bytes("".join(f"{line}\n" for line in lines).encode())
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         if kind == "demonstrations":
             section = DemonstrationsSection(path=str(path), **LIMITS, **options)
-            return open_demonstrations(section, folder / "run", None, CONFIG, place=place)
+            return open_demonstrations(section, folder / "run", None, CONFIG, topology=topology)
         section = PairsSection(path=str(path), **LIMITS, **options)
-        return open_pairs(section, folder / "run", None, CONFIG, seed=0, place=place)
+        return open_pairs(section, folder / "run", None, CONFIG, seed=0, topology=topology)
 
 
 @pytest.mark.parametrize(("kind", "good"), [("demonstrations", DEMONSTRATION), ("pairs", PAIR)])
@@ -85,9 +85,9 @@ def test_the_file_to_evaluate_on_is_held_to_the_same(tmp_path, kind, good):
 
 def open_on_all_ranks(path: Path, folder: Path, on_error: str) -> int | str:
     section = PairsSection(path=str(path), on_error=on_error)
-    with topology(Layout(tp=2)) as place:
+    with open_topology(Layout(tp=2)) as topology:
         try:
-            records, _ = open_pairs(section, folder, None, CONFIG, seed=0, place=place)
+            records, _ = open_pairs(section, folder, None, CONFIG, seed=0, topology=topology)
         except ValueError as error:
             return str(error)
     return len(records)
@@ -126,8 +126,8 @@ def test_parquet_is_opened_as_json_lines_are(ranks, tmp_path):
     lines, _ = open_lines("demonstrations", [DEMONSTRATION] * 3, tmp_path)
     table = as_parquet([DEMONSTRATION] * 3, tmp_path / "demonstrations.parquet")
     section = DemonstrationsSection(path=str(table), **LIMITS)
-    with topology(Layout()) as place:
-        rows, _ = open_demonstrations(section, tmp_path / "run", None, CONFIG, place=place)
+    with open_topology(Layout()) as topology:
+        rows, _ = open_demonstrations(section, tmp_path / "run", None, CONFIG, topology=topology)
     of_lines, of_rows = (
         [records.examples(number)[0] for number in range(len(records))] for records in (lines, rows)
     )

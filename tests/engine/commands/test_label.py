@@ -27,7 +27,7 @@ def reward_model(folder, tmp_path_factory):
     options = ["train.dtype=fp32", "train.steps=2", "train.global_batch_size=4", "optimizer.lr=1e-2"]
     line = ["reward", f"model.path={folder}", f"data.path={data}", f"run.output={place}", *options]
     assert main([*line, "observe.tensorboard=false"]) == 0
-    return place / "checkpoints" / "step_2"
+    return place / "hf" / "step_2"
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +128,14 @@ def test_what_cannot_be_labelled_is_said_in_one_sentence(
     folder, reward_model, prompts, tmp_path, options, sentence
 ):
     wide = tmp_path / "wide"
-    if "slow" in options[0]:
+    if "wide" in options[0]:
         policy = save_folder(tmp_path / "policy", "glm", make_model("glm", vocab_size=128))
         data = write_pairs(tmp_path / "pairs.jsonl", 1)
         more = ["train.steps=1", "train.global_batch_size=1", "train.dtype=fp32"]
         line = ["reward", f"model.path={policy}", f"data.path={data}", f"run.output={wide}", *more]
         assert main(line) == 0
     options = [
-        option.format(policy=folder, wide=wide / "checkpoints" / "step_1", prompts=prompts)
-        for option in options
+        option.format(policy=folder, wide=wide / "hf" / "step_1", prompts=prompts) for option in options
     ]
     code, said = run_main(command(folder, reward_model, prompts, tmp_path / "run", *options))
     assert code == 2

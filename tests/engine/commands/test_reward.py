@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.data.sampler import BatchSampler
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -72,13 +72,13 @@ def alone(folder, data, tmp_path_factory):
 
 
 def trained(output: Path) -> Path:
-    return output / "checkpoints" / f"step_{STEPS}"
+    return output / "hf" / f"step_{STEPS}"
 
 
 def first_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The scalar head that a run with the default seed begins with."""
-    with topology(Layout()) as place:
-        chunks, created = load_model(folder, place, role="reward", dtype=torch.float32, seed=1234)
+    with open_topology(Layout()) as topology:
+        chunks, created = load_model(folder, topology, role="reward", dtype=torch.float32, seed=1234)
         assert created == ("value_head.weight", "value_head.bias")
         return tuple(p.detach().clone() for p in chunks[0].value_head.parameters())
 
@@ -248,7 +248,7 @@ def test_bf16_trains_with_an_fp32_head(folder, data, alone, tmp_path):
     assert main(command(folder, data, tmp_path, *options)) == 0
     # bf16 has 8 bits: the first steps' losses agree to a percent or so.
     assert curve(tmp_path, "reward/loss") == pytest.approx(curve(alone, "reward/loss")[:3], rel=0.05)
-    (weights,) = (tmp_path / "checkpoints" / "step_3").glob("*.safetensors")
+    (weights,) = (tmp_path / "hf" / "step_3").glob("*.safetensors")
     with safe_open(weights, "pt") as file:
         assert file.get_tensor("score.weight").dtype == torch.float32
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16

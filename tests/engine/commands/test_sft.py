@@ -106,12 +106,12 @@ def test_the_loss_curve_is_that_of_one_rank(ranks, folder, data, alone, tmp_path
         assert largest_difference(curve(tmp_path, name), curve(alone, name)) <= 1e-4, name
     assert len(curve(tmp_path, "actor/loss")) == STEPS
     assert [line["step"] for line in metrics_of(tmp_path) if "eval/loss" in line] == [0, 3, 6, STEPS]
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "hf").iterdir()
     assert checkpoint.name == f"step_{STEPS}"
 
 
 def test_the_checkpoint_scores_as_the_evaluation_said(alone, data, tmp_path):
-    line = ["score", f"model.path={alone / 'checkpoints' / f'step_{STEPS}'}", f"data.path={data[1]}"]
+    line = ["score", f"model.path={alone / 'hf' / f'step_{STEPS}'}", f"data.path={data[1]}"]
     assert main([*line, f"run.output={tmp_path}", "train.dtype=fp32"]) == 0
     logprobs = [x for record in (tmp_path / "score.jsonl").open() for x in json.loads(record)["logprobs"]]
     # The same weights, other micro-batches: fp32 rounding.
@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_is_not_taken_by_any_rank(ranks, folder, data,
             assert "the gradient's norm is nan" in said
     if fault == "loss":
         assert any(f"record {BAD_RECORD} of {data[0]}" in answer[1][1] for answer in answers)
-    assert not (tmp_path / "stops" / "checkpoints").exists()
+    assert not (tmp_path / "stops" / "hf").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from glm_rlhf.engine.config.keys import InWords, Required, help_text, in_yaml, keys_of, nearest_key
+from glm_rlhf.engine.config.keys import Described, Required, help_text, in_yaml, keys_of, nearest_key
 from glm_rlhf.engine.config.sections import Count, ScoreConfig, frozen_section
 
 
@@ -27,7 +27,7 @@ class _Optimizer:
     """Algorithm."""
     level: Literal[1, 2] = 1
     """Level."""
-    size: Annotated[int, InWords(words="a size")] = 3
+    size: Annotated[int, Described(words="a size")] = 3
     """Size."""
 
 

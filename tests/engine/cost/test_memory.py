@@ -12,7 +12,7 @@ from glm_rlhf.engine.cost.workload import Roles
 def test_what_is_parked_leaves_the_phases_that_do_not_need_it():
     case = CASES[0]
     roles = Roles(**dict.fromkeys(("policy", "critic", "reference", "reward"), case.model))
-    works = (case.work, replace(case.work, parks=frozenset({"optimizers", "reference"})))
+    works = (case.work, replace(case.work, offloads=frozenset({"optimizers", "reference"})))
     plain, parked = (rank_memory(roles, w, case.choice, num_gpus=WORLD_SIZE, stage=0) for w in works)
     trained = [plain.roles[name] for name in TRAINED]
     optimizers = sum(role.optimizer + role.gradients for role in trained)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from glm_rlhf.engine.cost.activations import MicroBatch
+from glm_rlhf.engine.cost.activations import RankMicroBatch
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, Rates
 from glm_rlhf.engine.cost.iteration_time import estimate
 from glm_rlhf.engine.cost.pass_time import (
@@ -14,7 +14,7 @@ from glm_rlhf.engine.cost.pass_time import (
     layer_matrix_elements,
     optimizer_step,
 )
-from glm_rlhf.engine.cost.workload import Choice, Roles, Work
+from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.presets import preset
 from glm_rlhf.parallel.spec.shard_sizes import chunk_sizes
@@ -37,7 +37,7 @@ RATES = Rates(
     backward_factor=2.0,
     source="by hand",
 )
-WORK = Work(
+WORK = Workload(
     max_prompt_tokens=32,
     max_new_tokens=32,
     mean_prompt_tokens=32,
@@ -65,7 +65,7 @@ def costs(layout: Layout, *, recompute_layers: bool = False, **changes) -> PassC
     return PassCosts(
         cluster=cluster(layout.num_model_ranks, **changes),
         choice=choice,
-        batch=MicroBatch(model=MODEL, layout=layout, num_tokens=256, itemsize=4),
+        batch=RankMicroBatch(model=MODEL, layout=layout, num_tokens=256, itemsize=4),
         length=64,
         has_scalar_head=True,
         num_targets=0,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from glm_rlhf.engine.config.sections import DoctorConfig, DoctorSection
 from glm_rlhf.engine.health import doctor
 from glm_rlhf.engine.health.connectivity import exchange, join, try_collectives, within
-from glm_rlhf.engine.health.doctor import Report, differences, to_json, to_text
+from glm_rlhf.engine.health.doctor import DoctorReport, differences, to_json, to_text
 from glm_rlhf.engine.health.survey import ABSENT, PACKAGES, Collective, RankSurvey, Version, survey_rank
 from glm_rlhf.parallel.fast_paths import FastPath, probe
 
@@ -42,8 +42,8 @@ def _survey(rank: int, *, torch_version: str = "2.13.0", has_apex: bool = False)
     )
 
 
-def _report(*surveys: RankSurvey, world_size: int = 2, silent: tuple[int, ...] = ()) -> Report:
-    return Report(
+def _report(*surveys: RankSurvey, world_size: int = 2, silent: tuple[int, ...] = ()) -> DoctorReport:
+    return DoctorReport(
         world_size=world_size,
         surveys=surveys,
         silent_ranks=silent,

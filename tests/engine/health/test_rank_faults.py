@@ -68,7 +68,7 @@ def test_a_run_that_is_started_again_goes_on_to_the_same_bits(warm_launch, line,
 
 
 def final_weights(output: Path) -> dict[str, torch.Tensor]:
-    (file,) = (output / "checkpoints" / "step_3").glob("*.safetensors")
+    (file,) = (output / "hf" / "step_3").glob("*.safetensors")
     return load_file(file)
 
 
@@ -90,7 +90,7 @@ def test_all_ranks_save_and_leave_and_the_run_goes_on_to_the_same_bits(
 ):
     given = [*line, "parallel.tp=2", f"run.output={tmp_path}"]
     assert ranks.run(leave_and_go_on, kind, phase, given) == [(0, 0)] * 4
-    assert (tmp_path / "resume" / f"step_{step}").exists()
+    assert (tmp_path / "checkpoints" / f"step_{step}").exists()
     metrics = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").open()]
     assert metrics == [1, 2, 3]
     found = final_weights(tmp_path)

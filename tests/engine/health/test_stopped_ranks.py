@@ -29,13 +29,13 @@ def stop(process: subprocess.Popen) -> RankProcess:
     process.send_signal(signal.SIGSTOP)
     while state(process.pid)[0] != "T":
         time.sleep(0.01)
-    return RankProcess(rank=3, pid=process.pid, place="here", start_ticks=start_ticks)
+    return RankProcess(rank=3, pid=process.pid, host="here", start_ticks=start_ticks)
 
 
 def test_a_stopped_rank_is_killed_and_named(child):
     assert kill_stopped([stop(child)]) == [3]
     assert child.wait(timeout=10) == -signal.SIGKILL
-    assert kill_stopped([RankProcess(rank=3, pid=child.pid, place="here", start_ticks=1)]) == []
+    assert kill_stopped([RankProcess(rank=3, pid=child.pid, host="here", start_ticks=1)]) == []
 
 
 def test_another_process_of_its_number_and_one_that_runs_are_left(child):

@@ -3,7 +3,7 @@
 import time
 
 from glm_rlhf.engine.health.watchdog import HUNG, watchdog
-from glm_rlhf.parallel.runtime.spans import make_progress, span
+from glm_rlhf.parallel.runtime.spans import heartbeat, span
 
 
 def test_a_rank_without_progress_says_where_it_stands_and_ends(capfd):
@@ -23,7 +23,7 @@ def test_progress_of_any_kind_keeps_it_silent(capfd):
         for turn in range(8):
             time.sleep(0.1)
             if turn % 2:
-                make_progress()
+                heartbeat()
             else:
                 with span("update"):
                     pass

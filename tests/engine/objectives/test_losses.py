@@ -25,9 +25,9 @@ def random_leaves(count: int, scale: float = 3.0) -> list[torch.Tensor]:
 class TestAnswerMask:
     def test_only_answers_are_trained_on(self):
         mask = answer_mask([3, 4, 2], [2, 1, 2], num_tokens=12)
-        first, second, no_answer, filler = [0, 0, 1], [0, 1, 1, 1], [0, 0], [0, 0, 0]
+        first, second, no_answer, padding = [0, 0, 1], [0, 1, 1, 1], [0, 0], [0, 0, 0]
         assert mask.dtype == torch.bool
-        assert mask.int().tolist() == [*first, *second, *no_answer, *filler]
+        assert mask.int().tolist() == [*first, *second, *no_answer, *padding]
 
     def test_later_tokens_of_an_answer_weigh_less(self):
         weights = answer_weights([3, 5], [1, 2], num_tokens=8, discount=0.5)

@@ -6,7 +6,7 @@ import sys
 from glm_rlhf.engine.observe.progress import ProgressLine
 
 METRICS = {
-    "critic/rewards/mean": 0.5,
+    "reward/minus_baseline/mean": 0.5,
     "objective/kl": 0.25,
     "response_length/mean": 12.0,
     "perf/tokens_per_s": 1234.4,

@@ -13,7 +13,7 @@ def make_run(folder: Path) -> Path:
     lines = [
         {
             "step": step,
-            "critic/rewards/mean": 0.1 * step,
+            "reward/minus_baseline/mean": 0.1 * step,
             "objective/kl": None if step == 2 else 0.5,
             "actor/pg_loss": -0.1,
             "response_length/mean": 8.0,
@@ -60,7 +60,7 @@ def test_one_file_holds_curves_phases_samples_and_settings(tmp_path):
     assert "/models/&lt;x&gt;" in page
     assert "<td>SFT</td><td>0.4124</td>" in page
     assert "Steps 1 to 3, 12.0 s" in page
-    assert "<td>critic/rewards/mean</td><td>0.1</td><td>0.3</td>" in page
+    assert "<td>reward/minus_baseline/mean</td><td>0.1</td><td>0.3</td>" in page
 
 
 def test_without_answers_to_the_first_prompts_the_last_samples_are_shown(tmp_path):
@@ -73,10 +73,10 @@ def test_without_answers_to_the_first_prompts_the_last_samples_are_shown(tmp_pat
 
 
 def test_a_step_done_twice_counts_once(tmp_path):
-    line = '{"step": 1, "critic/rewards/mean": %s, "timing_s/iteration": 2.0}\n'
+    line = '{"step": 1, "reward/minus_baseline/mean": %s, "timing_s/iteration": 2.0}\n'
     (tmp_path / "metrics.jsonl").write_text(line % "5.0" + line % "6.0")
     page = write_report(tmp_path).read_text()
-    assert "<td>critic/rewards/mean</td><td>6</td><td>6</td><td>6</td><td>6</td>" in page
+    assert "<td>reward/minus_baseline/mean</td><td>6</td><td>6</td><td>6</td><td>6</td>" in page
     assert "2.0 s" in page
 
 

@@ -71,7 +71,7 @@ def test_the_written_config_is_one_that_ppo_accepts(tmp_path):
     with pytest.raises(ValueError, match="/models/rm"):
         run(config)
     given = ("model.path=glm-4-9b", "cluster.gpus=64", "reward.function=rules:judge", "data.path=p.jsonl")
-    config = plan_config(tmp_path, *given, "train.park=[optimizers]")
+    config = plan_config(tmp_path, *given, "train.offload=[optimizers]")
     run(config)
     best = plans_of(config)[0]
     written = load_config(PPOConfig, tmp_path / "ppo.yaml")
@@ -80,7 +80,7 @@ def test_the_written_config_is_one_that_ppo_accepts(tmp_path):
     assert written.train.recompute_layers == best.choice.recompute_layers
     assert written.generation.max_batch == best.max_batch
     assert written.generation.cache_bytes == best.cache_bytes
-    assert written.train.park == ("optimizers",)
+    assert written.train.offload == ("optimizers",)
     assert written.reward.path is None
     assert written.data.path == "p.jsonl"
     for name in ("torchrun.sh", "slurm.sbatch"):

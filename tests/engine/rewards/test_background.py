@@ -6,8 +6,8 @@ import pytest
 import torch
 from reward_requests import reward_requests
 
-from glm_rlhf.engine.rewards.background import BackgroundJudge
-from glm_rlhf.engine.rewards.function import RewardFault
+from glm_rlhf.engine.rewards.background import BackgroundRewards
+from glm_rlhf.engine.rewards.function import RewardFailure
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ class Gate:
 
 def test_what_ends_during_a_call_goes_into_the_next_and_comes_back_in_the_order_asked():
     gate, answers = Gate(), dict(enumerate(reward_requests(5)))
-    judge = BackgroundJudge(gate, concurrency=1, device=CPU)
+    judge = BackgroundRewards(gate, concurrency=1, device=CPU)
     judge.ask({3: answers[3]})
     assert gate.begun.acquire(timeout=30)
     for number in (1, 0, 4):
@@ -45,7 +45,7 @@ def test_what_ends_during_a_call_goes_into_the_next_and_comes_back_in_the_order_
 
 def test_no_more_calls_run_at_once_than_allowed():
     gate = Gate()
-    judge = BackgroundJudge(gate, concurrency=2, device=CPU)
+    judge = BackgroundRewards(gate, concurrency=2, device=CPU)
     judge.ask(dict(enumerate(reward_requests(5))))
     assert gate.begun.acquire(timeout=30)
     assert gate.begun.acquire(timeout=30)
@@ -57,11 +57,11 @@ def test_no_more_calls_run_at_once_than_allowed():
 
 def test_what_was_forgotten_neither_comes_back_nor_runs_beside_what_follows():
     gate, answers = Gate(), reward_requests(3)
-    judge = BackgroundJudge(gate, concurrency=1, device=CPU)
+    judge = BackgroundRewards(gate, concurrency=1, device=CPU)
     judge.ask({0: answers[0]})
     assert gate.begun.acquire(timeout=30)
     judge.ask({1: answers[1]})
-    judge.forget()
+    judge.discard()
     judge.ask({0: answers[2]})  # the number 0 is another answer now
     assert not gate.begun.acquire(timeout=0.05)
     gate.opened.release(2)
@@ -85,7 +85,7 @@ def leaves(_: object) -> list[float]:
     ids=["leaves", "raises", "too few", "not finite", "nothing"],
 )
 def test_a_fault_comes_back_in_the_place_of_its_answers(function, words):
-    judge = BackgroundJudge(function, concurrency=1, device=CPU)
+    judge = BackgroundRewards(function, concurrency=1, device=CPU)
     judge.ask(dict(enumerate(reward_requests(2))))
     found = judge.take([0, 1])
-    assert all(isinstance(one, RewardFault) and words in one.reason for one in found)
+    assert all(isinstance(one, RewardFailure) and words in one.reason for one in found)

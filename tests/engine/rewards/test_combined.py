@@ -10,7 +10,7 @@ from reward_rules import low_id_tokens
 from glm_rlhf.engine.rewards.combined import RewardTerms
 from glm_rlhf.engine.rewards.function import RewardError
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
@@ -29,7 +29,7 @@ def make_rollouts(first_id: int = 0) -> Rollouts:
         logprobs_T=torch.zeros(10),
         temperature=1.0,
         indices=(0, 1, 2),
-        num_everywhere=3,
+        num_global=3,
     )
 
 
@@ -39,13 +39,15 @@ def first_prompt_id(requests) -> list[float]:
 
 
 def test_rewards_of_tokens_land_on_their_tokens():
-    with topology(Layout()) as place:
-        terms = RewardTerms(topology=place, micro_batch_tokens=8, function=low_id_tokens, function_weight=0.5)
+    with open_topology(Layout()) as topology:
+        terms = RewardTerms(
+            topology=topology, micro_batch_tokens=8, function=low_id_tokens, function_weight=0.5
+        )
         rewards = terms(make_rollouts())
     assert rewards.token_rewards_T.tolist() == [0, 0.5, 0, 0, 0, 0, 0, 0, 0.5, 0.5]
     assert rewards.rewards_B.tolist() == [0.0] * 3
     assert rewards.totals_B(make_rollouts().starts).tolist() == [0.5, 0.0, 1.0]
-    assert not rewards.left_out
+    assert not rewards.excluded
 
 
 def test_the_baseline_is_the_whole_reward_of_the_references_answer():
@@ -55,9 +57,9 @@ def test_the_baseline_is_the_whole_reward_of_the_references_answer():
         asked.append(len(prompts))
         return replace(make_rollouts(), tokens_T=torch.full((10,), 3))  # every token has a reward of 1
 
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         terms = RewardTerms(
-            topology=place, micro_batch_tokens=8, function=low_id_tokens, answer_by_reference=answer
+            topology=topology, micro_batch_tokens=8, function=low_id_tokens, answer_by_reference=answer
         )
         rewards = [terms(make_rollouts()) for _ in range(2)]
     assert asked == [3]
@@ -68,35 +70,35 @@ def test_the_baseline_is_the_whole_reward_of_the_references_answer():
 def test_without_a_baseline_an_answer_is_left_out_until_there_is_one():
     scores = iter([[1.0] * 3, [None, 0.25, 0.5], [1.0] * 3, [0.75] * 3])
 
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         terms = RewardTerms(
-            topology=place,
+            topology=topology,
             micro_batch_tokens=8,
             function=lambda requests: next(scores),
-            masks_faults=True,
+            skip_failures=True,
             answer_by_reference=lambda prompts: make_rollouts(),
         )
         first, second = terms(make_rollouts()), terms(make_rollouts())
-    assert first.left_out == {0}
+    assert first.excluded == {0}
     assert first.rewards_B.tolist() == [0.0, 0.75, 0.5]
-    assert not second.left_out
+    assert not second.excluded
     assert second.rewards_B.tolist() == [0.25, 0.75, 0.5]
 
 
 def judge_on_ranks() -> tuple:
     """On each of tp 2 x dp 2: the rewards with faults masked, and what is said where they are not."""
-    with topology(Layout(tp=2)) as place:
-        rollouts = make_rollouts(first_id=10 * place.dp_rank)
+    with open_topology(Layout(tp=2)) as topology:
+        rollouts = make_rollouts(first_id=10 * topology.dp_rank)
         masked = RewardTerms(
-            topology=place, micro_batch_tokens=8, function=first_prompt_id, masks_faults=True
+            topology=topology, micro_batch_tokens=8, function=first_prompt_id, skip_failures=True
         )
         rewards = masked(rollouts)
-        strict = RewardTerms(topology=place, micro_batch_tokens=8, function=first_prompt_id)
+        strict = RewardTerms(topology=topology, micro_batch_tokens=8, function=first_prompt_id)
         nothing = RewardTerms(
-            topology=place,
+            topology=topology,
             micro_batch_tokens=8,
             function=lambda requests: [None] * len(requests),
-            masks_faults=True,
+            skip_failures=True,
         )
         said = []
         for terms in (strict, nothing):
@@ -104,14 +106,14 @@ def judge_on_ranks() -> tuple:
                 terms(rollouts)
             except RewardError as error:
                 said.append(str(error))
-        return place.dp_rank, rewards.rewards_B.tolist(), rewards.left_out, said
+        return topology.dp_rank, rewards.rewards_B.tolist(), rewards.excluded, said
 
 
 def test_ranks_leave_out_the_same_answers_and_fail_with_the_same_words(ranks):
     found = ranks.run(judge_on_ranks)
-    for dp_rank, rewards, left_out, said in found:
+    for dp_rank, rewards, excluded, said in found:
         assert rewards == [10.0 * dp_rank, 0.0, 10.0 * dp_rank + 2]
-        assert left_out == {1}
+        assert excluded == {1}
         assert said == found[0][-1]
     strict, nothing = found[0][-1]
     assert "reward 1 of 3, of the answer (60,) to the prompt (1, 9): it is nan" in strict
@@ -119,5 +121,5 @@ def test_ranks_leave_out_the_same_answers_and_fail_with_the_same_words(ranks):
 
 
 def test_a_reward_of_nothing_is_refused():
-    with topology(Layout()) as place, pytest.raises(ValueError, match="a reward model or a function"):
-        RewardTerms(topology=place, micro_batch_tokens=8)
+    with open_topology(Layout()) as topology, pytest.raises(ValueError, match="a reward model or a function"):
+        RewardTerms(topology=topology, micro_batch_tokens=8)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from glm_rlhf.engine.rewards.distributed import AnswerJudge
+from glm_rlhf.engine.rewards.distributed import RewardDispatcher
 from glm_rlhf.engine.rewards.function import RewardError
 from glm_rlhf.engine.rollout.scheduling.requests import Completion
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 ANSWERS = ((4, 50), (60,), (50, 5, 6))
@@ -28,7 +28,7 @@ def make_rollouts(dp_rank: int) -> Rollouts:
         logprobs_T=torch.zeros(9),
         temperature=1.0,
         indices=tuple(range(3 * dp_rank, 3 * dp_rank + 3)),
-        num_everywhere=6,
+        num_global=6,
     )
 
 
@@ -36,15 +36,20 @@ def completion(number: int, is_finished: bool) -> Completion:
     tokens, reason = ANSWERS[number], "stop" if is_finished else "length"
     zeros = (0.0,) * len(tokens)
     return Completion(
-        request=number, sample=0, tokens=tokens, logprobs=zeros, plain_logprobs=zeros, finish_reason=reason
+        request=number,
+        sample=0,
+        tokens=tokens,
+        logprobs=zeros,
+        untempered_logprobs=zeros,
+        finish_reason=reason,
     )
 
 
 def judge_on_ranks() -> list:
     """On tp 2 × dp 2: what two of three answers asked early bring, without faults, with one, with all."""
     told = []
-    with topology(Layout(tp=2)) as place:
-        rollouts, seen = make_rollouts(place.dp_rank), []
+    with open_topology(Layout(tp=2)) as topology:
+        rollouts, seen = make_rollouts(topology.dp_rank), []
 
         def rule(requests) -> list[float]:
             seen.extend((r.prompt_tokens, r.response_tokens, r.is_finished) for r in requests)
@@ -54,13 +59,15 @@ def judge_on_ranks() -> list:
             return [math.nan if r.prompt_tokens == (1,) else 1.0 for r in requests]
 
         for function, masks in ((rule, False), (breaks, True), (breaks, False)):
-            judge = AnswerJudge(function, topology=place, tokenizer=None, masks_faults=masks, concurrency=1)
+            judge = RewardDispatcher(
+                function, topology=topology, tokenizer=None, skip_failures=masks, concurrency=1
+            )
             for number in (2, 0):
-                judge.ask_early(
+                judge.ask_ahead(
                     rollouts.indices[number], rollouts.prompts[number], completion(number, is_finished=True)
                 )
             try:
-                told.append([str(reward) for reward in judge(rollouts, uses_early=True)])
+                told.append([str(reward) for reward in judge(rollouts, uses_overlapped=True)])
             except RewardError as error:
                 told.append(str(error))
         told.append(sorted(seen))
@@ -81,14 +88,14 @@ def test_asked_early_or_not_all_ranks_hear_the_same(ranks):
 
 @pytest.mark.parametrize("concurrency", [0, 1])
 def test_other_rollouts_than_those_asked_early_are_judged_anew(concurrency):
-    with topology(Layout()) as place:
-        judge = AnswerJudge(
+    with open_topology(Layout()) as topology:
+        judge = RewardDispatcher(
             lambda requests: [float(sum(r.response_tokens)) for r in requests],
-            topology=place,
+            topology=topology,
             tokenizer=None,
-            masks_faults=False,
+            skip_failures=False,
             concurrency=concurrency,
         )
         rollouts = make_rollouts(0)
-        judge.ask_early(0, rollouts.prompts[0], completion(2, is_finished=True))
+        judge.ask_ahead(0, rollouts.prompts[0], completion(2, is_finished=True))
         assert judge(rollouts) == [54.0, 60.0, 61.0]

@@ -6,7 +6,13 @@ import sys
 import pytest
 from reward_requests import reward_requests
 
-from glm_rlhf.engine.rewards.function import RewardError, RewardFault, RewardRequest, find_rule, judge
+from glm_rlhf.engine.rewards.function import (
+    RewardError,
+    RewardFailure,
+    RewardRequest,
+    call_reward_function,
+    find_rule,
+)
 
 
 def requests(count: int) -> list[RewardRequest]:
@@ -29,16 +35,16 @@ def requests(count: int) -> list[RewardRequest]:
     ids=["numbers", "far away but finite", "all identical"],
 )
 def test_finite_numbers_pass_as_they_are(rewards):
-    found = judge(lambda _: rewards, requests(3))
+    found = call_reward_function(lambda _: rewards, requests(3))
     assert found == rewards
     assert all(type(reward) is float for reward in found)
 
 
 def test_the_function_sees_the_answers_in_order_with_their_fields():
-    found = judge(lambda asked: [request.extra["place"] for request in asked], requests(4))
+    found = call_reward_function(lambda asked: [request.extra["place"] for request in asked], requests(4))
     assert found == [0.0, 1.0, 2.0, 3.0]
-    assert judge(lambda asked: [float(len(asked))], requests(1)) == [1.0]
-    assert judge(lambda asked: [], []) == []
+    assert call_reward_function(lambda asked: [float(len(asked))], requests(1)) == [1.0]
+    assert call_reward_function(lambda asked: [], []) == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, None, "1.0", True, 1j], ids=repr)
@@ -47,14 +53,14 @@ def test_what_is_no_finite_number_is_named_with_its_place(bad):
         r"reward 1 of 3, of the answer \(2, 1\) to the prompt \(1,\): it is .*, a finite number is required"
     )
     with pytest.raises(RewardError, match=words) as caught:
-        judge(lambda _: [0.0, bad, math.nan], requests(3))
+        call_reward_function(lambda _: [0.0, bad, math.nan], requests(3))
     assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_another_number_of_rewards_is_refused(count):
     with pytest.raises(RewardError, match=f"gave {count} rewards for 3 answers"):
-        judge(lambda _: [0.0] * count, requests(3))
+        call_reward_function(lambda _: [0.0] * count, requests(3))
 
 
 def raises(_: object) -> list[float]:
@@ -66,7 +72,7 @@ def raises(_: object) -> list[float]:
 )
 def test_a_function_that_fails_is_named_by_its_error(function, says):
     with pytest.raises(RewardError, match=says):
-        judge(function, requests(1))
+        call_reward_function(function, requests(1))
 
 
 @pytest.mark.parametrize(
@@ -89,15 +95,15 @@ def test_a_function_of_a_module_in_the_current_folder_is_found(tmp_path, monkeyp
     (tmp_path / "a_rule_of_ours.py").write_text("def rule(requests):\n    return [1.0 for _ in requests]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert judge(find_rule("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
+    assert call_reward_function(find_rule("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
 
 
 def test_numbers_of_answers_and_of_tokens_pass():
-    assert judge(lambda _: [1, 0.5, [0.25, -1]], reward_requests()) == [1.0, 0.5, (0.25, -1.0)]
+    assert call_reward_function(lambda _: [1, 0.5, [0.25, -1]], reward_requests()) == [1.0, 0.5, (0.25, -1.0)]
 
 
 FAULTS = {
-    "a fault of its own": (lambda _: [0.0, RewardFault(reason="no judge"), 1.0], "no judge"),
+    "a fault of its own": (lambda _: [0.0, RewardFailure(reason="no judge"), 1.0], "no judge"),
     "tokens, too few": (lambda _: [0.0, [1.0], 1.0], "1 numbers for an answer of 2 tokens"),
     "tokens, one nan": (lambda _: [0.0, [1.0, math.nan], 1.0], "nan at token 1"),
 }
@@ -106,12 +112,12 @@ FAULTS = {
 @pytest.mark.parametrize(("function", "words"), FAULTS.values(), ids=FAULTS.keys())
 def test_a_fault_names_prompt_and_answer_or_stands_alone(function, words):
     with pytest.raises(RewardError, match=r"reward 1 of 3, of the answer 'x+ … to the prompt 'question 1'"):
-        judge(function, reward_requests())
+        call_reward_function(function, reward_requests())
     with pytest.raises(RewardError) as error:
-        judge(function, reward_requests())
+        call_reward_function(function, reward_requests())
     assert words in str(error.value)
     assert len(str(error.value)) < 500
-    first, fault, last = judge(function, reward_requests(), masks_faults=True)
+    first, fault, last = call_reward_function(function, reward_requests(), skip_failures=True)
     assert (first, last) == (0.0, 1.0)
     assert words in fault.reason
 
@@ -123,6 +129,6 @@ def test_a_fault_names_prompt_and_answer_or_stands_alone(function, words):
 )
 def test_a_fault_of_the_whole_call_is_one_of_every_answer(function, words):
     with pytest.raises(RewardError, match=words):
-        judge(function, reward_requests())
-    found = judge(function, reward_requests(), masks_faults=True)
+        call_reward_function(function, reward_requests())
+    found = call_reward_function(function, reward_requests(), skip_failures=True)
     assert [words in fault.reason for fault in found] == [True] * 3

@@ -12,7 +12,7 @@ import pytest
 from reward_requests import reward_requests
 from reward_rules import low_id_tokens, share_of_low_ids
 
-from glm_rlhf.engine.rewards.function import RewardError, RewardFault, judge
+from glm_rlhf.engine.rewards.function import RewardError, RewardFailure, call_reward_function
 from glm_rlhf.engine.rewards.http import HttpReward
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "reward_server.py"
@@ -71,7 +71,9 @@ def test_the_reference_server_gives_what_the_rule_gives(rule):
     spec.loader.exec_module(example)
     requests = reward_requests(5)
     with serving(example.make_server(rule)) as url:
-        assert judge(client(url, batch_size=2), requests) == judge(rule, requests)
+        assert call_reward_function(client(url, batch_size=2), requests) == call_reward_function(
+            rule, requests
+        )
 
 
 def test_a_batch_is_sent_as_the_contract_says():
@@ -102,11 +104,11 @@ PASSING = {
 def test_a_passing_fault_is_asked_again_and_a_lasting_one_ends(answer, words):
     limit = {"timeout_s": 0.2} if isinstance(answer, float) else {}
     with scripted(answer, GOOD) as (url, asked):
-        assert judge(client(url, **limit), reward_requests()) == [1.0, 2.0, 3.0]
+        assert call_reward_function(client(url, **limit), reward_requests()) == [1.0, 2.0, 3.0]
         assert len(asked) == 2
     with scripted(answer) as (url, asked):
         with pytest.raises(RewardError) as error:
-            judge(client(url, **limit), reward_requests())
+            call_reward_function(client(url, **limit), reward_requests())
         assert len(asked) == 3
     assert words in str(error.value)
     assert "gave none in 3 attempts" in str(error.value)
@@ -132,15 +134,15 @@ def test_a_request_that_is_refused_is_not_sent_again():
 
 def test_numbers_that_are_none_are_faults_of_their_answers():
     with scripted((200, b'{"rewards": [NaN, null, Infinity]}')) as (url, asked):
-        found = judge(client(url), reward_requests(), masks_faults=True)
+        found = call_reward_function(client(url), reward_requests(), skip_failures=True)
     assert len(asked) == 1
     assert [fault.reason.split(",")[0] for fault in found] == ["it is nan", "it is None", "it is inf"]
-    assert all(isinstance(fault, RewardFault) for fault in found)
+    assert all(isinstance(fault, RewardFailure) for fault in found)
 
 
 def test_batches_after_a_failing_one_are_not_sent():
     with scripted((200, b'{"rewards": [1.0]}'), (500, b"")) as (url, asked):
         first, *others = client(url, batch_size=1, retries=1)(reward_requests(4))
     assert first == 1.0
-    assert all(isinstance(fault, RewardFault) for fault in others)
+    assert all(isinstance(fault, RewardFailure) for fault in others)
     assert len(asked) == 3

@@ -3,7 +3,7 @@
 import pytest
 from reward_requests import reward_requests
 
-from glm_rlhf.engine.rewards.function import RewardError, RewardFault, judge
+from glm_rlhf.engine.rewards.function import RewardError, RewardFailure, call_reward_function
 from glm_rlhf.engine.rewards.weighted_sum import RewardSum, RewardTerm, find_reward
 
 
@@ -26,7 +26,9 @@ def over_http(url: str):
 )
 def test_a_text_names_a_weighted_sum(text, expected):
     function = find_reward(text, over_http=over_http)
-    assert judge(function, reward_requests()) == [expected] * 3  # ids 4 and 55, of which one is below 48
+    assert (
+        call_reward_function(function, reward_requests()) == [expected] * 3
+    )  # ids 4 and 55, of which one is below 48
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,6 @@ def test_a_fault_of_one_term_is_one_of_the_sum_and_named():
         RewardTerm(name="good", weight=1.0, function=lambda requests: [1.0] * len(requests)),
         RewardTerm(name="bad", weight=0.5, function=lambda requests: [2.0, None, 2.0]),
     )
-    first, fault, last = judge(RewardSum(terms=terms), reward_requests(), masks_faults=True)
+    first, fault, last = call_reward_function(RewardSum(terms=terms), reward_requests(), skip_failures=True)
     assert (first, last) == (2.0, 2.0)
-    assert fault == RewardFault(reason="of bad: it is None, a finite number is required")
+    assert fault == RewardFailure(reason="of bad: it is None, a finite number is required")

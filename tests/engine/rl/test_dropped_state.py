@@ -14,7 +14,7 @@ from training_curves import metrics_of, run_main, write_lines
 
 from glm_rlhf.parallel.storage.checkpoint_manifest import (
     FILE_NAME,
-    FileFacts,
+    FileInfo,
     manifest_bytes,
     rank_file_name,
     read_manifest,
@@ -49,8 +49,8 @@ def command(inputs: Path, output: Path, *more: str) -> list[str]:
 def outcome(output: Path) -> tuple[dict[str, bytes], list[dict]]:
     """Bits of each tensor that the last iteration left, in whatever order, and metrics but for times."""
     files = [
-        *(output / "resume" / f"step_{LAST}").glob("*.safetensors"),
-        output / "checkpoints" / f"step_{LAST}" / "model.safetensors",
+        *(output / "checkpoints" / f"step_{LAST}").glob("*.safetensors"),
+        output / "hf" / f"step_{LAST}" / "model.safetensors",
     ]
     bits = {
         f"{file.name}: {name}": value.numpy().tobytes()
@@ -113,15 +113,15 @@ def other_generator(value: torch.Tensor) -> torch.Tensor:
 
 def change_checkpoint(change: Change, whole: Path, output: Path, *, rank: int) -> None:
     """Copy a run as it stood at step 5, what one rank stored changed, with sound checksums all the same."""
-    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("checkpoints", "step_*"))
-    folder = output / "resume" / f"step_{STOP}"
-    shutil.copytree(whole / "resume" / folder.name, folder)
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("hf", "step_*"))
+    folder = output / "checkpoints" / f"step_{STOP}"
+    shutil.copytree(whole / "checkpoints" / folder.name, folder)
     file = folder / rank_file_name(rank)
     tensors, manifest = load_file(file), read_manifest(folder)
     change(tensors, manifest.state)
     save_file(tensors, file)
     content = file.read_bytes()
-    facts = FileFacts(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    facts = FileInfo(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     parts = list(manifest.ranks)
     parts[rank] = replace(parts[rank], facts=facts)
     (folder / FILE_NAME).write_bytes(manifest_bytes(replace(manifest, ranks=tuple(parts))))
@@ -181,7 +181,7 @@ REFUSED = {
 def test_what_lacks_or_is_of_another_run_is_refused(whole, tmp_path, item):
     code, said = go_on_after(REFUSED[item], whole, tmp_path / "run")
     assert code == 2, said
-    assert not (tmp_path / "run" / "resume" / "step_6").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "step_6").exists()
 
 
 LAYOUT = "parallel.tp=2"

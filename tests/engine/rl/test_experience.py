@@ -9,7 +9,7 @@ from tiny_models import make_model, save_folder
 from tiny_ppo import make_roles, prompts
 
 from glm_rlhf.engine.rl.roles import PPORoles
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
@@ -31,12 +31,12 @@ def weights_of(engine: PPORoles) -> list[torch.Tensor]:
 def test_rewards_that_do_not_vary_are_learned_from_without_a_fault(folder):
     """With whitening and without a KL term: then returns do not vary, and what critics explain is unknown."""
     settings = {"whitens_advantages": True, "kl_coef": 0.0, "kl_target": None, "lam": 1.0}
-    with topology(Layout()) as place:
-        engine = make_roles(folder, place, constant, settings=settings)
+    with open_topology(Layout()) as topology:
+        engine = make_roles(folder, topology, constant, settings=settings)
         metrics = [engine.update(engine.make_experience(engine.generate(prompts()))) for _ in range(2)]
     for one in metrics:
-        assert one["critic/rewards/mean"] == pytest.approx(0.7)
-        assert one["critic/rewards/std"] < 1e-3
+        assert one["reward/minus_baseline/mean"] == pytest.approx(0.7)
+        assert one["reward/minus_baseline/std"] < 1e-3
         assert {name for name, value in one.items() if not math.isfinite(value)} <= {
             "critic/vf_explained_var"
         }
@@ -46,9 +46,9 @@ def test_rewards_that_do_not_vary_are_learned_from_without_a_fault(folder):
 
 def test_a_reference_baseline_of_rewards_that_do_not_vary_leaves_zero(folder):
     """A critic of 0 and rewards of 0 give advantages of 0: whitening divides by no zero."""
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         settings = {"whitens_advantages": True, "kl_coef": 0.0, "kl_target": None}
-        engine = make_roles(folder, place, constant, settings=settings, uses_reference_baseline=True)
+        engine = make_roles(folder, topology, constant, settings=settings, uses_reference_baseline=True)
         with torch.no_grad():
             engine.critic[0].value_head.weight.zero_()
             engine.critic[0].value_head.bias.zero_()

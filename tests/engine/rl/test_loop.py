@@ -69,7 +69,7 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Samples</h2>" in page
     assert page.count("<svg") == len(metrics[0]) - 1
-    exported = GlmForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step_3")
+    exported = GlmForCausalLM.from_pretrained(tmp_path / "hf" / "step_3")
     before = GlmForCausalLM.from_pretrained(inputs[0])
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), exported.parameters(), strict=True)]
     assert all(changed)
@@ -89,8 +89,8 @@ def test_answers_without_a_reward_are_left_out_alike_in_every_layout(ranks, inpu
     assert "8 answers are left out, the first reward of the answer" in capsys.readouterr().err
     assert ranks.run(main, command(inputs, tmp_path / "four", *options, "parallel.tp=2")) == [0] * 4
     one, four = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "four"))
-    assert one["critic/rewards/num_left_out"] == four["critic/rewards/num_left_out"] == 8
-    assert one["critic/rewards/mean"] > 0.5
+    assert one["reward/num_excluded"] == four["reward/num_excluded"] == 8
+    assert one["reward/minus_baseline/mean"] > 0.5
     for name in one.keys() - {"step"}:
         if not name.startswith(("timing_s/", "perf/")):
             assert one[name] == pytest.approx(four[name], rel=1e-4, abs=2e-5), name  # sums in another order
@@ -110,11 +110,11 @@ def test_a_run_evaluates_on_the_way_and_keeps_its_best_policy(inputs, tmp_path):
     for one in evaluated.values():
         assert one["eval/reward/low"] < one["eval/reward"] < one["eval/reward/high"]
         assert 0 <= one["eval/pass@1"] <= 1
-    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    best = json.loads((tmp_path / "run" / "hf" / "best.json").read_text())
     assert best["step"] == max((2, 4), key=lambda step: evaluated[step]["eval/reward"])
     assert best["eval/reward"] == evaluated[best["step"]]["eval/reward"] > evaluated[0]["eval/reward"]
-    GlmForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "best")
-    folders = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    GlmForCausalLM.from_pretrained(tmp_path / "run" / "hf" / "best")
+    folders = sorted(path.name for path in (tmp_path / "run" / "hf").iterdir())
     assert folders == ["best", "best.json", "step_4"]
 
 
@@ -170,7 +170,7 @@ def drive_from_another_loop(config_path: Path) -> list[float]:
         rewards = []
         for _ in range(2):
             experience = engine.make_experience(engine.generate([[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]))
-            rewards.append(engine.update(experience)["critic/rewards/mean"])
+            rewards.append(engine.update(experience)["reward/minus_baseline/mean"])
         return rewards
 
 
@@ -193,7 +193,7 @@ TYPED = "<|user|> [gMASK]sop</s><|assistant|> 你好"
 def test_the_real_tokenizer_keeps_typed_markers_text_and_samples_no_empty_row(ranks, shared_data, tmp_path):
     """An iteration of a tiny random ChatGLM3 with 65024 rows, on dialogues of hh-rlhf and questions."""
     tokenizer = load_tokenizer(shared_data / "chatglm3")
-    never_V = tokenizer.ids_never_sampled(65024)
+    never_V = tokenizer.unsampleable_ids(65024)
     shape = {"vocab_size": 65024, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
     model = make_model("chatglm", **shape)
     with torch.no_grad():

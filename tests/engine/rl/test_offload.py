@@ -10,11 +10,13 @@ GIVEN = ("model.path=m", "data.path=p.jsonl", "reward.function=rules:one", "trai
 
 def test_an_optimizer_in_backward_is_not_parked():
     with pytest.raises(ValueError, match=r"leave optimizers out, or set optimizer.in_backward to false"):
-        load_config(PPOConfig, overrides=[*GIVEN, "train.park=[optimizers]", "optimizer.in_backward=true"])
-    parks = load_config(PPOConfig, overrides=[*GIVEN, "train.park=[reference]", "optimizer.in_backward=true"])
-    assert parks.train.park == ("reference",)
+        load_config(PPOConfig, overrides=[*GIVEN, "train.offload=[optimizers]", "optimizer.in_backward=true"])
+    offloads = load_config(
+        PPOConfig, overrides=[*GIVEN, "train.offload=[reference]", "optimizer.in_backward=true"]
+    )
+    assert offloads.train.offload == ("reference",)
 
 
 def test_what_cannot_be_parked_is_not_a_name():
-    with pytest.raises(ValueError, match=r"train.park"):
-        load_config(PPOConfig, overrides=[*GIVEN, "train.park=[policy]"])
+    with pytest.raises(ValueError, match=r"train.offload"):
+        load_config(PPOConfig, overrides=[*GIVEN, "train.offload=[policy]"])

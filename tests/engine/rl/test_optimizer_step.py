@@ -12,7 +12,7 @@ from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
 from glm_rlhf.engine.rl.optimizer_step import take_steps
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 # Steps of about the gradient's size: roundings of it stay roundings of the weights.
@@ -35,22 +35,22 @@ def learners(roles, experience, part):
 def steps(folder, axes):
     """Critic's and policy's steps, this rank's weights after them, and the token counts that had no room."""
     found = {}
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         experience = None
         for way in ("apart", "together", "little memory"):
-            roles = make_roles(folder, place, policy_adam=STEPS, critic_adam=STEPS)
+            roles = make_roles(folder, topology, policy_adam=STEPS, critic_adam=STEPS)
             experience = experience or roles.make_experience(roles.generate(prompts()))
             rollouts, taken = experience.rollouts, []
-            has_little = way == "little memory" and place.pp_rank == 1 and place.dp_rank == 0
+            has_little = way == "little memory" and topology.pp_rank == 1 and topology.dp_rank == 0
             memory = little_memory(roles.policy[0], 30) if has_little else contextlib.nullcontext([])
             with memory as met:
-                for part in mini_batches(experience, roles.settings, seed=1, topology=place):
+                for part in mini_batches(experience, roles.settings, seed=1, topology=topology):
                     both = learners(roles, experience, part)
                     if way == "apart":
                         for one in both:
-                            taken += take_steps([one], rollouts, topology=place)
+                            taken += take_steps([one], rollouts, topology=topology)
                     else:
-                        taken += take_steps(both, rollouts, topology=place)
+                        taken += take_steps(both, rollouts, topology=topology)
             told = [torch.tensor(step.result.grad_norm) for step in taken]
             told += [step.statistics.sums for step in taken]
             weights = [p.detach().clone() for c in (*roles.policy, *roles.critic) for p in c.parameters()]

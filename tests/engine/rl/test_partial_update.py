@@ -13,7 +13,7 @@ from tiny_models import make_model, save_folder
 from tiny_ppo_line import ppo_line
 
 from glm_rlhf.engine.cli import main
-from glm_rlhf.engine.rl.partial_update import UnfinishedUpdate, tensors_of, update_of
+from glm_rlhf.engine.rl.partial_update import PartialUpdate, tensors_of, update_of
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 
 EPOCHS = ["ppo.epochs=2", "ppo.minibatches=2", "generation.max_new_tokens=6", "parallel.tp=2"]
@@ -39,7 +39,7 @@ def leave_and_go_on(line: list[str]) -> tuple[tuple[int, ...], str]:
 
 
 def result_of(output: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    (file,) = (output / "checkpoints" / "step_1").glob("*.safetensors")
+    (file,) = (output / "hf" / "step_1").glob("*.safetensors")
     metrics = [json.loads(text) for text in (output / "metrics.jsonl").open()]
     kept = [{k: v for k, v in one.items() if not k.startswith(("timing_s", "perf"))} for one in metrics]
     return kept, load_file(file)
@@ -75,8 +75,8 @@ def test_everything_of_an_update_goes_through_tensors():
         logprobs_T=next(values),
         temperature=0.7,
         indices=(3, 1),
-        num_everywhere=4,
-        left_out=frozenset({1}),
+        num_global=4,
+        excluded=frozenset({1}),
     )
     names = ("old_logprobs_T", "ref_logprobs_T", "values_T", "advantages_T", "returns_T", "kl_T")
     experience = Experience(
@@ -85,7 +85,7 @@ def test_everything_of_an_update_goes_through_tensors():
         metrics={"objective/kl": 0.1 + 0.2, "rollout/logprob_gap": 1e-7},
         **{name: next(values) for name in names},
     )
-    update = UnfinishedUpdate(
+    update = PartialUpdate(
         experience=experience,
         epoch=2,
         policy_steps=[{"actor/ppo_kl": 1 / 3}],

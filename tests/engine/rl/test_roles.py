@@ -18,7 +18,7 @@ from tiny_ppo import make_roles, prompts
 from glm_rlhf.engine.rewards.function import RewardError
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -52,8 +52,8 @@ def iterate(engine: PPORoles, count: int = NUM_ITERATIONS) -> list[dict[str, flo
 def run_iterations(
     folder: Path, axes: dict, options: dict, count: int = NUM_ITERATIONS
 ) -> list[dict[str, float]]:
-    with topology(Layout(**axes)) as place:
-        return iterate(make_roles(folder, place, **options), count)
+    with open_topology(Layout(**axes)) as topology:
+        return iterate(make_roles(folder, topology, **options), count)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def test_a_reference_baseline_gives_the_metrics_of_one_rank(ranks, folder, alone
 
 
 def run_with_little_memory(folder: Path, axes: dict) -> list[dict[str, float]]:
-    with topology(Layout(**axes)) as place:
-        roles = make_roles(folder, place, settings={"micro_batch_tokens": 200})
+    with open_topology(Layout(**axes)) as topology:
+        roles = make_roles(folder, topology, settings={"micro_batch_tokens": 200})
         with little_memory(None, 40) as met:
             metrics = iterate(roles, 1)
         assert met
@@ -144,13 +144,13 @@ def test_first_step_identities(alone):
 
 def test_the_reference_baseline_starts_near_zero(alone):
     plain, with_baseline = alone[False][0], alone[True][0]
-    assert plain["critic/rewards/mean"] > 0.2
-    assert abs(with_baseline["critic/rewards/mean"]) < plain["critic/rewards/mean"] / 2
+    assert plain["reward/minus_baseline/mean"] > 0.2
+    assert abs(with_baseline["reward/minus_baseline/mean"]) < plain["reward/minus_baseline/mean"] / 2
 
 
 def test_addresses_never_change_and_weights_do(folder):
-    with topology(Layout()) as place:
-        engine = make_roles(folder, place)
+    with open_topology(Layout()) as topology:
+        engine = make_roles(folder, topology)
         weights = dict(engine.policy[0].named_weights())
         addresses = {name: weight.data_ptr() for name, weight in weights.items()}
         before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -163,10 +163,10 @@ def test_addresses_never_change_and_weights_do(folder):
 
 def iterate_parked(folder: Path, axes: dict) -> tuple:
     """Metrics with all parked that may be, and with nothing; bytes parked; whether the policy stays."""
-    parks = ("optimizers", "reference", "reward")
-    with topology(Layout(**axes)) as place:
-        reward_model, _ = load_model(folder, place, role="reward", dtype=torch.float32, seed=8)
-        engine = make_roles(folder, place, reward_model=reward_model, parks=parks)
+    offloads = ("optimizers", "reference", "reward")
+    with open_topology(Layout(**axes)) as topology:
+        reward_model, _ = load_model(folder, topology, role="reward", dtype=torch.float32, seed=8)
+        engine = make_roles(folder, topology, reward_model=reward_model, offloads=offloads)
         frozen = [weight for model in (engine.reference, reward_model) for weight in model[0].parameters()]
         for weight in frozen:
             weight.data = weight.data.clone()  # numpy has read it, and would keep a CPU's memory
@@ -174,18 +174,18 @@ def iterate_parked(folder: Path, axes: dict) -> tuple:
         metrics, parked = [], []
         for _ in range(2):
             metrics += iterate(engine, 1)
-            parked.append(engine.parking.parked_bytes)
+            parked.append(engine.offload.offloaded_bytes)
             assert all(weight.untyped_storage().nbytes() == 0 for weight in frozen)
         stays = [weight.data_ptr() for _, weight in engine.policy[0].named_weights()] == addresses
-        engine.parking.before_scoring()
-        plain = make_roles(folder, place, reward_model=reward_model)
+        engine.offload.before_scoring()
+        plain = make_roles(folder, topology, reward_model=reward_model)
         return metrics, iterate(plain, 2), parked, stays
 
 
 def test_what_is_parked_changes_no_number_and_no_address_of_the_policy(ranks, folder):
     for metrics, expected, parked, stays in ranks.run(iterate_parked, folder, {"pp": 2}):
         assert stays
-        assert 0 < parked[0] < parked[1]  # averages come with the first step, frozen models go with it
+        assert 0 < parked[0] < parked[1]  # moments come with the first step, frozen models go with it
         for one, plain in zip(metrics, expected, strict=True):
             for name in (name for name in plain if not name.startswith(TIMED)):
                 # Scored early or not: roundings of fp32, grown through updates.
@@ -196,8 +196,8 @@ def test_an_engine_lets_go_of_its_models_at_once(folder):
     """Not when a collector comes by: until then their memory is taken and threads of gloo poll."""
 
     def run() -> list[weakref.ref]:
-        with topology(Layout()) as place:
-            engine = make_roles(folder, place, uses_reference_baseline=True)
+        with open_topology(Layout()) as topology:
+            engine = make_roles(folder, topology, uses_reference_baseline=True)
             iterate(engine, 1)
             return [weakref.ref(model[0]) for model in (engine.policy, engine.critic, engine.reference)]
 
@@ -211,22 +211,22 @@ def test_an_engine_lets_go_of_its_models_at_once(folder):
 
 @pytest.mark.slow
 def test_reward_rises_on_an_easy_rule(folder):
-    with topology(Layout()) as place:
-        metrics = iterate(make_roles(folder, place, settings={"kl_coef": 0.0, "kl_target": None}), 25)
-    rewards = [one["critic/rewards/mean"] for one in metrics]
+    with open_topology(Layout()) as topology:
+        metrics = iterate(make_roles(folder, topology, settings={"kl_coef": 0.0, "kl_target": None}), 25)
+    rewards = [one["reward/minus_baseline/mean"] for one in metrics]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
 def test_another_temperature_has_logprobs_of_its_own(folder):
-    with topology(Layout()) as place:
-        (metrics,) = iterate(make_roles(folder, place, temperature=0.7), 1)
+    with open_topology(Layout()) as topology:
+        (metrics,) = iterate(make_roles(folder, topology, temperature=0.7), 1)
     assert math.isnan(metrics["rollout/logprob_gap"])
     assert abs(metrics["actor/first_ppo_kl"]) < 1e-8
 
 
 def test_only_the_critic_learns_while_it_warms_up(folder):
-    with topology(Layout()) as place:
-        engine = make_roles(folder, place, settings={"critic_warmup_iterations": 1})
+    with open_topology(Layout()) as topology:
+        engine = make_roles(folder, topology, settings={"critic_warmup_iterations": 1})
         before = [p.detach().clone() for _, p in engine.policy[0].named_weights()]
         first, second = iterate(engine, 2)
     assert "actor/pg_loss" not in first
@@ -238,8 +238,8 @@ def test_only_the_critic_learns_while_it_warms_up(folder):
 
 
 def test_an_update_stops_early_when_the_policy_moves_too_far(folder):
-    with topology(Layout()) as place:
-        (metrics,) = iterate(make_roles(folder, place, settings={"epochs": 50, "max_kl": 1e-6}), 1)
+    with open_topology(Layout()) as topology:
+        (metrics,) = iterate(make_roles(folder, topology, settings={"epochs": 50, "max_kl": 1e-6}), 1)
     assert metrics["actor/stopped_early"] == 1.0
 
 
@@ -250,13 +250,13 @@ def test_a_reward_function_judges_each_answer_once_and_some_while_others_are_gen
         judged.extend((request.response_tokens, is_generating[0]) for request in requests)
         return share_of_low_ids(requests)
 
-    with topology(Layout()) as place:
-        engine = make_roles(folder, place, function=rule)
+    with open_topology(Layout()) as topology:
+        engine = make_roles(folder, topology, function=rule)
         rollouts = engine.generate(prompts())
         is_generating[0] = False
         rewards = engine.make_experience(rollouts).rewards_B.tolist()
         again = engine.make_experience(rollouts).rewards_B.tolist()  # of answers that are not new any more
-        after = make_roles(folder, place, function=rule, reward_concurrency=0)
+        after = make_roles(folder, topology, function=rule, reward_concurrency=0)
         expected = after.make_experience(after.generate(prompts())).rewards_B.tolist()
     answers = sorted(tuple(rollouts.answer(i).tolist()) for i in range(rollouts.num_sequences))
     assert sorted(tokens for tokens, _ in judged[: len(answers)]) == answers
@@ -270,8 +270,8 @@ def broken_reward(requests) -> list[float]:
 
 
 def run_with_a_broken_reward(folder: Path) -> str:
-    with topology(Layout(tp=2)) as place:
-        engine = make_roles(folder, place, function=broken_reward)
+    with open_topology(Layout(tp=2)) as topology:
+        engine = make_roles(folder, topology, function=broken_reward)
         rollouts = engine.generate(prompts())
         try:
             engine.make_experience(rollouts)
@@ -287,10 +287,10 @@ def test_a_reward_that_is_no_number_stops_every_rank(ranks, folder):
 
 
 def run_with_a_broken_critic(folder: Path) -> str:
-    with topology(Layout(pp=2)) as place:
-        engine = make_roles(folder, place)
+    with open_topology(Layout(pp=2)) as topology:
+        engine = make_roles(folder, topology)
         rollouts = engine.generate(prompts())
-        if place.rank == 3:
+        if topology.rank == 3:
             with torch.no_grad():
                 engine.critic[0].value_head.weight.fill_(torch.inf)
         try:
@@ -305,7 +305,7 @@ def test_a_value_that_is_no_number_stops_every_rank_and_names_the_role(ranks, fo
         assert "the critic's values of answers 0, 1, 2 and 5 more" in said
 
 
-if __name__ == "__main__":  # PYTHONPATH=tests/support python tests/engine/rl/test_roles.py
+if __name__ == "__main__":  # PYTHONPATH=tests/support/models python tests/engine/rl/test_roles.py
     with tempfile.TemporaryDirectory() as made:
         told = run_iterations(save_folder(Path(made), "glm", make_model("glm")), {}, {}, 5)
     kept = [{n: v for n, v in one.items() if not n.startswith(TIMED)} for one in told]

@@ -19,7 +19,7 @@ from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.storage.hf_config import read_config
@@ -48,9 +48,9 @@ def demonstrations(tmp_path_factory) -> Path:
     return write_demonstrations(tmp_path_factory.mktemp("data") / "sft.jsonl", 7)
 
 
-def stream(path: Path, run_folder: Path, glm: GLMConfig, place, **changes) -> DemonstrationStream:
+def stream(path: Path, run_folder: Path, glm: GLMConfig, topology, **changes) -> DemonstrationStream:
     records, _ = open_demonstrations(
-        DemonstrationsSection(path=str(path)), run_folder, None, glm, place=place
+        DemonstrationsSection(path=str(path)), run_folder, None, glm, topology=topology
     )
     options = {"batch_size": BATCH, "coef": COEF, "micro_batch_tokens": 30, "seed": SEED}
     return DemonstrationStream(records, **(options | changes))
@@ -58,9 +58,9 @@ def stream(path: Path, run_folder: Path, glm: GLMConfig, place, **changes) -> De
 
 def update_once(folder: Path, path: Path, run_folder: Path, axes: dict) -> tuple:
     """Pieces of the policy's weights after two steps, the metrics, and the experience learned from."""
-    with topology(Layout(**axes)) as place:
-        roles = make_roles(folder, place, settings=SETTINGS, policy_adam=ADAM)
-        roles.demonstrations = stream(path, run_folder, roles.policy[0].glm, place)
+    with open_topology(Layout(**axes)) as topology:
+        roles = make_roles(folder, topology, settings=SETTINGS, policy_adam=ADAM)
+        roles.demonstrations = stream(path, run_folder, roles.policy[0].glm, topology)
         experience = roles.make_experience(roles.generate(prompts()))
         metrics = roles.update(experience)
         weights = {name: p.detach() for chunk in roles.policy for name, p in chunk.named_weights()}
@@ -119,15 +119,15 @@ def test_a_step_equals_the_two_losses_added_up_by_hand(
 def test_demonstrations_come_each_once_an_epoch_and_need_not_fill_every_rank(
     folder, demonstrations, tmp_path
 ):
-    with topology(Layout()) as place:
-        source = stream(demonstrations, tmp_path, read_config(folder), place, batch_size=1)
-        taken = [source.take(place) for _ in range(7)]
+    with open_topology(Layout()) as topology:
+        source = stream(demonstrations, tmp_path, read_config(folder), topology, batch_size=1)
+        taken = [source.take(topology) for _ in range(7)]
         assert {term.batches[0].records for term in taken} == {(number,) for number in range(7)}
         assert sum(term.num_answer_tokens for term in taken) == source.records.store.response_lengths.sum()
         with pytest.raises(
             ValueError, match=r"gives 7 demonstrations.* takes 8: set train.sft_batch_size to 7"
         ):
-            stream(demonstrations, tmp_path, read_config(folder), place, batch_size=8)
+            stream(demonstrations, tmp_path, read_config(folder), topology, batch_size=8)
 
 
 def config(folder: Path, *overrides: str) -> PPOConfig:

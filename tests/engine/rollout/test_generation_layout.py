@@ -3,8 +3,8 @@
 import pytest
 from tiny_training import Case, make_chunks
 
-from glm_rlhf.engine.rollout.generation_layout import second_layout, weights_for_generation
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.engine.rollout.generation_layout import generation_layout, weights_for_generation
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 TIMEOUT_S = 60.0
@@ -13,12 +13,12 @@ TIMEOUT_S = 60.0
 def held(axes, tp, pp):
     """On each rank: (tp, pp) while generating, whether the chunks are training's, bytes of the second copy
     before, while and after it lasts."""
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(Case(), place)
-        with second_layout(chunks, place, tp=tp, pp=pp, timeout_s=TIMEOUT_S) as resharded:
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(Case(), topology)
+        with generation_layout(chunks, topology, tp=tp, pp=pp, timeout_s=TIMEOUT_S) as resharded:
             own = [] if resharded is None else list(resharded._own.values())
             num_bytes = [sum(tensor.untyped_storage().nbytes() for tensor in own)]
-            with weights_for_generation(chunks, place, resharded) as (weights, used):
+            with weights_for_generation(chunks, topology, resharded) as (weights, used):
                 found = (used.layout.tp, used.layout.pp), weights is chunks
                 num_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in own))
             num_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in own))
@@ -45,10 +45,10 @@ def test_a_second_layout_holds_memory_only_while_it_lasts(ranks, axes, tp, pp, e
 
 
 def refused(axes, tp, pp):
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(Case(), place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(Case(), topology)
         with pytest.raises(ValueError) as error:
-            with second_layout(chunks, place, tp=tp, pp=pp, timeout_s=TIMEOUT_S):
+            with generation_layout(chunks, topology, tp=tp, pp=pp, timeout_s=TIMEOUT_S):
                 pass
         return str(error.value)
 

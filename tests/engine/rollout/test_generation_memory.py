@@ -8,7 +8,7 @@ from tiny_generation import answers, make_phase, make_requests
 from tiny_training import Case, make_chunks
 
 from glm_rlhf.parallel.inference.stage import GenerationStage
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 WIDE = {"max_batch": 12, "max_step_tokens": 40, "num_pages": 60}
@@ -35,11 +35,11 @@ def memory_for(most_rows: int, *, on_rank: int | None = None):
 
 def with_and_without_memory(axes: dict, most_rows: int):
     """Answers with enough memory, and with little: then also the rows of its steps."""
-    with topology(Layout(**axes)) as place:
-        chunks, requests = make_chunks(Case(), place), make_requests(6, num_samples=2)
-        with make_phase(chunks, place, requests, **WIDE) as phase:
+    with open_topology(Layout(**axes)) as topology:
+        chunks, requests = make_chunks(Case(), topology), make_requests(6, num_samples=2)
+        with make_phase(chunks, topology, requests, **WIDE) as phase:
             expected = answers(phase, requests)
-        with memory_for(most_rows) as rows, make_phase(chunks, place, requests, **WIDE) as phase:
+        with memory_for(most_rows) as rows, make_phase(chunks, topology, requests, **WIDE) as phase:
             found = answers(phase, requests)
             met, rows[:] = list(rows), []
             again = answers(phase, requests)  # the phase goes on with what fitted
@@ -77,17 +77,17 @@ def test_where_steps_cannot_become_smaller_the_run_ends_and_says_so(ranks, axes,
 
 
 def run_out(axes: dict, on_rank: int | None) -> None:
-    with topology(Layout(**axes)) as place, memory_for(5, on_rank=on_rank):
-        chunks, requests = make_chunks(Case(), place), make_requests(6)
-        with make_phase(chunks, place, requests, **WIDE) as phase:
+    with open_topology(Layout(**axes)) as topology, memory_for(5, on_rank=on_rank):
+        chunks, requests = make_chunks(Case(), topology), make_requests(6)
+        with make_phase(chunks, topology, requests, **WIDE) as phase:
             answers(phase, requests)
 
 
 def test_no_memory_for_one_token_is_an_error_and_no_endless_loop():
-    with topology(Layout()) as place, memory_for(0) as rows:
-        chunks, requests = make_chunks(Case(), place), make_requests(3)
+    with open_topology(Layout()) as topology, memory_for(0) as rows:
+        chunks, requests = make_chunks(Case(), topology), make_requests(3)
         with (
-            make_phase(chunks, place, requests, **WIDE) as phase,
+            make_phase(chunks, topology, requests, **WIDE) as phase,
             pytest.raises(ValueError, match=r"rank 0 has no memory for a step of generation"),
         ):
             answers(phase, requests)

@@ -18,14 +18,14 @@ from glm_rlhf.parallel.inference import stage
 from glm_rlhf.parallel.inference.kv_cache import num_pages_within
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
 @pytest.fixture
 def place():
-    with topology(Layout()) as place:
-        yield place
+    with open_topology(Layout()) as topology:
+        yield topology
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def live_bytes():
     return sum(held.values())
 
 
-def test_no_page_is_lost_and_the_budget_is_kept(place, queues):
-    chunks, requests = make_chunks(Case(), place), make_requests(12, num_samples=3)
-    config, layout = chunks[0].glm, place.layout
+def test_no_page_is_lost_and_the_budget_is_kept(topology, queues):
+    chunks, requests = make_chunks(Case(), topology), make_requests(12, num_samples=3)
+    config, layout = chunks[0].glm, topology.layout
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     cache_bytes = 9 * 2048 + 2047  # 2048 bytes a page
     phase = GenerationPhase(
-        chunks, topology=place, batch=BatchSettings(**TIGHT, cache_bytes=cache_bytes), longest=longest
+        chunks, topology=topology, batch=BatchSettings(**TIGHT, cache_bytes=cache_bytes), longest=longest
     )
     assert phase.num_pages == 9
     assert num_pages_within(cache_bytes, config, layout, page_size=4, dtype=torch.float32) == 9
@@ -85,9 +85,9 @@ class Injected(RuntimeError):
 
 
 @pytest.mark.parametrize("failing_draw", [1, 7])
-def test_an_exception_in_mid_batch_loses_no_page(place, queues, monkeypatch, failing_draw):
-    chunks, requests = make_chunks(Case(), place), make_requests(12, num_samples=2)
-    draw, num_draws = stage.draw_tokens, 0
+def test_an_exception_in_mid_batch_loses_no_page(topology, queues, monkeypatch, failing_draw):
+    chunks, requests = make_chunks(Case(), topology), make_requests(12, num_samples=2)
+    draw, num_draws = stage.sample_tokens, 0
 
     def failing(*args, **options):
         nonlocal num_draws
@@ -96,38 +96,38 @@ def test_an_exception_in_mid_batch_loses_no_page(place, queues, monkeypatch, fai
             raise Injected
         return draw(*args, **options)
 
-    with make_phase(chunks, place, requests) as phase:
-        monkeypatch.setattr(stage, "draw_tokens", failing)
+    with make_phase(chunks, topology, requests) as phase:
+        monkeypatch.setattr(stage, "sample_tokens", failing)
         with pytest.raises(Injected):
             answers(phase, requests)
         assert queues[0].pool.num_free == phase.num_pages
         found = answers(phase, requests)
     assert queues[1].pool.num_free == phase.num_pages
-    with make_phase(chunks, place, requests) as phase:
+    with make_phase(chunks, topology, requests) as phase:
         assert answers(phase, requests) == found
 
 
-def test_leaving_early_loses_no_page(place, queues):
-    chunks, requests = make_chunks(Case(), place), make_requests(6)
-    with make_phase(chunks, place, requests) as phase:
+def test_leaving_early_loses_no_page(topology, queues):
+    chunks, requests = make_chunks(Case(), topology), make_requests(6)
+    with make_phase(chunks, topology, requests) as phase:
         completions = phase.run(requests, SAMPLED)
         next(completions)
         completions.close()
     assert queues[0].pool.num_free == phase.num_pages
 
 
-def test_the_memory_is_back_after_the_phase(place):
-    chunks, requests = make_chunks(Case(), place), make_requests(6)
-    with make_phase(chunks, place, requests) as phase:
+def test_the_memory_is_back_after_the_phase(topology):
+    chunks, requests = make_chunks(Case(), topology), make_requests(6)
+    with make_phase(chunks, topology, requests) as phase:
         answers(phase, requests)  # what is made once stays: tables of kernels, of positions
     del phase
     before = live_bytes()
-    with make_phase(chunks, place, requests) as phase:
+    with make_phase(chunks, topology, requests) as phase:
         cache_bytes = phase._cache.num_bytes
         answers(phase, requests)
         assert live_bytes() >= before + cache_bytes
     assert live_bytes() == before
-    with make_phase(chunks, place, requests) as phase:
+    with make_phase(chunks, topology, requests) as phase:
         completions = phase.run(requests, SAMPLED)
         next(completions)
         with pytest.raises(Injected):
@@ -149,10 +149,10 @@ def stop_once(state, after):
 
 def run_after_failures(axes):
     """On each rank: answers of a phase in which earlier runs failed, and of one without failures."""
-    with topology(Layout(**axes)) as place:
-        chunks, requests = make_chunks(Case(), place), make_requests(6)
+    with open_topology(Layout(**axes)) as topology:
+        chunks, requests = make_chunks(Case(), topology), make_requests(6)
         found = []
-        with make_phase(chunks, place, requests) as phase:
+        with make_phase(chunks, topology, requests) as phase:
             for after in (1, 9):
                 with contextlib.suppress(Injected):
                     answers(phase, requests, stop_check=stop_once({}, after))
@@ -161,7 +161,7 @@ def run_after_failures(axes):
                 next(completions)
                 completions.close()
                 found.append(tokens_of(answers(phase, requests)))
-        with make_phase(chunks, place, requests) as phase:
+        with make_phase(chunks, topology, requests) as phase:
             return found, tokens_of(answers(phase, requests))
 
 
@@ -194,10 +194,10 @@ class Traffic(TorchDispatchMode):
 def train_generate_train(axes):
     """On each rank: addresses of all weights at every point, and the traffic of each part of a phase."""
     case = Case(settings=AdamSettings(lr=1e-3))
-    with topology(Layout(**axes)) as place:
-        chunks, requests = make_chunks(case, place), make_requests(6)
-        state = TrainingState(chunks, case.settings, topology=place)
-        batches = make_batches(case, place)[place.dp_rank :: place.dp]
+    with open_topology(Layout(**axes)) as topology:
+        chunks, requests = make_chunks(case, topology), make_requests(6)
+        state = TrainingState(chunks, case.settings, topology=topology)
+        batches = make_batches(case, topology)[topology.dp_rank :: topology.dp]
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         addresses, traffic = [], {}
 
@@ -205,7 +205,7 @@ def train_generate_train(axes):
             addresses.append([parameter.data_ptr() for parameter in parameters])
 
         def train():
-            train_step(case, state, batches, place)
+            train_step(case, state, batches, topology)
             state.step()
             state.gather_weights()
 
@@ -218,7 +218,7 @@ def train_generate_train(axes):
             note()
             traffic["enter"] = Traffic(parameters)
             with traffic["enter"]:
-                phase = make_phase(chunks, place, requests).__enter__()
+                phase = make_phase(chunks, topology, requests).__enter__()
             traffic["generate"] = Traffic(parameters)
             completions = phase.run(requests, SAMPLED)
             with traffic["generate"]:
@@ -260,15 +260,18 @@ def test_bf16_answers_have_the_training_forwards_logprobs(ranks, axes, changes):
 
 def bf16_distances(axes, changes):
     """On each rank: largest and mean distance of the recorded logprobs from a full forward's."""
-    with topology(Layout(**axes)) as place:
-        chunks, requests = make_chunks(Case(dtype=torch.bfloat16, changes=changes), place), make_requests(12)
-        with make_phase(chunks, place, requests) as phase:
+    with open_topology(Layout(**axes)) as topology:
+        chunks, requests = (
+            make_chunks(Case(dtype=torch.bfloat16, changes=changes), topology),
+            make_requests(12),
+        )
+        with make_phase(chunks, topology, requests) as phase:
             found = answers(phase, requests)
-        expected = full_forward_logprobs(chunks, place, requests, found)
+        expected = full_forward_logprobs(chunks, topology, requests, found)
     distances = [
         abs(a - b)
         for key, done in found.items()
-        for a, b in zip(done.plain_logprobs, expected[key], strict=True)
+        for a, b in zip(done.untempered_logprobs, expected[key], strict=True)
     ]
     return max(distances), sum(distances) / len(distances)
 
@@ -286,28 +289,28 @@ NUM_DRAWS = 3000
         SamplingSettings(temperature=1.2, top_k=12, top_p=0.9, masked_ids_V=torch.arange(64) % 3 == 0),
     ],
 )
-def test_second_tokens_have_the_stated_frequencies(place, sampling):
-    chunks = make_chunks(Case(), place)
+def test_second_tokens_have_the_stated_frequencies(topology, sampling):
+    chunks = make_chunks(Case(), topology)
     prompt = (5, 9, 33)
-    found = draw_many(chunks, place, prompt, sampling)
-    check_frequencies(Counter(tokens[0] for tokens in found), next_probs(chunks, place, prompt, sampling))
+    found = draw_many(chunks, topology, prompt, sampling)
+    check_frequencies(Counter(tokens[0] for tokens in found), next_probs(chunks, topology, prompt, sampling))
     # What is drawn after the most frequent first token: its key and value count too.
     first, count = Counter(tokens[0] for tokens in found).most_common(1)[0]
     seconds = Counter(tokens[1] for tokens in found if tokens[0] == first)
     assert seconds.total() == count
-    check_frequencies(seconds, next_probs(chunks, place, (*prompt, first), sampling))
+    check_frequencies(seconds, next_probs(chunks, topology, (*prompt, first), sampling))
 
 
-def draw_many(chunks, place, prompt, sampling):
+def draw_many(chunks, topology, prompt, sampling):
     request = GenerationRequest(
         index=0, prompt=prompt, num_samples=NUM_DRAWS, max_new_tokens=2, stop_ids=frozenset(), seed=11
     )
     batch = BatchSettings(max_batch=1000, max_step_tokens=1000, page_size=4)
-    with GenerationPhase(chunks, topology=place, batch=batch, longest=8) as phase:
+    with GenerationPhase(chunks, topology=topology, batch=batch, longest=8) as phase:
         return [done.tokens for done in phase.run([request], sampling)]
 
 
-def next_probs(chunks, place, context, sampling):
+def next_probs(chunks, topology, context, sampling):
     """The stated distribution of the next token, float64 [V], from training forwards."""
     vocab_size = chunks[0].glm.vocab_size
     requests = [
@@ -315,7 +318,7 @@ def next_probs(chunks, place, context, sampling):
         for i in range(vocab_size)
     ]
     every_token = {(i, 0): replace_tokens((i,)) for i in range(vocab_size)}
-    logprobs = full_forward_logprobs(chunks, place, requests, every_token)
+    logprobs = full_forward_logprobs(chunks, topology, requests, every_token)
     logits = torch.tensor([logprobs[i, 0][0] for i in range(vocab_size)], dtype=torch.float64)
     if sampling.masked_ids_V is not None:
         logits = logits.masked_fill(sampling.masked_ids_V, -torch.inf)
@@ -331,7 +334,7 @@ def next_probs(chunks, place, context, sampling):
 
 def replace_tokens(tokens):
     return under_test.Completion(
-        request=0, sample=0, tokens=tokens, logprobs=(), plain_logprobs=(), finish_reason="length"
+        request=0, sample=0, tokens=tokens, logprobs=(), untempered_logprobs=(), finish_reason="length"
     )
 
 
@@ -354,14 +357,14 @@ def check_frequencies(counts, probs):
 
 def idle_fractions(axes, num_requests, max_batch):
     """On each rank: share of turns without work, in a run of equal answers."""
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(Case(), place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(Case(), topology)
         requests = [
             replace(request, max_new_tokens=10, stop_ids=frozenset())
             for request in make_requests(num_requests, longest_prompt=6)
         ]
         with make_phase(
-            chunks, place, requests, num_pages=200, max_batch=max_batch, max_step_tokens=32
+            chunks, topology, requests, num_pages=200, max_batch=max_batch, max_step_tokens=32
         ) as phase:
             answers(phase, requests)
             return phase.ticks.idle_fraction, phase.ticks.busy
@@ -388,10 +391,10 @@ def test_sequences_are_dealt_evenly_by_length(num_ranks):
     assert max(totals) - min(totals) <= max(lengths)
 
 
-def test_requests_that_never_fit_are_refused_before_anything_runs(place, queues):
-    chunks, requests = make_chunks(Case(), place), make_requests(4)
+def test_requests_that_never_fit_are_refused_before_anything_runs(topology, queues):
+    chunks, requests = make_chunks(Case(), topology), make_requests(4)
     too_long = replace(requests[2], prompt=(4,) * 200)
-    phase = make_phase(chunks, place, requests)
+    phase = make_phase(chunks, topology, requests)
     with phase, pytest.raises(ValueError, match="record 2 has a prompt of 200 tokens"):
         answers(phase, [*requests[:2], too_long])
     assert queues == []

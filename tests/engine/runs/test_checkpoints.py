@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ def run_and_stop(line: list[str], last: int) -> tuple[int, str]:
 
 def outcome(output: Path) -> tuple[dict[str, bytes], list[dict]]:
     """Bytes of the last checkpoint and of the export, and the metrics but for times."""
-    folders = (output / "resume" / f"step_{STEPS}", output / "checkpoints" / f"step_{STEPS}")
+    folders = (output / "checkpoints" / f"step_{STEPS}", output / "hf" / f"step_{STEPS}")
     files = {path.name: path.read_bytes() for folder in folders for path in folder.glob("*.safetensors")}
     lines = [
         {name: number for name, number in line.items() if not name.startswith(("timing_s", "perf"))}
@@ -97,8 +99,8 @@ def later_stops(inputs: Path, name: str, output: Path, whole: Path, stops, optio
 def copy_until(stop: int, whole: Path, output: Path) -> Path:
     """Return a copy of a run folder as it was when the run was stopped after a step."""
     copied = output / str(stop)
-    shutil.copytree(whole, copied, ignore=shutil.ignore_patterns("checkpoints", "step_*"))
-    shutil.copytree(whole / "resume" / f"step_{stop}", copied / "resume" / f"step_{stop}")
+    shutil.copytree(whole, copied, ignore=shutil.ignore_patterns("hf", "step_*"))
+    shutil.copytree(whole / "checkpoints" / f"step_{stop}", copied / "checkpoints" / f"step_{stop}")
     return copied
 
 
@@ -108,7 +110,7 @@ def test_one_rank_goes_on_bit_for_bit(inputs, tmp_path, name):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_main(command(name, inputs, whole))[0] == 0
     assert run_and_stop(command(name, inputs, stopped), 2)[0] == 130
-    assert sorted(path.name for path in (stopped / "resume").iterdir()) == ["latest", "step_1", "step_2"]
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["latest", "step_1", "step_2"]
     code, said = run_main(command(name, inputs, stopped))
     assert code == 0, said
     assert outcome(stopped) == outcome(whole)
@@ -161,13 +163,13 @@ def test_four_ranks_go_on_bit_for_bit_and_one_rank_from_their_checkpoint(
     for whole, stopped, resumed in ranks.run(run_stops, inputs, name, tmp_path, options):
         assert (whole[0], stopped[0], resumed[0]) == (0, 130, 0), (whole, stopped, resumed)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
-    origin = tmp_path / "whole" / "resume" / "step_3"
-    alone = command(name, inputs, tmp_path / "alone", f"run.resume={origin}")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_3"
+    alone = command(name, inputs, tmp_path / "alone", f"run.resume={checkpoint}")
     code, said = run_main(alone)
     assert code == 0, said
     found = metrics_of(tmp_path / "alone")
     assert [line["step"] for line in found] == [4, 5, 6]
-    metric = "actor/loss" if name == "sft" else "critic/rewards/mean"
+    metric = "actor/loss" if name == "sft" else "reward/minus_baseline/mean"
     expected = curve(tmp_path / "whole", metric)[3:]
     assert found[0][metric] == pytest.approx(expected[0], rel=1e-6)  # sums in another order
 
@@ -184,12 +186,12 @@ def test_what_a_run_does_with_what_it_finds(inputs, tmp_path):
     code, said = run_main([*line, "run.resume=never"])
     assert code == 2
     assert "of an earlier run" in said
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS}")  # a kill before the export
+    shutil.rmtree(tmp_path / "run" / "hf" / f"step_{STEPS}")  # a kill before the export
     assert run_main(line)[0] == 0
     assert outcome(tmp_path / "run") == before
-    manifest = tmp_path / "run" / "resume" / f"step_{STEPS}" / "manifest.json"
+    manifest = tmp_path / "run" / "checkpoints" / f"step_{STEPS}" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:100])
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS}")
+    shutil.rmtree(tmp_path / "run" / "hf" / f"step_{STEPS}")
     code, said = run_main(line)
     assert code == 0, said
     assert outcome(tmp_path / "run") == before
@@ -205,6 +207,27 @@ def test_what_a_run_does_with_what_it_finds(inputs, tmp_path):
     code, said = run_main([*line, f"run.resume={tmp_path}"])
     assert code == 2
     assert "there is no checkpoint" in said
+    export = tmp_path / "run" / "hf" / f"step_{STEPS}"
+    code, said = run_main([*line, f"run.resume={export}"])
+    assert code == 2
+    assert f"run.resume is {export}, a Hugging Face folder" in said
+
+
+def test_a_run_folder_with_the_names_of_before_is_refused_until_it_has_those_of_now(inputs, tmp_path):
+    line = command("sft", inputs, tmp_path / "run")
+    assert run_main(line)[0] == 0
+    before = outcome(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "run" / "resume")
+    (tmp_path / "run" / "hf").rename(tmp_path / "run" / "checkpoints")
+    code, said = run_main(line)
+    assert code == 2
+    (moves,) = re.findall("`(mv .*)`", said)
+    assert moves.count("mv ") == 2
+    subprocess.run(moves, shell=True, check=True)
+    code, said = run_main(line)
+    assert code == 0
+    assert "nothing is left to train" in said
+    assert outcome(tmp_path / "run") == before
 
 
 def other_model():
@@ -214,10 +237,10 @@ def other_model():
 def test_a_checkpoint_serves_as_a_model(inputs, tmp_path):
     """`score` on the checkpoint, and on a folder converted from it, gives what the export gives."""
     assert run_main(command("sft", inputs, tmp_path / "run"))[0] == 0
-    checkpoint = tmp_path / "run" / "resume" / f"step_{STEPS}"
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step_{STEPS}"
     converted = tmp_path / "converted"
     assert run_main(["convert", f"model.path={checkpoint}", f"convert.to={converted}"])[0] == 0
-    export = tmp_path / "run" / "checkpoints" / f"step_{STEPS}"
+    export = tmp_path / "run" / "hf" / f"step_{STEPS}"
     assert (converted / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
     lines = []
     for number, path in enumerate((checkpoint, export)):

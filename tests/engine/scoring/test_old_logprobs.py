@@ -11,7 +11,7 @@ from tiny_ppo import make_roles, prompts
 from glm_rlhf.engine.scoring import old_logprobs
 from glm_rlhf.engine.scoring.old_logprobs import draw_sample
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory) -> Path:
     return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
 
 
-def rollouts_of(lengths: list[int], left_out: frozenset[int] = frozenset()) -> Rollouts:
+def rollouts_of(lengths: list[int], excluded: frozenset[int] = frozenset()) -> Rollouts:
     """Rollouts of which only the lengths matter."""
     prompt = PromptInput(tokens=(3,), extra={})
     return Rollouts(
@@ -32,8 +32,8 @@ def rollouts_of(lengths: list[int], left_out: frozenset[int] = frozenset()) -> R
         logprobs_T=torch.zeros(sum(lengths)),
         temperature=1.0,
         indices=tuple(range(len(lengths))),
-        num_everywhere=len(lengths),
-        left_out=left_out,
+        num_global=len(lengths),
+        excluded=excluded,
     )
 
 
@@ -56,9 +56,9 @@ def test_a_sample_has_room_in_a_micro_batch_or_is_one_sequence():
 
 
 def test_what_is_left_out_is_not_in_a_sample():
-    rollouts = rollouts_of([5] * 9, left_out=frozenset(range(8)))
+    rollouts = rollouts_of([5] * 9, excluded=frozenset(range(8)))
     assert draw_sample(rollouts, max_tokens=1000, seed=1) == {8}
-    assert not draw_sample(rollouts_of([5], left_out=frozenset({0})), max_tokens=1000, seed=1)
+    assert not draw_sample(rollouts_of([5], excluded=frozenset({0})), max_tokens=1000, seed=1)
 
 
 def scored_with_a_gap(folder: Path) -> dict:
@@ -73,21 +73,21 @@ def scored_with_a_gap(folder: Path) -> dict:
         return stream_logprobs(policy, rollouts, batches, *given, **options)
 
     stream_logprobs = old_logprobs.stream_logprobs
-    with topology(Layout(pp=2)) as place, pytest.MonkeyPatch.context() as patch:
+    with open_topology(Layout(pp=2)) as topology, pytest.MonkeyPatch.context() as patch:
         patch.setattr(old_logprobs, "stream_logprobs", counted)
-        engine = make_roles(folder, place)
+        engine = make_roles(folder, topology)
         right = engine.generate(prompts())
         fine = engine.make_experience(right)
         (num_sampled,) = passed
         passed.clear()
-        is_wrong = place.dp_rank == 0
+        is_wrong = topology.dp_rank == 0
         shift = 0.5 * is_wrong * right.action_mask_T
         mended = engine.make_experience(replace(right, logprobs_T=right.logprobs_T + shift))
         # Roundings: other micro-batches, and steps of generation in place of a pass.
         torch.testing.assert_close(mended.old_logprobs_T, right.logprobs_T, rtol=0, atol=1e-5)
         torch.testing.assert_close(mended.advantages_T, fine.advantages_T, rtol=0, atol=1e-4)
-        left_out = frozenset() if is_wrong else frozenset(range(right.num_sequences))
-        alone = replace(right, logprobs_T=right.logprobs_T + shift, left_out=left_out)
+        excluded = frozenset() if is_wrong else frozenset(range(right.num_sequences))
+        alone = replace(right, logprobs_T=right.logprobs_T + shift, excluded=excluded)
         found_T, gap = old_logprobs.old_logprobs(
             engine.policy,
             alone,
@@ -95,7 +95,7 @@ def scored_with_a_gap(folder: Path) -> dict:
             max_gap=engine.settings.max_logprob_gap,
             max_tokens=engine.settings.micro_batch_tokens,
             seed=1,
-            topology=place,
+            topology=topology,
         )
         torch.testing.assert_close(
             found_T, right.logprobs_T * alone.action_mask_T, rtol=0, atol=1e-5

@@ -13,7 +13,7 @@ from tiny_ppo import make_roles, prompts
 
 from glm_rlhf.engine.types import Experience
 from glm_rlhf.parallel.runtime.spans import recording
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -30,22 +30,22 @@ def early_and_late(folder: Path, axes: dict) -> tuple[Counter, Counter, list[flo
 
     Some answers have no reward and are left out.
     """
-    with topology(Layout(**axes)) as place:
-        reward_model, _ = load_model(folder, place, role="reward", dtype=torch.float32, seed=8)
+    with open_topology(Layout(**axes)) as topology:
+        reward_model, _ = load_model(folder, topology, role="reward", dtype=torch.float32, seed=8)
         engine = make_roles(
-            folder, place, nan_after_long_prompts, masks_reward_faults=True, reward_model=reward_model
+            folder, topology, nan_after_long_prompts, skip_reward_failures=True, reward_model=reward_model
         )
         engine.answers = replace(engine.answers, stop_check=lambda tokens: len(tokens) > tokens[0] % 12)
         progress = engine.progress()
-        early, first = _experience(engine)
+        overlapped, first = _experience(engine)
         engine.set_progress(progress)
-        engine.settings = replace(engine.settings, scores_early=False)
+        engine.settings = replace(engine.settings, overlap_scoring=False)
         late, second = _experience(engine)
         assert torch.equal(first.rollouts.tokens_T, second.rollouts.tokens_T)
-        assert first.rollouts.left_out == second.rollouts.left_out
-        assert first.rollouts.left_out
+        assert first.rollouts.excluded == second.rollouts.excluded
+        assert first.rollouts.excluded
         apart = [float((getattr(first, name) - getattr(second, name)).abs().max()) for name in SCORED]
-    return early, late, apart
+    return overlapped, late, apart
 
 
 def _experience(engine) -> tuple[Counter, Experience]:
@@ -62,18 +62,18 @@ def _experience(engine) -> tuple[Counter, Experience]:
 
 @pytest.mark.parametrize("axes", [{"tp": 2, "pp": 2}, {"pp": 4}], ids=str)
 def test_scored_early_or_late_is_the_same_experience(ranks, folder, axes):
-    for early, late, apart in ranks.run(early_and_late, folder, axes):
+    for overlapped, late, apart in ranks.run(early_and_late, folder, axes):
         assert not late
-        assert set(early) == {"early reference", "early critic", "early reward"}
-        assert early["early reference"] >= 2
+        assert set(overlapped) == {"early reference", "early critic", "early reward"}
+        assert overlapped["early reference"] >= 2
         # Products of other numbers of rows are cut into other blocks: roundings of fp32.
         assert max(apart) <= 1e-5, dict(zip(SCORED, apart, strict=True))
 
 
 def scores_of_other_rollouts(folder: Path) -> float:
     """How far values of rollouts that are not the newest differ from those scored at the end."""
-    with topology(Layout(tp=2, pp=2)) as place:
-        engine = make_roles(folder, place)
+    with open_topology(Layout(tp=2, pp=2)) as topology:
+        engine = make_roles(folder, topology)
         rollouts = engine.generate(prompts())
         engine.generate(prompts()[::-1])
         found = engine.make_experience(rollouts)
@@ -87,10 +87,10 @@ def test_early_scores_of_other_rollouts_are_not_taken(ranks, folder):
 
 def without_memory(folder: Path) -> tuple[int, float]:
     """Early passes that found no memory on the last stage, and how far values are from those without them."""
-    with topology(Layout(tp=2, pp=2)) as place:
-        engine = make_roles(folder, place)
+    with open_topology(Layout(tp=2, pp=2)) as topology:
+        engine = make_roles(folder, topology)
         engine.answers = replace(engine.answers, stop_check=lambda tokens: len(tokens) > tokens[0] % 12)
-        with little_memory(engine.critic[0], 0 if place.is_last_stage else 10**6) as met:
+        with little_memory(engine.critic[0], 0 if topology.is_last_stage else 10**6) as met:
             rollouts = engine.generate(prompts())
         found = engine.make_experience(rollouts)
         expected = engine.make_experience(rollouts)

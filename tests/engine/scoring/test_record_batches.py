@@ -32,11 +32,11 @@ def test_every_record_is_in_one_micro_batch_of_one_rank(num_ranks, max_tokens, m
     seen = []
     for rank in range(num_ranks):
         for batch in take_share(
-            Pairs(), numbers, max_tokens=max_tokens, place=place(rank, num_ranks, multiple)
+            Pairs(), numbers, max_tokens=max_tokens, topology=place(rank, num_ranks, multiple)
         ):
             seen += batch.records
             assert batch.packed.num_tokens % multiple == 0
-            real = batch.packed.num_tokens - batch.packed.num_filler
+            real = batch.packed.num_tokens - batch.packed.num_padding
             assert real <= max_tokens or len(batch.records) == 1
             # Both answers of a record stand beside each other, in the order of the records.
             expected = [(number + 1, 1) for number in batch.records]
@@ -50,10 +50,10 @@ def test_every_record_is_in_one_micro_batch_of_one_rank(num_ranks, max_tokens, m
 
 
 def test_a_rank_without_a_record_has_no_micro_batch():
-    shares = [take_share(Pairs(), [4], max_tokens=100, place=place(rank, 3)) for rank in range(3)]
+    shares = [take_share(Pairs(), [4], max_tokens=100, topology=place(rank, 3)) for rank in range(3)]
     assert sorted(map(len, shares)) == [0, 0, 1]
 
 
 def test_a_record_that_is_drawn_twice_counts_twice():
-    (batch,) = take_share(Pairs(), [6, 6], max_tokens=100, place=place(0, 1))
+    (batch,) = take_share(Pairs(), [6, 6], max_tokens=100, topology=place(0, 1))
     assert batch.records == (6, 6)

@@ -10,7 +10,7 @@ from tiny_ppo import make_roles, prompts
 
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.rl.algorithms import ppo
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
@@ -64,14 +64,14 @@ def hurt_gradient(chunks, is_hit: bool):
 def meet_faults(folder) -> tuple[dict[str, str], bool]:
     """Return what is said of models that hold a NaN, and whether weights stayed to the bit."""
     said = {}
-    with topology(Layout(tp=2, pp=2)) as place:
-        roles = make_roles(folder, place)
+    with open_topology(Layout(tp=2, pp=2)) as topology:
+        roles = make_roles(folder, topology)
         trained = [*roles.policy[0].parameters(), *roles.critic[0].parameters()]
         experience = roles.make_experience(roles.generate(prompts()))
         before = [weight.detach().clone() for weight in trained]
         for role in ("policy", "reference", "critic"):
             rollouts = experience.rollouts
-            with hurt_weight(getattr(roles, role), place.rank == 3):
+            with hurt_weight(getattr(roles, role), topology.rank == 3):
                 try:
                     if role == "policy":
                         rollouts = roles.generate(prompts())
@@ -100,15 +100,15 @@ def test_no_model_with_a_nan_on_one_rank_makes_experience(ranks, folder):
 def meet_faults_in_steps(folder, axes, in_backward: bool):
     """Return what is said of each fault, the roles whose weights it changed, and the norm of a sound step."""
     said, changed = {}, {}
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         settings = {"epochs": 1, "minibatches": 1}
-        roles = make_roles(folder, place, in_backward=in_backward, settings=settings)
+        roles = make_roles(folder, topology, in_backward=in_backward, settings=settings)
         experience = roles.make_experience(roles.generate(prompts()))
         hurts = {
-            "critic loss": hurt_loss("ppo_value_loss", place.rank == 3),
-            "critic gradient": hurt_gradient(roles.critic, place.rank == 1),
-            "policy loss": hurt_loss("linear_ppo_loss", place.rank == 3),
-            "policy gradient": hurt_gradient(roles.policy, place.rank == 1),
+            "critic loss": hurt_loss("ppo_value_loss", topology.rank == 3),
+            "critic gradient": hurt_gradient(roles.critic, topology.rank == 1),
+            "policy loss": hurt_loss("linear_ppo_loss", topology.rank == 3),
+            "policy gradient": hurt_gradient(roles.policy, topology.rank == 1),
         }
         for name, hurt in hurts.items():
             before = {role: weights_of(roles, role) for role in roles.trained}
@@ -199,4 +199,4 @@ def test_iterations_are_given_up_until_too_many_in_a_row(ranks, line, tmp_path, 
     assert answers == codes * 4
     metrics = [json.loads(text) for text in (tmp_path / "metrics.jsonl").open()]
     assert [one["actor/is_step_skipped"] for one in metrics] == skipped
-    assert bool(list(tmp_path.glob("checkpoints/step_*"))) == (codes == [0])
+    assert bool(list(tmp_path.glob("hf/step_*"))) == (codes == [0])

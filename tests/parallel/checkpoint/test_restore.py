@@ -10,9 +10,9 @@ from glm_rlhf.parallel.checkpoint.restore import checkpoint_at, newest_checkpoin
 from glm_rlhf.parallel.checkpoint.save import CheckpointWriter
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.storage.checkpoint_manifest import AVERAGES, WEIGHT
+from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS, WEIGHT
 from glm_rlhf.parallel.storage.checkpoint_tensors import open_checkpoint
 
 ADAM = AdamSettings(lr=1e-2, weight_decay=0.01)
@@ -88,17 +88,17 @@ SAME = [
 ]
 
 
-def make_state(case, place, seed=7):
-    chunks = make_chunks(case, place, seed=seed)
-    return training_state(chunks, case.settings, topology=place, in_backward=case.in_backward)
+def make_state(case, topology, seed=7):
+    chunks = make_chunks(case, topology, seed=seed)
+    return training_state(chunks, case.settings, topology=topology, in_backward=case.in_backward)
 
 
-def take_steps(case, state, place, count):
+def take_steps(case, state, topology, count):
     """Losses of some steps, all on the same data."""
-    mine = make_batches(case, place)[place.dp_rank :: place.dp]
+    mine = make_batches(case, topology)[topology.dp_rank :: topology.dp]
     losses = []
     for _ in range(count):
-        losses.append(train_step(case, state, mine, place))
+        losses.append(train_step(case, state, mine, topology))
         assert state.step().is_applied
     return losses
 
@@ -114,21 +114,21 @@ def saved_and_loaded(folder, case, source, target, later=None):
 
     The second is of the case `later`, the same if there is none.
     """
-    with topology(Layout(**source)) as place:
-        state = make_state(case, place)
-        take_steps(case, state, place, 2)
-        with CheckpointWriter(folder, topology=place, keep_last=2) as writer:
+    with open_topology(Layout(**source)) as topology:
+        state = make_state(case, topology)
+        take_steps(case, state, topology, 2)
+        with CheckpointWriter(folder, topology=topology, keep_last=2) as writer:
             writer.save(2, {"policy": state}, state={})
         before = weights_here(state)
-        losses = take_steps(case, state, place, 2)
+        losses = take_steps(case, state, topology, 2)
         after = weights_here(state)
-    with topology(Layout(**target)) as place:
-        state = make_state(later or case, place, seed=8)
-        restore(state, newest_checkpoint(folder, topology=place), "policy")
+    with open_topology(Layout(**target)) as topology:
+        state = make_state(later or case, topology, seed=8)
+        restore(state, newest_checkpoint(folder, topology=topology), "policy")
         loaded = weights_here(state)
-        with CheckpointWriter(folder, topology=place, keep_last=2, is_async=False) as writer:
+        with CheckpointWriter(folder, topology=topology, keep_last=2, is_async=False) as writer:
             writer.save(3, {"policy": state}, state={})
-        return before, loaded, losses, take_steps(case, state, place, 2), after, weights_here(state)
+        return before, loaded, losses, take_steps(case, state, topology, 2), after, weights_here(state)
 
 
 def whole_tensors(folder, kind):
@@ -143,7 +143,7 @@ def whole_tensors(folder, kind):
 
 def assert_same_content(folder, case):
     """Check that what was saved right after loading is what was loaded."""
-    kinds = (WEIGHT,) if case.frozen else (WEIGHT, *AVERAGES)  # frozen weights have no averages
+    kinds = (WEIGHT,) if case.frozen else (WEIGHT, *ADAM_MOMENTS)  # frozen weights have no moments
     for kind in kinds:
         assert whole_tensors(folder / "step_3", kind) == whole_tensors(folder / "step_2", kind), kind
 
@@ -210,26 +210,26 @@ def test_either_optimizer_goes_on_from_the_others_checkpoint(ranks, tmp_path, na
 def go_on_after_a_step_that_ended_half_way(folder):
     """Changes of two steps more, and what they clip by: of a run, and of one from its checkpoint."""
     case = CASES["clipped bf16"]
-    with topology(Layout()) as place:
-        state, found = make_state(case, place), []
+    with open_topology(Layout()) as topology:
+        state, found = make_state(case, topology), []
         weight = dict(state.bare_chunks[0].named_weights())[
             "decoder.layers.1.self_attention.linear_proj.weight"
         ]
         handle = weight.register_hook(lambda gradient: gradient * torch.nan)
-        train_step(case, state, make_batches(case, place), place)
+        train_step(case, state, make_batches(case, topology), topology)
         assert not state.step().is_applied
         handle.remove()
-        with CheckpointWriter(folder, topology=place, keep_last=1, is_async=False) as writer:
+        with CheckpointWriter(folder, topology=topology, keep_last=1, is_async=False) as writer:
             writer.save(0, {"policy": state}, state={})
-        again = make_state(case, place, seed=8)
-        restore(again, checkpoint_at(folder / "step_0", topology=place), "policy")
+        again = make_state(case, topology, seed=8)
+        restore(again, checkpoint_at(folder / "step_0", topology=topology), "policy")
         for each in (state, again):
-            take_steps(case, each, place, 2)
+            take_steps(case, each, topology, 2)
             found.append((weights_here(each), each.gradient_squares))
         return found
 
 
-def test_averages_of_a_first_step_that_ended_half_way_are_kept(tmp_path):
+def test_moments_of_a_first_step_that_ended_half_way_are_kept(tmp_path):
     (expected, squares), (found, others) = go_on_after_a_step_that_ended_half_way(tmp_path)
     assert others == squares
     assert sum(squares.values()) > CLIPPED.clip_grad**2
@@ -238,17 +238,17 @@ def test_averages_of_a_first_step_that_ended_half_way_are_kept(tmp_path):
 
 
 def load_alone(folder, case):
-    with topology(Layout()) as place:
-        state = make_state(case, place, seed=8)
-        restore(state, checkpoint_at(folder, topology=place), "policy")
-        return weights_here(state), take_steps(case, state, place, 1)
+    with open_topology(Layout()) as topology:
+        state = make_state(case, topology, seed=8)
+        restore(state, checkpoint_at(folder, topology=topology), "policy")
+        return weights_here(state), take_steps(case, state, topology, 1)
 
 
 def load_here(folder, case, axes):
-    with topology(Layout(**axes)) as place:
-        state = make_state(case, place, seed=8)
-        restore(state, checkpoint_at(folder, topology=place), "policy")
-        return weights_here(state), take_steps(case, state, place, 1)
+    with open_topology(Layout(**axes)) as topology:
+        state = make_state(case, topology, seed=8)
+        restore(state, checkpoint_at(folder, topology=topology), "policy")
+        return weights_here(state), take_steps(case, state, topology, 1)
 
 
 @pytest.mark.parametrize("axes", [{"tp": 2, "pp": 2}, pytest.param(TP4, marks=pytest.mark.slow)], ids=str)
@@ -270,9 +270,9 @@ def test_one_rank_and_four_load_each_others(ranks, tmp_path, axes):
 
 
 def load_another(folder, case):
-    with topology(Layout()) as place:
-        state = make_state(case, place)
-        restore(state, checkpoint_at(folder, topology=place), "policy")
+    with open_topology(Layout()) as topology:
+        state = make_state(case, topology)
+        restore(state, checkpoint_at(folder, topology=topology), "policy")
 
 
 def test_another_model_is_refused(tmp_path):

@@ -13,16 +13,16 @@ from saved_runs import OPTIONS, save_steps, tiny_run
 
 from glm_rlhf.parallel.checkpoint import save
 from glm_rlhf.parallel.checkpoint.restore import newest_checkpoint
-from glm_rlhf.parallel.checkpoint.save import TRACKER, bring_back, step_folders
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.checkpoint.save import TRACKER, recover_replaced, step_folders
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 NUM_KILLS = 20
 
 
 def newest(folder):
-    with topology(Layout()) as place:
-        return newest_checkpoint(folder, topology=place)
+    with open_topology(Layout()) as topology:
+        return newest_checkpoint(folder, topology=topology)
 
 
 def files_of(folder):
@@ -58,7 +58,7 @@ def asynchronous_and_not(folder, axes):
         run.step()
         original = run.writer._stage
         run.writer._stage = lambda job: (time.sleep(0.2), original(job))[1]  # the update comes before it
-        with save.CheckpointWriter(folder / "sync", topology=run.place, is_async=False, **OPTIONS) as sync:
+        with save.CheckpointWriter(folder / "sync", topology=run.topology, is_async=False, **OPTIONS) as sync:
             run.save(1, sync)
         run.save(1)
         was_running = run.writer._thread.is_alive()
@@ -80,7 +80,7 @@ def failing_save(folder, rank):
     with tiny_run(folder, {"tp": 2}) as run:
         run.save(2)
         run.writer.finish()
-        if run.place.rank == rank:
+        if run.topology.rank == rank:
             original = save.write_all
 
             def fail(*args, **kwargs):
@@ -96,7 +96,7 @@ def failing_save(folder, rank):
         except ValueError as error:
             said = [step, str(error)]
         finally:
-            if run.place.rank == rank:
+            if run.topology.rank == rank:
                 save.write_all = original
         run.save(6)  # the run may go on
     return said
@@ -129,12 +129,12 @@ def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
     folder = tiny_disk / "run"
     save_steps(folder, {}, [2])
     before = files_of(folder / "step_2")
-    filler = tiny_disk / "filler"
-    filler.write_bytes(bytes(2**20 - sum(map(len, before.values())) - 100_000))
+    padding = tiny_disk / "filler"
+    padding.write_bytes(bytes(2**20 - sum(map(len, before.values())) - 100_000))
     with pytest.raises(ValueError, match=r"step 4 was not written: .*No space left on device"):
         save_steps(folder, {}, [4])
     assert sorted(path.name for path in folder.iterdir()) == [TRACKER, "step_2"]
-    filler.unlink()
+    padding.unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     with pytest.raises(ValueError, match=r"step 4 was not written: .*Read-only file system"):
         save_steps(folder, {}, [4])
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_gives_way_to_a_new_one_of_its_step(tmp_path):
 def test_what_gave_way_to_a_save_that_was_killed_gets_its_name_back(tmp_path):
     for name in (".step_3.replaced", ".step_5.replaced", "step_5", ".step_4.partial", ".step_2.removed"):
         (tmp_path / name).mkdir()
-    bring_back(tmp_path)
+    recover_replaced(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *(".step_2.removed", ".step_4.partial", ".step_5.replaced", "step_3", "step_5")
     ]

@@ -10,16 +10,15 @@ from tiny_generation import answers, make_phase, make_requests
 from tiny_training import Case, make_chunks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glm_rlhf.engine.rollout.scheduling.request_queue import SequenceWork
-from glm_rlhf.engine.rollout.scheduling.requests import Step
 from glm_rlhf.kernels.dispatch.launch import forced
 from glm_rlhf.parallel.inference.cuda_graph import DecodeGraphs
 from glm_rlhf.parallel.inference.kv_cache import KVCache
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.inference.stage import GenerationStage
 from glm_rlhf.parallel.inference.step_inputs import make_batch
+from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 from glm_rlhf.parallel.inference.weight_views import chunk_weights
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 # Waits for the device, or makes a shape that the host must know.
@@ -53,8 +52,8 @@ def _forget():
 
 @pytest.fixture
 def place():
-    with topology(Layout()) as place:
-        yield place
+    with open_topology(Layout()) as topology:
+        yield topology
 
 
 def works(lengths, page_size=4):
@@ -90,16 +89,16 @@ def make_stage(chunks, *, record, sampling=None, num_pages=32, longest=40):
 def one_step(stage, plan):
     turn = stage.start(plan)
     stage.advance(turn, 0)
-    return stage.drawn(turn)
+    return stage.sampled(turn)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(dtype=torch.bfloat16)])
 @pytest.mark.parametrize("lengths", [(5,), (9, 1, 8), (4, 17, 2, 33, 12)])
-def test_a_recorded_step_draws_what_an_eager_one_draws(place, case, lengths):
-    chunks = make_chunks(case, place)
+def test_a_recorded_step_draws_what_an_eager_one_draws(topology, case, lengths):
+    chunks = make_chunks(case, topology)
     eager, eager_cache = make_stage(chunks, record=None)
     recorded, cache = make_stage(chunks, record=StandIn)
-    plan = Step(copies=(), decodes=works(lengths), prefills=())
+    plan = StepPlan(copies=(), decodes=works(lengths), prefills=())
     for _ in range(2):
         expected, found = one_step(eager, plan), one_step(recorded, plan)
         assert found[0] == expected[0]
@@ -114,12 +113,12 @@ def test_a_recorded_step_draws_what_an_eager_one_draws(place, case, lengths):
     assert {tuple(slot) for slot in (~same).nonzero().tolist()} == written
 
 
-def test_each_batch_size_is_recorded_once_and_mixed_steps_never(place):
-    chunks = make_chunks(Case(), place)
+def test_each_batch_size_is_recorded_once_and_mixed_steps_never(topology):
+    chunks = make_chunks(Case(), topology)
     requests = make_requests(13, new_tokens=20)
-    with make_phase(chunks, place, requests, num_pages=60) as phase:
+    with make_phase(chunks, topology, requests, num_pages=60) as phase:
         expected = answers(phase, requests)
-    with make_phase(chunks, place, requests, num_pages=60, record=StandIn) as phase:
+    with make_phase(chunks, topology, requests, num_pages=60, record=StandIn) as phase:
         found = answers(phase, requests)
         sizes = sorted(len(recording.output) for recording in alive())
         assert sizes == sorted(set(sizes)), "one recording a size"
@@ -134,8 +133,8 @@ def test_each_batch_size_is_recorded_once_and_mixed_steps_never(place):
     assert again == found
 
 
-def test_recordings_see_new_weights_and_end_with_the_phase(place):
-    chunks = make_chunks(Case(), place)
+def test_recordings_see_new_weights_and_end_with_the_phase(topology):
+    chunks = make_chunks(Case(), topology)
     requests = make_requests(5)
 
     def change():
@@ -143,13 +142,13 @@ def test_recordings_see_new_weights_and_end_with_the_phase(place):
             for parameter in chunks[0].parameters():
                 parameter.mul_(1.3)
 
-    with make_phase(chunks, place, requests, record=StandIn) as phase:
+    with make_phase(chunks, topology, requests, record=StandIn) as phase:
         before = answers(phase, requests)
         num_recordings = len(MADE)
         change()
         found = answers(phase, requests)
         assert len(MADE) == num_recordings > 0
-    with make_phase(chunks, place, requests) as phase:
+    with make_phase(chunks, topology, requests) as phase:
         expected = answers(phase, requests)
     assert {key: done.tokens for key, done in found.items()} == {
         key: done.tokens for key, done in expected.items()
@@ -170,13 +169,13 @@ def test_every_stage_and_chunk_is_recorded(ranks, axes):
 
 def recorded_and_eager(axes):
     """On each rank: whether answers agree, recordings made, and their numbers of rows."""
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(Case(), place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(Case(), topology)
         requests = make_requests(9)
-        with make_phase(chunks, place, requests) as phase:
+        with make_phase(chunks, topology, requests) as phase:
             expected = answers(phase, requests)
         MADE.clear()
-        with make_phase(chunks, place, requests, record=StandIn) as phase:
+        with make_phase(chunks, topology, requests, record=StandIn) as phase:
             found = answers(phase, requests)
             recordings = alive()
             sizes = {len(recording.output) for recording in recordings}
@@ -201,13 +200,13 @@ class NoWaits(TorchDispatchMode):
         SamplingSettings(top_k=5, top_p=0.8, masked_ids_V=torch.arange(64) > 60),
     ],
 )
-def test_no_decode_step_waits_for_the_device(place, sampling):
+def test_no_decode_step_waits_for_the_device(topology, sampling):
     # The kernels run in the interpreter, the code around them as on a device.
-    chunks = make_chunks(Case(changes={"num_layers": 1}), place)
+    chunks = make_chunks(Case(changes={"num_layers": 1}), topology)
     with forced("triton"), torch.inference_mode():
         stage, cache = make_stage(chunks, record=None, sampling=sampling)
         batch = make_batch(
-            SimpleNamespace(decodes=works((9, 2, 5)), prefills=()), page_size=4, device=place.device
+            SimpleNamespace(decodes=works((9, 2, 5)), prefills=()), page_size=4, device=topology.device
         )
         before = cache._pools.clone()
         with NoWaits():
@@ -234,10 +233,10 @@ def test_steps_that_do_not_fit_run_eagerly():
         record=StandIn,
     )
     decodes = works((12, 3))
-    assert graphs.takes(Step(copies=(), decodes=decodes, prefills=()))
-    assert not graphs.takes(Step(copies=(), decodes=decodes, prefills=decodes[:1]))
-    assert not graphs.takes(Step(copies=(), decodes=works((12, 13)), prefills=()))
-    assert not graphs.takes(Step(copies=(), decodes=works((1,) * 513), prefills=()))
+    assert graphs.takes(StepPlan(copies=(), decodes=decodes, prefills=()))
+    assert not graphs.takes(StepPlan(copies=(), decodes=decodes, prefills=decodes[:1]))
+    assert not graphs.takes(StepPlan(copies=(), decodes=works((12, 13)), prefills=()))
+    assert not graphs.takes(StepPlan(copies=(), decodes=works((1,) * 513), prefills=()))
     numbers = graphs.numbers(works((1,) * 400))
     assert [len(array) for array in numbers.arrays] == [512] * 7
     assert numbers.arrays[2][400:].tolist() == [-1] * 112
@@ -245,13 +244,13 @@ def test_steps_that_do_not_fit_run_eagerly():
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_draw_what_eager_steps_draw(place):
-    chunks = make_chunks(Case(dtype=torch.bfloat16), place)
+def test_cuda_graphs_draw_what_eager_steps_draw(topology):
+    chunks = make_chunks(Case(dtype=torch.bfloat16), topology)
     requests = make_requests(30, new_tokens=40)
     room = {"max_batch": 16, "max_step_tokens": 64, "num_pages": 400}
     found = []
     for is_recorded in (False, True):
-        with make_phase(chunks, place, requests, **room) as phase:
+        with make_phase(chunks, topology, requests, **room) as phase:
             if not is_recorded:
                 phase._record = None
             found.append(answers(phase, requests))
@@ -260,7 +259,7 @@ def test_cuda_graphs_draw_what_eager_steps_draw(place):
     # Products of other numbers of rows round differently in bf16; a near tie may then fall the other way.
     assert same >= 0.9 * len(eager)
     memory = torch.cuda.memory_allocated()
-    with make_phase(chunks, place, requests, **room) as phase:
+    with make_phase(chunks, topology, requests, **room) as phase:
         answers(phase, requests)
     del phase
     gc.collect()

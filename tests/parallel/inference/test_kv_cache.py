@@ -10,7 +10,7 @@ from tiny_training import CONFIG, Case, make_chunks
 
 from glm_rlhf.parallel.inference.kv_cache import KVCache, num_pages_within
 from glm_rlhf.parallel.inference.weight_views import chunk_weights
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 # CONFIG: 4 layers, 2 key/value heads of 8. A page of 4 positions, fp32: 2 · 4 · 4 · 2 · 8 · 4 bytes.
@@ -45,8 +45,8 @@ def test_a_budget_without_room_for_a_page_is_refused():
 
 def caches(axes):
     """On each rank: bytes of a cache of 7 pages, those that torch holds for it, and shapes of its pools."""
-    with topology(Layout(**axes)) as place:
-        chunks = chunk_weights(make_chunks(Case(), place))
+    with open_topology(Layout(**axes)) as topology:
+        chunks = chunk_weights(make_chunks(Case(), topology))
         cache = KVCache(chunks, num_pages=7, page_size=4)
         num_layers = sum(len(chunk.layers) for chunk in chunks)
         pools = [pool for index in range(num_layers) for pool in cache.layer(index)]
@@ -69,8 +69,8 @@ def test_a_cache_takes_what_its_pages_take(ranks, axes, layers, heads):
 
 @pytest.fixture
 def weights():
-    with topology(Layout()) as place:
-        yield chunk_weights(make_chunks(Case(), place))
+    with open_topology(Layout()) as topology:
+        yield chunk_weights(make_chunks(Case(), topology))
 
 
 def test_pages_are_copied_in_every_layer(weights):

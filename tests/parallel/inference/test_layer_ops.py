@@ -6,16 +6,16 @@ import torch
 from glm_rlhf.kernels.dispatch.launch import forced
 from glm_rlhf.kernels.layers.rope import rope_table
 from glm_rlhf.parallel.inference.layer_ops import KernelOps, TorchOps, layer_ops
-from glm_rlhf.parallel.inference.step_inputs import HostNumbers, decode_batch, decode_shapes
+from glm_rlhf.parallel.inference.step_inputs import PinnedInputs, decode_batch, decode_shapes
 
 PAGE_SIZE, NUM_PAGES, K, G, H, D = 4, 9, 2, 3, 8, 16
 EPSILON = 1e-5
 
 
-def make_batch(lengths, num_fillers):
+def make_batch(lengths, num_padding_micro_batches):
     """Decoding sequences on pages of their own, and rows that fill up."""
     width = max(-(-length // PAGE_SIZE) for length in lengths)
-    numbers = HostNumbers(decode_shapes(len(lengths) + num_fillers, width))
+    numbers = PinnedInputs(decode_shapes(len(lengths) + num_padding_micro_batches, width))
     tokens, positions, slots, _, _, held, table = numbers.arrays
     slots[:] = -1
     first = 0
@@ -56,9 +56,9 @@ def outputs(batch, dtype, implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths, num_fillers", [((5, 1, 12), 0), ((5, 1, 12), 5), ((7,), 1)])
-def test_torch_and_kernels_agree(dtype, lengths, num_fillers):
-    batch = make_batch(lengths, num_fillers)
+@pytest.mark.parametrize("lengths, num_padding_micro_batches", [((5, 1, 12), 0), ((5, 1, 12), 5), ((7,), 1)])
+def test_torch_and_kernels_agree(dtype, lengths, num_padding_micro_batches):
+    batch = make_batch(lengths, num_padding_micro_batches)
     expected, found = outputs(batch, dtype, "triton"), outputs(batch, dtype, "reference")
     # fp32 sums in another order; bf16: one rounding, which the interpreter takes as truncation (2^-7).
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}

@@ -35,7 +35,7 @@ class Log:
     def advance(self, turn, chunk):
         self.calls.append(f"chunk {chunk} of {turn}")
 
-    def drawn(self, turn):
+    def sampled(self, turn):
         self.calls.append(f"drawn {turn}")
         if turn == self._fails:
             raise FloatingPointError(turn)

@@ -9,8 +9,8 @@ from tiny_training import Case, make_batches, make_chunks, train_step
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.inference.weight_views import chunk_weights
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
-from glm_rlhf.parallel.runtime.generation_topology import second_topology
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.generation_topology import generation_topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 PAIRS = [
@@ -56,15 +56,15 @@ def bits_of(chunks):
     return flat
 
 
-def generated(chunks, place, num_requests=4):
+def generated(chunks, topology, num_requests=4):
     requests = make_requests(num_requests)
-    with make_phase(chunks, place, requests) as phase:
+    with make_phase(chunks, topology, requests) as phase:
         return answers(phase, requests)
 
 
 def resharded(case, axes, target_axes):
     """On each rank: weights and answers in a second layout, before and after a training step in the first."""
-    with topology(Layout(**axes)) as first, second_topology(Layout(**target_axes), first) as second:
+    with open_topology(Layout(**axes)) as first, generation_topology(Layout(**target_axes), first) as second:
         chunks = make_chunks(case, first)
         state = TrainingState(chunks, case.settings, topology=first)
         weights = ReshardedWeights(chunks, second, buffer_bytes=BUFFER_BYTES)
@@ -87,9 +87,9 @@ def resharded(case, axes, target_axes):
 
 def loaded(case, axes):
     """On each rank: weights and answers of a model that was made in a layout."""
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(case, place)
-        return bits_of(chunks), generated(chunks, place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(case, topology)
+        return bits_of(chunks), generated(chunks, topology)
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_a_second_layout_equals_a_model_made_in_it(ranks, case, source, target):
             assert common
             for key in common:
                 assert after[key].tokens == own[key].tokens
-                assert after[key].plain_logprobs == pytest.approx(own[key].plain_logprobs, abs=1e-5)
+                assert after[key].untempered_logprobs == pytest.approx(own[key].untempered_logprobs, abs=1e-5)
         # The buffer, and lists of its parts that the collective makes.
         assert peak <= BUFFER_BYTES * 1.25
 
 
 def alone(axes, target_axes):
     """On each rank: the answer to one request in both layouts. A step holds the same rows in both."""
-    with topology(Layout(**axes)) as first, second_topology(Layout(**target_axes), first) as second:
+    with open_topology(Layout(**axes)) as first, generation_topology(Layout(**target_axes), first) as second:
         chunks = make_chunks(Case(), first)
         with ReshardedWeights(chunks, second).filled() as filled:
             return generated(chunks, first, 1), generated(filled, second, 1)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from glm_rlhf.engine.rollout.scheduling.requests import SequenceWork
 from glm_rlhf.parallel.inference.step_inputs import (
-    HostNumbers,
+    PinnedInputs,
     decode_batch,
     decode_shapes,
     fill_decodes,
     make_batch,
 )
+from glm_rlhf.parallel.inference.step_plan import SequenceWork
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_decodes_alone_are_all_drawn():
     assert batch.seeds_B.tolist() == [-(2**63), 2**63 - 1]
     assert batch.steps_B.tolist() == [3, 0]
     assert batch.sampled_rows is None
-    assert (batch.num_decodes, batch.num_drawn, batch.prefill, batch.key_slots_S) == (2, 2, None, None)
+    assert (batch.num_decodes, batch.num_sampled, batch.prefill, batch.key_slots_S) == (2, 2, None, None)
     dtypes = [getattr(batch, name).dtype for name in ("tokens_T", "slots_T", "page_table_BP", "lengths_B")]
     assert dtypes == [torch.int64, torch.int64, torch.int32, torch.int32]
 
@@ -88,24 +88,24 @@ def test_whole_prompts_need_no_keys_of_the_cache():
 
 def test_a_part_of_a_prompt_draws_nothing():
     batch = batch_of(prefills=PREFILLS[1:2])
-    assert batch.num_drawn == 0
+    assert batch.num_sampled == 0
     assert batch.sampled_rows.tolist() == []
 
 
 def test_filled_up_rows_write_and_see_nothing():
-    numbers = HostNumbers(decode_shapes(4, 3))
+    numbers = PinnedInputs(decode_shapes(4, 3))
     fill_decodes(numbers.arrays, DECODES, 4)
     batch = decode_batch(numbers.to(CPU))
     assert batch.slots_T.tolist() == [9, 36, -1, -1]
     assert batch.lengths_B.tolist() == [6, 1, 0, 0]
     assert batch.page_table_BP.tolist() == [[7, 2, 0], [9, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert batch.num_drawn == 4
+    assert batch.num_sampled == 4
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (0, 5), (2, 2, 7)])
 def test_numbers_of_both_types_lie_end_to_end(sizes):
     shapes = [((size,), dtype) for size in sizes for dtype in (np.int32, np.int64)]
-    numbers = HostNumbers(shapes)
+    numbers = PinnedInputs(shapes)
     for number, array in enumerate(numbers.arrays, 1):
         assert not array.any()
         array[:] = -number

@@ -13,7 +13,7 @@ from glm_rlhf.parallel.model.token_outputs import next_tokens, token_logprobs
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.sharding import place_shard, shards_of
 from glm_rlhf.parallel.spec.weight_map import weights_of
@@ -69,23 +69,23 @@ def checkpoints(tmp_path_factory):
 
 def check_layout(folders: dict[str, Path], axes: dict) -> dict[str, dict[str, float]]:
     """On each rank, by family: how far this layout is from transformers."""
-    with topology(Layout(**axes)) as place:
-        return {family: differences(folder, place) for family, folder in folders.items()}
+    with open_topology(Layout(**axes)) as topology:
+        return {family: differences(folder, topology) for family, folder in folders.items()}
 
 
-def differences(folder: Path, place) -> dict[str, float]:
+def differences(folder: Path, topology) -> dict[str, float]:
     answers = torch.load(folder / "answers.pt")
-    chunks = build_model(read_config(folder), place, dtype=torch.float32)
+    chunks = build_model(read_config(folder), topology, dtype=torch.float32)
     load_weights(chunks, folder)
-    batches = [pack(batch, multiple=place.layout.token_multiple) for batch in sequences()]
-    logprobs = [found for found, _ in score_tokens(chunks, batches, topology=place)]
+    batches = [pack(batch, multiple=topology.layout.token_multiple) for batch in sequences()]
+    logprobs = [found for found, _ in score_tokens(chunks, batches, topology=topology)]
     split = [part for batch, rows in zip(batches, logprobs, strict=True) for part in batch.split(rows)]
 
     # With these settings Adam's first step is g / (|g| + 1): the gradient can be read off the weights.
     settings = AdamSettings(lr=1.0, betas=(0.0, 0.0), epsilon=1.0, clip_grad=0.0)
-    state = TrainingState(chunks, settings, topology=place)
+    state = TrainingState(chunks, settings, topology=topology)
     before = {name: p.detach().clone() for chunk in chunks for name, p in chunk.named_weights()}
-    loss = train_step(state, batches, place)
+    loss = train_step(state, batches, topology)
     result = state.step()
     assert result.is_applied
     steps = {n: before[n] - p.detach() for chunk in chunks for n, p in chunk.named_weights()}
@@ -99,40 +99,40 @@ def differences(folder: Path, place) -> dict[str, float]:
     }
 
 
-def own_rows(values_T, batch, place):
-    return share(batch, cp_rank=place.cp_rank, cp_size=place.layout.cp).take(values_T)
+def own_rows(values_T, batch, topology):
+    return share(batch, cp_rank=topology.cp_rank, cp_size=topology.layout.cp).take(values_T)
 
 
-def train_step(state, batches, place) -> float:
+def train_step(state, batches, topology) -> float:
     """Run this data-parallel rank's micro-batches forward and backward; return the loss of all."""
     num_targets = sum(length - 1 for lengths in LENGTHS for length in lengths)
-    mine = batches[place.dp_rank :: place.dp]
+    mine = batches[topology.dp_rank :: topology.dp]
     targets = [next_tokens(batch) for batch in mine]
 
     def step(model, hidden_TD, index):
-        logprobs_T, _ = token_logprobs(model, hidden_TD, own_rows(targets[index], mine[index], place))
+        logprobs_T, _ = token_logprobs(model, hidden_TD, own_rows(targets[index], mine[index], topology))
         loss = -logprobs_T.sum() / num_targets
         return loss, loss.detach()
 
     state.zero_grad()
-    outputs = run_micro_batches(state.chunks, mine, step, topology=place, forward_only=False)
+    outputs = run_micro_batches(state.chunks, mine, step, topology=topology, forward_only=False)
     total = torch.stack([*outputs, torch.zeros(())]).sum()
     torch.distributed.all_reduce(total)
-    return total.item() / place.layout.tp
+    return total.item() / topology.layout.tp
 
 
 def gradient_error(gradients, expected, chunks) -> float:
     """Worst difference of any weight's gradient, relative to the largest of that weight."""
     worst, seen = 0.0, 0
     for chunk in chunks:
-        glm, place = chunk.glm, chunk.topology
+        glm, topology = chunk.glm, chunk.topology
         layers = range(chunk.first_layer, chunk.first_layer + len(chunk.decoder.layers))
         weights = weights_of(
             glm, layers=layers, has_embedding=chunk.pre_process, has_head=chunk.post_process, role="policy"
         )
         for weight in weights:
-            for shard in shards_of(weight, glm, tp_rank=place.tp_rank, tp_size=place.layout.tp):
-                for piece, part in place_shard(shard, gradients[shard.ours]):
+            for shard in shards_of(weight, glm, tp_rank=topology.tp_rank, tp_size=topology.layout.tp):
+                for piece, part in place_shard(shard, gradients[shard.name]):
                     whole = expected[piece.name]
                     want = whole.narrow(piece.dim, piece.start, piece.length)
                     worst = max(worst, float((part - want).abs().max() / whole.abs().max()))

@@ -7,7 +7,7 @@ import torch
 from tiny_training import Case, assert_equal, make_batches, make_chunks, run_cases
 
 from glm_rlhf.parallel.model.packing import share
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 SANDWICH = {"family": "glm4", "has_sandwich_norms": True}
@@ -32,10 +32,10 @@ def test_layers_that_run_again_in_backward_give_the_same_gradients(ranks, axes):
 
 def kept_for_backward(*, recomputes: bool, with_grad: bool) -> int:
     """Elements that a forward pass of one rank saves for backward."""
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         case = Case(changes=SANDWICH, recomputes=recomputes)
-        (chunk,) = make_chunks(case, place)
-        batch = make_batches(case, place)[0]
+        (chunk,) = make_chunks(case, topology)
+        batch = make_batches(case, topology)[0]
         kept = []
 
         def save(tensor):

@@ -82,7 +82,7 @@ def test_what_cannot_be_packed_is_refused(sequences, message):
 def test_what_belongs_to_a_stream_is_on_its_device(cp_size):
     packed = pack(sequences_of([3, 0, 6]), multiple=8)
     there = packed.to(torch.device("meta"))  # a device without data, so that nothing is read from it either
-    assert (there.lengths, there.num_filler) == (packed.lengths, packed.num_filler)
+    assert (there.lengths, there.num_padding) == (packed.lengths, packed.num_padding)
     part = share(there, cp_rank=cp_size - 1, cp_size=cp_size)
     tensors = [there.tokens_T, part.positions_T, part.take(there.tokens_T), next_tokens(there)]
     tensors += [t for s in part.segments for t in (s.query_cu_seqlens, s.key_cu_seqlens)]

@@ -6,7 +6,7 @@ from tiny_models import make_model, reference_logprobs, save_folder
 
 from glm_rlhf.parallel.model.packing import pack, share
 from glm_rlhf.parallel.model.sequence_outputs import last_token_values, sequence_logprobs
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
@@ -36,10 +36,10 @@ def on_ranks(folder, axes: dict) -> tuple[list, list]:
 
 def numbers(folder, axes: dict, role: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers of a layout, and the gradient of a loss of them at every row, in the stream's order."""
-    with topology(Layout(**axes)) as place:
-        chunks, _ = load_model(folder, place, role=role, dtype=torch.float32)
-        packed = pack(sequences(), multiple=place.layout.token_multiple)
-        mine = share(packed, cp_rank=place.cp_rank, cp_size=place.layout.cp)
+    with open_topology(Layout(**axes)) as topology:
+        chunks, _ = load_model(folder, topology, role=role, dtype=torch.float32)
+        packed = pack(sequences(), multiple=topology.layout.token_multiple)
+        mine = share(packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
         with torch.no_grad():
             hidden_TD = chunks[0](mine)
         hidden_TD.requires_grad_()
@@ -53,7 +53,7 @@ def numbers(folder, axes: dict, role: str) -> tuple[torch.Tensor, torch.Tensor]:
         (found_B * torch.arange(1.0, 6.0)).sum().square().backward()
         gradient_TD = torch.zeros(packed.num_tokens, hidden_TD.shape[1])
         gradient_TD[slice(None) if mine.rows is None else mine.rows] = hidden_TD.grad
-        torch.distributed.all_reduce(gradient_TD, group=place.cp_group)
+        torch.distributed.all_reduce(gradient_TD, group=topology.cp_group)
         return found_B.detach(), gradient_TD[: sum(LENGTHS)]
 
 
@@ -65,8 +65,8 @@ def alone(folder):
 def test_one_rank_equals_transformers(folder, alone):
     (scores_B, _), (logprobs_B, _) = alone
     model = make_model("glm")
-    with topology(Layout()) as place:
-        chunks, _ = load_model(folder, place, role="reward", dtype=torch.float32)
+    with open_topology(Layout()) as topology:
+        chunks, _ = load_model(folder, topology, role="reward", dtype=torch.float32)
         head = chunks[0].value_head
         with torch.no_grad():
             expected = [head(model.model(ids[None]).last_hidden_state[0, -1:])[0] for ids in sequences()]
@@ -91,8 +91,8 @@ def test_every_layout_equals_one_rank_gradients_too(ranks, folder, alone, axes):
 
 
 def test_a_sequence_without_tokens_is_refused(folder):
-    with topology(Layout()) as place:
-        chunks, _ = load_model(folder, place, role="reward", dtype=torch.float32)
+    with open_topology(Layout()) as topology:
+        chunks, _ = load_model(folder, topology, role="reward", dtype=torch.float32)
         packed = pack([torch.tensor([3, 4]), torch.tensor([], dtype=torch.int64)])
         mine = share(packed)
         with pytest.raises(ValueError, match="sequence 1 of the stream has no token"):

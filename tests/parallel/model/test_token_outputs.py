@@ -8,7 +8,7 @@ from tiny_training import CONFIG, READS_GRADIENT, Case, assert_equal, make_chunk
 from glm_rlhf.parallel.model.packing import pack, share
 from glm_rlhf.parallel.model.token_outputs import next_tokens, shift_to_rows, shift_to_tokens, token_values
 from glm_rlhf.parallel.optim.training_state import TrainingState
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 CASES = [
@@ -49,9 +49,9 @@ def test_one_rank_has_something_to_be_equal_to(expected):
 
 
 def test_the_scalar_head_of_a_bf16_model_computes_and_learns_in_fp32():
-    with topology(Layout()) as place:
-        chunks = make_chunks(Case(role="critic", dtype=torch.bfloat16), place)
-        state = TrainingState(chunks, READS_GRADIENT, topology=place)
+    with open_topology(Layout()) as topology:
+        chunks = make_chunks(Case(role="critic", dtype=torch.bfloat16), topology)
+        state = TrainingState(chunks, READS_GRADIENT, topology=topology)
         kinds = {name: p.dtype for name, p in chunks[0].named_weights()}
         head = {name: kinds.pop(name) for name in ("value_head.weight", "value_head.bias")}
         assert set(head.values()) == {torch.float32}
@@ -68,15 +68,15 @@ def test_the_scalar_head_of_a_bf16_model_computes_and_learns_in_fp32():
 
 
 def test_values_of_a_policy_are_refused():
-    with topology(Layout()) as place:
-        (model,) = make_chunks(Case(), place)
+    with open_topology(Layout()) as topology:
+        (model,) = make_chunks(Case(), topology)
         with pytest.raises(ValueError, match=r"a policy has a vocabulary head, .* critic or a reward"):
             token_values(model, torch.zeros(2, CONFIG.hidden_size))
 
 
 def test_rows_predict_the_next_token_of_their_own_sequence():
     packed = pack([torch.tensor([5]), torch.tensor([6, 7, 8]), torch.tensor([9, 1])], multiple=4)
-    assert packed.num_filler == 2
+    assert packed.num_padding == 2
     skip = -100
     assert next_tokens(packed).tolist() == [skip, 7, 8, skip, 1, skip, skip, skip]
     wanted_T = torch.tensor([True, True, False, True, False, True, True, True])

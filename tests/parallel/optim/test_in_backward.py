@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from glm_rlhf.parallel.optim.in_backward import InBackwardState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 LAYOUTS = {
@@ -108,17 +108,17 @@ class LiveGradients:
 def live_bytes(axes, lengths, in_backward, changes):
     """(peak of live gradients, after the step, the largest bucket, the whole gradient), each in bytes."""
     case = Case(lengths=lengths, settings=SETTINGS, changes=changes)
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(case, place)
-        batches = make_batches(case, place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(case, topology)
+        batches = make_batches(case, topology)
         live = LiveGradients(chunks)
-        state = training_state(chunks, SETTINGS, topology=place, in_backward=in_backward)
+        state = training_state(chunks, SETTINGS, topology=topology, in_backward=in_backward)
         buckets = defaultdict(int)
         for chunk in chunks:
             for name, parameter in chunk.named_weights():
                 parts = name.split(".")
                 buckets[".".join(parts[:3]) if parts[1] == "layers" else parts[0]] += 4 * parameter.numel()
-        train_step(case, state, batches[place.dp_rank :: place.dp], place)
+        train_step(case, state, batches[topology.dp_rank :: topology.dp], topology)
         assert state.step().is_applied
         return live.peak, live.now, max(buckets.values()), sum(buckets.values())
 
@@ -149,15 +149,15 @@ LIMIT = 0.4
 def clipped_steps(in_backward, num_idle_steps):
     """The gradient behind a clipped step, after `num_idle_steps` whose learning rate was 0."""
     case = Case()
-    with topology(Layout()) as place:
-        chunks, batches = make_chunks(case, place), make_batches(case, place)
+    with open_topology(Layout()) as topology:
+        chunks, batches = make_chunks(case, topology), make_batches(case, topology)
         settings = replace(READS_GRADIENT, clip_grad=LIMIT)
-        state = training_state(chunks, settings, topology=place, in_backward=in_backward)
+        state = training_state(chunks, settings, topology=topology, in_backward=in_backward)
         before = {name: p.detach().clone() for name, p in chunks[0].named_weights()}
         norms = []
         for index in range(num_idle_steps + 1):
             state.set_lr(float(index == num_idle_steps))
-            train_step(case, state, batches, place)
+            train_step(case, state, batches, topology)
             norms.append(state.step().grad_norm)
         steps = {name: before[name] - p.detach() for name, p in chunks[0].named_weights()}
         return gradients(steps), norms
@@ -186,10 +186,10 @@ def test_each_bucket_is_clipped_by_the_newest_norms():
 def changes_under_faults(axes, fault):
     """Whether the step was taken, and which weights changed: of a faulty step, then of a good one."""
     case = Case()
-    with topology(Layout(**axes)) as place:
-        chunks, batches = make_chunks(case, place), make_batches(case, place)
-        state = InBackwardState(chunks, SETTINGS, topology=place)
-        is_faulty, answers = place.rank == place.world_size - 1, []
+    with open_topology(Layout(**axes)) as topology:
+        chunks, batches = make_chunks(case, topology), make_batches(case, topology)
+        state = InBackwardState(chunks, SETTINGS, topology=topology)
+        is_faulty, answers = topology.rank == topology.world_size - 1, []
         if is_faulty and fault == "gradient":
             weight = dict(chunks[0].named_weights())["decoder.layers.1.self_attention.linear_proj.weight"]
             handle = weight.register_hook(lambda gradient: gradient * torch.nan)
@@ -199,7 +199,7 @@ def changes_under_faults(axes, fault):
                 with torch.no_grad():
                     saved = chunks[0].output_layer.weight[0].clone()
                     chunks[0].output_layer.weight[0] = torch.inf
-            train_step(case, state, batches[place.dp_rank :: place.dp], place)
+            train_step(case, state, batches[topology.dp_rank :: topology.dp], topology)
             result = state.step()
             if is_faulty and fault == "loss" and step == 0:
                 with torch.no_grad():
@@ -232,11 +232,11 @@ def test_a_loss_that_is_not_finite_changes_nothing(ranks):
 
 def test_a_state_lets_go_of_its_model_and_the_model_of_it():
     def train() -> weakref.ref:
-        with topology(Layout()) as place:
+        with open_topology(Layout()) as topology:
             case = Case()
-            chunks, batches = make_chunks(case, place), make_batches(case, place)
-            train_step(case, InBackwardState(chunks, SETTINGS, topology=place), batches, place)
-            forward(case, chunks, batches, place)  # the state is gone
+            chunks, batches = make_chunks(case, topology), make_batches(case, topology)
+            train_step(case, InBackwardState(chunks, SETTINGS, topology=topology), batches, topology)
+            forward(case, chunks, batches, topology)  # the state is gone
             return weakref.ref(chunks[0])
 
     gc.collect()
@@ -248,10 +248,10 @@ def test_a_state_lets_go_of_its_model_and_the_model_of_it():
 
 
 def test_whoever_reads_the_weights_is_waited_for_before_they_change():
-    with topology(Layout()) as place:
+    with open_topology(Layout()) as topology:
         case = Case()
-        chunks, batches = make_chunks(case, place), make_batches(case, place)
-        state = InBackwardState(chunks, SETTINGS, topology=place)
+        chunks, batches = make_chunks(case, topology), make_batches(case, topology)
+        state = InBackwardState(chunks, SETTINGS, topology=topology)
         before = {name: p.detach().clone() for name, p in chunks[0].named_weights()}
         changed = []
 
@@ -259,18 +259,18 @@ def test_whoever_reads_the_weights_is_waited_for_before_they_change():
             weights = chunks[0].named_weights()
             changed.append({name for name, p in weights if not torch.equal(p, before[name])})
 
-        state.before_change = note
-        train_step(case, state, batches, place)
+        state.wait_for_readers = note
+        train_step(case, state, batches, topology)
         assert state.step().is_applied
         assert changed[0] == set()
         assert changed[-1] == {name for name in before if not name.startswith("embedding.")}
 
 
 def test_what_cannot_be_combined_is_refused():
-    with topology(Layout()) as place:
-        chunks = make_chunks(Case(), place)
+    with open_topology(Layout()) as topology:
+        chunks = make_chunks(Case(), topology)
         with pytest.raises(ValueError, match=r"overlap_communication has to be off"):
-            training_state(chunks, SETTINGS, topology=place, overlap_communication=True, in_backward=True)
-        chunks = make_chunks(Case(dtype=torch.float16), place)
+            training_state(chunks, SETTINGS, topology=topology, overlap_communication=True, in_backward=True)
+        chunks = make_chunks(Case(dtype=torch.float16), topology)
         with pytest.raises(ValueError, match=r"float16 cannot be trained"):
-            InBackwardState(chunks, SETTINGS, topology=place)
+            InBackwardState(chunks, SETTINGS, topology=topology)

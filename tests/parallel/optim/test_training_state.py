@@ -25,7 +25,7 @@ from glm_rlhf.parallel.optim import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 BF16 = [
@@ -99,16 +99,16 @@ def test_overlapped_communication_changes_nothing(ranks, not_overlapped, axes):
 def several_overlapped_steps(num_steps):
     """Losses with and without overlap; between steps data-parallel rank 1 alone scores."""
     losses, scores = [], []
-    with topology(Layout(tp=2)) as place:
+    with open_topology(Layout(tp=2)) as topology:
         for overlaps in (False, True):
             case = Case(overlaps=overlaps, settings=AdamSettings(lr=1e-2))
-            chunks, batches = make_chunks(case, place), make_batches(case, place)
-            state = TrainingState(chunks, case.settings, topology=place, overlap_communication=overlaps)
+            chunks, batches = make_chunks(case, topology), make_batches(case, topology)
+            state = TrainingState(chunks, case.settings, topology=topology, overlap_communication=overlaps)
             for _ in range(num_steps):
-                if place.dp_rank == 1:
-                    scores.append(score_tokens(chunks, batches[:1], topology=place)[0][0])
+                if topology.dp_rank == 1:
+                    scores.append(score_tokens(chunks, batches[:1], topology=topology)[0][0])
                 dist.barrier()  # no rank may be waiting for another one's weights here
-                losses.append(train_step(case, state, batches[place.dp_rank :: place.dp], place))
+                losses.append(train_step(case, state, batches[topology.dp_rank :: topology.dp], topology))
                 state.step()
                 state.gather_weights()
     return losses, scores
@@ -136,16 +136,16 @@ def test_a_data_parallel_rank_without_micro_batches_adds_nothing(ranks, overlaps
 
 def steps_under_faults(clip_grad):
     """Norm and largest change of a weight: of a good step, then of one with NaN on rank 2."""
-    with topology(Layout(tp=2)) as place:
+    with open_topology(Layout(tp=2)) as topology:
         case = Case()
-        chunks, batches = make_chunks(case, place), make_batches(case, place)
+        chunks, batches = make_chunks(case, topology), make_batches(case, topology)
         settings = AdamSettings(lr=1.0, betas=(0.0, 0.0), epsilon=1.0, clip_grad=clip_grad)
-        state = TrainingState(chunks, settings, topology=place)
+        state = TrainingState(chunks, settings, topology=topology)
         answers = []
         for is_faulty in (False, True):
             before = [p.detach().clone() for p in chunks[0].parameters()]
-            train_step(case, state, batches[place.dp_rank :: place.dp], place)
-            if is_faulty and place.rank == 2:
+            train_step(case, state, batches[topology.dp_rank :: topology.dp], topology)
+            if is_faulty and topology.rank == 2:
                 # After the reduction a rank's own shard counts: some of this parameter is in everybody's.
                 for parameter in chunks[0].parameters():
                     parameter.main_grad[0] = torch.nan
@@ -156,12 +156,14 @@ def steps_under_faults(clip_grad):
             # Replicated weights are counted on one of the two tensor-parallel ranks.
             is_counted = torch.cat(
                 [
-                    torch.full((p.numel(),), getattr(p, "tensor_model_parallel", False) or place.tp_rank == 0)
+                    torch.full(
+                        (p.numel(),), getattr(p, "tensor_model_parallel", False) or topology.tp_rank == 0
+                    )
                     for p in chunks[0].parameters()
                 ]
             )
             squares = gradient[is_counted].square().sum()
-            dist.all_reduce(squares, group=place.tp_group)
+            dist.all_reduce(squares, group=topology.tp_group)
             answers.append((result.is_applied, result.grad_norm, float(squares) ** 0.5))
         return answers
 
@@ -217,10 +219,10 @@ def test_frozen_weights_stay_and_the_others_learn_as_on_one_rank(ranks, axes):
 
 
 def test_weight_decay_spares_biases_and_norms_and_lr_is_set():
-    with topology(Layout()) as place:
-        chunks = make_chunks(Case(role="critic"), place)
+    with open_topology(Layout()) as topology:
+        chunks = make_chunks(Case(role="critic"), topology)
         settings = AdamSettings(lr=0.0, weight_decay=0.5, clip_grad=0.0)
-        state = TrainingState(chunks, settings, topology=place)
+        state = TrainingState(chunks, settings, topology=topology)
         before = {name: p.detach().clone() for name, p in chunks[0].named_weights()}
         state.set_lr(0.1)
         assert state.step().is_applied  # without gradients a step only decays: by lr · weight_decay
@@ -230,10 +232,10 @@ def test_weight_decay_spares_biases_and_norms_and_lr_is_set():
 
 
 def test_float16_is_not_trained():
-    with topology(Layout()) as place:
-        chunks = make_chunks(Case(dtype=torch.float16), place)
+    with open_topology(Layout()) as topology:
+        chunks = make_chunks(Case(dtype=torch.float16), topology)
         with pytest.raises(ValueError, match=r"float16 cannot be trained.*bf16 or fp32"):
-            TrainingState(chunks, READS_GRADIENT, topology=place)
+            TrainingState(chunks, READS_GRADIENT, topology=topology)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -241,12 +243,16 @@ def test_a_training_state_lets_go_of_its_model(overlaps):
     """Else weights, gradients and process groups of every run would stay until the process ends."""
 
     def train() -> weakref.ref:
-        with topology(Layout()) as place:
+        with open_topology(Layout()) as topology:
             case = Case(overlaps=overlaps)
-            chunks = make_chunks(case, place)
-            state = TrainingState(chunks, READS_GRADIENT, topology=place, overlap_communication=overlaps)
+            chunks = make_chunks(case, topology)
+            state = TrainingState(chunks, READS_GRADIENT, topology=topology, overlap_communication=overlaps)
             run_micro_batches(
-                state.chunks, make_batches(case, place), sum_of_hidden, topology=place, forward_only=False
+                state.chunks,
+                make_batches(case, topology),
+                sum_of_hidden,
+                topology=topology,
+                forward_only=False,
             )
             return weakref.ref(chunks[0])
 

@@ -11,10 +11,10 @@ from benchmarks.harness.one_rank_world import world_of_one_rank
 from glm_rlhf.parallel.model.packing import pack, share
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.pipeline.multi_model import turns_of
-from glm_rlhf.parallel.pipeline.schedule import run_in_turn, run_micro_batches
+from glm_rlhf.parallel.pipeline.multi_model import scheduled_micro_batches
+from glm_rlhf.parallel.pipeline.schedule import run_micro_batches, run_models
 from glm_rlhf.parallel.pipeline.timing import PassTimes
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 # Steps of about the gradient's size: roundings of it stay roundings of the weights.
@@ -44,22 +44,22 @@ WAYS = (
 )
 
 
-def train(pair: tuple[Case, ...], place, *, together: bool, num_steps: int = 2, **way):
+def train(pair: tuple[Case, ...], topology, *, together: bool, num_steps: int = 2, **way):
     """Losses, gradient norms and this rank's weights of both models after some steps."""
-    models = [make_chunks(case, place) for case in pair]
-    states = [training_state(c, SETTINGS, topology=place, **way) for c in models]
-    own = [make_batches(case, place)[place.dp_rank :: place.dp] for case in pair]
+    models = [make_chunks(case, topology) for case in pair]
+    states = [training_state(c, SETTINGS, topology=topology, **way) for c in models]
+    own = [make_batches(case, topology)[topology.dp_rank :: topology.dp] for case in pair]
     owners = [(case, batch) for case, batches in zip(pair, own, strict=True) for batch in batches]
     told = []
     for _ in range(num_steps):
         for state in states:
             state.zero_grad()
         if together:
-            losses = run_in_turn(
+            losses = run_models(
                 [state.chunks for state in states],
                 own,
                 lambda model, hidden, i: loss_of(owners[i][0], model, hidden, owners[i][1]),
-                topology=place,
+                topology=topology,
                 forward_only=False,
             )
             results = [state.step() for state in states]
@@ -70,7 +70,7 @@ def train(pair: tuple[Case, ...], place, *, together: bool, num_steps: int = 2, 
                     state.chunks,
                     batches,
                     lambda model, hidden, i, case=case, b=batches: loss_of(case, model, hidden, b[i]),
-                    topology=place,
+                    topology=topology,
                     forward_only=False,
                 )
                 results.append(state.step())
@@ -84,14 +84,17 @@ def train(pair: tuple[Case, ...], place, *, together: bool, num_steps: int = 2, 
 def distances(axes) -> dict[str, tuple[float, float, float]]:
     """By pair: of weights, of what is told, and how far the weights moved."""
     found = {}
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         for name, way in WAYS:
             pair = PAIRS[name]
             starts = [
-                p.detach().clone() for case in pair for c in make_chunks(case, place) for p in c.parameters()
+                p.detach().clone()
+                for case in pair
+                for c in make_chunks(case, topology)
+                for p in c.parameters()
             ]
-            told, weights = train(pair, place, together=True, **way)
-            wanted, expected = train(pair, place, together=False, **way)
+            told, weights = train(pair, topology, together=True, **way)
+            wanted, expected = train(pair, topology, together=False, **way)
             found[name] = (
                 max(float((a - b).abs().max()) for a, b in zip(weights, expected, strict=True)),
                 max((abs(a - b) for a, b in zip(told, wanted, strict=True)), default=0.0),
@@ -111,19 +114,21 @@ def test_weights_losses_and_norms_are_those_of_a_schedule_each(ranks, axes):
 
 
 def test_models_of_different_types_are_refused():
-    with topology(Layout()) as place:
-        models = [make_chunks(case, place) for case in (POLICY, replace(CRITIC, dtype=torch.bfloat16))]
+    with open_topology(Layout()) as topology:
+        models = [make_chunks(case, topology) for case in (POLICY, replace(CRITIC, dtype=torch.bfloat16))]
         with pytest.raises(ValueError, match=r"bfloat16 and torch\.float32 cannot share a pipeline schedule"):
-            run_in_turn(models, [make_batches(POLICY, place)] * 2, None, topology=place, forward_only=True)
+            run_models(
+                models, [make_batches(POLICY, topology)] * 2, None, topology=topology, forward_only=True
+            )
 
 
 def turns(counts, layout, *, is_final):
-    with world_of_one_rank(0, layout.pp), topology(layout) as place:
+    with world_of_one_rank(0, layout.pp), open_topology(layout) as topology:
         shares = [[share(pack([torch.zeros(n + 2).long()])) for n in range(count)] for count in counts]
-        filler = share(pack([torch.zeros(1).long()]))
-        found = turns_of(shares, filler, place.layout, is_final=is_final)
+        padding = share(pack([torch.zeros(1).long()]))
+        found = scheduled_micro_batches(shares, padding, topology.layout, is_final=is_final)
     for turn in found:
-        assert (turn.share is filler) == (turn.index is None)
+        assert (turn.share is padding) == (turn.index is None)
     return [(turn.model, turn.index, turn.is_last) for turn in found]
 
 

@@ -11,10 +11,10 @@ from tiny_training import READS_GRADIENT, Case, loss_of, make_batches, make_chun
 from glm_rlhf.parallel.model.packing import PackedTokens
 from glm_rlhf.parallel.optim.in_backward import InBackwardState
 from glm_rlhf.parallel.optim.training_state import TrainingState
-from glm_rlhf.parallel.pipeline.oom_retry import run_fitting
+from glm_rlhf.parallel.pipeline.oom_retry import run_with_oom_retry
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.pipeline.scoring import score_rows, score_tokens
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 CASE = Case(lengths=((5, 1, 9), (8, 9), (3, 12, 2), (6, 7)))
@@ -30,13 +30,13 @@ LAYOUTS = (
 class Part:
     packed: PackedTokens
 
-    def halves(self, multiple: int) -> tuple["Part", ...]:
-        return tuple(Part(half) for half, *_ in self.packed.halves(multiple)) or (self,)
+    def split_in_two(self, multiple: int) -> tuple["Part", ...]:
+        return tuple(Part(half) for half, *_ in self.packed.split_in_two(multiple)) or (self,)
 
 
-def gradient(state, place) -> tuple[torch.Tensor, int]:
+def gradient(state, topology) -> tuple[torch.Tensor, int]:
     """This rank's shard of the gradient of one step, and how many micro-batches it took in the end."""
-    mine = [Part(packed) for packed in make_batches(CASE, place)][place.dp_rank :: place.dp]
+    mine = [Part(packed) for packed in make_batches(CASE, topology)][topology.dp_rank :: topology.dp]
 
     def begin(parts):
         state.zero_grad()
@@ -44,11 +44,13 @@ def gradient(state, place) -> tuple[torch.Tensor, int]:
             state.chunks,
             [part.packed for part in parts],
             lambda model, hidden_TD, index: loss_of(CASE, model, hidden_TD, parts[index].packed),
-            topology=place,
+            topology=topology,
             forward_only=False,
         )
 
-    _, parts = run_fitting(begin, mine, str, models=[state.chunks], place=place, forward_only=False)
+    _, parts = run_with_oom_retry(
+        begin, mine, str, models=[state.chunks], topology=topology, forward_only=False
+    )
     state.optimizer.prepare_grads()
     shards = [weight.grad.flatten() for weight in state.optimizer.get_parameters()]
     return torch.cat(shards).clone(), len(parts)
@@ -57,17 +59,17 @@ def gradient(state, place) -> tuple[torch.Tensor, int]:
 def run_out(axes):
     """With little memory in one place, forward and backward: distance of the gradient, and what was met."""
     results = []
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         # One stage of one copy of the model; its tensor-parallel ranks together.
-        has_little = place.pp_rank == place.layout.pp // 2 and place.dp_rank == place.dp - 1
+        has_little = topology.pp_rank == topology.layout.pp // 2 and topology.dp_rank == topology.dp - 1
         for in_backward in (False, True):
-            state = TrainingState(make_chunks(CASE, place), READS_GRADIENT, topology=place)
-            wanted, num_before = gradient(state, place)
+            state = TrainingState(make_chunks(CASE, topology), READS_GRADIENT, topology=topology)
+            wanted, num_before = gradient(state, topology)
             memory = little_memory(state.bare_chunks[-1], ROOM, in_backward=in_backward)
             with memory if has_little else contextlib.nullcontext([]) as met:
-                found, num_after = gradient(state, place)
+                found, num_after = gradient(state, topology)
                 num_met = len(met)
-                again, _ = gradient(state, place)  # by what the model remembers
+                again, _ = gradient(state, topology)  # by what the model remembers
             assert num_after > num_before
             assert (num_met > 0) == has_little
             assert len(met) == num_met  # the first time taught the model what fits
@@ -84,25 +86,25 @@ def test_the_gradient_is_that_of_the_whole_micro_batches(ranks, axes):
 
 def scores(axes):
     """Logprobs, entropies and values with room for all, and where one stage has little memory."""
-    with topology(Layout(**axes)) as place:
-        policy = make_chunks(CASE, place)
-        critic = make_chunks(Case(role="critic", lengths=CASE.lengths), place)
-        batches = make_batches(CASE, place)
+    with open_topology(Layout(**axes)) as topology:
+        policy = make_chunks(CASE, topology)
+        critic = make_chunks(Case(role="critic", lengths=CASE.lengths), topology)
+        batches = make_batches(CASE, topology)
         wanted = [batch.tokens_T % 2 == 0 for batch in batches]
 
         def score():
-            pairs = score_tokens(policy, batches, topology=place, wanted=wanted)
-            return [*map(torch.stack, pairs), *score_rows(critic, batches, topology=place)]
+            pairs = score_tokens(policy, batches, topology=topology, wanted=wanted)
+            return [*map(torch.stack, pairs), *score_rows(critic, batches, topology=topology)]
 
         expected = score()
-        has_little = place.pp_rank == 0 and place.dp_rank == 0
+        has_little = topology.pp_rank == 0 and topology.dp_rank == 0
         with contextlib.ExitStack() as stack:
             if has_little:
                 for chunks in (policy, critic):
                     stack.enter_context(little_memory(chunks[0], ROOM))
             found = score()
-        num_filler = [batch.num_filler for batch in batches] * 2
-        assert any(num_filler) == (place.layout.token_multiple > 1)
+        num_filler = [batch.num_padding for batch in batches] * 2
+        assert any(num_filler) == (topology.layout.token_multiple > 1)
         return max(
             float((a - b)[..., : a.shape[-1] - n].abs().max())
             for a, b, n in zip(found, expected, num_filler, strict=True)
@@ -116,11 +118,11 @@ def test_scores_are_those_of_the_whole_micro_batches(ranks):
 
 def refusal(axes):
     """What is said where one rank has no room for the sequences that it meets."""
-    with topology(Layout(**axes)) as place:
-        state = TrainingState(make_chunks(CASE, place), READS_GRADIENT, topology=place)
-        with little_memory(state.bare_chunks[0], 4) if place.rank == 1 else contextlib.nullcontext():
+    with open_topology(Layout(**axes)) as topology:
+        state = TrainingState(make_chunks(CASE, topology), READS_GRADIENT, topology=topology)
+        with little_memory(state.bare_chunks[0], 4) if topology.rank == 1 else contextlib.nullcontext():
             try:
-                gradient(state, place)
+                gradient(state, topology)
             except ValueError as error:
                 return str(error)
 
@@ -135,12 +137,12 @@ def test_a_sequence_without_room_ends_all_ranks_with_its_length(ranks):
 
 
 def test_weights_that_change_in_backward_are_not_tried_again():
-    with topology(Layout()) as place:
-        state = InBackwardState(make_chunks(CASE, place), READS_GRADIENT, topology=place)
+    with open_topology(Layout()) as topology:
+        state = InBackwardState(make_chunks(CASE, topology), READS_GRADIENT, topology=topology)
         with (
             little_memory(state.chunks[0], ROOM),
             pytest.raises(
                 ValueError, match=r"rank 0 in a micro-batch of 15 tokens, .*set optimizer.in_backwa"
             ),
         ):
-            gradient(state, place)
+            gradient(state, topology)

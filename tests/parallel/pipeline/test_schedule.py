@@ -7,7 +7,7 @@ from tiny_training import READS_GRADIENT, Case, assert_equal, loss_of, make_batc
 from glm_rlhf.parallel.model.packing import pack, share
 from glm_rlhf.parallel.optim.training_state import TrainingState
 from glm_rlhf.parallel.pipeline.schedule import collect_rows, run_micro_batches
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 # Lengths of nine micro-batches, none like another; the last sequence of some is one token.
@@ -38,26 +38,26 @@ def test_streams_of_one_token_and_shares_of_filler_alone_equal_one_rank(ranks):
 
 def outputs_of(axes):
     """On each rank: losses that are returned as their own output, and outputs of micro-batches by index."""
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         case = Case()
-        chunks, batches = make_chunks(case, place), make_batches(case, place)
-        state = TrainingState(chunks, READS_GRADIENT, topology=place)
+        chunks, batches = make_chunks(case, topology), make_batches(case, topology)
+        state = TrainingState(chunks, READS_GRADIENT, topology=topology)
 
         def itself(model, hidden_TD, index):
             loss, _ = loss_of(case, model, hidden_TD, batches[index])
             return loss, loss
 
         state.zero_grad()
-        losses = run_micro_batches(state.chunks, batches, itself, topology=place, forward_only=False)
+        losses = run_micro_batches(state.chunks, batches, itself, topology=topology, forward_only=False)
         seen = run_micro_batches(
             chunks,
             batches,
             lambda _, hidden_TD, index: (None, (index, hidden_TD.shape[0], hidden_TD.requires_grad)),
-            topology=place,
+            topology=topology,
             forward_only=True,
         )
-        none = run_micro_batches(chunks, [], itself, topology=place, forward_only=True)
-        return place.is_last_stage, [loss.item() for loss in losses], seen, none
+        none = run_micro_batches(chunks, [], itself, topology=topology, forward_only=True)
+        return topology.is_last_stage, [loss.item() for loss in losses], seen, none
 
 
 def test_outputs_come_in_order_on_the_last_stage_and_stay_what_they_are(ranks):
@@ -73,11 +73,11 @@ def test_outputs_come_in_order_on_the_last_stage_and_stay_what_they_are(ranks):
 
 def train_on_constants(axes):
     """The gradient norm when the loss of two micro-batches of four depends on nothing."""
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         case = Case()
-        chunks, batches = make_chunks(case, place), make_batches(case, place)
-        state = TrainingState(chunks, READS_GRADIENT, topology=place)
-        mine = list(enumerate(batches))[place.dp_rank :: place.dp]
+        chunks, batches = make_chunks(case, topology), make_batches(case, topology)
+        state = TrainingState(chunks, READS_GRADIENT, topology=topology)
+        mine = list(enumerate(batches))[topology.dp_rank :: topology.dp]
 
         def step(model, hidden_TD, index):
             number, batch = mine[index]
@@ -87,7 +87,7 @@ def train_on_constants(axes):
 
         state.zero_grad()
         batches = [batch for _, batch in mine]
-        run_micro_batches(state.chunks, batches, step, topology=place, forward_only=False)
+        run_micro_batches(state.chunks, batches, step, topology=topology, forward_only=False)
         return state.step().grad_norm
 
 
@@ -100,15 +100,15 @@ def test_a_micro_batch_without_a_gradient_leaves_the_others(ranks):
 
 def collect_positions(axes):
     """Every rank's view of rows that say which token they are."""
-    with topology(Layout(**axes)) as place:
-        multiple = place.layout.token_multiple
+    with open_topology(Layout(**axes)) as topology:
+        multiple = topology.layout.token_multiple
         batches = [pack([torch.arange(n)], multiple=multiple) for n in (5, 16, 1)]
         outputs = []
-        for batch in batches if place.is_last_stage else ():
-            mine = share(batch, cp_rank=place.cp_rank, cp_size=place.layout.cp)
+        for batch in batches if topology.is_last_stage else ():
+            mine = share(batch, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
             row_T = mine.take(torch.arange(batch.num_tokens)).float()
             outputs.append(torch.stack((row_T, -row_T), dim=1))
-        rows = collect_rows(outputs, batches, 2, topology=place)
+        rows = collect_rows(outputs, batches, 2, topology=topology)
         return [torch.equal(r, torch.stack((t := torch.arange(len(r)).float(), -t), dim=1)) for r in rows]
 
 

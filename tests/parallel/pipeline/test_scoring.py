@@ -6,7 +6,7 @@ from tiny_training import CONFIG, Case, make_chunks
 
 from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 
@@ -17,12 +17,12 @@ def sequences():
 
 def score_alone_and_packed(axes):
     """Largest differences of logprobs and entropies between one sequence a stream and all in one."""
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(Case(), place)
-        multiple = place.layout.token_multiple
-        alone = score_tokens(chunks, [pack([s], multiple=multiple) for s in sequences()], topology=place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(Case(), topology)
+        multiple = topology.layout.token_multiple
+        alone = score_tokens(chunks, [pack([s], multiple=multiple) for s in sequences()], topology=topology)
         packed = pack(sequences(), multiple=multiple)
-        (together,) = score_tokens(chunks, [packed], topology=place)
+        (together,) = score_tokens(chunks, [packed], topology=topology)
         worst = []
         for kind in range(2):
             parts = packed.split(together[kind])
@@ -40,10 +40,10 @@ def test_packed_sequences_equal_the_same_sequences_alone(ranks, axes):
 
 
 def test_logprobs_and_entropies_belong_to_the_distribution_before_each_token():
-    with topology(Layout()) as place:
-        chunks = make_chunks(Case(), place)
+    with open_topology(Layout()) as topology:
+        chunks = make_chunks(Case(), topology)
         batch = pack(sequences()[:3])
-        ((logprobs_T, entropy_T),) = score_tokens(chunks, [batch], topology=place, temperature=0.5)
+        ((logprobs_T, entropy_T),) = score_tokens(chunks, [batch], topology=topology, temperature=0.5)
         assert logprobs_T[[0, 7, 8]].tolist() == [0, 0, 0], "nothing is said of a first token"
         # Each token in turn replaced by every other one: the probabilities of a position sum to one.
         position, start = 20, 8
@@ -52,7 +52,7 @@ def test_logprobs_and_entropies_belong_to_the_distribution_before_each_token():
             tokens_T = batch.tokens_T[start:].clone()
             tokens_T[position - start] = token
             variants.append(tokens_T)
-        scored = score_tokens(chunks, [pack(variants)], topology=place, temperature=0.5)
+        scored = score_tokens(chunks, [pack(variants)], topology=topology, temperature=0.5)
         logprobs_V = torch.stack([part[position - start] for part in pack(variants).split(scored[0][0])])
         entropy = -(logprobs_V.exp() * logprobs_V).sum()
         # Sums of 64 fp32 probabilities.
@@ -63,18 +63,18 @@ def test_logprobs_and_entropies_belong_to_the_distribution_before_each_token():
 
 
 def score_wanted(axes):
-    with topology(Layout(**axes)) as place:
-        chunks = make_chunks(Case(), place)
-        batch = pack(sequences(), multiple=place.layout.token_multiple)
-        (everything,) = score_tokens(chunks, [batch], topology=place)
+    with open_topology(Layout(**axes)) as topology:
+        chunks = make_chunks(Case(), topology)
+        batch = pack(sequences(), multiple=topology.layout.token_multiple)
+        (everything,) = score_tokens(chunks, [batch], topology=topology)
         is_wanted_T = torch.arange(batch.num_tokens) % 3 == 0
-        (some,) = score_tokens(chunks, [batch], topology=place, wanted=[is_wanted_T])
-        none = score_tokens(chunks, [batch], topology=place, wanted=[torch.zeros_like(is_wanted_T)])[0]
+        (some,) = score_tokens(chunks, [batch], topology=topology, wanted=[is_wanted_T])
+        none = score_tokens(chunks, [batch], topology=topology, wanted=[torch.zeros_like(is_wanted_T)])[0]
         return (
             float((some[0] - everything[0])[is_wanted_T].abs().max()),
             float(some[0][~is_wanted_T].abs().max()),
             float(torch.cat(none).abs().max()),
-            score_tokens(chunks, [], topology=place),
+            score_tokens(chunks, [], topology=topology),
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from glm_rlhf.parallel.runtime.consensus import agreed, meetings
+from glm_rlhf.parallel.runtime.consensus import failure_barriers, raise_on_all_ranks
 
 
 class Unforeseen(Exception):
@@ -22,7 +22,7 @@ def faults_on(failing, error):
     """What each rank meets when `error` is raised on the ranks `failing`; and all still communicate."""
 
     def work():
-        with agreed("reading"):
+        with raise_on_all_ranks("reading"):
             if dist.get_rank() in failing:
                 raise error
 
@@ -57,14 +57,14 @@ def test_nothing_happens_where_nothing_is_wrong(ranks):
 
 
 def test_alone_an_exception_is_as_it_is():
-    with pytest.raises(ValueError, match=r"^only here$"), agreed("reading"):
+    with pytest.raises(ValueError, match=r"^only here$"), raise_on_all_ranks("reading"):
         raise ValueError("only here")
     assert meet_alone() == ("Unforeseen", "")
 
 
 def meet_alone():
     def work():
-        with meetings("writing") as barrier:
+        with failure_barriers("writing") as barrier:
             barrier()
             raise Unforeseen
 
@@ -76,7 +76,7 @@ def meet(num_barriers, failing, after):
     passed = []
 
     def work():
-        with meetings("writing") as barrier:
+        with failure_barriers("writing") as barrier:
             for index in range(num_barriers + 1):
                 if dist.get_rank() in failing and index == after:
                     raise OSError(28, "No space left", "shard")

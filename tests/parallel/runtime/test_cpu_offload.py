@@ -6,8 +6,8 @@ from tiny_training import Case, make_batches, make_chunks, train_step
 
 from glm_rlhf.parallel.optim.state_access import num_steps_of, parts_of
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
-from glm_rlhf.parallel.runtime.cpu_offload import Parking
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.cpu_offload import CpuOffload
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 CPU = torch.device("cpu")
@@ -16,24 +16,24 @@ CPU = torch.device("cpu")
 def test_storages_are_parked_whole_and_once():
     whole, other = torch.arange(12.0), torch.arange(3)
     rows = whole.view(3, 4)[1:]
-    parking = Parking(lambda: [rows, whole, other], device=CPU)
-    assert parking.parked_bytes == 0
-    parking.park()
-    assert parking.parked_bytes == 12 * 4 + 3 * 8
+    parking = CpuOffload(lambda: [rows, whole, other], device=CPU)
+    assert parking.offloaded_bytes == 0
+    parking.offload()
+    assert parking.offloaded_bytes == 12 * 4 + 3 * 8
     assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
-    parking.park()  # they are there already
-    parking.begin_return()
+    parking.offload()  # they are there already
+    parking.prefetch()
     parking.wait()
-    assert parking.parked_bytes == 0
+    assert parking.offloaded_bytes == 0
     assert rows.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert other.tolist() == [0, 1, 2]
 
 
 def test_memory_of_others_stays():
     lent, own = torch.from_numpy(np.ones(4, dtype=np.float32)), torch.ones(2)
-    parking = Parking(lambda: [lent, own], device=CPU)
-    parking.park()
-    assert parking.parked_bytes == 8
+    parking = CpuOffload(lambda: [lent, own], device=CPU)
+    parking.offload()
+    assert parking.offloaded_bytes == 8
     assert lent.tolist() == [1.0] * 4
     parking.wait()
     assert own.tolist() == [1.0] * 2
@@ -42,12 +42,12 @@ def test_memory_of_others_stays():
 def test_what_changes_is_copied_each_time_and_what_does_not_once():
     tensors = {True: torch.zeros(4), False: torch.zeros(4)}
     for changes, tensor in tensors.items():
-        parking = Parking(lambda tensor=tensor: [tensor], device=CPU, changes=changes)
+        parking = CpuOffload(lambda tensor=tensor: [tensor], device=CPU, changes=changes)
         for _ in range(2):
-            parking.park()
+            parking.offload()
             parking.wait()
             tensor += 1
-        parking.park()
+        parking.offload()
         parking.wait()
     assert tensors[True].tolist() == [2.0] * 4
     assert tensors[False].tolist() == [0.0] * 4
@@ -55,50 +55,50 @@ def test_what_changes_is_copied_each_time_and_what_does_not_once():
 
 def test_tensors_that_come_later_are_parked_too():
     tensors = [torch.ones(2)]
-    parking = Parking(lambda: tensors, device=CPU)
-    parking.park()
+    parking = CpuOffload(lambda: tensors, device=CPU)
+    parking.offload()
     parking.wait()
     tensors.append(torch.full((5,), 2.0))
-    parking.park()
-    assert parking.parked_bytes == 7 * 4
+    parking.offload()
+    assert parking.offloaded_bytes == 7 * 4
     parking.wait()
     assert [tensor.sum().item() for tensor in tensors] == [2.0, 10.0]
 
 
-def train_three_steps(parks: bool) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-    """Weights and averages after three steps of bf16 weights on dp 2 × tp 2; bytes parked, and those held."""
+def train_three_steps(offloads: bool) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    """Weights and moments after three steps of bf16 weights on dp 2 × tp 2; bytes parked, and those held."""
     case = Case(dtype=torch.bfloat16, settings=AdamSettings(lr=1e-2))
-    with topology(Layout(tp=2)) as place:
-        chunks = make_chunks(case, place)
-        state = TrainingState(chunks, case.settings, topology=place)
+    with open_topology(Layout(tp=2)) as topology:
+        chunks = make_chunks(case, topology)
+        state = TrainingState(chunks, case.settings, topology=topology)
         addresses = [p.data_ptr() for chunk in chunks for p in chunk.parameters()]
-        batches = make_batches(case, place)[place.dp_rank :: place.dp]
+        batches = make_batches(case, topology)[topology.dp_rank :: topology.dp]
         bytes_parked = []
         for _ in range(3):
-            if parks:
+            if offloads:
                 buffers = [buffer for chunk in state.chunks for buffer in chunk.buffers]
                 parts = list(parts_of(state))
                 held = sum(p.weight.numel() * 4 for p in parts)
-                held += sum(a.numel() * 4 for p in parts for a in p.averages.values())
+                held += sum(a.numel() * 4 for p in parts for a in p.moments.values())
                 held += sum(buffer.grad_data.numel() * 4 for buffer in buffers)
-                bytes_parked.append((state.park(), held))
+                bytes_parked.append((state.offload(), held))
                 assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in buffers)
                 assert all(part.weight.untyped_storage().nbytes() == 0 for part in parts)
-                state.begin_return()
-            train_step(case, state, batches, place)
+                state.prefetch()
+            train_step(case, state, batches, topology)
             assert state.step().is_applied
         assert [p.data_ptr() for chunk in chunks for p in chunk.parameters()] == addresses
-        if parks:
-            state.park()  # whoever reads the state finds it
+        if offloads:
+            state.offload()  # whoever reads the state finds it
         assert num_steps_of(state) == 3
         found = [weight.detach().clone() for chunk in chunks for weight in chunk.parameters()]
         for part in parts_of(state):
-            found += [part.weight.detach().clone(), *(a.clone() for a in part.averages.values())]
+            found += [part.weight.detach().clone(), *(a.clone() for a in part.moments.values())]
         return found, bytes_parked
 
 
 def test_training_goes_on_bit_for_bit_from_parked_state(ranks):
-    plain, parked = (ranks.run(train_three_steps, parks) for parks in (False, True))
+    plain, parked = (ranks.run(train_three_steps, offloads) for offloads in (False, True))
     for (expected, _), (found, bytes_parked) in zip(plain, parked, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert len(bytes_parked) == 3

@@ -5,22 +5,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from glm_rlhf.parallel.runtime.generation_topology import second_topology
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.generation_topology import generation_topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 AXES = ("tp", "pp", "pp_host", "cp", "dp", "dp_cp")
 
 
-def ranks_of(place):
-    return {axis: dist.get_process_group_ranks(getattr(place, f"{axis}_group")) for axis in AXES}
+def ranks_of(topology):
+    return {axis: dist.get_process_group_ranks(getattr(topology, f"{axis}_group")) for axis in AXES}
 
 
 def enter(first_axes, second_axes):
     """On each rank: groups of the first and of the second topology, and what is left of them."""
-    with topology(Layout(**first_axes)) as first:
+    with open_topology(Layout(**first_axes)) as first:
         before, num_groups = ranks_of(first), len(dist.distributed_c10d._world.pg_map)
-        with second_topology(Layout(**second_axes), first) as second:
+        with generation_topology(Layout(**second_axes), first) as second:
             for axis in AXES:
                 total = torch.ones(())
                 dist.all_reduce(total, group=getattr(second, f"{axis}_group"))
@@ -36,8 +36,8 @@ def enter(first_axes, second_axes):
 
 
 def place_of(axes):
-    with topology(Layout(**axes)) as place:
-        return ranks_of(place), place.dp, place.tp_rank, place.pp_rank, place.is_last_stage
+    with open_topology(Layout(**axes)) as topology:
+        return ranks_of(topology), topology.dp, topology.tp_rank, topology.pp_rank, topology.is_last_stage
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,11 @@ def test_ranks_stand_where_a_first_topology_would_put_them(ranks, first, second)
 
 @pytest.mark.parametrize("axes", [{"cp": 2}, {"pp": 2, "vpp": 2}, {"tp": 2, "sequence_parallel": True}])
 def test_axes_of_training_are_refused(axes):
-    with topology(Layout()) as first:
-        with pytest.raises(ValueError, match="give tp and pp only"), second_topology(Layout(**axes), first):
+    with open_topology(Layout()) as first:
+        with (
+            pytest.raises(ValueError, match="give tp and pp only"),
+            generation_topology(Layout(**axes), first),
+        ):
             pass
-        with pytest.raises(ValueError, match="world of 1"), second_topology(Layout(tp=2), first):
+        with pytest.raises(ValueError, match="world of 1"), generation_topology(Layout(tp=2), first):
             pass

@@ -7,20 +7,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.parallel.runtime.preemption import heeding_signals, is_wished, postponed, restore_handlers
+from glm_rlhf.parallel.runtime.preemption import (
+    defer_preemption,
+    handle_preemption_signals,
+    preemption_requested,
+    restore_handlers,
+)
 
 
 def wishes_seen(number: int) -> list[bool]:
     world = (None, torch.device("cpu"))
-    seen, before = [is_wished(world)], signal.getsignal(number)
-    with heeding_signals():
-        seen.append(is_wished(world))
+    seen, before = [preemption_requested(world)], signal.getsignal(number)
+    with handle_preemption_signals():
+        seen.append(preemption_requested(world))
         if dist.get_rank() == 2:
             os.kill(os.getpid(), number)
-        with postponed():
-            seen.append(is_wished(world))
-        seen.append(is_wished(world))
-    seen.append(is_wished(world))
+        with defer_preemption():
+            seen.append(preemption_requested(world))
+        seen.append(preemption_requested(world))
+    seen.append(preemption_requested(world))
     assert signal.getsignal(number) == before
     return seen
 
@@ -32,7 +37,7 @@ def test_all_ranks_see_the_wish_of_one_while_it_is_heeded(ranks):
 
 def test_a_rank_that_failed_outlives_one_signal_until_it_has_said_so():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError, match="lost"), heeding_signals():
+    with pytest.raises(RuntimeError, match="lost"), handle_preemption_signals():
         raise RuntimeError("a peer is lost")
     os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before  # the second one ends the process
@@ -43,7 +48,7 @@ def test_a_rank_that_failed_outlives_one_signal_until_it_has_said_so():
 def test_handlers_do_not_pile_up_over_blocks_that_raise():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     for _ in range(3):
-        with pytest.raises(RuntimeError), heeding_signals():
+        with pytest.raises(RuntimeError), handle_preemption_signals():
             raise RuntimeError
     restore_handlers()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from glm_rlhf.parallel.runtime.topology import fresh_name, topology
+from glm_rlhf.parallel.runtime.topology import fresh_name, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 LAYOUTS = (
@@ -28,24 +28,24 @@ def groups_in_turn(layouts):
     """Of each layout: this rank's place, the ranks of its groups, and what is left when it is over."""
     answers = []
     for axes in layouts:
-        with topology(Layout(**axes)) as place:
+        with open_topology(Layout(**axes)) as topology:
             groups = {
-                name: dist.get_process_group_ranks(getattr(place, f"{name}_group"))
+                name: dist.get_process_group_ranks(getattr(topology, f"{name}_group"))
                 for name in ("tp", "pp", "cp", "dp", "dp_cp", "pp_host")
             }
             for name in groups:
                 total = torch.ones(())
-                dist.all_reduce(total, group=getattr(place, f"{name}_group"))
+                dist.all_reduce(total, group=getattr(topology, f"{name}_group"))
                 assert total.item() == len(groups[name])
             answers.append(
                 {
-                    "rank": place.rank,
-                    "place": (place.tp_rank, place.pp_rank, place.cp_rank, place.dp_rank),
-                    "dp": place.dp,
+                    "rank": topology.rank,
+                    "place": (topology.tp_rank, topology.pp_rank, topology.cp_rank, topology.dp_rank),
+                    "dp": topology.dp,
                     "groups": groups,
-                    "last": (place.is_last_stage, place.last_stage_rank),
-                    "reports": place.is_reporter,
-                    "device": place.device.type,
+                    "last": (topology.is_last_stage, topology.last_stage_rank),
+                    "reports": topology.is_main_rank,
+                    "device": topology.device.type,
                 }
             )
         left = (parallel_state.model_parallel_is_initialized(), len(dist.distributed_c10d._world.pg_map))
@@ -87,7 +87,7 @@ def fail_inside_and_outside():
 
     def attempt(*layouts, error=None):
         try:
-            with topology(layouts[0]):
+            with open_topology(layouts[0]):
                 if layouts[1:]:
                     attempt(*layouts[1:], error=error)
                 elif error is not None:
@@ -115,11 +115,11 @@ def wait_for_a_rank_that_does_not_come(timeout_s):
     """Seconds until a collective of the topology's groups gives up."""
     import time
 
-    with topology(Layout(tp=4), timeout_s=timeout_s) as place:
+    with open_topology(Layout(tp=4), timeout_s=timeout_s) as topology:
         start, waited = time.monotonic(), None
-        if place.rank != 3:
+        if topology.rank != 3:
             try:
-                dist.all_reduce(torch.ones(()), group=place.tp_group)
+                dist.all_reduce(torch.ones(()), group=topology.tp_group)
             except RuntimeError:
                 waited = time.monotonic() - start
         dist.barrier()  # of the world, whose own timeout is another
@@ -138,12 +138,15 @@ def test_one_process_makes_a_world_of_its_own_and_takes_it_down(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for timeout_s in (5.0, 90.0):
-        with topology(Layout(), timeout_s=timeout_s) as place:
-            assert (place.world_size, place.rank, place.dp, place.is_reporter) == (1, 0, 1, True)
-            options = place.tp_group._get_backend(torch.device("cpu")).options
+        with open_topology(Layout(), timeout_s=timeout_s) as topology:
+            assert (topology.world_size, topology.rank, topology.dp, topology.is_main_rank) == (1, 0, 1, True)
+            options = topology.tp_group._get_backend(torch.device("cpu")).options
             assert options._timeout == timedelta(seconds=timeout_s)
         assert not dist.is_initialized()
-    with pytest.raises(ValueError, match="= 2 does not divide the world of 1 ranks"), topology(Layout(tp=2)):
+    with (
+        pytest.raises(ValueError, match="= 2 does not divide the world of 1 ranks"),
+        open_topology(Layout(tp=2)),
+    ):
         pytest.fail("the block ran")
     assert not dist.is_initialized()
 
@@ -153,7 +156,7 @@ def test_more_ranks_than_devices_are_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"LOCAL_RANK is 2 on a host with 2 CUDA devices.*nproc-per-node"):
-        topology(Layout()).__enter__()
+        open_topology(Layout()).__enter__()
     assert not dist.is_initialized()
 
 

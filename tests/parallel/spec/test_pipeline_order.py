@@ -8,18 +8,18 @@ from benchmarks.harness.one_rank_world import world_of_one_rank
 from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.spec.pipeline_order import Pass, num_fillers, num_in_flight, stage_order
+from glm_rlhf.parallel.spec.pipeline_order import Pass, num_in_flight, num_padding_micro_batches, stage_order
 
 
 def recorded(layout: Layout, stage: int, num_micro_batches: int, *, forward_only: bool) -> list[Pass]:
     """Passes of a real stage: micro-batches are told apart by how long their streams are."""
     found: list[Pass] = []
-    fillers = num_fillers(layout, num_micro_batches)
-    with world_of_one_rank(stage, layout.pp), topology(layout) as place:
-        chunks = make_chunks(Case(), place)
-        state = TrainingState(chunks, AdamSettings(lr=0.0), topology=place)
+    fillers = num_padding_micro_batches(layout, num_micro_batches)
+    with world_of_one_rank(stage, layout.pp), open_topology(layout) as topology:
+        chunks = make_chunks(Case(), topology)
+        state = TrainingState(chunks, AdamSettings(lr=0.0), topology=topology)
         batches = [pack([torch.zeros(index + 2, dtype=torch.int64)]) for index in range(num_micro_batches)]
         seen_fillers = [0] * len(chunks)
 
@@ -41,7 +41,7 @@ def recorded(layout: Layout, stage: int, num_micro_batches: int, *, forward_only
             chunks if forward_only else state.chunks,
             batches,
             lambda model, hidden_TD, _: (None if forward_only else hidden_TD.sum(), None),
-            topology=place,
+            topology=topology,
             forward_only=forward_only,
         )
     return found
@@ -70,7 +70,7 @@ def test_the_order_without_gradients():
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=4), Layout(pp=2, vpp=2), Layout(pp=4, vpp=3)])
 @pytest.mark.parametrize("count", [0, 1, 3, 12])
 def test_every_pass_is_run_once_and_waits_no_longer_than_told(layout, count):
-    total = count + num_fillers(layout, count)
+    total = count + num_padding_micro_batches(layout, count)
     for stage in range(layout.pp):
         order = stage_order(layout, count, stage=stage)
         assert len(set(order)) == len(order) == 2 * total * layout.vpp

@@ -48,7 +48,7 @@ def parameters_of(config, layout, world_size, wholes):
         )
         by_rank.append(
             {
-                shard.ours: read_shard(
+                shard.name: read_shard(
                     shard,
                     lambda piece, out: out.copy_(
                         wholes[piece.name].narrow(piece.dim, piece.start, piece.length)

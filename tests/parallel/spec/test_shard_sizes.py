@@ -8,7 +8,7 @@ from tiny_training import CONFIG
 
 from benchmarks.harness.one_rank_world import world_of_one_rank
 from glm_rlhf.parallel.model.glm import build_model
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.presets import preset
 from glm_rlhf.parallel.spec.shard_sizes import chunk_sizes, num_parameters
@@ -30,14 +30,14 @@ GLM4 = replace(CONFIG, family="glm4", has_sandwich_norms=True, has_qkv_bias=Fals
 @pytest.mark.parametrize("role", ["policy", "critic"])
 def test_sizes_are_those_of_the_model_that_is_built(config, axes, role):
     for rank in (0, 3):
-        with world_of_one_rank(rank, 4), topology(Layout(**axes)) as place:
-            chunks = build_model(config, place, role=role, dtype=torch.bfloat16)
+        with world_of_one_rank(rank, 4), open_topology(Layout(**axes)) as topology:
+            chunks = build_model(config, topology, role=role, dtype=torch.bfloat16)
             for index, chunk in enumerate(chunks):
                 found = chunk_sizes(
                     config,
-                    place.layout,
+                    topology.layout,
                     has_scalar_head=role == "critic",
-                    stage=place.pp_rank,
+                    stage=topology.pp_rank,
                     chunk=index,
                 )
                 for dtype, sizes in ((torch.bfloat16, found.plain), (torch.float32, found.fp32)):

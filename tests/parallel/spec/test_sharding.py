@@ -13,7 +13,7 @@ from glm_rlhf.parallel.spec.weight_map import names_within, weights_of
 
 
 def weight_of(config, suffix):
-    (weight,) = [w for w in weights_of(config, layers=[0]) if w.ours.endswith(suffix)]
+    (weight,) = [w for w in weights_of(config, layers=[0]) if w.name.endswith(suffix)]
     return weight
 
 
@@ -24,7 +24,7 @@ def read(config, suffix, tensors, tp_rank, tp_size):
         out.copy_(tensors[piece.name].narrow(piece.dim, piece.start, piece.length))
 
     shards = shards_of(weight_of(config, suffix), config, tp_rank=tp_rank, tp_size=tp_size)
-    return {s.ours.split(".", 3)[3]: read_shard(s, fill, dtype=torch.float32) for s in shards}
+    return {s.name.split(".", 3)[3]: read_shard(s, fill, dtype=torch.float32) for s in shards}
 
 
 def random_tensors(config, suffix):

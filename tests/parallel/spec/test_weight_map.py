@@ -14,7 +14,7 @@ from glm_rlhf.parallel.spec.weight_map import NOT_WEIGHTS, names_within, weights
 
 def their_names(config, **part):
     part = {"layers": range(config.num_layers)} | part
-    return [name for weight in weights_of(config, **part) for name in weight.theirs]
+    return [name for weight in weights_of(config, **part) for name in weight.hf_names]
 
 
 def test_the_published_chatglm3_index_is_the_table(shared_data):
@@ -54,20 +54,20 @@ def test_32_billion_parameters_are_what_the_name_says():
 
 def test_a_stage_holds_its_own_part():
     config = preset("tiny-glm")
-    middle = [w.ours for w in weights_of(config, layers=(2, 1), has_embedding=False, has_head=False)]
+    middle = [w.name for w in weights_of(config, layers=(2, 1), has_embedding=False, has_head=False)]
     assert [re.match(r"decoder\.layers\.(\d)", name)[1] for name in middle] == ["2"] * 7 + ["1"] * 7
-    last = [w.ours for w in weights_of(config, layers=(), has_embedding=False)]
+    last = [w.name for w in weights_of(config, layers=(), has_embedding=False)]
     assert last == ["decoder.final_layernorm.weight", "output_layer.weight"]
-    scalar = [w.ours for w in weights_of(config, layers=(), has_embedding=False, role="critic")]
+    scalar = [w.name for w in weights_of(config, layers=(), has_embedding=False, role="critic")]
     assert scalar == ["decoder.final_layernorm.weight", "value_head.weight", "value_head.bias"]
 
 
 def test_a_tied_head_is_read_from_the_embedding_where_that_is_on_another_stage():
     config = replace(preset("tiny-glm"), has_tied_head=True)
-    whole = [w.ours for w in weights_of(config, layers=())]
+    whole = [w.name for w in weights_of(config, layers=())]
     assert whole == ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
     *_, head = weights_of(config, layers=(), has_embedding=False)
-    assert (head.ours, head.theirs) == ("output_layer.weight", ("model.embed_tokens.weight",))
+    assert (head.name, head.hf_names) == ("output_layer.weight", ("model.embed_tokens.weight",))
 
 
 def test_what_is_not_in_the_model_is_refused():

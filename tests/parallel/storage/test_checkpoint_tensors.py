@@ -15,7 +15,7 @@ import torch
 from saved_runs import save_steps
 
 from glm_rlhf.parallel.checkpoint.restore import newest_checkpoint
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.storage.checkpoint_manifest import CheckpointError
 from glm_rlhf.parallel.storage.checkpoint_tensors import open_checkpoint
@@ -34,8 +34,8 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def place():
-    with topology(Layout()) as place:
-        yield place
+    with open_topology(Layout()) as topology:
+        yield topology
 
 
 def checksum(values: dict) -> str:
@@ -225,9 +225,9 @@ def damaged_copy(saved: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_refused_with_a_reason_and_the_step_before_taken(saved, place, tmp_path, capsys, name):
+def test_damage_is_refused_with_a_reason_and_the_step_before_taken(saved, topology, tmp_path, capsys, name):
     DAMAGES[name](damaged_copy(saved, tmp_path / "run"))
-    assert newest_checkpoint(tmp_path / "run", topology=place).manifest.step == 2
+    assert newest_checkpoint(tmp_path / "run", topology=topology).manifest.step == 2
     said = capsys.readouterr().err
     assert said.startswith("refused: ")
     assert "step_4" in said.splitlines()[0]
@@ -240,22 +240,22 @@ def test_there_are_enough_kinds_of_damage():
 
 
 @pytest.mark.parametrize("content", [b"step_9\n", b"", b"../../etc", b"\xff\xfe", b"step_2\n", None], ids=str)
-def test_a_stale_tracker_is_told_and_misleads_nobody(saved, place, tmp_path, capsys, content):
+def test_a_stale_tracker_is_told_and_misleads_nobody(saved, topology, tmp_path, capsys, content):
     damaged_copy(saved, tmp_path / "run")
     (tmp_path / "run" / "latest").unlink()
     if content is not None:
         (tmp_path / "run" / "latest").write_bytes(content)
-    assert newest_checkpoint(tmp_path / "run", topology=place).manifest.step == 4
+    assert newest_checkpoint(tmp_path / "run", topology=topology).manifest.step == 4
     assert "the newest whole checkpoint is step_4" in capsys.readouterr().err
 
 
-def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_none(saved, place, tmp_path):
+def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_none(saved, topology, tmp_path):
     damaged_copy(saved, tmp_path / "run")
     for step in (2, 4):
         (tmp_path / "run" / f"step_{step}" / RANK).unlink()
     with pytest.raises(CheckpointError, match=r"no whole checkpoint: .*step_4.*step_2"):
-        newest_checkpoint(tmp_path / "run", topology=place)
-    assert newest_checkpoint(tmp_path / "nothing", topology=place) is None
+        newest_checkpoint(tmp_path / "run", topology=topology)
+    assert newest_checkpoint(tmp_path / "nothing", topology=topology) is None
 
 
 class Payload:
@@ -273,7 +273,7 @@ def payloads(marker: Path, folder: Path) -> dict[str, bytes]:
     return {"pickle": pickle.dumps(Payload(marker)), "torch": (folder / "torch").read_bytes()}
 
 
-def test_a_pickle_in_any_place_is_never_run(saved, place, tmp_path):
+def test_a_pickle_in_any_place_is_never_run(saved, topology, tmp_path):
     marker, num_tried = tmp_path / "ran", 0
     names = ["manifest.json", *(f"rank_0000{rank}.safetensors" for rank in range(4))]
     names += ["config.json", "tokenizer_config.json", "../latest", ".metadata", "common.pt", "__0_0.distcp"]
@@ -281,12 +281,12 @@ def test_a_pickle_in_any_place_is_never_run(saved, place, tmp_path):
         for name in names:
             folder = damaged_copy(saved, tmp_path / f"{kind}_{num_tried}")
             (folder / name).write_bytes(content)
-            step = newest_checkpoint(folder.parent, topology=place).manifest.step
+            step = newest_checkpoint(folder.parent, topology=topology).manifest.step
             if name in names[:7]:
                 assert step == 2, name
                 if name.startswith("rank"):  # also when the manifest vouches for it
                     note_file(folder, RANK)
-                    newest_checkpoint(folder.parent, topology=place)
+                    newest_checkpoint(folder.parent, topology=topology)
             else:
                 assert step == 4, name  # nobody reads it
             num_tried += 1

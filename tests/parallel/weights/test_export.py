@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, save_folder
 
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.export import export_model
 from glm_rlhf.parallel.weights.load import load_model
@@ -26,11 +26,11 @@ def folders(tmp_path_factory):
 
 
 def import_export(folders: dict[str, Path], axes: dict, target: Path) -> None:
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         for family, folder in folders.items():
-            chunks, created = load_model(folder, place, dtype=torch.float32)
+            chunks, created = load_model(folder, topology, dtype=torch.float32)
             assert created == ()
-            export_model(chunks, target / family, topology=place, source=folder)
+            export_model(chunks, target / family, topology=topology, source=folder)
 
 
 @pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -49,11 +49,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def export_twice(folder: Path, target: Path) -> list[str]:
     said = []
-    with topology(Layout(tp=2, pp=2)) as place:
-        chunks, _ = load_model(folder, place, dtype=torch.float32)
+    with open_topology(Layout(tp=2, pp=2)) as topology:
+        chunks, _ = load_model(folder, topology, dtype=torch.float32)
         for _ in range(2):
             try:
-                export_model(chunks, target, topology=place, source=folder)
+                export_model(chunks, target, topology=topology, source=folder)
                 said.append("")
             except ValueError as error:
                 said.append(str(error))

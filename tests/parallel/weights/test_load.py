@@ -5,7 +5,7 @@ import torch
 from tiny_models import make_model, save_folder
 from tiny_training import Case, assemble, make_chunks, pieces_of
 
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.storage.hf_config import read_config
 from glm_rlhf.parallel.weights.load import load_model
@@ -19,10 +19,10 @@ CASES = (
 
 
 def random_pieces(axes):
-    with topology(Layout(**axes)) as place:
+    with open_topology(Layout(**axes)) as topology:
         answers = []
         for case in CASES:
-            chunks = make_chunks(case, place)
+            chunks = make_chunks(case, topology)
             weights = {name: p.detach() for chunk in chunks for name, p in chunk.named_weights()}
             answers.append(pieces_of(chunks, weights))
         return answers
@@ -58,9 +58,9 @@ def test_random_weights_have_the_spread_that_the_config_says():
 
 def created_and_loaded(axes, folder):
     """What was created on each rank, and whether it is the same head on all that have one."""
-    with topology(Layout(**axes)) as place:
-        chunks, created = load_model(folder, place, role="reward", dtype=torch.float32, seed=5)
-        again, _ = load_model(folder, place, role="reward", dtype=torch.bfloat16, seed=5)
+    with open_topology(Layout(**axes)) as topology:
+        chunks, created = load_model(folder, topology, role="reward", dtype=torch.float32, seed=5)
+        again, _ = load_model(folder, topology, role="reward", dtype=torch.bfloat16, seed=5)
         heads = [chunk.value_head.weight.detach() for chunk in (*chunks, *again) if chunk.post_process]
         return created, [head.tolist() for head in heads]
 
@@ -79,7 +79,7 @@ def test_a_head_that_a_folder_lacks_is_named_on_every_rank(ranks, tmp_path):
 
 def test_a_policy_creates_nothing(tmp_path):
     folder = save_folder(tmp_path / "model", "chatglm", make_model("chatglm"))
-    with topology(Layout()) as place:
-        chunks, created = load_model(folder, place)
+    with open_topology(Layout()) as topology:
+        chunks, created = load_model(folder, topology)
         assert created == ()
         assert {p.dtype for p in chunks[0].parameters()} == {torch.bfloat16}

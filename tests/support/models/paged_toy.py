@@ -8,10 +8,10 @@ from glm_rlhf.engine.rollout.scheduling.request_queue import (
     Completion,
     GenerationQueue,
     GenerationRequest,
-    SequenceWork,
-    Step,
+    StepPlan,
     sample_seed,
 )
+from glm_rlhf.parallel.inference.step_plan import SequenceWork
 
 VOCABULARY = 40
 
@@ -47,7 +47,7 @@ def answer_alone(
         sample=sample,
         tokens=tuple(tokens),
         logprobs=tuple(pair[0] for pair in logprobs),
-        plain_logprobs=tuple(pair[1] for pair in logprobs),
+        untempered_logprobs=tuple(pair[1] for pair in logprobs),
         finish_reason=reason,
     )
 
@@ -59,17 +59,17 @@ class PagedMemory:
     page_size: int
     slots: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
 
-    def copy(self, step: Step) -> None:
+    def copy(self, step: StepPlan) -> None:
         for source, target in step.copies:
             for offset in range(self.page_size):
                 self.slots[target, offset] = self.slots.get((source, offset))
 
-    def feed(self, step: Step) -> None:
+    def feed(self, step: StepPlan) -> None:
         for work in (*step.decodes, *step.prefills):
             for position, token in enumerate(work.tokens, work.start):
                 self.slots[self._slot(work, position)] = (position, token)
 
-    def draw(self, step: Step) -> tuple[list[int], list[float], list[float]]:
+    def draw(self, step: StepPlan) -> tuple[list[int], list[float], list[float]]:
         """Return token, logprob and plain logprob of each sequence that samples, in the queue's order."""
         drawn = []
         for work in (*step.decodes, *step.prefills):
@@ -95,12 +95,12 @@ class Simulation:
     num_groups: int = 1
     order: Random = field(default_factory=lambda: Random(0))
     """Decides how late a step is computed: any time from its copies until it is taken."""
-    steps: list[tuple[int, Step]] = field(default_factory=list)
+    steps: list[tuple[int, StepPlan]] = field(default_factory=list)
     """(group, step) in the order in which they were given."""
 
     def __post_init__(self) -> None:
         self.memory = PagedMemory(self.page_size)
-        self.in_flight: list[Step | None] = [None] * self.num_groups
+        self.in_flight: list[StepPlan | None] = [None] * self.num_groups
         self.not_computed: set[int] = set()  # groups
 
     def rounds(self) -> Iterator[list[Completion]]:
@@ -133,7 +133,7 @@ class Simulation:
             self.not_computed.remove(group)
             self.memory.feed(self.in_flight[group])
 
-    def _check(self, group: int, step: Step) -> None:
+    def _check(self, group: int, step: StepPlan) -> None:
         works = (*step.decodes, *step.prefills)
         assert works, "a step without work"
         assert step.num_tokens == sum(len(work.tokens) for work in works) <= self.max_step_tokens
@@ -150,12 +150,12 @@ class Simulation:
             for work in (*flying.decodes, *flying.prefills)
         ]
         assert len(running) == len(set(running)), "a sequence in two places at once"
-        for members in self.queue._roster._groups:
+        for members in self.queue._scheduler._groups:
             started = [member.started for member in members]
             assert started == sorted(started), "the last of a group is not the one to be preempted first"
         self._check_pages(group, step)
 
-    def _check_pages(self, group: int, step: Step) -> None:
+    def _check_pages(self, group: int, step: StepPlan) -> None:
         pool = self.queue.pool
         written = self._written(step)
         assert len(written) == len(set(written)), "two sequences write the same page"
@@ -172,7 +172,7 @@ class Simulation:
             assert used.isdisjoint(written), "a page in flight is written by another group"
             assert used.isdisjoint(targets)
 
-    def _written(self, step: Step) -> list[int]:
+    def _written(self, step: StepPlan) -> list[int]:
         pages = []
         for work in (*step.decodes, *step.prefills):
             pages += work.pages[work.start // self.page_size :]

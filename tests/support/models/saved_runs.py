@@ -9,25 +9,25 @@ from tiny_training import Case, make_batches, make_chunks, train_step
 from glm_rlhf.parallel.checkpoint.save import CheckpointWriter
 from glm_rlhf.parallel.megatron_compat.rng_state import random_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 CASE = Case(settings=AdamSettings(lr=1e-2), changes={"num_layers": 2})
-COMPANIONS = {"config.json": b'{"model_type": "glm"}', "tokenizer_config.json": b"{}"}
-OPTIONS = {"keep_last": 2, "companions": COMPANIONS, "config": {"run": {"seed": 7}}}
+EXTRA_FILES = {"config.json": b'{"model_type": "glm"}', "tokenizer_config.json": b"{}"}
+OPTIONS = {"keep_last": 2, "extra_files": EXTRA_FILES, "config": {"run": {"seed": 7}}}
 
 
 class TinyRun:
     """A model in training on this rank, and the writer of its checkpoints."""
 
-    def __init__(self, place, writer: CheckpointWriter) -> None:
-        self.place, self.writer = place, writer
-        self.state = TrainingState(make_chunks(CASE, place), CASE.settings, topology=place)
+    def __init__(self, topology, writer: CheckpointWriter) -> None:
+        self.topology, self.writer = topology, writer
+        self.state = TrainingState(make_chunks(CASE, topology), CASE.settings, topology=topology)
 
     def step(self) -> None:
         """Change every weight."""
-        mine = make_batches(CASE, self.place)[self.place.dp_rank :: self.place.dp]
-        train_step(CASE, self.state, mine, self.place)
+        mine = make_batches(CASE, self.topology)[self.topology.dp_rank :: self.topology.dp]
+        train_step(CASE, self.state, mine, self.topology)
         assert self.state.step().is_applied
 
     def save(self, step: int, writer: CheckpointWriter | None = None) -> None:
@@ -42,10 +42,10 @@ def tiny_run(folder: Path, axes: dict | None = None, **options):
     """Enter a layout with a run that saves into `folder`."""
     torch.manual_seed(3)
     with (
-        topology(Layout(**(axes or {}))) as place,
-        CheckpointWriter(folder, topology=place, **(OPTIONS | options)) as writer,
+        open_topology(Layout(**(axes or {}))) as topology,
+        CheckpointWriter(folder, topology=topology, **(OPTIONS | options)) as writer,
     ):
-        yield TinyRun(place, writer)
+        yield TinyRun(topology, writer)
 
 
 def save_steps(folder: Path, axes: dict, steps: list[int]) -> None:

@@ -31,12 +31,12 @@ def make_requests(num_requests=8, *, vocab_size=64, new_tokens=12, longest_promp
     ]
 
 
-def make_phase(chunks, place, requests, *, num_pages=None, record=None, **batch):
+def make_phase(chunks, topology, requests, *, num_pages=None, record=None, **batch):
     """A phase on pages for two of the longest sequences, or as many as are asked for."""
     settings = TIGHT | batch
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     phase = GenerationPhase(
-        chunks, topology=place, batch=BatchSettings(**settings), longest=longest, record=record
+        chunks, topology=topology, batch=BatchSettings(**settings), longest=longest, record=record
     )
     phase.num_pages = num_pages or 2 * -(-longest // settings["page_size"])
     return phase
@@ -47,12 +47,12 @@ def answers(phase, requests, sampling=SAMPLED, **options):
     return {(done.request, done.sample): done for done in phase.run(requests, sampling, **options)}
 
 
-def full_forward_logprobs(chunks, place, requests, completions):
+def full_forward_logprobs(chunks, topology, requests, completions):
     """By (request, sample): logprobs of each answer's tokens under the training forward."""
     prompts = {request.index: request.prompt for request in requests}
     keys = sorted(completions)
     sequences = [torch.tensor(prompts[key[0]] + completions[key].tokens) for key in keys]
-    packed = pack(sequences, multiple=place.layout.token_multiple)
-    ((logprobs_T, _),) = score_tokens(chunks, [packed], topology=place)
+    packed = pack(sequences, multiple=topology.layout.token_multiple)
+    ((logprobs_T, _),) = score_tokens(chunks, [packed], topology=topology)
     parts = packed.split(logprobs_T)
     return {key: part[len(prompts[key[0]]) :].tolist() for key, part in zip(keys, parts, strict=True)}

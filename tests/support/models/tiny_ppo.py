@@ -23,19 +23,19 @@ def prompts() -> list[PromptInput]:
     return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
 
 
-def make_roles(folder: Path, place, function: Callable = share_of_low_ids, **changes) -> PPORoles:
+def make_roles(folder: Path, topology, function: Callable = share_of_low_ids, **changes) -> PPORoles:
     """Roles that all start from `folder`; `settings` and `temperature` apart, changes go to `PPORoles`."""
     options = {"dtype": torch.float32, "seed": 7}
     settings = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 80, "kl_target": 0.1, "kl_horizon": 100}
     settings |= changes.pop("settings", {})
     roles = {
-        "policy": load_model(folder, place, **options)[0],
-        "reference": load_model(folder, place, role="reference", **options)[0],
-        "critic": load_model(folder, place, role="critic", **options)[0],
+        "policy": load_model(folder, topology, **options)[0],
+        "reference": load_model(folder, topology, role="reference", **options)[0],
+        "critic": load_model(folder, topology, role="critic", **options)[0],
     }
     defaults = {"policy_adam": AdamSettings(lr=1e-3), "critic_adam": AdamSettings(lr=1e-3)}
     return PPORoles(
-        topology=place,
+        topology=topology,
         settings=PPOSettings(**settings),
         answers=AnswerSettings(
             sampling=SamplingSettings(temperature=changes.pop("temperature", 1.0)),

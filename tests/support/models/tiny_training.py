@@ -13,7 +13,7 @@ from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.pipeline.schedule import collect_rows, run_micro_batches
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.topology import topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.sharding import place_shard, shards_of
@@ -67,27 +67,27 @@ class Case:
 
 def run_cases(axes: dict[str, Any], cases: list[Case]) -> list[dict[str, Any]]:
     """On each rank: what `run_case` gives for each case, in one topology."""
-    with topology(Layout(**axes)) as place:
-        return [run_case(case, place) for case in cases]
+    with open_topology(Layout(**axes)) as topology:
+        return [run_case(case, topology) for case in cases]
 
 
-def run_case(case: Case, place) -> dict[str, Any]:
+def run_case(case: Case, topology) -> dict[str, Any]:
     """Return forward results, losses, gradient norms, and the pieces of the weights' change on this rank."""
-    chunks = make_chunks(case, place)
-    batches = make_batches(case, place)
-    outputs = forward(case, chunks, batches, place)
+    chunks = make_chunks(case, topology)
+    batches = make_batches(case, topology)
+    outputs = forward(case, chunks, batches, topology)
     state = training_state(
         chunks,
         case.settings,
-        topology=place,
+        topology=topology,
         overlap_communication=case.overlaps,
         in_backward=case.in_backward,
     )
     before = {name: p.detach().clone() for chunk in chunks for name, p in chunk.named_weights()}
-    mine = batches[place.dp_rank :: place.dp]
+    mine = batches[topology.dp_rank :: topology.dp]
     losses, norms = [], []
     for _ in range(case.num_steps):
-        losses.append(train_step(case, state, mine, place))
+        losses.append(train_step(case, state, mine, topology))
         result = state.step()
         assert result.is_applied
         norms.append(result.grad_norm)
@@ -97,9 +97,9 @@ def run_case(case: Case, place) -> dict[str, Any]:
     return {"outputs": outputs, "losses": losses, "norms": norms, "pieces": pieces}
 
 
-def make_chunks(case: Case, place, seed: int = 7):
+def make_chunks(case: Case, topology, seed: int = 7):
     chunks = build_model(
-        case.config, place, role=case.role, dtype=case.dtype, recompute_layers=case.recomputes
+        case.config, topology, role=case.role, dtype=case.dtype, recompute_layers=case.recomputes
     )
     randomize_weights(chunks, seed=seed)
     for chunk in chunks:
@@ -108,57 +108,57 @@ def make_chunks(case: Case, place, seed: int = 7):
     return chunks
 
 
-def make_batches(case: Case, place):
+def make_batches(case: Case, topology):
     """Every micro-batch of the run, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     sequences = [
         [torch.randint(0, case.config.vocab_size, (n,), generator=generator) for n in lengths]
         for lengths in case.lengths
     ]
-    return [pack(batch, multiple=place.layout.token_multiple) for batch in sequences]
+    return [pack(batch, multiple=topology.layout.token_multiple) for batch in sequences]
 
 
-def forward(case: Case, chunks, batches, place) -> list[torch.Tensor]:
+def forward(case: Case, chunks, batches, topology) -> list[torch.Tensor]:
     """Logprobs or values of every sequence, on every rank."""
     if case.role not in SCALAR_ROLES:
-        found = [rows for rows, _ in score_tokens(chunks, batches, topology=place)]
+        found = [rows for rows, _ in score_tokens(chunks, batches, topology=topology)]
     else:
         outputs = run_micro_batches(
             chunks,
             batches,
             lambda model, hidden_TD, _: (None, token_values(model, hidden_TD).unsqueeze(1)),
-            topology=place,
+            topology=topology,
             forward_only=True,
         )
-        found = [rows.squeeze(1) for rows in collect_rows(outputs, batches, 1, topology=place)]
+        found = [rows.squeeze(1) for rows in collect_rows(outputs, batches, 1, topology=topology)]
     return [part for batch, rows in zip(batches, found, strict=True) for part in batch.split(rows)]
 
 
-def train_step(case: Case, state, mine, place) -> float:
+def train_step(case: Case, state, mine, topology) -> float:
     """Forward and backward of this data-parallel rank's micro-batches; the loss of all of them."""
     state.zero_grad()
     losses = run_micro_batches(
         state.chunks,
         mine,
         lambda model, hidden_TD, index: loss_of(case, model, hidden_TD, mine[index]),
-        topology=place,
+        topology=topology,
         forward_only=False,
     )
     total = torch.stack([*losses, torch.zeros(())]).sum()
     torch.distributed.all_reduce(total)
-    return total.item() / place.layout.tp
+    return total.item() / topology.layout.tp
 
 
 def loss_of(case: Case, model, hidden_TD, batch):
     """This rank's part of the loss: next tokens, a regression of values, or signs of last tokens' scores."""
-    place = model.topology
-    mine = share(batch, cp_rank=place.cp_rank, cp_size=place.layout.cp)
+    topology = model.topology
+    mine = share(batch, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
     if case.role == "policy":
         num_targets = sum(length - 1 for lengths in case.lengths for length in lengths)
         logprobs_T, _ = token_logprobs(model, hidden_TD, mine.take(next_tokens(batch)))
         loss = -logprobs_T.sum() / num_targets
     elif case.role == "critic":
-        is_real_T = torch.arange(batch.num_tokens) < batch.num_tokens - batch.num_filler
+        is_real_T = torch.arange(batch.num_tokens) < batch.num_tokens - batch.num_padding
         error_T = token_values(model, hidden_TD) - mine.take(batch.tokens_T.float().sin())
         loss = 0.5 * (error_T.square() * mine.take(is_real_T)).sum() / sum(map(sum, case.lengths))
     else:
@@ -175,7 +175,7 @@ def pieces_of(chunks, tensors: dict[str, torch.Tensor]) -> list[tuple[str, int, 
     """Parts of the whole model's tensors, (their name, dim, start, part), that this rank's `tensors` hold."""
     pieces = []
     for chunk in chunks:
-        place = chunk.topology
+        topology = chunk.topology
         weights = weights_of(
             chunk.glm,
             layers=range(chunk.first_layer, chunk.first_layer + len(chunk.decoder.layers)),
@@ -184,8 +184,8 @@ def pieces_of(chunks, tensors: dict[str, torch.Tensor]) -> list[tuple[str, int, 
             role=chunk.role,
         )
         for weight in weights:
-            for shard in shards_of(weight, chunk.glm, tp_rank=place.tp_rank, tp_size=place.layout.tp):
-                for piece, part in place_shard(shard, tensors[shard.ours]):
+            for shard in shards_of(weight, chunk.glm, tp_rank=topology.tp_rank, tp_size=topology.layout.tp):
+                for piece, part in place_shard(shard, tensors[shard.name]):
                     pieces.append((piece.name, piece.dim, piece.start, part.clone()))
     return pieces
 

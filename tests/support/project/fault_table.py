@@ -222,7 +222,7 @@ def _try(launch: WarmLaunches, case: Case, line: list[str], output: Path, wanted
 
 
 def _weights(output: Path) -> dict[str, torch.Tensor]:
-    (file,) = (output / "checkpoints" / "step_3").glob("*.safetensors")
+    (file,) = (output / "hf" / "step_3").glob("*.safetensors")
     return load_file(file)
 
 

@@ -43,7 +43,7 @@ def _slow_disk() -> None:
 def _flip_a_byte() -> None:
     """Hurt the newest checkpoint, in the folder that the command's arguments name, and end."""
     output = next(one.partition("=")[2] for one in sys.argv if one.startswith("run.output="))
-    newest = max((Path(output) / "resume").glob("step_*"), key=lambda folder: int(folder.name[5:]))
+    newest = max((Path(output) / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name[5:]))
     largest = max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(-1, os.SEEK_END)

@@ -72,7 +72,8 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         address = str(Path(self._folder.name) / "socket")
         rendezvous = str(Path(self._folder.name) / "rendezvous")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join(path for path in sys.path if path)  # modules of tests/support
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         with Listener(address, "AF_UNIX", backlog=WORLD_SIZE) as listener:
             for rank in range(WORLD_SIZE):
                 command = [sys.executable, __file__, address, rendezvous, str(rank)]
@@ -123,7 +124,9 @@ def _serve(address: str, rendezvous: str, rank: int) -> None:
 
 
 def _load(path: str):
-    spec = importlib.util.spec_from_file_location(f"on_ranks_{Path(path).stem}", path)
+    # Files of other folders share its stem.
+    name = "on_ranks_" + "_".join(Path(path).with_suffix("").parts[1:])
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

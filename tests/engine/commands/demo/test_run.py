@@ -30,7 +30,7 @@ def test_every_stage_leaves_its_model_and_the_figures_hang_together(shortened):
     _, folder, code = shortened
     assert code == 0
     for stage, steps in (("sft", 80), ("reward", 2), ("ppo", 2)):
-        assert (folder / stage / "checkpoints" / f"step_{steps}" / "config.json").exists()
+        assert (folder / stage / "hf" / f"step_{steps}" / "config.json").exists()
         assert (folder / stage / "config.yaml").exists()
     facts = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     results = facts["results"]

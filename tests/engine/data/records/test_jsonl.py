@@ -13,11 +13,11 @@ from glm_rlhf.engine.data.records.reading import ReadReport, RecordError
 GOOD = b'{"a": 1}\n'
 
 
-def pairs_of(fields, place):
+def pairs_of(fields, topology):
     """Return the object with its place, refusing those that say so."""
     if fields.get("bad"):
-        raise place.error("it says it is bad")
-    return (place.line, place.index, fields)
+        raise topology.error("it says it is bad")
+    return (topology.line, topology.index, fields)
 
 
 def read(path, **settings):

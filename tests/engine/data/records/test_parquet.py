@@ -30,9 +30,9 @@ READERS = {
 }
 
 
-def as_read(fields, place):
+def as_read(fields, topology):
     """Return the object with its place."""
-    return (place.line, place.index, fields)
+    return (topology.line, topology.index, fields)
 
 
 def read(path, **settings):
@@ -88,7 +88,7 @@ def test_every_reader_names_a_bad_row_or_skips_and_counts_it(write, caplog, read
     report = ReadReport()
     with caplog.at_level(logging.WARNING):
         records = list(reader(path, on_error="skip", report=report, **settings))
-    assert [(record.place.line, record.place.index) for record in records] == [(1, 0), (3, 2)]
+    assert [(record.location.line, record.location.index) for record in records] == [(1, 0), (3, 2)]
     assert (report.num_records, report.num_skipped, report.num_blank) == (2, 1, 0)
     assert f"{path}: skipped 1 of 3 records; the first: {path}:2: " in caplog.text
 

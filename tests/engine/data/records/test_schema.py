@@ -34,7 +34,7 @@ def test_prompts_are_texts_turns_or_ids_and_extra_fields_are_kept(write):
     assert (text.prompt, text.extra) == ((USER,), {"answer": "4", "meta": {"source": [1]}})
     assert turns.prompt == (Message(role="system", content="be kind"), USER)
     assert (ids.prompt, ids.extra) == (TokenIds((0, 5, 5)), {"text": ""})
-    assert [(record.place.line, record.place.index) for record in (text, turns, ids)] == [
+    assert [(record.location.line, record.location.index) for record in (text, turns, ids)] == [
         (1, 0),
         (2, 1),
         (3, 2),
@@ -175,7 +175,7 @@ def test_a_bad_prompt_is_named_with_file_and_line_or_skipped_and_counted(write, 
 
     report = ReadReport()
     records = list(read_prompts(path, vocab_size=100, on_error="skip", report=report))
-    assert [record.place.index for record in records] == [0, 2]
+    assert [record.location.index for record in records] == [0, 2]
     assert (report.num_records, report.num_skipped, len(report.errors)) == (2, 1, 1)
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from glm_rlhf.engine.data.messages import Message
-from glm_rlhf.engine.data.records.reading import Place, RecordError
+from glm_rlhf.engine.data.records.reading import RecordError, RecordLocation
 from glm_rlhf.engine.data.records.schema import TokenIds
 from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 
-PLACE = Place(path=Path("data.jsonl"), line=3, index=2)
+PLACE = RecordLocation(path=Path("data.jsonl"), line=3, index=2)
 TURNS = (Message(role="system", content="be kind"), Message(role="user", content="3+4?"))
 
 

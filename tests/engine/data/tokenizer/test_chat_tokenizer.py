@@ -68,7 +68,7 @@ def test_streamed_pieces_joined_equal_the_whole(either, ids):
 
 
 def test_every_stop_may_be_sampled_and_the_prefix_may_not(either):
-    never_V = either.ids_never_sampled(either.vocab_size + 5)
+    never_V = either.unsampleable_ids(either.vocab_size + 5)
     assert not never_V[list(either.stop_ids)].any()
     assert either.end_id in either.stop_ids
     assert never_V[either.prefix_ids].all()

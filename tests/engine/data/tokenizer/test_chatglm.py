@@ -61,14 +61,14 @@ def test_rows_without_a_token_are_those_from_64798_on(chatglm3):
 
 
 def test_only_ordinary_tokens_stops_and_a_further_turn_may_be_sampled(chatglm3):
-    never = set(chatglm3.ids_never_sampled(65024).nonzero().flatten().tolist())
+    never = set(chatglm3.unsampleable_ids(65024).nonzero().flatten().tolist())
     templates_own = {"<unk>", "<s>", "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>"}
     assert never == {chatglm3.id_of(name) for name in templates_own} | set(range(64798, 65024))
 
 
 def test_an_embedding_smaller_than_the_vocabulary_is_refused(chatglm3):
     with pytest.raises(ValueError, match="64000 rows"):
-        chatglm3.ids_never_sampled(64000)
+        chatglm3.unsampleable_ids(64000)
 
 
 @pytest.mark.parametrize("text", SAMPLES)

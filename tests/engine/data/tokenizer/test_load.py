@@ -40,7 +40,7 @@ def test_stops_of_the_configs_join_the_forms_own(folder, eos, stops):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.stop_ids == stops
-    assert not tokenizer.ids_never_sampled(640)[list(stops)].any()
+    assert not tokenizer.unsampleable_ids(640)[list(stops)].any()
 
 
 @pytest.mark.parametrize("eos", [640, -1, "2", True, [2, 9999]])

@@ -53,7 +53,11 @@ def test_one_sequence_from_prompt_to_stop():
     assert shape(step.decodes) == [(0, (21,), 4, (0, 1, 2), True, 2)]
     (done,) = queue.take(0, [3], [-0.5], [-0.7])
     assert (done.request, done.sample, done.finish_reason) == (7, 0, "stop")
-    assert (done.tokens, done.logprobs, done.plain_logprobs) == ((20, 21, 3), (-1, -1, -0.5), (-2, -2, -0.7))
+    assert (done.tokens, done.logprobs, done.untempered_logprobs) == (
+        (20, 21, 3),
+        (-1, -1, -0.5),
+        (-2, -2, -0.7),
+    )
     assert queue.is_finished
     assert queue.next(0) is None
     queue.pool.assert_all_free()

@@ -1,6 +1,7 @@
 """Each sample has a random stream of its own."""
 
-from glm_rlhf.engine.rollout.scheduling.requests import SequenceWork, Step, sample_seed
+from glm_rlhf.engine.rollout.scheduling.requests import sample_seed
+from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 
 
 def test_mixing_is_splitmix64():
@@ -27,4 +28,4 @@ def test_a_step_counts_its_tokens():
             sequence=0, tokens=(5,) * num_tokens, start=0, pages=(0,), samples=True, seed=0, num_generated=0
         )
 
-    assert Step(copies=(), decodes=(work(1), work(1)), prefills=(work(3), work(1))).num_tokens == 6
+    assert StepPlan(copies=(), decodes=(work(1), work(1)), prefills=(work(3), work(1))).num_tokens == 6

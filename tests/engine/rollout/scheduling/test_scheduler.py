@@ -11,7 +11,7 @@ from paged_toy import VOCABULARY, PagedMemory, Simulation, answer_alone
 from glm_rlhf.engine.rollout.scheduling import scheduler
 from glm_rlhf.engine.rollout.scheduling.page_pool import PagePool
 from glm_rlhf.engine.rollout.scheduling.request_queue import GenerationQueue, GenerationRequest
-from glm_rlhf.engine.rollout.scheduling.scheduler import Roster
+from glm_rlhf.engine.rollout.scheduling.scheduler import Scheduler
 from glm_rlhf.engine.rollout.scheduling.sequence_state import PromptState, SequenceState
 
 
@@ -129,7 +129,7 @@ def test_ranks_agree_and_the_order_of_requests_changes_no_answer(case, seed):
 
 def earliest_started(queue):
     """What has started before all others that have and are not done; None while it waits to go on."""
-    roster = queue._roster
+    roster = queue._scheduler
     running = [sequence for group in roster._groups for sequence in group]
     waiting = [sequence for _, sequence in roster._waiting]
     parked = [one for sequence in running for one in sequence.prompt.parked]
@@ -145,7 +145,7 @@ def test_no_sequence_starves(case):
     first, num_cached, started = None, 0, {}
     for completions in simulation.rounds():
         num_rounds += 1
-        for group in simulation.queue._roster._groups:
+        for group in simulation.queue._scheduler._groups:
             for sequence in group:
                 assert started.setdefault(sequence.identity, sequence.started) == sequence.started
         ended = {(done.request, done.sample) for done in completions}
@@ -195,9 +195,9 @@ def put_last(group, sequence, key):
         (scheduler, "insort", put_last),
         (PagedMemory, "copy", no_copies),
         (PagePool, "share", forget_owner),
-        (Roster, "_victim", victim_in_flight),
-        (Roster, "_has_room", lambda self, group: True),
-        (Roster, "finish", lose_pages),
+        (Scheduler, "_victim", victim_in_flight),
+        (Scheduler, "_has_room", lambda self, group: True),
+        (Scheduler, "finish", lose_pages),
         (SequenceState, "unfed_tokens", prompt_only),
         (PromptState, "num_reused", property(lambda prompt: len(prompt.request.prompt))),
         (PromptState, "copies_page", property(lambda prompt: False, lambda prompt, value: None)),

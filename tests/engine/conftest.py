@@ -10,7 +10,7 @@ from glm_rlhf.engine.commands.demo.toy_tokenizer import training_text
 from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
 from glm_rlhf.engine.data.tokenizer.tiktoken_vocab import GLM4_SPLIT
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 
 GLM4_MARKERS = [
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
