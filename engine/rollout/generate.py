@@ -113,8 +113,8 @@ def answer_prompts(
     ]
     longest = max(lengths) + settings.max_new_tokens
     with (
-        weights_for_generation(chunks, topology, resharded) as (weights, topology),
-        GenerationPhase(weights, topology=topology, batch=settings.batch, longest=longest) as phase,
+        weights_for_generation(chunks, topology, resharded) as (weights, inner),
+        GenerationPhase(weights, topology=inner, batch=settings.batch, longest=longest) as phase,
     ):
         found, findings = [], []
         try:
