@@ -20,7 +20,7 @@ SAMPLES_AFTER = "after.jsonl"
 _TOTALS = ("timing_s/iteration", "timing_s/step")
 _MAX_SAMPLES = 24
 _GROUPS = (
-    ("Reward", lambda name: "rewards/" in name and not name.startswith("eval")),
+    ("Reward", lambda name: "reward/minus_baseline/" in name or ("rewards/" in name and name[:4] != "eval")),
     ("Evaluation", lambda name: name.startswith("eval")),
     ("KL", lambda name: "kl" in name.rpartition("/")[2].split("_")),
     ("Length", lambda name: "length" in name),

@@ -23,14 +23,13 @@ from glm_rlhf.parallel.spec.layout import Layout
 
 
 @pytest.fixture
-def place():
+def topology():
     with open_topology(Layout()) as topology:
         yield topology
 
 
 @pytest.fixture
 def queues(monkeypatch):
-    """Every queue that a phase makes."""
     return keep_queues(monkeypatch.setattr)
 
 
@@ -55,8 +54,7 @@ def live_bytes():
     held = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
-            storage = thing.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            held[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(held.values())
 
 

@@ -51,7 +51,7 @@ def _forget():
 
 
 @pytest.fixture
-def place():
+def topology():
     with open_topology(Layout()) as topology:
         yield topology
 

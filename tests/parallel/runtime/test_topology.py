@@ -163,17 +163,17 @@ def test_more_ranks_than_devices_are_refused_with_both_numbers(monkeypatch):
 LAUNCHED = """
     import os, pathlib, sys, torch, torch.distributed as dist
     from glm_rlhf.parallel.spec.layout import Layout
-    from glm_rlhf.parallel.runtime.topology import topology
+    from glm_rlhf.parallel.runtime.topology import open_topology
     # A file for each rank: in one pipe their lines may mix.
     said = pathlib.Path(sys.argv[1], os.environ["RANK"]).open("w")
     for layout in (Layout(tp=2), Layout(pp=2)):
-        with topology(layout, timeout_s=60) as place:
+        with open_topology(layout, timeout_s=60) as place:
             total = torch.tensor([float(place.rank + 1)])
             dist.all_reduce(total, group=place.tp_group)
         assert not dist.is_initialized()
         print(place.rank, place.world_size, place.tp_rank, place.pp_rank, total.item(), file=said)
     try:
-        with topology(Layout(tp=4)):
+        with open_topology(Layout(tp=4)):
             pass
     except ValueError as error:
         print(place.rank, error, file=said)

@@ -33,7 +33,7 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place():
+def topology():
     with open_topology(Layout()) as topology:
         yield topology
 

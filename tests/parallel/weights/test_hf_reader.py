@@ -272,7 +272,7 @@ def status(key):
 folder, tp_size = sys.argv[1], int(sys.argv[2])
 config = read_config(folder)
 stream = iterate_shard(folder, config, tp_rank=0, tp_size=tp_size, layers=range(config.num_layers))
-parameters = {s.ours: torch.zeros(s.shape) for s in stream.shards}  # a model, its pages touched
+parameters = {s.name: torch.zeros(s.shape) for s in stream.shards}  # a model, its pages touched
 for tensor in parameters.values():
     tensor.fill_(1.0)
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of what came before

@@ -1,0 +1,4 @@
+"""From a config to loaded models, prompts and records.
+
+Imports `runs`, `evaluation` and below.
+"""
