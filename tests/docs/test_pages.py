@@ -115,6 +115,23 @@ def test_every_metric_of_the_page_is_one_of_the_code():
     assert [name for name in names if not ends[name] & texts] == []
 
 
+def test_the_readmes_tree_shows_every_sub_package_with_its_sentence():
+    """The first line of each `__init__.py`, without its full stop."""
+    shown, layer = {}, ""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"( *)(\w+)/ {2,}(.+)", line):
+            indent, name, sentence = match.groups()
+            layer = name if not indent else layer
+            shown[f"{layer}/{name}" if indent else name] = sentence
+    sentences = {}
+    for file in sorted(ROOT.glob("*/*/__init__.py")):
+        if file.parts[-3] in ("engine", "kernels", "parallel"):
+            docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+            sentences["/".join(file.parts[-3:-1])] = docstring.splitlines()[0].rstrip(".")
+    assert {name: shown.get(name) for name in sentences} == sentences
+    assert [name for name in shown if not (ROOT / name).is_dir()] == []
+
+
 @functools.cache
 def source_texts() -> tuple[str, ...]:
     """Every text of the sources; what is filled in stands as a space."""
