@@ -1,9 +1,9 @@
-"""PPO from a loop of one's own, inside a world that another program has made.
+"""PPO from your own loop, inside a torch.distributed world that another program has created.
 
 torchrun --nproc-per-node=2 examples/own_loop.py examples/tiny/ppo.yaml parallel.tp=2
 
-What differs from `glm-rlhf ppo`: prompts come from a generator, the learning rate follows a rule of this
-file, metrics go where it sends them, and the process groups were there before the engine and stay after it.
+What differs from `glm-rlhf ppo`: prompts come from a generator, the learning rate and the logging of metrics
+are this file's own, and the process group exists before the engine and stays after it.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def prompts(seed: int) -> Iterator[list[str]]:
 
 def main(arguments: list[str]) -> None:
     """Run a few iterations and write the policy."""
-    owns_world = not dist.is_initialized()  # a larger program has made one long before
+    owns_world = not dist.is_initialized()  # a larger program has created one long before
     if owns_world:
         dist.init_process_group()
     config = PPOConfig.from_yaml(arguments[0], overrides=arguments[1:])

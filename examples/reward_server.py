@@ -1,11 +1,11 @@
-"""A small reward server: serves a rule over HTTP, in the form that `reward.function: http://…` asks for.
+"""A small reward server: a reward function over HTTP, in the form that `reward.function: http://…` expects.
 
     python examples/reward_server.py my_rules:exact --port 8000
     glm-rlhf ppo ppo.yaml reward.function=http://localhost:8000
 
 The rule is a function as PPO takes one, `(list of RewardRequest) -> list of numbers`, in a module of the
 current folder. Put a model of your own behind it, or answer the same JSON from another language: the
-contract stands at the top of `glm_rlhf/engine/rollout/reward_http.py`.
+contract is at the top of `glm_rlhf/engine/rewards/http.py`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Several nodes, run on each of them; they meet at HOST:PORT, which one of them owns:
+# For several nodes, run it on each of them; they meet at HOST:PORT, where HOST is one of them:
 #   NODES=8 HOST=node0 examples/launch/each_node.sh ppo examples/glm4_9b/ppo_64gpu.yaml
-# DRY_RUN=1 prints the command in place of running it. RESTARTS: how often torchrun starts all ranks anew.
+# DRY_RUN=1 prints the command instead of running it. RESTARTS: how often torchrun restarts all ranks.
 set -euo pipefail
 if (($# == 0)) || [[ -z "${NODES:-}" || -z "${HOST:-}" ]]; then
     echo "usage: NODES=N HOST=NAME [GPUS=8] [PORT=29500] [RUN_ID=glm-rlhf] $0 COMMAND [config.yaml] …" >&2

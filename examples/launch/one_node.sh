@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node, a rank for each of its GPUs:
 #   GPUS=8 examples/launch/one_node.sh ppo examples/chatglm3_6b/ppo_8gpu.yaml
-# DRY_RUN=1 prints the command in place of running it. RESTARTS: how often torchrun starts all ranks anew.
+# DRY_RUN=1 prints the command instead of running it. RESTARTS: how often torchrun restarts all ranks.
 set -euo pipefail
 if (($# == 0)); then
     echo "usage: $0 COMMAND [config.yaml] [section.key=value …]" >&2

@@ -1,4 +1,4 @@
-"""A tiny random ChatGLM3 with its data: sums in words, wrong and right, for the configs beside this file.
+"""A tiny random ChatGLM3 with its data, sums in words, wrong and right, for the configs in this folder.
 
 python examples/tiny/make_tiny.py [folder, by default outputs/tiny]
 """

@@ -16,9 +16,9 @@ CONFIG_OF = {command.name: command.config for command in COMMANDS}
 KEYS = {path for config in CONFIG_OF.values() for path in keys_of(config)}
 SECTIONS = {path.partition(".")[0] for path in KEYS}
 FILE_ENDINGS = (".json", ".jsonl", ".yaml", ".html", ".py", ".md")
-EVERYWHERE = (*PAGES, ROOT / "README.md")
+EVERYWHERE = (*PAGES, ROOT / "README.md", ROOT / "benchmarks/README.md")
 
-pages = pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: page.stem)
+pages = pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,6 +96,18 @@ def test_python_compiles(page):
 def test_every_command_has_its_place_on_the_commands_page():
     table = prose(DOCS / "commands.md")
     assert [name for name in CONFIG_OF if f"| `{name}` |" not in table] == []
+
+
+def test_the_benchmarks_page_names_modules_and_every_report():
+    folder = ROOT / "benchmarks"
+    modules = re.findall(r"^\| `([\w.]+)` \|", prose(folder / "README.md"), re.MULTILINE)
+    assert len(modules) > 15
+    files = [folder / module.replace(".", "/") for module in modules]
+    assert [
+        file for file in files if not file.with_suffix(".py").exists() and not (file / "__main__.py").exists()
+    ] == []
+    reports = {f"results/{path.name}" for path in (folder / "results").glob("*.md")}
+    assert sorted(reports - {*links(folder / "README.md")}) == []
 
 
 def test_the_sentences_of_errors_are_those_of_the_code():

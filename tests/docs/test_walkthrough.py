@@ -42,7 +42,9 @@ def definitions(path: Path) -> frozenset[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
             members = node.body if isinstance(node, ast.ClassDef) else ()
-            found |= {f"{node.name}.{member.name}" for member in members if isinstance(member, ast.FunctionDef)}
+            found |= {
+                f"{node.name}.{member.name}" for member in members if isinstance(member, ast.FunctionDef)
+            }
     return frozenset(found)
 
 
