@@ -37,7 +37,7 @@ def nav_pages(entries: list) -> list[str]:
     return found
 
 
-def test_every_page_stands_once_in_the_nav():
+def test_every_page_is_once_in_the_nav():
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Loader)
     assert sorted(nav_pages(config["nav"])) == [page.name for page in PAGES]
 
@@ -55,19 +55,19 @@ def test_links_lead_somewhere(page):
 
 @pages
 def test_files_that_are_named_exist(page):
-    floors = re.compile(r"(engine|kernels|parallel|tests|examples|benchmarks)/[\w./*-]+")
+    folders = re.compile(r"(engine|kernels|parallel|tests|examples|benchmarks)/[\w./*-]+")
     for code in inline_code(page):
-        if floors.fullmatch(code):
+        if folders.fullmatch(code):
             assert any(ROOT.glob(code.rstrip("/"))), f"{page.name} names {code}"
 
 
 @pages
-def test_commands_exist_and_take_what_they_are_given(page):
-    """In shell blocks each key belongs to its command; so it does where a command stands in prose."""
-    given = [words for block in blocks(page) if block.language == "bash" for words in commands(block.text)]
+def test_commands_exist_and_have_the_keys_that_they_set(page):
+    """In shell blocks each key belongs to its command; so it does where prose names a command."""
+    found = [words for block in blocks(page) if block.language == "bash" for words in commands(block.text)]
     inline = [code for code in inline_code(page) if code.startswith(("glm-rlhf", "torchrun"))]
-    given += [words for code in inline for words in commands(code)]
-    for words in given:
+    found += [words for code in inline for words in commands(code)]
+    for words in found:
         if not words or not words[0].isalpha():
             continue
         assert words[0] in CONFIG_OF, f"{page.name}: glm-rlhf {' '.join(words)}"
@@ -146,10 +146,10 @@ def test_the_readmes_tree_shows_every_sub_package_with_its_sentence():
 
 @functools.cache
 def source_texts() -> tuple[str, ...]:
-    """Every text of the sources; what is filled in stands as a space."""
+    """Every text of the sources; what is filled in becomes a space."""
     found = []
-    for floor in ("engine", "parallel", "kernels"):
-        for path in sorted((ROOT / floor).rglob("*.py")):
+    for layer in ("engine", "parallel", "kernels"):
+        for path in sorted((ROOT / layer).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
@@ -165,7 +165,7 @@ def source_texts() -> tuple[str, ...]:
         test_links_lead_somewhere,
         test_files_that_are_named_exist,
         test_keys_that_are_named_exist,
-        test_commands_exist_and_take_what_they_are_given,
+        test_commands_exist_and_have_the_keys_that_they_set,
     ],
 )
 def test_the_checks_see_what_is_wrong(tmp_path: Path, check):

@@ -1,4 +1,4 @@
-"""The pages that a user follows, run as they stand, in one process, on the tiny model that they make."""
+"""The pages that a user follows, run as they are, in one process, on the tiny model that they make."""
 
 import json
 import re

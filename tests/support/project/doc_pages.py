@@ -36,7 +36,7 @@ def prose(page: Path) -> str:
 
 
 def inline_code(page: Path) -> list[str]:
-    """Return what stands between single backticks."""
+    """Return what is between single backticks."""
     return [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose(page))]
 
 
