@@ -77,7 +77,7 @@ COMMANDS = (
         name="ppo",
         summary="a policy learns from rewards, generating and training on the same ranks and weights",
         config=PPOConfig,
-        function="glm_rlhf.engine.rl.loop:run",
+        function="glm_rlhf.engine.commands.ppo:run",
     ),
     Command(
         name="dpo",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase
+from glm_rlhf.engine.config.sections import GenerationSection
+from glm_rlhf.engine.rollout.generation_phase import GenerationPhase
 from glm_rlhf.engine.rollout.scheduling.request_queue import GenerationRequest
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel
@@ -125,7 +126,7 @@ def phase_of(
     requests: Sequence[GenerationRequest], chunks: Sequence[GLMModel], topology: Topology
 ) -> GenerationPhase:
     """Return a phase with room for the longest request."""
-    batch = BatchSettings(max_batch=MAX_BATCH, max_step_tokens=1024, page_size=PAGE_SIZE)
+    batch = GenerationSection(max_batch=MAX_BATCH, max_step_tokens=1024, page_size=PAGE_SIZE)
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     return GenerationPhase(chunks, topology=topology, batch=batch, longest=longest)
 

@@ -16,7 +16,8 @@ import torch
 from benchmarks.models.sizes import ModelSizes
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.parts.models import sequence_logprobs
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase
+from glm_rlhf.engine.config.sections import GenerationSection
+from glm_rlhf.engine.rollout.generation_phase import GenerationPhase
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
 from glm_rlhf.parallel.inference.cuda_graph import BATCH_SIZES, Record, Recording, record_cuda_graph
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
@@ -116,7 +117,9 @@ def phase_of(
     return GenerationPhase(
         chunks,
         topology=topology,
-        batch=BatchSettings(max_batch=batch, max_step_tokens=sizes.step_tokens, page_size=sizes.page_size),
+        batch=GenerationSection(
+            max_batch=batch, max_step_tokens=sizes.step_tokens, page_size=sizes.page_size
+        ),
         longest=sizes.prompt_of_decode + sizes.new_tokens,
         record=record,
     )

@@ -8,9 +8,8 @@ result is of use, and generation is counted only where a rank holds a whole mode
 """
 
 import argparse
-import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,9 @@ from glm_rlhf.engine.bench.parts.ppo import make_roles
 from glm_rlhf.engine.cost.activations import CPU
 from glm_rlhf.engine.cost.memory import RankMemory, rank_memory
 from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
-from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
-from glm_rlhf.engine.rl.optimizer_step import take_steps
+from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
 from glm_rlhf.engine.rl.roles import PPORoles
+from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.optim.training_state import TrainingState
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
@@ -169,13 +168,12 @@ def count(case: MemoryCase, *, rank: int) -> Counted:
             lambda: made.append(make_roles(topology, model=case.model, work=case.work, choice=case.choice))
         )
         roles = made[0]
-        trained = {"policy": roles.policy_state, "critic": roles.critic_state}
+        trained = roles.states
         for state in trained.values():  # the first step makes the moments
             state.zero_grad()
             state.optimizer.prepare_grads()
             state.optimizer.step_with_ready_grads()
-        models = {"policy": roles.policy, "critic": roles.critic, "reference": roles.reference}
-        models["reward"] = roles.rewards.model
+        models = roles.models
         held = Counted(
             weights={
                 role: _bytes(p for c in chunks for p in c.parameters()) for role, chunks in models.items()
@@ -211,25 +209,17 @@ def _count_training(case: MemoryCase, roles: PPORoles, topology: Topology) -> di
         vocab_size=case.model.vocab_size,
         num_global=work.num_sequences,
     )
-    (part,) = mini_batches(experience, roles.settings, seed=1, topology=topology)
-    given = (experience, part, roles.settings)
-    critic = critic_learner(roles.critic_state, *given, topology=topology)
-    policy = policy_learner(roles.policy_state, *given, topology=topology)
-    schedules = {"train policy": [policy], "train critic": [critic]}
+    (part,) = mini_batches(
+        experience, roles.ppo, micro_batch_tokens=roles.micro_batch_tokens, seed=1, topology=topology
+    )
+    of_roles = learners(roles.states, experience, part, roles.ppo)
+    schedules = {f"train {role}": [of_roles[role]] for role in ("policy", "critic")}
     if topology.layout.pp > 1:
-        schedules = {"train": [critic, policy]}
+        schedules = {"train": list(of_roles.values())}
     return {
-        name: live_peak_bytes(
-            partial(_given_up, partial(take_steps, own, experience.rollouts, topology=topology))
-        )
+        name: live_peak_bytes(partial(take_step, own, topology=topology, dtype=torch.float32))
         for name, own in schedules.items()
     }
-
-
-def _given_up(step: Callable[[], object]) -> None:
-    """Take a step, which the engine gives up at its end where a message that nobody sent held no numbers."""
-    with contextlib.suppress(FloatingPointError):
-        step()
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -31,15 +31,17 @@ from benchmarks.harness.fresh_process import in_fresh_process
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.config.rl import PPOSection
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.rewards.combined import RewardTerms
 from glm_rlhf.engine.rewards.distributed import RewardDispatcher
 from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest
-from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.rollout.generate import AnswerSettings
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.types import Experience, PromptInput
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
@@ -47,6 +49,7 @@ from glm_rlhf.parallel.weights.load import load_model
 
 ANSWER_S, CALL_S, COMPUTED_S = 0.01, 0.3, 0.004
 AS_THEY_END, AT_THE_END = "as they end", "at the end"
+_MICRO_BATCH_TOKENS = 2048
 _PHASES = ("generate", "experience", "update")
 _WARM_UP = 1  # iterations of each contender that no time has
 
@@ -192,36 +195,42 @@ def _distance(found: Experience, expected: Experience) -> float:
 
 
 def _judged(roles: PPORoles, function: RewardFunction, concurrency: int) -> None:
-    roles.settings = dataclasses.replace(roles.settings, overlap_scoring=False)
-    roles.rewards.judge = RewardDispatcher(
+    roles.ppo = dataclasses.replace(roles.ppo, overlap_scoring=False)
+    roles.rewards.dispatcher = RewardDispatcher(
         function, topology=roles.topology, tokenizer=None, skip_failures=False, concurrency=concurrency
     )
 
 
 def _scored(roles: PPORoles, overlap_scoring: bool) -> None:
-    roles.settings = dataclasses.replace(roles.settings, overlap_scoring=overlap_scoring)
-    roles.rewards.judge = None
+    roles.ppo = dataclasses.replace(roles.ppo, overlap_scoring=overlap_scoring)
+    roles.rewards.dispatcher = None
 
 
 def _roles(folder: str, topology: Topology) -> PPORoles:
     load = partial(load_model, folder, topology, dtype=torch.float32, seed=7)
+    models = {role: load(role=role)[0] for role in ("policy", "reference", "critic", "reward")}
     still = AdamSettings(lr=1e-12)  # so that both contenders answer and score alike
+    states = {role: training_state(models[role], still, topology=topology) for role in ("policy", "critic")}
     return PPORoles(
         topology=topology,
-        policy=load()[0],
-        reference=load(role="reference")[0],
-        critic=load(role="critic")[0],
-        reward_model=load(role="reward")[0],
-        settings=PPOSettings(micro_batch_tokens=2048),
+        models=models,
+        states=states,
+        rewards=RewardTerms(
+            topology=topology, micro_batch_tokens=_MICRO_BATCH_TOKENS, model=models["reward"]
+        ),
+        ppo=PPOSection(),
         answers=AnswerSettings(
             sampling=SamplingSettings(temperature=1.0),
-            batch=BatchSettings(max_batch=MAX_BATCH, max_step_tokens=1024, page_size=PAGE_SIZE),
-            max_new_tokens=LONGEST_ANSWER,
+            generation=GenerationSection(
+                max_batch=MAX_BATCH,
+                max_step_tokens=1024,
+                page_size=PAGE_SIZE,
+                max_new_tokens=LONGEST_ANSWER,
+            ),
             stop_ids=frozenset(),
             stop_check=_is_long_enough,
         ),
-        policy_adam=still,
-        critic_adam=still,
+        micro_batch_tokens=_MICRO_BATCH_TOKENS,
         seed=3,
     )
 

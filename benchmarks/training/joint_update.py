@@ -23,10 +23,10 @@ from benchmarks.training.random_experience import random_experience
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.report import Report, Row, write
-from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
-from glm_rlhf.engine.rl.optimizer_step import Learner, take_steps
-from glm_rlhf.engine.rl.ppo_settings import PPOSettings
-from glm_rlhf.engine.types import Rollouts
+from glm_rlhf.engine.config.rl import PPOSection
+from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
+from glm_rlhf.engine.training.loss import Learner
+from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.spans import WAIT, recording
@@ -87,15 +87,13 @@ def _row(
         vocab_size=SHAPE["vocab_size"],
         num_global=count,
     )
-    settings = PPOSettings(micro_batch_tokens=_LENGTH)
-    (part,) = mini_batches(experience, settings, seed=1, topology=topology)
-    learners = [
-        critic_learner(critic, experience, part, settings, topology=topology),
-        policy_learner(policy, experience, part, settings, topology=topology),
-    ]
+    ppo = PPOSection()
+    (part,) = mini_batches(experience, ppo, micro_batch_tokens=_LENGTH, seed=1, topology=topology)
+    states = {"policy": policy, "critic": critic}
+    both = list(learners(states, experience, part, ppo).values())
     contenders: dict[str, Steps] = {
-        TOGETHER: partial(_steps, [learners], experience.rollouts, topology),
-        APART: partial(_steps, [[one] for one in learners], experience.rollouts, topology),
+        TOGETHER: partial(_steps, [both], topology),
+        APART: partial(_steps, [[one] for one in both], topology),
     }
     seconds, idle = ({name: [] for name in contenders} for _ in range(2))
     norms: dict[str, list[float]] = {}
@@ -122,11 +120,10 @@ def _row(
     )
 
 
-def _steps(groups: Sequence[Sequence[Learner]], rollouts: Rollouts, topology: Topology) -> list[float]:
+def _steps(groups: Sequence[Sequence[Learner]], topology: Topology) -> list[float]:
     """Return the gradient norms of a step of all learners, each group's in one schedule."""
-    return [
-        step.result.grad_norm for group in groups for step in take_steps(group, rollouts, topology=topology)
-    ]
+    results = [take_step(group, topology=topology, dtype=torch.float32) for group in groups]
+    return [role.grad_norm for result in results for role in result.roles]
 
 
 def _timed(steps: Steps) -> tuple[float, float, list[float]]:

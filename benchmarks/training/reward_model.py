@@ -18,10 +18,11 @@ from glm_rlhf.engine.bench.harness import Answer, Contender, Problem, measure
 from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.parts.transformers_peer import padded
 from glm_rlhf.engine.bench.report import Report, Row, write
-from glm_rlhf.engine.commands.reward import PairPreference
 from glm_rlhf.engine.data.store.examples import Example
-from glm_rlhf.engine.scoring.record_batches import take_share
-from glm_rlhf.engine.training.step import update
+from glm_rlhf.engine.scoring.packed_batches import batches_of_records
+from glm_rlhf.engine.training.loss import Learner, LossTerm
+from glm_rlhf.engine.training.record_losses import RewardModelLoss
+from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
@@ -160,7 +161,7 @@ def report(rows: Sequence[Row]) -> Report:
             "a run: batches made of ids, clear gradients, forward, pairwise loss with the L2 term, backward, "
             "clipping at 1, AdamW at learning rate 0, which leaves the weights for the next run. tokens/s "
             "counts real tokens, not padding",
-            "ours: what the command `reward` runs, `take_share` and `update`",
+            "ours: what the command `reward` runs, `batches_of_records` and `take_step`",
             "transformers: GlmForSequenceClassification, its default attention (sdpa), both answers of all "
             "pairs of a step in one right-padded batch, torch's AdamW(fused=True). `sorted` has the batches "
             "made of neighbours in length, among these 16 pairs: over a whole file it would pad less",
@@ -186,16 +187,27 @@ def verdict(rows: Sequence[Row]) -> str:
 def _ours(
     state: TrainingState, pairs: RandomPairs, steps: Sequence[Sequence[int]], topology: Topology
 ) -> Callable[[], Answer]:
-    objective = PairPreference(l2_coef=L2_COEF)
+    loss = RewardModelLoss(l2_coef=L2_COEF)
 
     def run() -> Answer:
         results = []
         for numbers in steps:
-            batches = take_share(pairs, numbers, max_tokens=MICRO_BATCH_TOKENS, topology=topology)
-            results.append(
-                update(state, objective, batches, objective.denominator(numbers), topology=topology)
+            term = LossTerm(
+                loss=loss,
+                batches=batches_of_records(
+                    pairs,
+                    numbers,
+                    max_tokens=MICRO_BATCH_TOKENS,
+                    topology=topology,
+                    streams=loss.streams,
+                ),
+                denominator=loss.denominator(numbers),
+                name_items=str,
             )
-        losses = torch.tensor([result.sums["loss"] for result in results], dtype=torch.float32)
+            learner = Learner(role="reward", state=state, terms=(term,))
+            results += take_step([learner], topology=topology).roles
+        sums = [result.terms[0].by_name(loss) for result in results]
+        losses = torch.tensor([own["loss"] for own in sums], dtype=torch.float32)
         return losses.sum(), torch.tensor([result.grad_norm for result in results])
 
     return run

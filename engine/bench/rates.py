@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.bench.machine import description, measured_rates
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.cost.activations import RankMicroBatch
 from glm_rlhf.engine.cost.hardware import Rates
 from glm_rlhf.engine.cost.pass_time import layer_matrix_elements
 from glm_rlhf.engine.rollout.generate import AnswerSettings, answer_prompts
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel, build_model
@@ -189,8 +189,9 @@ def _decode_s(model: GLMConfig, size: Size, topology: Topology) -> float:
     for new in (4, 20):
         settings = AnswerSettings(
             sampling=SamplingSettings(),
-            batch=BatchSettings(max_batch=size.batch, max_step_tokens=2**16, page_size=16),
-            max_new_tokens=new,
+            generation=GenerationSection(
+                max_batch=size.batch, max_step_tokens=2**16, page_size=16, max_new_tokens=new
+            ),
             stop_ids=frozenset(),
         )
 

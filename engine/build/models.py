@@ -1,4 +1,4 @@
-"""What commands on models have in common: layouts, tokenizers, ids that end an answer, models beside others."""
+"""What commands on models share: layouts, tokenizers, ids that end an answer, models loaded from a config."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,17 @@ from glm_rlhf.engine.config.sections import (
     GenerationSection,
     ModelSection,
     ParallelSection,
+    PrecisionSection,
     RunSection,
     TokenizerSection,
 )
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer.load import has_tokenizer, load_tokenizer
 from glm_rlhf.parallel.model.glm import GLMModel, Role
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
-from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import load_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,6 +36,17 @@ class ReadsText(Protocol):
     """Where it is looked for."""
 
 
+class LoadsModel(ReadsText, Protocol):
+    """A root config of a command on a model."""
+
+    run: RunSection
+    """Names the seed."""
+    model: ModelSection
+    """The model."""
+    train: PrecisionSection
+    """Its precision."""
+
+
 class DrawsAnswers(Protocol):
     """A root config of a command whose model answers prompts."""
 
@@ -43,6 +56,27 @@ class DrawsAnswers(Protocol):
     """May name another for answers, and ids that end them."""
     model: ModelSection
     """The model."""
+
+
+def load_main_model(
+    config: LoadsModel, topology: Topology, *, role: Role = "policy", recompute_layers: bool = False
+) -> tuple[list[GLMModel], tuple[str, ...], Tokenizer | None]:
+    """Return what `load_model` does of a command's `model.path`, and its tokenizer; every rank calls this.
+
+    Raises:
+        ValueError: a folder or a tokenizer that cannot be read, or that do not belong together.
+    """
+    chunks, created = load_model(
+        config.model.path,
+        topology,
+        role=role,
+        dtype=DTYPES[config.train.dtype],
+        seed=config.run.seed,
+        recompute_layers=recompute_layers,
+    )
+    with raise_on_all_ranks("reading the tokenizer"):
+        tokenizer = find_tokenizer(config, chunks[0].glm)
+    return chunks, created, tokenizer
 
 
 def answer_seed(config: DrawsAnswers) -> int:

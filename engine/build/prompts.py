@@ -3,10 +3,10 @@
 from functools import partial
 from typing import Literal
 
-from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.data.records.token_ids import prompt_ids
 from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.data.records.schema import PromptRecord, read_prompts
+from glm_rlhf.engine.data.records.token_ids import prompt_ids
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 

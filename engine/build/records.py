@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 from glm_rlhf.engine.config.training import DemonstrationsSection, PairsSection
-from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.preferences.cleaning import balance_lengths, drop_contradictions, preferences_of
-from glm_rlhf.engine.data.store.token_writer import Kind
-from glm_rlhf.engine.data.store.token_store import TokenStore, open_store
 from glm_rlhf.engine.data.store.examples import Demonstrations, Pairs
-from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks, failure_barriers
-from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.engine.data.store.token_store import TokenStore, open_store
+from glm_rlhf.engine.data.store.token_writer import Kind
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.parallel.runtime.consensus import failure_barriers, raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 REPORT_NAME = "data.json"
 

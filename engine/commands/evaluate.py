@@ -6,7 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_rlhf.engine.build.models import DTYPES, answer_seed, find_tokenizer, layout_of, load_other
+from glm_rlhf.engine.build.answers import answer_settings_of
+from glm_rlhf.engine.build.models import (
+    DTYPES,
+    answer_seed,
+    layout_of,
+    load_main_model,
+    load_other,
+)
 from glm_rlhf.engine.build.prompts import read_prompt_inputs
 from glm_rlhf.engine.config.evaluate import EvaluateConfig
 from glm_rlhf.engine.data.records.reading import ReadReport
@@ -14,14 +21,13 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.evaluation.measure import EvaluationSettings, Measured, judge_rollouts, measure
 from glm_rlhf.engine.evaluation.scored_answers import write_answers
 from glm_rlhf.engine.rewards.combined import RewardTerms
-from glm_rlhf.engine.rl.engine import answer_settings_of, reward_function_of
+from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.weights.load import load_model
 
 FILE_NAME = "evaluate.json"
 
@@ -39,10 +45,9 @@ def run(config: EvaluateConfig) -> None:
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
         with raise_on_all_ranks("finding the reward function"):
             function = reward_function_of(config.reward)
-        policy, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
+        policy, _, tokenizer = load_main_model(config, topology)
         glm, report = policy[0].glm, ReadReport()
-        with raise_on_all_ranks("reading tokenizer and prompts"):
-            tokenizer = find_tokenizer(config, glm)
+        with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_inputs(
                 config.data.path,
                 tokenizer,

@@ -10,7 +10,12 @@ from functools import partial
 import torch.distributed as dist
 from tqdm import tqdm
 
-from glm_rlhf.engine.build.models import DTYPES, answer_seed, find_tokenizer, layout_of, stop_ids_of
+from glm_rlhf.engine.build.models import (
+    answer_seed,
+    layout_of,
+    load_main_model,
+    stop_ids_of,
+)
 from glm_rlhf.engine.config.sections import GenerateConfig, GenerationSection
 from glm_rlhf.engine.config.training import LabelConfig
 from glm_rlhf.engine.data.records.jsonl_writer import WriteLine, json_lines
@@ -19,7 +24,7 @@ from glm_rlhf.engine.data.records.schema import PromptRecord, read_prompts
 from glm_rlhf.engine.data.records.token_ids import prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rollout.generation_layout import generation_layout, weights_for_generation
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase, deal_by_length
+from glm_rlhf.engine.rollout.generation_phase import GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
 from glm_rlhf.engine.rollout.stop_strings import stop_check
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
@@ -28,7 +33,6 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
-from glm_rlhf.parallel.weights.load import load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +58,9 @@ def run(config: GenerateConfig) -> None:
     """
     axes = config.parallel
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
-        chunks, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
+        chunks, _, tokenizer = load_main_model(config, topology)
         report = ReadReport()
-        with raise_on_all_ranks("reading tokenizer and prompts"):
-            tokenizer = find_tokenizer(config, chunks[0].glm)
+        with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_ids(config, tokenizer, chunks[0], report)
         with contextlib.ExitStack() as stack:
             write = None
@@ -134,12 +137,6 @@ def _answers_everywhere(
         top_p=settings.top_p,
         masked_ids_V=masked_V,
     )
-    batch = BatchSettings(
-        max_batch=settings.max_batch,
-        max_step_tokens=settings.max_step_tokens,
-        page_size=settings.page_size,
-        cache_bytes=settings.cache_bytes,
-    )
     longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
     bar = tqdm(
         total=len(mine) * settings.num_samples,
@@ -148,7 +145,7 @@ def _answers_everywhere(
         disable=None if topology.is_main_rank else True,
     )
     found, findings = [], []
-    with bar, GenerationPhase(chunks, topology=topology, batch=batch, longest=longest) as phase:
+    with bar, GenerationPhase(chunks, topology=topology, batch=settings, longest=longest) as phase:
         try:
             for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
                 found.append(completion)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from glm_rlhf.engine.build.models import DTYPES, find_tokenizer, layout_of, load_other
+from glm_rlhf.engine.build.models import DTYPES, layout_of, load_main_model, load_other
 from glm_rlhf.engine.commands.generate import Prompt, generate_answers, read_prompt_ids
 from glm_rlhf.engine.config.training import LabelConfig
 from glm_rlhf.engine.data.preferences.cleaning import VarianceReport, filter_prompts_by_reward_variance
@@ -21,7 +21,6 @@ from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.weights.load import load_model
 
 Answer = tuple[int, ...]
 
@@ -82,10 +81,9 @@ def run(config: LabelConfig) -> None:
     """
     axes, start = config.parallel, time.monotonic()
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
-        chunks, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
+        chunks, _, tokenizer = load_main_model(config, topology)
         glm, read = chunks[0].glm, ReadReport()
-        with raise_on_all_ranks("reading tokenizer and prompts"):
-            tokenizer = find_tokenizer(config, glm)
+        with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_ids(config, tokenizer, chunks[0], read)
         answers = _answers(config, prompts, tokenizer, chunks, topology)
         del chunks

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from glm_rlhf.engine.build.models import DTYPES, find_tokenizer, layout_of
+from glm_rlhf.engine.build.models import layout_of, load_main_model
 from glm_rlhf.engine.commands.score_reward_model import score_answers
 from glm_rlhf.engine.config.sections import ScoreConfig
 from glm_rlhf.engine.data.batching import pack_by_tokens
@@ -30,7 +30,6 @@ from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.storage.hf_config import read_config
 from glm_rlhf.parallel.weights.convert_folder import role_of
-from glm_rlhf.parallel.weights.load import load_model
 
 _WINDOW_BATCHES = 8  # micro-batches a data-parallel rank packs at a time: enough to fill them evenly
 
@@ -69,9 +68,7 @@ def run(config: ScoreConfig) -> None:
         if is_reward_model:
             score_answers(config, topology)
             return
-        chunks, _ = load_model(config.model.path, topology, dtype=DTYPES[config.train.dtype])
-        with raise_on_all_ranks("reading the tokenizer"):
-            tokenizer = find_tokenizer(config, chunks[0].glm)
+        chunks, _, tokenizer = load_main_model(config, topology)
         report = ReadReport()
         samples = _samples(config, tokenizer, chunks[0].glm, report)
         with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from glm_rlhf.engine.build.models import DTYPES, find_tokenizer
+from glm_rlhf.engine.build.models import load_main_model
 from glm_rlhf.engine.config.sections import ScoreConfig
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
 from glm_rlhf.engine.data.records.reading import ReadReport, RecordLocation
@@ -25,7 +25,6 @@ from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.weights.load import load_model
 
 _WINDOW_BATCHES = 8  # micro-batches a data-parallel rank packs at a time: enough to fill them evenly
 
@@ -49,9 +48,7 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
     Raises:
         ValueError: anything that the user has to mend.
     """
-    chunks, _ = load_model(config.model.path, topology, role="reward", dtype=DTYPES[config.train.dtype])
-    with raise_on_all_ranks("reading the tokenizer"):
-        tokenizer = find_tokenizer(config, chunks[0].glm)
+    chunks, _, tokenizer = load_main_model(config, topology, role="reward")
     report, budget = ReadReport(), config.train.micro_batch_tokens
     records = _records(config, tokenizer, chunks[0].glm, report)
     start, num_answers, num_right = time.monotonic(), 0, 0.0

@@ -22,10 +22,12 @@ from glm_rlhf.engine.config.sections import (
 from glm_rlhf.engine.config.training import (
     CountOrZero,
     NotNegative,
+    ObserveSection,
     OptimizerSection,
     OptionalModelSection,
     Positive,
     TrainingRunSection,
+    TrainingSection,
 )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -59,39 +61,17 @@ class PPOPromptsSection:
 
 
 @frozen_section
-class PPOTrainSection:
+class PPOTrainSection(TrainingSection):
     """How long, and in which portions."""
 
-    steps: Count
-    """Iterations: generate, score, estimate, update."""
-    global_batch_size: Count = 64
-    """Prompts an iteration, over all ranks."""
     sft_batch_size: Count | None = None
-    """Demonstrations an optimizer step, over all ranks; null: global_batch_size / ppo.minibatches, rounded
+    """Demonstrations per optimizer step, over all ranks; null: global_batch_size / ppo.minibatches, rounded
     up."""
-    micro_batch_tokens: Count = 16384
-    """Tokens that go through a model at once, packed from whole sequences; a longer one goes alone."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of weights and activations; the optimizers keep fp32 weights."""
-    recompute_layers: bool = False
-    """Whether backward runs each layer again in place of keeping its activations."""
     offload: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
     """What waits in pinned host memory in phases that do not need it. optimizers: the states of policy and
-    critic while answers are generated and scored, gradient buffers are given up meanwhile. reference, reward:
-    the model's weights while answers are generated and learned from; it then scores none early."""
-    save_every: CountOrZero = 0
-    """Iterations between two saves of <run.output>/checkpoints/step_N to resume from; 0: after the last."""
-    keep_last: Count = 2
-    """Newest checkpoints that stay; the others are removed."""
-    keep_every: CountOrZero = 0
-    """Checkpoints after a multiple of so many steps stay too; 0 for none."""
-    async_save: bool = True
-    """Whether a checkpoint is written while training goes on; a failure then ends the next step."""
-    export_every: CountOrZero = 0
-    """Iterations between two Hugging Face folders of the policy, <run.output>/hf/step_N; 0: after
-    the last only."""
-    max_nonfinite_steps: Count = 3
-    """Iterations in a row given up because some number was not finite, before the run stops."""
+    critic while answers are generated and scored; gradient buffers are freed meanwhile. reference, reward:
+    the model's weights while answers are generated and learned from; that model then scores no answers while
+    others are generated."""
     sample_every: CountOrZero = 10
     """Iterations between two files of sample answers in <run.output>/samples; 0 for none."""
 
@@ -141,19 +121,6 @@ class PPOSection:
 
 
 @frozen_section
-class PPOObserveSection:
-    """Who is told the metrics, beside <run.output>/metrics.jsonl, and what else is kept."""
-
-    tensorboard: bool = True
-    """Whether <run.output>/tensorboard is written."""
-    wandb: str | None = None
-    """Project of Weights & Biases to write to; needs wandb installed; null for none."""
-    trace: bool = False
-    """Whether each rank writes <run.output>/trace/rank_N.json for Perfetto; on a CPU perf/idle_fraction is
-    measured then too."""
-
-
-@frozen_section
 class PPOConfig:
     """Settings of `ppo`."""
 
@@ -183,7 +150,7 @@ class PPOConfig:
     """The algorithm."""
     evaluate: EvaluateWithinSection = Field(default_factory=EvaluateWithinSection)
     """Evaluation on the way."""
-    observe: PPOObserveSection = Field(default_factory=PPOObserveSection)
+    observe: ObserveSection = Field(default_factory=ObserveSection)
     """Who is told."""
 
     from_yaml = classmethod(load_config)

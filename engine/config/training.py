@@ -87,22 +87,20 @@ class OptimizerSection:
 
 
 @frozen_section
-class TrainSection:
-    """How long and in which portions the model is trained."""
+class TrainingSection:
+    """How long a model is trained and in which portions; steps are iterations in RL."""
 
     steps: Count
-    """Optimizer steps."""
+    """Optimizer steps; in RL iterations: generate, score, estimate, update."""
     global_batch_size: Count = 64
-    """Records a step, over all ranks; a pair is one record."""
+    """Records per step, over all ranks; a pair is one record, and so is a prompt in RL."""
     micro_batch_tokens: Count = 16384
-    """Tokens that go through the model at once, packed from whole records; a longer record goes alone."""
+    """Tokens that go through a model at once, packed from whole sequences; a longer one goes alone."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of weights and activations; the optimizer keeps fp32 weights."""
+    """Precision of weights and activations; optimizers keep fp32 weights."""
     recompute_layers: bool = False
     """Whether backward runs each layer again in place of keeping its activations: less memory, a third more
     time."""
-    overlap_communication: bool = False
-    """Whether gradients are reduced and weights gathered over dp while the model computes."""
     save_every: CountOrZero = 0
     """Steps between two saves of <run.output>/checkpoints/step_N to resume from; 0: after the last only."""
     keep_last: Count = 2
@@ -110,23 +108,34 @@ class TrainSection:
     keep_every: CountOrZero = 0
     """Checkpoints after a multiple of so many steps stay too; 0 for none."""
     async_save: bool = True
-    """Whether a checkpoint is written while training goes on; a failure then ends the next step."""
+    """Whether a checkpoint is written while training continues; a failure then ends the next step."""
     export_every: CountOrZero = 0
-    """Steps between two Hugging Face folders <run.output>/hf/step_N; 0: one after the last only."""
+    """Steps between two Hugging Face folders <run.output>/hf/step_N; 0: after the last only."""
+    max_nonfinite_steps: Count = 3
+    """Steps in a row that are skipped, since a loss or gradient is not finite, before the run stops."""
+
+
+@frozen_section
+class TrainSection(TrainingSection):
+    """How long and in which portions the model is trained."""
+
+    overlap_communication: bool = False
+    """Whether gradients are reduced and weights gathered over dp while the model computes."""
     eval_every: CountOrZero = 0
     """Steps between two evaluations on data.eval_path; 0: before the first step and after the last only."""
-    max_nonfinite_steps: Count = 3
-    """Steps in a row whose loss or gradient is not finite, and which are not taken, before the run stops."""
 
 
 @frozen_section
 class ObserveSection:
-    """Who is told the metrics, beside <run.output>/metrics.jsonl."""
+    """Where metrics go, beside <run.output>/metrics.jsonl, and what else is recorded."""
 
     tensorboard: bool = True
     """Whether <run.output>/tensorboard is written."""
     wandb: str | None = None
     """Project of Weights & Biases to write to; needs wandb installed; null for none."""
+    trace: bool = False
+    """Whether each rank writes <run.output>/trace/rank_N.json for Perfetto; in RL on a CPU perf/idle_fraction
+    is measured then too."""
 
 
 @frozen_section

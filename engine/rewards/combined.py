@@ -56,9 +56,9 @@ class RewardTerms:
             raise ValueError("a reward needs a reward model or a function")
         self.topology, self.micro_batch_tokens = topology, micro_batch_tokens
         self.model, self.function_weight = model, function_weight
-        self.judge = None
+        self.dispatcher = None
         if function is not None:
-            self.judge = RewardDispatcher(
+            self.dispatcher = RewardDispatcher(
                 function,
                 topology=topology,
                 tokenizer=tokenizer,
@@ -73,8 +73,8 @@ class RewardTerms:
     ) -> Rewards:
         """Return rewards less baselines; every rank of the topology calls this.
 
-        With `uses_overlapped` the function was asked for these answers as they ended, by `judge.ask_ahead`;
-        `early` is what the reward model has said of some.
+        With `uses_overlapped` the function was asked for these answers as they ended, by
+        `dispatcher.ask_ahead`; `early` is what the reward model has said of some.
 
         Where faults are masked, an answer is left out when it or its prompt's reference answer has no
         reward; the reference is asked again the next time that the prompt comes.
@@ -144,8 +144,8 @@ class RewardTerms:
                 overlapped=overlapped,
             )
             total_B += rows_T[rollouts.cu_seqlens[1:].long() - 1]
-        if self.judge is not None:
-            for index, reward in enumerate(self.judge(rollouts, uses_overlapped=uses_overlapped)):
+        if self.dispatcher is not None:
+            for index, reward in enumerate(self.dispatcher(rollouts, uses_overlapped=uses_overlapped)):
                 if isinstance(reward, RewardFailure):
                     excluded.add(index)
                 elif isinstance(reward, tuple):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.rewards.function import (
     Reward,
     RewardError,
@@ -13,6 +14,7 @@ from glm_rlhf.engine.rewards.function import (
     call_reward_function,
     find_rule,
 )
+from glm_rlhf.engine.rewards.http import HttpReward
 
 _PLUS = re.compile(r"\s+\+\s+")
 _TERM = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>\S+)")
@@ -99,3 +101,18 @@ def find_reward(text: str, *, over_http: Callable[[str], RewardFunction]) -> Rew
     if len(terms) == 1 and terms[0].weight == 1.0:
         return terms[0].function
     return RewardSum(terms=tuple(terms))
+
+
+def reward_function_of(section: PPORewardSection) -> RewardFunction | None:
+    """Return the reward function that a config names, None where it names none.
+
+    Raises:
+        RewardError: it cannot be found.
+    """
+
+    def over_http(url: str) -> RewardFunction:
+        return HttpReward(
+            url=url, timeout_s=section.timeout_s, retries=section.retries, batch_size=section.batch_size
+        )
+
+    return None if section.function is None else find_reward(section.function, over_http=over_http)

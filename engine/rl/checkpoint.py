@@ -31,14 +31,14 @@ def save_run(
     with open_writer(
         folder,
         config,
-        roles.trained,
+        roles.states,
         topology=topology,
         keep_last=keep_last or sys.maxsize,
         is_async=False,
     ) as writer:
         writer.save(
             step,
-            roles.trained,
+            roles.states,
             state={"identity": identity, "progress": roles.progress(), "caller": dict(progress or {})},
             rank_tensors=random_state() | roles.rewards.baseline_tensors(),
         )
@@ -52,7 +52,7 @@ def load_run(roles: PPORoles, config: PPOConfig, path: Path, *, topology: Topolo
         raise ValueError(f"{path} is no checkpoint and holds none: give what PPOEngine.save was given")
     with raise_on_all_ranks(f"fingerprinting the models of {config.model.path}"):
         identity = identity_of_models(config) if topology.is_main_rank else {}
-    progress = restore_run(checkpoint, roles.trained, config=config, identity=identity, topology=topology)
+    progress = restore_run(checkpoint, roles.states, config=config, identity=identity, topology=topology)
     restore_roles(roles, checkpoint, progress)
     return checkpoint.manifest.state.get("caller", {})
 

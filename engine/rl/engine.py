@@ -8,39 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from glm_rlhf.engine.build.models import (
-    DTYPES,
-    answer_seed,
-    find_tokenizer,
-    layout_of,
-    load_other,
-    stop_ids_of,
-)
+from glm_rlhf.engine.build.answers import answer_settings_of
+from glm_rlhf.engine.build.models import DTYPES, answer_seed, layout_of, load_main_model, load_other
 from glm_rlhf.engine.build.records import open_demonstrations
-from glm_rlhf.engine.config.evaluate import EvaluateConfig
-from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.config.training import DemonstrationsSection
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rewards.function import RewardFunction
-from glm_rlhf.engine.rewards.http import HttpReward
-from glm_rlhf.engine.rewards.weighted_sum import find_reward
+from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
 from glm_rlhf.engine.rl.checkpoint import load_run, save_run
-from glm_rlhf.engine.rl.ppo_settings import PPOSettings
-from glm_rlhf.engine.rl.roles import PPORoles
+from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
-from glm_rlhf.engine.rollout.generate import AnswerSettings
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings
-from glm_rlhf.engine.rollout.stop_strings import stop_check
 from glm_rlhf.engine.training.run import adam_of
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
-from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.weights.load import load_model
 
 
 class PPOEngine:
@@ -76,7 +63,7 @@ class PPOEngine:
     @property
     def model_config(self) -> GLMConfig:
         """Shape of the policy."""
-        return self.roles.policy[0].glm
+        return self.roles.models["policy"][0].glm
 
     def generate(self, prompts: Sequence[str | Sequence[int] | PromptInput]) -> Rollouts:
         """Return this data-parallel rank's share of the answers to `prompts`, the same list on every rank.
@@ -108,7 +95,7 @@ class PPOEngine:
 
     def set_lr(self, lr: float) -> None:
         """Use learning rate `lr` for the policy from the next update on."""
-        self.roles.policy_state.set_lr(lr)
+        self.roles.states["policy"].set_lr(lr)
 
     def export_hf(self, path: str | Path) -> None:
         """Write the policy as a Hugging Face folder, with the tokenizer of the one it was loaded from."""
@@ -178,55 +165,78 @@ def _build(
     config: PPOConfig, topology: Topology, stack: contextlib.ExitStack
 ) -> tuple[PPORoles, Tokenizer | None]:
     """Return the roles with their models loaded, and the tokenizer; `stack` ends what the roles hold."""
-    loading = {"dtype": DTYPES[config.train.dtype], "seed": config.run.seed}
-    trained = {"recompute_layers": config.train.recompute_layers}
     with raise_on_all_ranks("finding the reward function"):
         function = reward_function_of(config.reward)
-    policy, _ = load_model(config.model.path, topology, **loading, **trained)
-    glm, given = policy[0].glm, config.generation
+    trained = {"recompute_layers": config.train.recompute_layers}
+    policy, _, tokenizer = load_main_model(config, topology, **trained)
+    glm, generation = policy[0].glm, config.generation
     resharded = stack.enter_context(
-        generation_layout(policy, topology, tp=given.tp, pp=given.pp, timeout_s=config.parallel.timeout_s)
+        generation_layout(
+            policy, topology, tp=generation.tp, pp=generation.pp, timeout_s=config.parallel.timeout_s
+        )
     )
-    with raise_on_all_ranks("reading the tokenizer"):
-        tokenizer = find_tokenizer(config, glm)
-    load = partial(load_other, topology=topology, beside=glm, **loading)
-    paths = {
-        "critic.path": config.critic.path,
-        "reward.path": config.reward.path,
-        "model.path": config.model.path,
+    models = {"policy": policy, **_other_models(config, glm, topology)}
+    adam = adam_of(config.optimizer)
+    adams = {"policy": adam, "critic": dataclasses.replace(adam, lr=config.critic.lr)}
+    states = {
+        role: training_state(
+            models[role], adams[role], topology=topology, in_backward=config.optimizer.in_backward
+        )
+        for role in adams
     }
-    critic_key = next(key for key, path in paths.items() if path is not None)
-    critic, created = load(critic_key, paths[critic_key], role="critic", **trained)
-    reference, _ = load("reference.path", config.reference.path or config.model.path, role="reference")
-    reward_model = None
-    if config.reward.path is not None:
-        reward_model, _ = load("reward.path", config.reward.path, role="reward")
-    if created and topology.is_main_rank:
-        sys.stderr.write(f"{paths[critic_key]} has no scalar head: the critic starts with a new one\n")
+    answers = answer_settings_of(config, tokenizer, glm, topology)
+    baseline = None
+    if config.ppo.reference_baseline:
+        baseline = answer_by_reference(
+            models["reference"], answers, seed=answer_seed(config), topology=topology
+        )
     roles = PPORoles(
         topology=topology,
-        policy=policy,
-        critic=critic,
-        reference=reference,
-        reward_model=reward_model,
-        reward_function=function,
-        reward_function_weight=config.reward.function_weight,
-        skip_reward_failures=config.reward.on_error == "mask",
-        reward_concurrency=config.reward.concurrency,
-        uses_reference_baseline=config.ppo.reference_baseline,
-        settings=_settings(config),
-        answers=answer_settings_of(config, tokenizer, glm, topology),
-        policy_adam=adam_of(config.optimizer),
-        critic_adam=dataclasses.replace(adam_of(config.optimizer), lr=config.critic.lr),
-        in_backward=config.optimizer.in_backward,
+        models=models,
+        states=states,
+        rewards=RewardTerms(
+            topology=topology,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            tokenizer=tokenizer,
+            model=models.get("reward"),
+            function=function,
+            function_weight=config.reward.function_weight,
+            skip_failures=config.reward.on_error == "mask",
+            concurrency=config.reward.concurrency,
+            answer_by_reference=baseline,
+        ),
+        ppo=config.ppo,
+        answers=answers,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        critic_warmup_iterations=config.critic.warmup_iterations,
         seed=config.run.seed,
         answer_seed=answer_seed(config),
-        tokenizer=tokenizer,
         demonstrations=_demonstrations(config, tokenizer, glm, topology),
         resharded=resharded,
         offloads=config.train.offload,
     )
     return roles, tokenizer
+
+
+def _other_models(config: PPOConfig, glm: GLMConfig, topology: Topology) -> dict[str, list[GLMModel]]:
+    """Return critic, reference and, where there is one, reward model, this rank's chunks of each."""
+    load = partial(
+        load_other, topology=topology, beside=glm, dtype=DTYPES[config.train.dtype], seed=config.run.seed
+    )
+    paths = {
+        "critic.path": config.critic.path,
+        "reward.path": config.reward.path,
+        "model.path": config.model.path,
+    }
+    key, path = next((key, path) for key, path in paths.items() if path is not None)
+    critic, created = load(key, path, role="critic", recompute_layers=config.train.recompute_layers)
+    reference, _ = load("reference.path", config.reference.path or config.model.path, role="reference")
+    models = {"critic": critic, "reference": reference}
+    if config.reward.path is not None:
+        models["reward"], _ = load("reward.path", config.reward.path, role="reward")
+    if created and topology.is_main_rank:
+        sys.stderr.write(f"{path} has no scalar head: the critic starts with a new one\n")
+    return models
 
 
 def _demonstrations(
@@ -246,66 +256,4 @@ def _demonstrations(
         coef=config.ppo.sft_coef,
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.run.seed,
-    )
-
-
-def reward_function_of(reward: PPORewardSection) -> RewardFunction | None:
-    """Return the function that the config names, or None.
-
-    Raises:
-        RewardError: it cannot be found.
-    """
-    over_http = partial(_over_http, reward=reward)
-    return None if reward.function is None else find_reward(reward.function, over_http=over_http)
-
-
-def _over_http(url: str, *, reward: PPORewardSection) -> RewardFunction:
-    return HttpReward(
-        url=url, timeout_s=reward.timeout_s, retries=reward.retries, batch_size=reward.batch_size
-    )
-
-
-def _settings(config: PPOConfig) -> PPOSettings:
-    ppo = config.ppo
-    return PPOSettings(
-        epochs=ppo.epochs,
-        minibatches=ppo.minibatches,
-        clip=ppo.clip,
-        value_clip=ppo.value_clip,
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        kl_coef=ppo.kl_coef,
-        kl_target=ppo.kl_target,
-        kl_horizon=ppo.kl_horizon,
-        kl_estimator=ppo.kl_estimator,
-        entropy_coef=ppo.entropy_coef,
-        whitens_advantages=ppo.whiten,
-        max_kl=ppo.max_kl,
-        critic_warmup_iterations=config.critic.warmup_iterations,
-        max_logprob_gap=ppo.max_logprob_gap,
-        overlap_scoring=ppo.overlap_scoring,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-    )
-
-
-def answer_settings_of(
-    config: PPOConfig | EvaluateConfig, tokenizer: Tokenizer | None, glm: GLMConfig, topology: Topology
-) -> AnswerSettings:
-    """Return how a config wants prompts answered."""
-    given = config.generation
-    masked_V = None if tokenizer is None else tokenizer.unsampleable_ids(glm.vocab_size).to(topology.device)
-    return AnswerSettings(
-        sampling=SamplingSettings(
-            temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, masked_ids_V=masked_V
-        ),
-        batch=BatchSettings(
-            max_batch=given.max_batch,
-            max_step_tokens=given.max_step_tokens,
-            page_size=given.page_size,
-            cache_bytes=given.cache_bytes,
-        ),
-        max_new_tokens=given.max_new_tokens,
-        stop_ids=stop_ids_of(config, tokenizer, glm),
-        num_samples=given.num_samples,
-        stop_check=stop_check(given.stop, tokenizer),
     )

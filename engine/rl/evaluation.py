@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from glm_rlhf.engine.build.models import answer_seed
@@ -43,7 +42,7 @@ class PPOEvaluation:
                 on_error=config.data.on_error,
                 report=ReadReport(),
             )
-        self._against = self._answers(engine.roles.reference, None)
+        self._against = self._answers(engine.roles.models["reference"], None)
         self._best_file = Path(config.run.output) / "hf" / f"{BEST}.json"
         self._best_reward = None
 
@@ -61,7 +60,7 @@ class PPOEvaluation:
             ValueError: a reward failed, or the best policy could not be written.
         """
         start = time.monotonic()
-        answers = self._answers(self._engine.roles.policy, self._engine.roles.resharded)
+        answers = self._answers(self._engine.roles.models["policy"], self._engine.roles.resharded)
         metrics = as_metrics(measure(answers, self._settings, against=self._against))
         metrics["timing_s/evaluate"] = time.monotonic() - start
         reward = metrics["eval/reward"]
@@ -78,7 +77,7 @@ class PPOEvaluation:
         rollouts = answer_prompts(
             chunks,
             self._prompts,
-            replace(engine.roles.answers, num_samples=self._settings.num_samples),
+            engine.roles.answers.with_samples(self._settings.num_samples),
             seed=answer_seed(engine.config),
             topology=engine.topology,
             resharded=resharded,

@@ -1,16 +1,17 @@
 """From rollouts to experience: rewards, logprobs and values, then advantages in one launch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.observe.phases import Phases
-from glm_rlhf.engine.rl.ppo_settings import PPOSettings
 from glm_rlhf.engine.scoring.old_logprobs import old_logprobs
-from glm_rlhf.engine.scoring.overlapped_scores import OverlappedRoles
-from glm_rlhf.engine.scoring.rollout_scores import batches_of, stream_logprobs, stream_rows
+from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
+from glm_rlhf.engine.scoring.packed_batches import batches_of_rollouts
+from glm_rlhf.engine.scoring.rollout_scores import numbers_without, stream_logprobs, stream_rows
 from glm_rlhf.engine.types import Experience, Rewards, Rollouts
 from glm_rlhf.kernels import ppo_advantages, whiten
 from glm_rlhf.parallel.model.glm import GLMModel
@@ -25,15 +26,14 @@ Rewarder = Callable[[Rollouts], Rewards]
 def make_experience(
     rollouts: Rollouts,
     *,
-    policy: Sequence[GLMModel],
-    reference: Sequence[GLMModel],
-    critic: Sequence[GLMModel],
+    models: Mapping[str, Sequence[GLMModel]],
     rewarder: Rewarder,
-    settings: PPOSettings,
+    ppo: PPOSection,
+    micro_batch_tokens: int,
     kl_coef: float,
     sample_seed: int,
     topology: Topology,
-    overlapped: OverlappedRoles | None = None,
+    overlapped: Mapping[str, OverlappedScores] | None = None,
 ) -> Experience:
     """Return what an update needs of these rollouts; every rank of the topology calls this.
 
@@ -42,19 +42,21 @@ def make_experience(
 
     Args:
         rollouts: this data-parallel rank's.
-        policy, reference, critic: this rank's chunks.
+        models: this rank's chunks by role: policy, reference, critic.
         rewarder: gives the rewards.
-        settings: of PPO.
+        ppo: the algorithm's settings.
+        micro_batch_tokens: most tokens of a micro-batch.
         kl_coef: the KL coefficient as it stands.
         sample_seed: of that sample.
         topology: layout and groups.
-        early: what reference and critic said of some of these answers while others were generated.
+        overlapped: scores of some answers, by role, computed while others were generated.
 
     Raises:
         FloatingPointError: a reward, logprob or value is not finite; the message, the same on every rank,
             names the role, the ranks and the answers.
     """
-    options = {"max_tokens": settings.micro_batch_tokens, "topology": topology}
+    options = {"max_tokens": micro_batch_tokens, "topology": topology}
+    overlapped = overlapped or {}
     phases = Phases()
     with phases.phase("reward"):
         rewards = rewarder(rollouts)
@@ -62,17 +64,22 @@ def make_experience(
     mask_T = rollouts.action_mask_T
     rewards_B = rewards.totals_B(rollouts.starts)
     with phases.phase("reference"):
-        known = overlapped and overlapped.reference
-        batches = batches_of(rollouts, **options, without=known.sequences if known else ())
+        known = overlapped.get("reference")
+        batches = batches_of_rollouts(
+            rollouts,
+            numbers_without(rollouts, known.sequences if known else frozenset()),
+            **options,
+            streams={"mask": mask_T},
+        )
         ref_logprobs_T = stream_logprobs(
-            reference, rollouts, batches, mask_T, topology=topology, overlapped=known
+            models["reference"], rollouts, batches, mask_T, topology=topology, overlapped=known
         )
     with phases.phase("old_logprobs"):
         old_logprobs_T, gap = old_logprobs(
-            policy, rollouts, mask_T, **options, max_gap=settings.max_logprob_gap, seed=sample_seed
+            models["policy"], rollouts, mask_T, **options, max_gap=ppo.max_logprob_gap, seed=sample_seed
         )
     with phases.phase("values"):
-        rows_T = stream_rows(critic, rollouts, **options, overlapped=overlapped and overlapped.critic)
+        rows_T = stream_rows(models["critic"], rollouts, **options, overlapped=overlapped.get("critic"))
         values_T = shift_to_tokens(rows_T) * mask_T
     found = {
         "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),
@@ -90,13 +97,13 @@ def make_experience(
             rollouts.cu_seqlens,
             mask_T,
             kl_coef=kl_coef,
-            gamma=settings.gamma,
-            lam=settings.lam,
-            kl_estimator=settings.kl_estimator,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            kl_estimator=ppo.kl_estimator,
             token_rewards_T=rewards.token_rewards_T,
         )
         advantages_T = estimate.advantages_T
-        if settings.whitens_advantages:
+        if ppo.whiten:
             sums = estimate.whitening_sums()
             dist.all_reduce(sums, group=topology.dp_group)
             advantages_T = whiten(advantages_T, mask_T, sums)

@@ -1,6 +1,5 @@
-"""The command `ppo`: iterations of generate, score, estimate and update on the same ranks."""
+"""The loop of on-policy RL: iterations of generate, score, estimate and update on the same ranks."""
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -8,176 +7,88 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.engine.build.prompts import read_prompt_inputs
 from glm_rlhf.engine.config.rl import PPOConfig
-from glm_rlhf.engine.data.records.reading import ReadReport
+from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.evaluation.scored_answers import gather_answers, write_answers
-from glm_rlhf.engine.health.watchdog import watchdog
-from glm_rlhf.engine.observe.metrics import open_metrics
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.observe.progress import ProgressLine
-from glm_rlhf.engine.observe.report import SAMPLES_AFTER, SAMPLES_FOLDER, tell_report
-from glm_rlhf.engine.observe.trace import Trace, tracing
-from glm_rlhf.engine.rl.checkpoint import identity_of_models, restore_roles
+from glm_rlhf.engine.observe.report import SAMPLES_AFTER, SAMPLES_FOLDER
+from glm_rlhf.engine.observe.trace import Trace
 from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.rl.evaluation import PPOEvaluation
-from glm_rlhf.engine.rl.partial_update import tensors_of, update_of
+from glm_rlhf.engine.rl.partial_update import tensors_of
 from glm_rlhf.engine.runs.checkpoints import (
     IS_INSIDE,
     RunCheckpoints,
-    is_same_layout,
-    open_checkpoints,
-    open_run_folder,
-    resume,
 )
-from glm_rlhf.engine.runs.fingerprint import lengths_identity
+from glm_rlhf.engine.runs.context import RunContext
 from glm_rlhf.engine.training.lr_schedule import cosine_lr
-from glm_rlhf.engine.training.run import sampler_of
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.preemption import (
     Preempted,
     defer_preemption,
-    handle_preemption_signals,
     preemption_requested,
 )
 from glm_rlhf.parallel.runtime.spans import span
 from glm_rlhf.parallel.runtime.topology import Topology
-from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 
 _NUM_SAMPLES = 16  # answers in a file of them
 
 
-def run(config: PPOConfig) -> None:
-    """Train a policy by PPO; every rank of the launch calls it.
-
-    The run folder gets metrics, sample answers, a report, checkpoints to go on from, and the policy as
-    Hugging Face folders.
+def run_iterations(
+    engine: PPOEngine, run: RunContext, prompts: Sequence[PromptInput], sampler: BatchSampler
+) -> None:
+    """Run the iterations that are left: each generates, scores, learns, evaluates, reports and saves.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        Preempted: a rank was asked to leave, and the run was saved; on every rank.
+        ValueError: too many iterations in a row were not finite.
     """
-    with PPOEngine(config) as engine:
-        topology = engine.topology
-        checkpoint = open_run_folder(config, topology)
-        report = ReadReport()
-        with raise_on_all_ranks("reading the prompts"):
-            prompts = read_prompt_inputs(
-                config.data.path,
-                engine.tokenizer,
-                engine.model_config,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                on_error=config.data.on_error,
-                report=report,
-            )
-            sampler = sampler_of(config, prompts)
-        if report.num_skipped and topology.is_main_rank:
-            sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
-        with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(
-                open_checkpoints(
-                    config,
-                    engine.roles.trained,
-                    identity=_identity(engine, prompts),
-                    export=engine.export_hf,
-                    topology=topology,
+    config, topology, first = engine.config, engine.topology, run.first_step
+    evaluation = PPOEvaluation(engine) if config.evaluate.every else None
+    if evaluation is not None and first == 0:
+        with defer_preemption():
+            run.write(0, evaluation.run(0))
+    num_skipped, completed = 0, {"step": first} | engine.roles.progress()
+    with ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first) as progress:
+        for step in range(first, config.train.steps):
+            batch = [prompts[number] for number in sampler.batch(step)]
+            try:
+                metrics = _iterate(engine, batch, step, run.trace)
+            except FloatingPointError as error:  # the same on every rank
+                num_skipped += 1
+                _skip_iteration(step, num_skipped, error, config, topology)
+                metrics = {"actor/is_step_skipped": 1.0}
+            except Preempted:
+                _save_and_exit(engine, run.checkpoints, completed)
+                raise
+            else:
+                num_skipped = 0
+            completed = {"step": step + 1} | engine.roles.progress()
+            if evaluation is not None and evaluation.is_due(step + 1):
+                with defer_preemption():
+                    metrics |= evaluation.run(step + 1)
+            run.write(step + 1, metrics)
+            with span("save"):
+                run.checkpoints.after_step(
+                    step + 1, completed, rank_tensors=engine.roles.rewards.baseline_tensors()
                 )
-            )
-            first = 0
-            if checkpoint is not None:
-                first = _resume(engine, checkpoint, checkpoints)
-                if first >= config.train.steps:
-                    checkpoints.close_finished(first)
-                    return
-            with raise_on_all_ranks(f"writing to {config.run.output}"):
-                write = stack.enter_context(
-                    open_metrics(
-                        config.run.output,
-                        is_owner=topology.is_main_rank,
-                        uses_tensorboard=config.observe.tensorboard,
-                        wandb_project=config.observe.wandb,
-                        run_name=config.run.name,
-                        config=dataclasses.asdict(config),
-                        last_step=None if checkpoint is None else first,
-                    )
-                )
-            progress = stack.enter_context(
-                ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first)
-            )
-            trace = None
-            if config.observe.trace:
-                with raise_on_all_ranks("beginning the traces"):
-                    trace = stack.enter_context(tracing(config.run.output, rank=topology.rank))
-            evaluation = PPOEvaluation(engine) if config.evaluate.every else None
-            if evaluation is not None and first == 0:
-                write(0, evaluation.run(0))
-            stack.enter_context(watchdog(config.run.watchdog_s, rank=topology.rank))
-            stack.enter_context(handle_preemption_signals())
-            num_given_up, completed = 0, {"step": first} | engine.roles.progress()
-            for step in range(first, config.train.steps):
-                batch = [prompts[number] for number in sampler.batch(step)]
-                try:
-                    metrics = _iterate(engine, batch, step, trace)
-                except FloatingPointError as error:  # the same on every rank
-                    num_given_up += 1
-                    _skip_iteration(step, num_given_up, error, config, topology)
-                    metrics = {"actor/is_step_skipped": 1.0}
-                except Preempted:
-                    _leave(engine, checkpoints, completed)
-                    return
-                else:
-                    num_given_up = 0
-                completed = {"step": step + 1} | engine.roles.progress()
-                if evaluation is not None and evaluation.is_due(step + 1):
-                    with defer_preemption():
-                        metrics |= evaluation.run(step + 1)
-                write(step + 1, metrics)
-                with span("save"):
-                    checkpoints.after_step(
-                        step + 1, completed, rank_tensors=engine.roles.rewards.baseline_tensors()
-                    )
-                if "perf/tokens_per_s" in metrics:  # a whole iteration
-                    progress.show(step + 1, metrics)
-                if step + 1 < config.train.steps and preemption_requested((None, topology.device)):
-                    _leave(engine, checkpoints, completed)
-                    return
-        _close(engine, [prompts[number] for number in sampler.batch(0)])
+            if "perf/tokens_per_s" in metrics:  # a whole iteration
+                progress.show(step + 1, metrics)
+            if step + 1 < config.train.steps and preemption_requested((None, topology.device)):
+                _save_and_exit(engine, run.checkpoints, completed)
+                raise Preempted
+    with defer_preemption():
+        _write_last_samples(engine, [prompts[number] for number in sampler.batch(0)])
 
 
-def _resume(engine: PPOEngine, checkpoint: Checkpoint, checkpoints: RunCheckpoints) -> int:
-    """Bring the engine to a checkpoint; return the iterations behind it."""
-    progress = resume(checkpoint, checkpoints)
-    restore_roles(engine.roles, checkpoint, progress)
-    if progress.get(IS_INSIDE):
-        topology = engine.topology
-        with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
-            if not is_same_layout(checkpoint, topology):
-                raise ValueError(
-                    f"{checkpoint.folder} was left inside iteration {progress['step'] + 1}, and holds its "
-                    "answers as its own layout deals them: go on in that one "
-                    f"({checkpoint.manifest.layout}, {checkpoint.manifest.world_size} ranks), or remove it "
-                    "and go on from the one before it"
-                )
-            engine.roles.partial_update = update_of(
-                checkpoint.rank_tensors(topology.rank), device=topology.device
-            )
-    return progress["step"]
-
-
-def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, str]:
-    """Return fingerprints of the models that a run starts from and of its prompts, on the reporter only."""
-    if not engine.topology.is_main_rank:
-        return {}
-    lengths = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
-    return identity_of_models(engine.config) | {"data.path": lengths}
-
-
-def _leave(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, float | int]) -> None:
+def _save_and_exit(
+    engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, float | int]
+) -> None:
     """Save the run as it was after the last whole iteration, or inside one between two epochs."""
     roles, step = engine.roles, completed["step"]
     rank_tensors = roles.rewards.baseline_tensors()
@@ -289,9 +200,11 @@ def _mfu(engine: PPOEngine, metrics: Mapping[str, float], num_sequences: int) ->
     for role, name, targets in (("policy", "actor", num_sequences * answer), ("critic", "critic", 0.0)):
         seconds = metrics.get(f"timing_s/{role}")
         if seconds is not None:
-            chunks = engine.roles.policy if role == "policy" else engine.roles.critic
             flop = training_flop(
-                chunks[0].glm, num_sequences=num_sequences, mean_tokens=mean_tokens, num_targets=targets
+                engine.roles.models[role][0].glm,
+                num_sequences=num_sequences,
+                mean_tokens=mean_tokens,
+                num_targets=targets,
             )
             flop *= config.ppo.epochs
             found[f"perf/mfu/{name}"] = flop / (seconds * topology.world_size * peak)
@@ -307,8 +220,8 @@ def _idle(share: float, topology: Topology) -> dict[str, float]:
     return {"perf/idle_fraction": total / topology.world_size, "perf/idle_fraction_max": largest}
 
 
-def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
-    """Answer the first iteration's sample prompts once more, and write the report."""
+def _write_last_samples(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
+    """Answer the first iteration's sample prompts once more, for the report."""
     config, topology = engine.config, engine.topology
     folder = Path(config.run.output)
     if config.train.sample_every:
@@ -319,8 +232,6 @@ def _close(engine: PPOEngine, first_prompts: Sequence[PromptInput]) -> None:
         rollouts = dataclasses.replace(rollouts, excluded=rewards.excluded)
         path = folder / SAMPLES_FOLDER / SAMPLES_AFTER
         _write_samples(engine, path, rollouts, rewards.totals_B(rollouts.starts))
-    if topology.is_main_rank:
-        tell_report(folder, title=config.run.name)
 
 
 def _write_samples(engine: PPOEngine, path: Path, rollouts: Rollouts, rewards_B: torch.Tensor) -> None:

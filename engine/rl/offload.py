@@ -1,6 +1,6 @@
-"""What PPO's roles leave to host memory in the phases of an iteration that do not need it."""
+"""Which weights and optimizers wait in host memory in the phases of an iteration that do not need them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,65 +12,63 @@ from glm_rlhf.parallel.runtime.topology import Topology
 
 
 class RoleOffload:
-    """Owns what is parked of the roles, and moves it between the phases of an iteration.
+    """Owns what is offloaded of the roles, and moves it between the phases of an iteration.
 
-    | parked | from | until |
+    | offloaded | from | until |
     |---|---|---|
-    | `optimizers`: states of policy and critic, and gradient buffers | generation | update |
+    | `optimizers`: states of the trained roles, and gradient buffers | generation | update |
     | `reference`, `reward`: weights | update, first generation | scoring |
 
-    The policy's and critic's weights stay where they are.
+    The weights of trained roles stay where they are.
     """
 
     def __init__(
         self,
         offloads: Collection[str],
         *,
-        trained: Collection[AnyTrainingState],
-        reference: Sequence[GLMModel],
-        reward_model: Sequence[GLMModel] | None,
+        models: Mapping[str, Sequence[GLMModel]],
+        states: Mapping[str, AnyTrainingState],
         topology: Topology,
     ) -> None:
-        """Take the roles; nothing is parked yet.
+        """Take the roles; nothing is offloaded yet.
 
         Args:
-            parks: which of the table.
-            trained: states of policy and critic.
-            reference, reward_model: this rank's chunks; None for none.
+            offloads: which rows of the table.
+            models: this rank's chunks by role.
+            states: trained roles.
             topology: layout and groups.
 
         Raises:
-            ValueError: `optimizers` are to be parked, but change weights during backward.
+            ValueError: `optimizers` are to be offloaded, but change weights during backward.
         """
         self.offloads = frozenset(offloads)
-        self._trained = list(trained) if "optimizers" in self.offloads else []
+        self._trained = list(states.values()) if "optimizers" in self.offloads else []
         if any(isinstance(state, InBackwardState) for state in self._trained):
             raise ValueError(
-                "an optimizer in backward is not parked: leave optimizers out of train.offload, or set "
+                "an optimizer in backward is not offloaded: leave optimizers out of train.offload, or set "
                 "optimizer.in_backward to false"
             )
-        models = {"reference": reference, "reward": reward_model}
         self._frozen = [
             CpuOffload(partial(_weights_of, chunks), device=topology.device, changes=False)
             for role, chunks in models.items()
-            if role in self.offloads and chunks is not None
+            if role in self.offloads
         ]
         self.offloaded_bytes = 0
 
     def before_generation(self) -> None:
-        """Take optimizers to the host, and frozen models that are not there already."""
+        """Offload optimizers, and frozen models that are not offloaded already."""
         self.offloaded_bytes = sum(state.offload() for state in self._trained)
         for offload in self._frozen:
             offload.offload()
             self.offloaded_bytes += offload.offloaded_bytes
 
     def before_scoring(self) -> None:
-        """Bring the weights of frozen models back, for whoever is going to use them."""
+        """Bring the weights of frozen models back to the device."""
         for offload in self._frozen:
             offload.wait()
 
     def before_update(self) -> None:
-        """Take the weights of frozen models to the host, and begin to bring the optimizers back."""
+        """Offload the weights of frozen models, and begin to bring the optimizers back."""
         for offload in self._frozen:
             offload.offload()
         for state in self._trained:

@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rollout.generation_layout import weights_for_generation
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase, deal_by_length
+from glm_rlhf.engine.rollout.generation_phase import GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
 from glm_rlhf.engine.rollout.stop_strings import StopCheck
 from glm_rlhf.engine.types import PromptInput, Rollouts
@@ -25,20 +26,25 @@ OnEnded = Callable[[int, PromptInput, Completion], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerSettings:
-    """How prompts are answered."""
+    """How prompts are answered: a config's section, and what it means for a tokenizer and a model."""
 
+    generation: GenerationSection
+    """The section: answers per prompt, longest answer, how much at once."""
     sampling: SamplingSettings
     """The distribution of tokens."""
-    batch: BatchSettings
-    """How much at once."""
-    max_new_tokens: int
-    """Longest answer, in tokens; less where the model's context leaves less room."""
     stop_ids: frozenset[int]
-    """Ids that end an answer."""
-    num_samples: int = 1
-    """Answers to each prompt."""
+    """Ids that end an answer, the model's own included."""
     stop_check: StopCheck | None = None
     """Ends an answer beside its stop ids; None for those alone."""
+
+    @property
+    def num_samples(self) -> int:
+        """Answers to each prompt."""
+        return self.generation.num_samples
+
+    def with_samples(self, num_samples: int) -> "AnswerSettings":
+        """Return the same settings with another number of answers per prompt."""
+        return replace(self, generation=replace(self.generation, num_samples=num_samples))
 
 
 def answer_prompts(
@@ -105,16 +111,16 @@ def answer_prompts(
             index=index,
             prompt=prompts[index].tokens,
             num_samples=settings.num_samples,
-            max_new_tokens=min(settings.max_new_tokens, context - lengths[index]),
+            max_new_tokens=min(settings.generation.max_new_tokens, context - lengths[index]),
             stop_ids=settings.stop_ids,
             seed=(seed << 32) + (_fingerprint(prompts[index]) if is_share else index),
         )
         for index in mine
     ]
-    longest = max(lengths) + settings.max_new_tokens
+    longest = max(lengths) + settings.generation.max_new_tokens
     with (
         weights_for_generation(chunks, topology, resharded) as (weights, inner),
-        GenerationPhase(weights, topology=inner, batch=settings.batch, longest=longest) as phase,
+        GenerationPhase(weights, topology=inner, batch=settings.generation, longest=longest) as phase,
     ):
         found, findings = [], []
         try:

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationQueue, GenerationRequest
 from glm_rlhf.parallel.inference.cuda_graph import Record, record_cuda_graph
 from glm_rlhf.parallel.inference.kv_cache import KVCache, num_pages_within
@@ -21,21 +22,6 @@ from glm_rlhf.parallel.runtime.topology import Topology
 _SHARE_OF_FREE_MEMORY = 0.8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSettings:
-    """How much is generated at once."""
-
-    max_batch: int
-    """Sequences that run at once on a copy of the model."""
-    max_step_tokens: int
-    """Tokens that go through the model in a step."""
-    page_size: int
-    """Positions a page of the cache."""
-    cache_bytes: int | None = None
-    """Memory of the cache a rank; None takes what `max_batch` of the longest sequences need, on CUDA at most
-    80 % of what is free."""
-
-
 class GenerationPhase:
     """Owns what generation needs beside the weights while it lasts: the cache, and recorded decode steps.
 
@@ -48,7 +34,7 @@ class GenerationPhase:
         chunks: Sequence[GLMModel | ChunkWeights],
         *,
         topology: Topology,
-        batch: BatchSettings,
+        batch: GenerationSection,
         longest: int,
         record: Record | None = None,
     ) -> None:
@@ -57,7 +43,7 @@ class GenerationPhase:
         Args:
             chunks: this rank's chunks of the policy, or their parameters in a second layout.
             topology: layout and groups of the chunks.
-            batch: how much at once.
+            batch: how much at once: max_batch, max_step_tokens, page_size, cache_bytes.
             longest: positions of the longest sequence that may come, prompt and answer.
             record: how decode steps are recorded; None for CUDA graphs on CUDA, and not at all on a CPU.
         """

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.engine.scoring.rollout_scores import batches_of, stream_logprobs
+from glm_rlhf.engine.scoring.packed_batches import PackedBatch, batches_of_rollouts
+from glm_rlhf.engine.scoring.rollout_scores import numbers_without, stream_logprobs
 from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.topology import Topology
@@ -40,25 +41,28 @@ def old_logprobs(
         seed: of the sample, another one each iteration.
         topology: layout and groups.
     """
-    options = {"max_tokens": max_tokens, "topology": topology}
+
+    def scored(numbers: Sequence[int]) -> tuple[torch.Tensor, list[PackedBatch]]:
+        streams = {"mask": mask_T}
+        batches = batches_of_rollouts(
+            rollouts, numbers, max_tokens=max_tokens, topology=topology, streams=streams
+        )
+        return stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), batches
+
     if rollouts.temperature != 1.0:
-        batches = batches_of(rollouts, **options)
-        return stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), float("nan")
+        return scored(range(rollouts.num_sequences))[0], float("nan")
     sample = draw_sample(rollouts, max_tokens=max_tokens, seed=seed)
-    others = frozenset(range(rollouts.num_sequences)) - sample
-    batches = batches_of(rollouts, **options, without=others)
-    found_T = stream_logprobs(policy, rollouts, batches, mask_T, topology=topology)
+    found_T, batches = scored(sorted(sample))
     compared_T = torch.zeros_like(mask_T)
     for batch in batches:
-        batch.put(batch.take(mask_T), compared_T)
+        batch.put(batch.streams["mask"], compared_T)
     distance = ((found_T - rollouts.logprobs_T).abs() * compared_T).sum()
     sums = torch.stack((distance, compared_T.sum().float())).double()
     dist.all_reduce(sums, group=topology.dp_group)
     gap = (sums[0] / sums[1].clamp(min=1)).item()
     if gap <= max_gap:
         return rollouts.logprobs_T * mask_T, gap
-    batches = batches_of(rollouts, **options, without=sample)
-    return found_T + stream_logprobs(policy, rollouts, batches, mask_T, topology=topology), gap
+    return found_T + scored(numbers_without(rollouts, sample))[0], gap
 
 
 def draw_sample(rollouts: Rollouts, *, max_tokens: int, seed: int) -> frozenset[int]:

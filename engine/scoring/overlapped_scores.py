@@ -6,7 +6,7 @@ there: its way through the stages takes about as long as a turn's, and no stage 
 what the last one finds is told when all have ended. With one stage no turn is idle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +34,6 @@ class OverlappedScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OverlappedRoles:
-    """What the models have scored by the end of generation."""
-
-    reference: OverlappedScores | None
-    """Logprobs of answer tokens; None where it takes no part, or memory has run out in it."""
-    critic: OverlappedScores | None
-    """Rows of the critic, likewise."""
-    reward: OverlappedScores | None
-    """Rows of the reward model, likewise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
     """Some answers as one micro-batch."""
 
@@ -60,22 +48,17 @@ class OverlappedScorer:
     """Owns the answers that have ended while one phase of generation lasts, and what was found of them."""
 
     def __init__(
-        self,
-        *,
-        reference: Sequence[GLMModel] | None,
-        critic: Sequence[GLMModel],
-        reward_model: Sequence[GLMModel] | None,
-        temperature: float,
-        topology: Topology,
+        self, models: Mapping[str, Sequence[GLMModel]], *, temperature: float, topology: Topology
     ) -> None:
-        """Take this rank's chunks, None of a model that takes no part; and the rollouts' temperature."""
+        """Take this rank's chunks by role.
+
+        Args:
+            models: of `reference` log-probabilities are scored, of others (critic, reward) scalars.
+            temperature: of the rollouts.
+            topology: layout and groups.
+        """
         self._topology, self._temperature = topology, temperature
-        models = {"reference": reference, "critic": critic, "reward": reward_model}
-        self._models = {
-            role: DeferredScores(chunks, topology=topology)
-            for role, chunks in models.items()
-            if chunks is not None
-        }
+        self._models = {role: DeferredScores(chunks, topology=topology) for role, chunks in models.items()}
         self._ended: list[tuple[int, PromptInput, Completion]] = []
         self._due: list[tuple[str, _Batch]] = []
         self._scored: dict[str, list[_Batch]] = {role: [] for role in self._models}
@@ -96,23 +79,23 @@ class OverlappedScorer:
         if not self._due:
             return
         role, batch = self._due.pop(0)
-        with span(f"early {role}"):
+        with span(f"overlapped {role}"):
             if role == "reference":
                 self._models[role].add_tokens(batch.packed, batch.answers_T, temperature=self._temperature)
             else:
                 self._models[role].add_rows(batch.packed)
         self._scored[role].append(batch)
 
-    def tell(self, rollouts: Rollouts) -> OverlappedRoles:
-        """Return what was found, on every rank of the pipeline, which communicates.
+    def collect(self, rollouts: Rollouts) -> dict[str, OverlappedScores]:
+        """Return the scores by role, on every rank of the pipeline, which communicates.
+
+        A role in whose model memory has run out is missing.
 
         Args:
             rollouts: of the generation that gave the answers.
         """
-        found = {role: self._told(role, rollouts) for role in self._models}
-        return OverlappedRoles(
-            reference=found.get("reference"), critic=found.get("critic"), reward=found.get("reward")
-        )
+        found = {role: self._collect(role, rollouts) for role in self._models}
+        return {role: scores for role, scores in found.items() if scores is not None}
 
     def _next_batch(self) -> _Batch:
         """Return the answers that ended first, as many as fit."""
@@ -133,7 +116,7 @@ class OverlappedScorer:
         answers_T[: packed.num_tokens - packed.num_padding] = torch.cat(masks)
         return _Batch(indices=tuple(indices), packed=packed, answers_T=answers_T.to(device))
 
-    def _told(self, role: str, rollouts: Rollouts) -> OverlappedScores | None:
+    def _collect(self, role: str, rollouts: Rollouts) -> OverlappedScores | None:
         batches, model = self._scored[role], self._models[role]
         rows = model.collect_tokens() if role == "reference" else model.collect_rows()
         if rows is None:

@@ -1,13 +1,14 @@
 """What a reference makes of pairs, scored once before training and kept."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from glm_rlhf.engine.data.store.examples import Pairs
-from glm_rlhf.engine.scoring.record_batches import take_share
+from glm_rlhf.engine.scoring.packed_batches import batches_of_records, weighted_answer_streams
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
 from glm_rlhf.parallel.runtime.topology import Topology
@@ -46,17 +47,23 @@ def score_reference(
         total=len(numbers), desc="reference", unit=" pairs", disable=None if topology.is_main_rank else True
     )
     for window in _windows(records, numbers, max_tokens * topology.dp * _WINDOW_BATCHES):
-        batches = take_share(records, window, max_tokens=max_tokens, topology=topology)
+        batches = batches_of_records(
+            records,
+            window,
+            max_tokens=max_tokens,
+            topology=topology,
+            streams=partial(weighted_answer_streams, discount=discount),
+        )
         found = score_tokens(
             chunks,
             [batch.packed for batch in batches],
             topology=topology,
-            wanted=[batch.mask() for batch in batches],
+            wanted=[batch.streams["mask"] for batch in batches],
         )
         for batch, (logprobs_T, _) in zip(batches, found, strict=True):
-            weighted_T = logprobs_T * batch.weights(discount)
+            weighted_T = logprobs_T * batch.streams["weights"]
             sums = torch.stack([part.sum() for part in batch.packed.split(weighted_T)])
-            scores[list(batch.records)] = sums.unflatten(0, (-1, 2)).cpu().double()
+            scores[list(batch.items)] = sums.unflatten(0, (-1, 2)).cpu().double()
         bar.update(len(window))
     bar.close()
     if topology.dp > 1:

@@ -1,34 +1,21 @@
 """What models say of all sequences of rollouts, as streams beside their tokens."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
 from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
-from glm_rlhf.engine.scoring.rollout_batches import StreamBatch, stream_batches
+from glm_rlhf.engine.scoring.packed_batches import PackedBatch, batches_of_rollouts
 from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.pipeline.scoring import score_rows, score_tokens
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
-def batches_of(
-    rollouts: Rollouts, *, max_tokens: int, topology: Topology, without: Collection[int] = ()
-) -> list[StreamBatch]:
-    """Return the sequences, but for those of the numbers `without`, in micro-batches of `max_tokens`."""
-    return stream_batches(
-        rollouts.tokens_T,
-        rollouts.lengths,
-        max_tokens=max_tokens,
-        multiple=topology.layout.token_multiple,
-        indices=[number for number in range(rollouts.num_sequences) if number not in without],
-    )
-
-
 def stream_logprobs(
     chunks: Sequence[GLMModel],
     rollouts: Rollouts,
-    batches: Sequence[StreamBatch],
+    batches: Sequence[PackedBatch],
     mask_T: torch.Tensor,
     *,
     topology: Topology,
@@ -41,17 +28,17 @@ def stream_logprobs(
     Args:
         chunks: this rank's chunks of a policy.
         rollouts: the sequences.
-        batches: those that are to be scored; what is in none of them and not early is 0.
+        batches: what to score, with the stream `mask`; what is neither in them nor in `overlapped` is 0.
         mask_T: whose logprobs are wanted, bool [T].
         topology: layout and groups.
-        early: what the model has said of others.
+        overlapped: what the model has scored while answers were generated.
     """
     logprobs_T = _begun(mask_T, overlapped)
     scored = score_tokens(
         chunks,
         [batch.packed for batch in batches],
         topology=topology,
-        wanted=[batch.take(mask_T) for batch in batches],
+        wanted=[batch.streams["mask"] for batch in batches],
         temperature=rollouts.temperature,
     )
     for batch, (found_T, _) in zip(batches, scored, strict=True):
@@ -71,8 +58,10 @@ def stream_rows(
 
     Ranks that share the sequences call this together; arguments as above.
     """
-    scored = overlapped.sequences if overlapped else ()
-    batches = batches_of(rollouts, max_tokens=max_tokens, topology=topology, without=scored)
+    scored = overlapped.sequences if overlapped else frozenset()
+    batches = batches_of_rollouts(
+        rollouts, numbers_without(rollouts, scored), max_tokens=max_tokens, topology=topology
+    )
     rows_T = _begun(rollouts.tokens_T, overlapped)
     found = score_rows(chunks, [batch.packed for batch in batches], topology=topology)
     for batch, rows in zip(batches, found, strict=True):
@@ -85,3 +74,8 @@ def _begun(like_T: torch.Tensor, overlapped: OverlappedScores | None) -> torch.T
     return (
         torch.zeros(like_T.shape, device=like_T.device) if overlapped is None else overlapped.found_T.clone()
     )
+
+
+def numbers_without(rollouts: Rollouts, excluded: Set[int]) -> list[int]:
+    """Return the sequences' numbers from 0, but for some."""
+    return [number for number in range(rollouts.num_sequences) if number not in excluded]

@@ -1,7 +1,5 @@
-"""A training command from its run folder to its last checkpoint."""
+"""A command that trains on records of a file, from its models to its last checkpoint."""
 
-import contextlib
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -9,22 +7,18 @@ from functools import partial
 from pathlib import Path
 
 from glm_rlhf.engine.config.rl import PPOConfig
-from glm_rlhf.engine.config.training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig, TrainSection
+from glm_rlhf.engine.config.training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.data.store.examples import Records
-from glm_rlhf.engine.health.watchdog import watchdog
-from glm_rlhf.engine.observe.metrics import open_metrics
-from glm_rlhf.engine.observe.report import tell_report
-from glm_rlhf.engine.runs.checkpoints import EXPORTS, open_checkpoints, resume
+from glm_rlhf.engine.runs.checkpoints import EXPORTS
+from glm_rlhf.engine.runs.context import open_run
 from glm_rlhf.engine.runs.fingerprint import lengths_identity, model_identity
-from glm_rlhf.engine.training.loop import HeldOut, LoopProgress, LoopResult, LoopSettings, train
+from glm_rlhf.engine.training.loop import HeldOut, LoopResult, train
+from glm_rlhf.engine.training.loss import RecordLoss
 from glm_rlhf.engine.training.lr_schedule import cosine_lr
-from glm_rlhf.engine.training.step import Objective
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
-from glm_rlhf.parallel.runtime.preemption import Preempted, handle_preemption_signals
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.weights.export import export_model
@@ -49,29 +43,29 @@ def sampler_of(config: TrainingConfig | PPOConfig, records: Sized) -> BatchSampl
 def held_out_of(
     config: TrainingConfig,
     records: Records | None,
-    objective: Objective,
+    loss: RecordLoss,
     on_result: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> HeldOut | None:
     """Return what a run is evaluated on: the first `data.eval_records` of its held-out records, if any."""
     if records is None:
         return None
     numbers = range(min(len(records), config.data.eval_records))
-    return HeldOut(records=records, objective=objective, numbers=numbers, on_result=on_result)
+    return HeldOut(records=records, loss=loss, numbers=numbers, on_result=on_result)
 
 
 def run_training(
     config: TrainingConfig,
     chunks: Sequence[GLMModel],
-    objective: Objective,
+    loss: RecordLoss,
     records: Records,
     *,
     held: HeldOut | None,
     topology: Topology,
     checkpoint: Checkpoint | None,
 ) -> None:
-    """Train `chunks` as the config says; every rank calls this, rank 0 tells how it went.
+    """Train `chunks` as the config says; every rank calls this, the main rank reports the result.
 
-    With an `origin` the run goes on from it: the next step is the one that would have followed.
+    With a `checkpoint` the run resumes from it: the next step is the one that would have followed.
 
     Raises:
         ValueError: too few records, a run that stopped because its numbers were not finite, or a checkpoint
@@ -85,61 +79,24 @@ def run_training(
         overlap_communication=config.train.overlap_communication,
         in_backward=config.optimizer.in_backward,
     )
-
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            open_checkpoints(
-                config,
-                {"policy": state},
-                identity=_identity(config, records, topology),
-                export=lambda folder: export_model(
-                    chunks, folder, topology=topology, source=config.model.path
-                ),
-                topology=topology,
-            )
-        )
-        progress = LoopProgress()
-        if checkpoint is not None:
-            progress = LoopProgress(**resume(checkpoint, checkpoints))
-            if progress.step >= config.train.steps:
-                checkpoints.close_finished(progress.step)
-                return
-        with raise_on_all_ranks(f"writing to {config.run.output}"):
-            write = stack.enter_context(
-                open_metrics(
-                    config.run.output,
-                    is_owner=topology.is_main_rank,
-                    uses_tensorboard=config.observe.tensorboard,
-                    wandb_project=config.observe.wandb,
-                    run_name=config.run.name,
-                    config=dataclasses.asdict(config),
-                    last_step=None if checkpoint is None else progress.step,
-                )
-            )
-        stack.enter_context(watchdog(config.run.watchdog_s, rank=topology.rank))
-        stack.enter_context(handle_preemption_signals())
-        try:
-            result = train(
-                state,
-                objective,
-                records,
-                sampler,
-                _loop_settings(config.train, config.optimizer),
-                topology=topology,
-                write=write,
-                checkpoints=checkpoints,
-                held=held,
-                progress=progress,
-            )
-        except Preempted:
+    result = None
+    with open_run(
+        config,
+        {"policy": state},  # its name in checkpoints, whatever its role
+        identity=_identity(config, records, topology),
+        export=lambda folder: export_model(chunks, folder, topology=topology, source=config.model.path),
+        checkpoint=checkpoint,
+        topology=topology,
+    ) as run:
+        if run.is_finished:
             return
-    if topology.is_main_rank:
-        tell_report(config.run.output, title=config.run.name)
-        sys.stderr.write(_in_words(config, result))
+        result = train(run, state, loss, records, sampler, lr_of=lr_schedule_of(config), held=held)
+    if result is not None and topology.is_main_rank:
+        sys.stderr.write(_summary(config, result))
 
 
 def _identity(config: TrainingConfig, records: Records, topology: Topology) -> dict[str, str]:
-    """Return fingerprints of what a run learns from, on the reporter; elsewhere nothing."""
+    """Return fingerprints of what a run learns from, on the main rank; elsewhere nothing."""
     if not topology.is_main_rank:
         return {}
     identity = {
@@ -161,23 +118,19 @@ def adam_of(optimizer: OptimizerSection) -> AdamSettings:
     )
 
 
-def _loop_settings(settings: TrainSection, optimizer: OptimizerSection) -> LoopSettings:
-    return LoopSettings(
-        steps=settings.steps,
-        micro_batch_tokens=settings.micro_batch_tokens,
-        lr_of=partial(
-            cosine_lr,
-            steps=settings.steps,
-            lr=optimizer.lr,
-            min_lr=optimizer.min_lr,
-            warmup_steps=optimizer.warmup_steps,
-        ),
-        eval_every=settings.eval_every,
-        max_nonfinite_steps=settings.max_nonfinite_steps,
+def lr_schedule_of(config: TrainingConfig | PPOConfig) -> Callable[[int], float]:
+    """Return the learning rate of a step, from 0, as a config has it."""
+    optimizer = config.optimizer
+    return partial(
+        cosine_lr,
+        steps=config.train.steps,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        warmup_steps=optimizer.warmup_steps,
     )
 
 
-def _in_words(config: TrainingConfig, result: LoopResult) -> str:
+def _summary(config: TrainingConfig, result: LoopResult) -> str:
     steps = config.train.steps
     skipped = f", {result.num_skipped} of them not taken" if result.num_skipped else ""
     loss = "" if math.isnan(result.first_loss) else f": loss {result.first_loss:.4f} → {result.last_loss:.4f}"

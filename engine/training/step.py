@@ -1,198 +1,264 @@
-"""One optimizer step: micro-batches forward and backward, then the weights, or nothing at all."""
+"""One optimizer step: forward and backward of all roles, then the weights of all change, or of none."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.engine.scoring.record_batches import MicroBatch
-from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
+from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.scoring.packed_batches import PackedBatch
+from glm_rlhf.engine.training.loss import Learner, Loss, LossTerm, Statistics
+from glm_rlhf.parallel.model.packing import PackedTokens
 from glm_rlhf.parallel.pipeline.oom_retry import run_with_oom_retry
-from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate, gather_findings
+from glm_rlhf.parallel.pipeline.schedule import run_models
+from glm_rlhf.parallel.pipeline.timing import PassTimes
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, find_nonfinite, gather_findings
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
-class Objective(Protocol):
-    """What a stage minimises, and what it tells about it. Everything it counts adds up over micro-batches."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermStatistics:
+    """A term's statistics over all micro-batches and ranks, the same on every rank."""
 
-    prefix: str
-    """First part of its metrics' names in training, such as `actor`."""
-    sum_names: tuple[str, ...]
-    """Names of the numbers that `loss` counts; the first is `loss`."""
+    sums: torch.Tensor
+    """[K], in the order of `Loss.sum_names`."""
+    maxima: torch.Tensor
+    """fp32 [`Loss.num_maxima`]; minus infinity without a micro-batch."""
 
-    def denominator(self, numbers: Sequence[int]) -> float:
-        """Return what the sum over these records is divided by, the same on every rank."""
-
-    def loss(
-        self, model: GLMModel, hidden_TD: torch.Tensor, batch: MicroBatch, denominator: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (this rank's part of the loss, fp64 sums in the order of `sum_names`).
-
-        Called on the last stage by all its tensor- and context-parallel ranks. The sums of the first
-        tensor-parallel rank count, added over context- and data-parallel ranks.
-        """
-
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float | None]:
-        """Return what is told, by name without prefix; None where it is not defined."""
+    def by_name(self, loss: Loss) -> dict[str, float]:
+        """Return the sums by their names."""
+        return dict(zip(loss.sum_names, self.sums.tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateResult:
-    """What became of one step; the same on every rank, but for the records."""
+class RoleStep:
+    """The result of one role's part in a step, the same on every rank."""
 
-    sums: dict[str, float]
-    """The objective's sums over all ranks."""
     grad_norm: float
-    """Norm of the gradient over the whole model before clipping; NaN when the loss was not finite."""
-    is_applied: bool
-    """Whether the weights changed: the loss and the gradient were finite."""
-    nonfinite_records: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """(rank, record numbers) of each micro-batch whose loss was not finite, over all ranks."""
-    where: str = ""
-    """Ranks and weights whose gradient was not finite; empty where it was, or where it is not known."""
+    """Norm of the gradient over the whole model before clipping; NaN where a loss was not finite."""
+    terms: tuple[TermStatistics, ...]
+    """Statistics of each of the learner's terms."""
 
 
-def update(
-    state: AnyTrainingState,
-    objective: Objective,
-    batches: Sequence[MicroBatch],
-    denominator: float,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """The result of one step of all learners, the same on every rank."""
+
+    roles: tuple[RoleStep, ...]
+    """In the order of the learners."""
+    fault: str = ""
+    """What was not finite, on which ranks and in which records or weights; empty where all was."""
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the weights changed: every loss and gradient was finite."""
+        return not self.fault
+
+
+def take_step(
+    learners: Sequence[Learner],
     *,
     topology: Topology,
-    name: Callable[[int], str],
-) -> UpdateResult:
-    """Return what one step did; every rank calls this together.
+    phases: Phases | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> StepResult:
+    """Take one optimizer step of all learners, or of none; every rank of the world calls this.
 
-    A loss or a gradient that is not finite leaves the weights and the optimizer as they were, on all ranks:
-    the decision is taken from numbers that were added up over the world. An optimizer in backward cannot
-    take back what changed before a gradient was not finite, see `InBackwardState`.
+    Over pipeline stages the micro-batches of all learners go through one schedule, into a gradient each, and
+    its time is shared as their passes took it. Without, where no stage waits, each has a schedule of its own:
+    the time of each is known, and so is whose memory ran out.
+
+    Weights change once every gradient is known to be finite. A loss or gradient that is not finite leaves
+    weights and optimizers as they were, on all ranks: the decision is taken from numbers that were added up
+    over the world. An optimizer in backward has changed its own weights by then, see `InBackwardState`, and
+    of a learner before it too. Where memory runs out for several records their micro-batch is split, and the
+    step begins again: its gradient is the same.
 
     Args:
-        state: model and optimizer, their learning rate set.
-        objective: the loss.
-        batches: this data-parallel rank's, perhaps none.
-        denominator: of the whole step.
+        learners: one or several.
         topology: layout and groups.
-        name: of a record, for messages.
+        phases: takes the seconds of each learner, by role.
+        dtype: in which statistics are added up.
 
     Raises:
-        ValueError: there is no memory for a single record; on every rank. Where there is none for several,
-            their micro-batch is split, and the step begins again: its gradient is the same.
+        ValueError: there is no memory for a single record or sequence; on every rank.
     """
-
-    def begin(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        state.zero_grad()
-        return _run(state.chunks, objective, batches, denominator, topology, forward_only=False)
-
-    outputs, batches = _fitted(begin, state.chunks, batches, topology, name, forward_only=False)
-    sums = _total(outputs, objective, topology)
-    if not math.isfinite(sums["loss"]):
-        nonfinite_records = _find_culprits(outputs, batches, topology)
-        return UpdateResult(
-            sums=sums, grad_norm=math.nan, is_applied=False, nonfinite_records=nonfinite_records
-        )
-    result = state.step()
-    where = ""
-    if not result.is_applied:
-        names = state.nonfinite_gradients()
-        where = gather_findings([f"in {abbreviate(names)}"] if names else [])
-    return UpdateResult(sums=sums, grad_norm=result.grad_norm, is_applied=result.is_applied, where=where)
+    phases = phases or Phases()
+    if len(learners) > 1 and topology.layout.pp > 1:
+        times = PassTimes(topology.device)
+        with phases.shared("steps", times.shared):
+            passes = [_backward(learners, topology, times)]
+    else:
+        passes = []
+        for learner in learners:
+            with phases.phase(learner.role):
+                passes.append(_backward([learner], topology))
+            if passes[-1].fault:
+                break
+    fault = passes[-1].fault
+    norms = [norm for one in passes for norm in one.norms]
+    outputs = [output for one in passes for output in one.outputs]
+    steps = []
+    for place, learner in enumerate(learners):
+        norm = norms[place] if place < len(norms) else math.nan
+        with phases.shared("apply", lambda seconds, role=learner.role: {role: seconds}):
+            if not fault:
+                learner.state.apply(norm)
+            terms = [
+                _reduced([s for owner, s in outputs if owner is term], term.loss, topology, dtype)
+                for term in learner.terms
+            ]
+        steps.append(RoleStep(grad_norm=norm, terms=tuple(terms)))
+    return StepResult(roles=tuple(steps), fault=fault)
 
 
 def evaluate(
-    chunks: Sequence[torch.nn.Module],
-    objective: Objective,
-    batches: Sequence[MicroBatch],
-    denominator: float,
-    *,
-    topology: Topology,
-    name: Callable[[int], str],
+    chunks: Sequence[torch.nn.Module], term: LossTerm, *, topology: Topology, role: str
 ) -> dict[str, float]:
-    """Return the objective's sums over all ranks, without gradients; every rank calls this together.
+    """Return a loss's sums over all ranks by name, without gradients; every rank of the world calls this.
 
     Raises:
         ValueError: there is no memory for a single record.
     """
-
-    def run(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        return _run(chunks, objective, batches, denominator, topology, forward_only=True)
-
-    outputs, _ = _fitted(run, chunks, batches, topology, name, forward_only=True)
-    return _total(outputs, objective, topology)
+    outputs, _ = _run([(role, chunks, (term,))], topology, forward_only=True)
+    return _reduced([found for _, found in outputs], term.loss, topology, torch.float64).by_name(term.loss)
 
 
-def _fitted(
-    run: Callable[[Sequence[MicroBatch]], list[torch.Tensor]],
-    chunks: Sequence[torch.nn.Module],
-    batches: Sequence[MicroBatch],
-    topology: Topology,
-    name: Callable[[int], str],
-    *,
-    forward_only: bool,
-) -> tuple[list[torch.Tensor], list[MicroBatch]]:
-    return run_with_oom_retry(
-        run,
-        batches,
-        lambda batch: name(batch.records[0]),
-        models=[chunks],
-        topology=topology,
-        forward_only=forward_only,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Assigned:
+    """A micro-batch, whose it is, and in which term."""
+
+    model: int
+    term: LossTerm
+    batch: PackedBatch
+
+    @property
+    def packed(self) -> PackedTokens:
+        """Its tokens."""
+        return self.batch.packed
+
+    def split_in_two(self, multiple: int) -> "tuple[_Assigned, ...]":
+        """Return it in two; see `oom_retry.Divisible`."""
+        return tuple(dataclasses.replace(self, batch=half) for half in self.batch.split_in_two(multiple))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Backward:
+    """What one schedule of some learners left, their gradients in their states apart."""
+
+    outputs: list[tuple[LossTerm, Statistics]]
+    """Of each micro-batch on the last stage; elsewhere none."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norm of each learner, over the whole model; none where a loss was not finite."""
+    fault: str
+    """What was not finite, the same on every rank."""
+
+
+def _backward(learners: Sequence[Learner], topology: Topology, times: PassTimes | None = None) -> _Backward:
+    """Run the micro-batches of some learners forward and backward in one schedule."""
+    models = [(learner.role, learner.state.chunks, learner.terms) for learner in learners]
+
+    def zero_grad() -> None:
+        for learner in learners:
+            learner.state.zero_grad()
+
+    outputs, assigned = _run(models, topology, forward_only=False, before=zero_grad, times=times)
+    findings = [
+        f"the {learners[one.model].role}'s loss on {one.term.name_items(one.batch.items)}"
+        for one, (_, statistics) in zip(assigned if outputs else (), outputs, strict=True)
+        if not bool(statistics.sums.isfinite().all())
+    ]
+    if found := find_nonfinite(list(dict.fromkeys(findings)), device=topology.device):
+        return _Backward(outputs=outputs, fault=f"not finite: {found}")
+    norms = [learner.state.grad_norm() for learner in learners]
+    return _Backward(outputs=outputs, norms=norms, fault=_norm_fault(learners, norms, assigned))
 
 
 def _run(
-    chunks: Sequence[torch.nn.Module],
-    objective: Objective,
-    batches: Sequence[MicroBatch],
-    denominator: float,
+    models: Sequence[tuple[str, Sequence[torch.nn.Module], Sequence[LossTerm]]],
     topology: Topology,
     *,
     forward_only: bool,
-) -> list[torch.Tensor]:
-    """Return the sums of each micro-batch on the last stage; elsewhere nothing."""
-    outputs = run_micro_batches(
-        chunks,
-        [batch.packed for batch in batches],
-        _step(objective, batches, denominator),
+    before: Callable[[], None] | None = None,
+    times: PassTimes | None = None,
+) -> tuple[list[tuple[LossTerm, Statistics]], list[_Assigned]]:
+    """Run the terms' micro-batches through one schedule, again on smaller ones where memory runs out.
+
+    Args:
+        models: role, this rank's chunks and terms of each.
+        topology: layout and groups.
+        forward_only: whether nothing is kept for backward.
+        before: called before each attempt.
+        times: takes the time of each model's passes.
+
+    Returns:
+        (term and statistics of each micro-batch on the last stage, elsewhere nothing; the micro-batches).
+    """
+
+    def run(batches: Sequence[_Assigned]) -> list[Statistics]:
+        if before is not None:
+            before()
+        found = run_models(
+            [chunks for _, chunks, _ in models],
+            [[one.packed for one in batches if one.model == number] for number in range(len(models))],
+            lambda model, hidden_TD, index: batches[index].term(model, hidden_TD, batches[index].batch),
+            topology=topology,
+            forward_only=forward_only,
+            times=times,
+        )
+        return list(found) if topology.is_last_stage else []
+
+    found, assigned = run_with_oom_retry(
+        run,
+        [
+            _Assigned(model=number, term=term, batch=batch)
+            for number, (_, _, terms) in enumerate(models)
+            for term in terms
+            for batch in term.batches
+        ],
+        lambda one: one.term.name_items(one.batch.items),
+        models=[chunks for _, chunks, _ in models],
         topology=topology,
         forward_only=forward_only,
     )
-    return list(outputs) if topology.is_last_stage else []
+    return [(one.term, own) for one, own in zip(assigned if found else (), found, strict=True)], assigned
 
 
-def _step(
-    objective: Objective, batches: Sequence[MicroBatch], denominator: float
-) -> Callable[[GLMModel, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]:
-    def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return objective.loss(model, hidden_TD, batches[index], denominator)
+def _norm_fault(learners: Sequence[Learner], norms: Sequence[float], assigned: Sequence[_Assigned]) -> str:
+    """Return what a message says of gradient norms that are not finite, the same on every rank."""
+    said, findings = [], []
+    for number, (learner, norm) in enumerate(zip(learners, norms, strict=True)):
+        if math.isfinite(norm):
+            continue
+        said.append(f"the {learner.role}'s gradient has the norm {norm}")
+        if names := learner.state.nonfinite_gradients():
+            own = [one for one in assigned if one.model == number and one.term is learner.terms[0]]
+            items = sorted(item for one in own for item in one.batch.items)
+            on = f" in a step on {learner.terms[0].name_items(items)}" if items else ""
+            findings.append(f"those of {abbreviate(names)} of the {learner.role}{on}")
+    if not said:
+        return ""
+    where = gather_findings(findings) or "no gradient by itself, their squares overflow"
+    return f"{' and '.join(said)}; not finite: {where}"
 
-    return step
 
-
-def _total(outputs: Sequence[torch.Tensor], objective: Objective, topology: Topology) -> dict[str, float]:
-    """Add up over micro-batches and ranks: one all-reduce of the world."""
-    sums_K = torch.zeros(len(objective.sum_names), dtype=torch.float64, device=topology.device)
-    if topology.tp_rank == 0:
-        for output in outputs:
-            sums_K += output
-    dist.all_reduce(sums_K)
-    return dict(zip(objective.sum_names, sums_K.tolist(), strict=True))
-
-
-def _find_culprits(
-    outputs: Sequence[torch.Tensor], batches: Sequence[MicroBatch], topology: Topology
-) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Gather from all ranks which of their micro-batches had a loss that is not finite."""
-    mine = [
-        (topology.rank, batch.records)
-        for output, batch in zip(outputs, batches if outputs else (), strict=True)
-        if topology.tp_rank == 0 and not math.isfinite(output[0].item())
-    ]
-    everyone: list[list] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(everyone, mine)
-    return tuple(found for part in everyone for found in part)
+def _reduced(
+    found: Sequence[Statistics], loss: Loss, topology: Topology, dtype: torch.dtype
+) -> TermStatistics:
+    """Return statistics of the last stage over micro-batches and dp × cp ranks, on every stage."""
+    sums = torch.zeros(len(loss.sum_names), dtype=dtype, device=topology.device)
+    for one in found:
+        sums = sums + one.sums.to(dtype)
+    dist.all_reduce(sums, group=topology.dp_cp_group)
+    maxima = torch.full((loss.num_maxima,), -torch.inf, device=topology.device)
+    if loss.num_maxima:
+        for one in found:
+            maxima = torch.maximum(maxima, one.maxima.float())
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
+    if topology.layout.pp > 1:
+        for values in (sums, maxima) if loss.num_maxima else (sums,):
+            dist.broadcast(values, topology.last_stage_rank, group=topology.pp_group)
+    return TermStatistics(sums=sums, maxima=maxima)

@@ -19,10 +19,19 @@ def raise_if_nonfinite(findings: Sequence[str], consequence: str, *, device: tor
     Raises:
         FloatingPointError: some rank has findings; the message, the same on all, names ranks and findings.
     """
+    if found := find_nonfinite(findings, device=device):
+        raise FloatingPointError(f"not finite: {found}; {consequence}")
+
+
+def find_nonfinite(findings: Sequence[str], *, device: torch.device) -> str:
+    """Return the findings of all ranks in words, empty where no rank has any; every rank of the world calls
+    this.
+
+    8 bytes are all-reduced; more is communicated only where some rank has findings.
+    """
     count = torch.tensor([len(findings)], device=device)
     dist.all_reduce(count)
-    if int(count):
-        raise FloatingPointError(f"not finite: {gather_findings(findings)}; {consequence}")
+    return gather_findings(findings) if int(count) else ""
 
 
 def gather_findings(findings: Sequence[str]) -> str:

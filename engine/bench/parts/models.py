@@ -12,8 +12,8 @@ from glm_rlhf.engine.bench.harness import Answer, Contender, Problem, measure
 from glm_rlhf.engine.bench.parts.transformers_peer import TransformersModel, load_transformers
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.bench.sizes import Sizes
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rollout.generate import AnswerSettings, answer_prompts
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel, build_model
@@ -113,8 +113,9 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
     prompts = [PromptInput(tokens=tuple(prompt), extra={}) for prompt in prompts_BT.tolist()]
     settings = AnswerSettings(
         sampling=SamplingSettings(temperature=0.0),
-        batch=BatchSettings(max_batch=sizes.num_prompts, max_step_tokens=8192, page_size=16),
-        max_new_tokens=sizes.new_tokens,
+        generation=GenerationSection(
+            max_batch=sizes.num_prompts, page_size=16, max_new_tokens=sizes.new_tokens
+        ),
         stop_ids=frozenset(),
     )
 

@@ -9,14 +9,16 @@ import torch
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.bench.sizes import Sizes
+from glm_rlhf.engine.config.rl import PPOSection
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.cost.workload import Choice, Workload
-from glm_rlhf.engine.rl.ppo_settings import PPOSettings
+from glm_rlhf.engine.rewards.combined import RewardTerms
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.rollout.generate import AnswerSettings
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import build_model
+from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
@@ -49,28 +51,29 @@ def make_roles(
             model, topology, role=role, dtype=_DTYPES[work.itemsize], recompute_layers=recomputes
         )
         fill(models[role], seed=index)
+    states = {
+        role: training_state(models[role], AdamSettings(lr=1e-5), topology=topology)
+        for role in ("policy", "critic")
+    }
+    tokens = choice.micro_batch_tokens
     return PPORoles(
         topology=topology,
-        policy=models["policy"],
-        critic=models["critic"],
-        reference=models["reference"],
-        reward_model=models["reward"],
-        settings=PPOSettings(
-            epochs=work.epochs,
-            minibatches=work.minibatches,
-            micro_batch_tokens=choice.micro_batch_tokens,
-        ),
+        models=models,
+        states=states,
+        rewards=RewardTerms(topology=topology, micro_batch_tokens=tokens, model=models["reward"]),
+        ppo=PPOSection(epochs=work.epochs, minibatches=work.minibatches),
         answers=AnswerSettings(
             sampling=SamplingSettings(),
-            batch=BatchSettings(
-                max_batch=work.max_batch, max_step_tokens=work.max_step_tokens, page_size=work.page_size
+            generation=GenerationSection(
+                max_batch=work.max_batch,
+                max_step_tokens=work.max_step_tokens,
+                page_size=work.page_size,
+                max_new_tokens=work.max_new_tokens,
+                num_samples=work.num_samples,
             ),
-            max_new_tokens=work.max_new_tokens,
             stop_ids=frozenset(),
-            num_samples=work.num_samples,
         ),
-        policy_adam=AdamSettings(lr=1e-5),
-        critic_adam=AdamSettings(lr=1e-5),
+        micro_batch_tokens=tokens,
         seed=3,
     )
 

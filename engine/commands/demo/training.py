@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from glm_rlhf.engine.commands import generate, reward, sft
+from glm_rlhf.engine.commands import generate, ppo, reward, sft
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, ToyTask
 from glm_rlhf.engine.commands.demo.toy_tokenizer import NUM_IDS, write_tiny_tokenizer
 from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.rl import (
     CriticSection,
     PPOConfig,
-    PPOObserveSection,
     PPOPromptsSection,
     PPORewardSection,
     PPOSection,
@@ -39,7 +38,6 @@ from glm_rlhf.engine.config.training import (
     TrainSection,
 )
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
-from glm_rlhf.engine.rl import loop
 from glm_rlhf.parallel.model.glm import build_model
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
@@ -178,10 +176,10 @@ def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Pa
         ppo=PPOSection(
             minibatches=2, kl_coef=0.05, sft_coef=0.2, value_clip=None, whiten=True, reference_baseline=True
         ),
-        observe=PPOObserveSection(tensorboard=False),
+        observe=ObserveSection(tensorboard=False),
     )
     save_config(settings, settings.run.output)
-    loop.run(settings)
+    ppo.run(settings)
     return folder / "ppo" / "hf" / f"step_{steps}"
 
 

@@ -1,88 +1,143 @@
-"""What policy and critic learn from one mini-batch of an iteration."""
+"""PPO: the losses of policy and critic on an iteration's experience, cut in mini-batches.
 
-from collections.abc import Sequence
+Differs from the textbook in what ChatGLM-RLHF and the field add: dual-sided clipping of values in units of
+reward, a next-token loss on demonstrations in the policy's steps, and one joint step of both roles.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.engine.rl.optimizer_step import Learner
-from glm_rlhf.engine.rl.ppo_settings import PPOSettings
-from glm_rlhf.engine.rl.sft_term import SFTTerm
-from glm_rlhf.engine.scoring.record_batches import MicroBatch
-from glm_rlhf.engine.scoring.rollout_batches import StreamBatch, stream_batches
+from glm_rlhf.engine.config.rl import PPOSection
+from glm_rlhf.engine.scoring.packed_batches import PackedBatch, batches_of_rollouts
+from glm_rlhf.engine.training.loss import Learner, LossTerm
+from glm_rlhf.engine.training.step import RoleStep
 from glm_rlhf.engine.types import Experience
 from glm_rlhf.kernels import ppo_value_loss
 from glm_rlhf.kernels.rl.reference_policy_loss import POLICY_SUMS, PolicyStatistics
 from glm_rlhf.kernels.rl.reference_value_loss import VALUE_SUMS, ValueStatistics
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.model.packing import PackedTokens, share
 from glm_rlhf.parallel.model.token_outputs import next_tokens, shift_to_rows, token_values
 from glm_rlhf.parallel.model.vocab_parallel_loss import linear_ppo_loss
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.optim.training_state import StepResult
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyLoss:
+    """The clipped policy objective − entropy_coef · entropy, summed over action tokens / denominator.
+
+    Streams: `mask` (bool), `old_logprobs`, `advantages` (fp32), all of tokens. See `kernels.rl.policy_loss`.
+    """
+
+    ppo: PPOSection
+    """The algorithm's settings."""
+    temperature: float
+    """Of the rollouts."""
+    sum_names = POLICY_SUMS
+    num_maxima = 2
+
+    def __call__(
+        self, model: GLMModel, hidden_TD: torch.Tensor, batch: PackedBatch, denominator: float
+    ) -> tuple[torch.Tensor, PolicyStatistics]:
+        """Return this rank's part of the loss, and its statistics; see `Loss`."""
+        shard = batch.shard(model.topology)
+        mask_T = batch.streams["mask"]
+        return linear_ppo_loss(
+            hidden_TD,
+            model.output_weight_VD,
+            shard.take(next_tokens(batch.packed, mask_T)),
+            shard.take(shift_to_rows(batch.streams["old_logprobs"])),
+            shard.take(shift_to_rows(batch.streams["advantages"])),
+            shard.take(shift_to_rows(mask_T)),
+            group=model.topology.tp_group,
+            clip_low=self.ppo.clip,
+            clip_high=self.ppo.clip,
+            entropy_coef=self.ppo.entropy_coef,
+            temperature=self.temperature,
+            denominator=denominator,
+            reduces_hidden_gradient=not model.config.sequence_parallel,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueLoss:
+    """½ the squared error of values, clipped, summed over action tokens / denominator.
+
+    Streams: `mask` (bool), `values`, `returns` (fp32), all of tokens. See `kernels.rl.value_loss`.
+    """
+
+    value_clip: float | None
+    """The critic may move this far from its old value; None does not clip."""
+    sum_names = VALUE_SUMS
+    num_maxima = 0
+
+    def __call__(
+        self, model: GLMModel, hidden_TD: torch.Tensor, batch: PackedBatch, denominator: float
+    ) -> tuple[torch.Tensor, ValueStatistics]:
+        """Return this rank's part of the loss, and its statistics; see `Loss`."""
+        shard = batch.shard(model.topology)
+        return ppo_value_loss(
+            token_values(model, hidden_TD),
+            shard.take(shift_to_rows(batch.streams["values"])),
+            shard.take(shift_to_rows(batch.streams["returns"])),
+            shard.take(shift_to_rows(batch.streams["mask"])),
+            value_clip=self.value_clip,
+            denominator=denominator,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniBatch:
     """The sequences of one optimizer step on this rank."""
 
-    batches: tuple[StreamBatch, ...]
-    """Their micro-batches; none where this rank has no sequence in the step."""
+    batches: tuple[PackedBatch, ...]
+    """Their micro-batches, with the streams of both losses; none where this rank has no sequence in the
+    step."""
     num_actions: float
     """Trained tokens of the step over all data-parallel ranks: the losses' denominator."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyStep:
-    """What became of one optimizer step of the policy, over all ranks."""
-
-    result: StepResult
-    """Of the optimizer."""
-    statistics: PolicyStatistics
-    """Of the policy's own loss."""
-    sft_loss: float | None
-    """Loss on the step's demonstrations, in nats a token, without its weight; None without them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CriticStep:
-    """What became of one optimizer step of the critic, over all ranks."""
-
-    result: StepResult
-    """Of the optimizer."""
-    statistics: ValueStatistics
-    """Of its loss."""
-
-
 def mini_batches(
-    experience: Experience, settings: PPOSettings, *, seed: int, topology: Topology
+    experience: Experience, ppo: PPOSection, *, micro_batch_tokens: int, seed: int, topology: Topology
 ) -> list[MiniBatch]:
     """Return one epoch's mini-batches: all ranks' sequences in random order, cut in even parts.
 
     Which sequences form a mini-batch follows from the seed, not from the layout; a rank has those of its
     share. Every rank of the topology calls this: the data-parallel group sums the denominators.
+
+    Args:
+        experience: of this rank's share.
+        ppo: the algorithm's settings.
+        micro_batch_tokens: most tokens of a micro-batch.
+        seed: of the order.
+        topology: layout and groups.
     """
     rollouts = experience.rollouts
     generator = torch.Generator().manual_seed(seed)
-    turn = torch.randperm(rollouts.num_global, generator=generator).tolist()
-    mask_T = rollouts.action_mask_T
+    position = torch.randperm(rollouts.num_global, generator=generator).tolist()
+    streams = {
+        "mask": rollouts.action_mask_T,
+        "old_logprobs": experience.old_logprobs_T,
+        "advantages": experience.advantages_T,
+        "values": experience.values_T,
+        "returns": experience.returns_T,
+    }
     parts, sizes = [], []
-    for part in range(settings.minibatches):
-        batches = stream_batches(
-            rollouts.tokens_T,
-            rollouts.lengths,
-            max_tokens=settings.micro_batch_tokens,
-            multiple=topology.layout.token_multiple,
-            indices=[
-                place
-                for place, index in enumerate(rollouts.indices)
-                if turn[index] % settings.minibatches == part
-            ],
+    for part in range(ppo.minibatches):
+        batches = batches_of_rollouts(
+            rollouts,
+            [n for n, index in enumerate(rollouts.indices) if position[index] % ppo.minibatches == part],
+            max_tokens=micro_batch_tokens,
+            topology=topology,
+            streams=streams,
         )
         parts.append(tuple(batches))
-        sizes.append(sum(int(batch.take(mask_T).sum()) for batch in batches))
+        sizes.append(sum(int(batch.streams["mask"].sum()) for batch in batches))
     totals = torch.tensor(sizes, dtype=torch.float64, device=topology.device)
     dist.all_reduce(totals, group=topology.dp_group)
     return [
@@ -91,132 +146,85 @@ def mini_batches(
     ]
 
 
-def policy_learner(
-    state: AnyTrainingState,
+def learners(
+    states: Mapping[str, AnyTrainingState],
     experience: Experience,
     mini_batch: MiniBatch,
-    settings: PPOSettings,
+    ppo: PPOSection,
     *,
-    topology: Topology,
-    sft: SFTTerm | None = None,
-) -> Learner[PolicyStep]:
-    """Return the policy's part in an optimizer step, which ends in what it did over all ranks.
+    demonstrations: LossTerm | None = None,
+) -> dict[str, Learner]:
+    """Return each role's part in an optimizer step, by role: the critic's, then the policy's.
 
-    Loss: Σ over action tokens of the clipped objective - entropy_coef · entropy, divided by the action
-    tokens of the mini-batch over all data-parallel ranks; plus, with `sft`, coef · Σ over answer tokens of
-    the step's demonstrations of -log p, divided by these tokens over all data-parallel ranks. Micro-batches
-    of both go through one pipeline schedule into one gradient, which is reduced and clipped once.
+    Both losses are divided by the action tokens of the mini-batch over all data-parallel ranks. The policy's
+    has the loss on demonstrations as a second term: micro-batches of both go through one pipeline schedule
+    into one gradient, which is reduced and clipped once.
+
+    Args:
+        states: `policy` and `critic` in training.
+        experience: of this rank's share.
+        mini_batch: of it.
+        ppo: the algorithm's settings.
+        demonstrations: the step's demonstrations; None for none.
     """
-    mask_T = experience.rollouts.action_mask_T
-
-    def loss(
-        model: GLMModel, hidden_TD: torch.Tensor, batch: StreamBatch | MicroBatch
-    ) -> tuple[torch.Tensor, PolicyStatistics | torch.Tensor]:
-        if isinstance(batch, MicroBatch):
-            return sft.loss(model, hidden_TD, batch)
-        rows = _RowsOf(batch, topology)
-        return linear_ppo_loss(
-            hidden_TD,
-            model.output_weight_VD,
-            rows.own(next_tokens(batch.packed, batch.take(mask_T))),
-            rows(experience.old_logprobs_T),
-            rows(experience.advantages_T),
-            rows(mask_T),
-            group=topology.tp_group,
-            clip_low=settings.clip,
-            clip_high=settings.clip,
-            entropy_coef=settings.entropy_coef,
-            temperature=experience.rollouts.temperature,
-            denominator=mini_batch.num_actions,
-            reduces_hidden_gradient=not model.config.sequence_parallel,
-        )
-
-    def reduce_statistics(result: StepResult, found: Sequence[PolicyStatistics | torch.Tensor]) -> PolicyStep:
-        own = [one for one in found if isinstance(one, PolicyStatistics)]
-        sums = _summed([one.sums for one in own], len(POLICY_SUMS), topology)
-        maxima = _largest([one.maxima for one in own], topology)
-        sft_loss = None
-        if sft is not None:
-            demonstrated = [one for one in found if isinstance(one, torch.Tensor)]
-            sft_loss = _summed(demonstrated, len(sft.objective.sum_names), topology)[0].item()
-        statistics = PolicyStatistics(sums=sums, maxima=maxima)
-        return PolicyStep(result=result, statistics=statistics, sft_loss=sft_loss)
-
-    given = (*mini_batch.batches, *(sft.batches if sft is not None else ()))
-    return Learner(role="policy", state=state, batches=given, loss=loss, reduce_statistics=reduce_statistics)
+    rollouts = experience.rollouts
+    given = {
+        "batches": mini_batch.batches,
+        "denominator": mini_batch.num_actions,
+        "name_items": lambda items: f"answers {abbreviate([rollouts.indices[item] for item in items])}",
+    }
+    value_loss = ValueLoss(value_clip=ppo.value_clip)
+    policy_loss = PolicyLoss(ppo=ppo, temperature=rollouts.temperature)
+    more = () if demonstrations is None else (demonstrations,)
+    terms = {
+        "critic": (LossTerm(loss=value_loss, **given),),
+        "policy": (LossTerm(loss=policy_loss, **given), *more),
+    }
+    return {role: Learner(role=role, state=states[role], terms=own) for role, own in terms.items()}
 
 
-def critic_learner(
-    state: AnyTrainingState,
-    experience: Experience,
-    mini_batch: MiniBatch,
-    settings: PPOSettings,
-    *,
-    topology: Topology,
-) -> Learner[CriticStep]:
-    """Return the critic's part in an optimizer step, which ends in what it did over all ranks.
-
-    Loss: Σ over action tokens of ½ the squared error, clipped, divided as the policy's.
-    """
-    mask_T = experience.rollouts.action_mask_T
-
-    def loss(
-        model: GLMModel, hidden_TD: torch.Tensor, batch: StreamBatch
-    ) -> tuple[torch.Tensor, ValueStatistics]:
-        rows = _RowsOf(batch, topology)
-        return ppo_value_loss(
-            token_values(model, hidden_TD),
-            rows(experience.values_T),
-            rows(experience.returns_T),
-            rows(mask_T),
-            value_clip=settings.value_clip,
-            denominator=mini_batch.num_actions,
-        )
-
-    def reduce_statistics(result: StepResult, found: Sequence[ValueStatistics]) -> CriticStep:
-        sums = _summed([one.sums for one in found], len(VALUE_SUMS), topology)
-        return CriticStep(result=result, statistics=ValueStatistics(sums=sums))
-
-    return Learner(
-        role="critic", state=state, batches=mini_batch.batches, loss=loss, reduce_statistics=reduce_statistics
-    )
+def policy_metrics(step: RoleStep) -> dict[str, float]:
+    """Return the metrics of one step of the policy."""
+    own, *demonstrations = step.terms
+    statistics = PolicyStatistics(sums=own.sums, maxima=own.maxima)
+    metrics = {
+        "actor/pg_loss": float(statistics.policy_loss),
+        "actor/ppo_kl": float(statistics.approximate_kl),
+        "actor/pg_clipfrac": float(statistics.clip_fraction),
+        "actor/entropy": float(statistics.entropy),
+        "actor/ratio_max": float(statistics.ratio_max),
+        "actor/ratio_min": float(statistics.ratio_min),
+        "actor/grad_norm": float(step.grad_norm),
+    }
+    for term in demonstrations:
+        metrics["actor/sft_loss"] = float(term.sums[0])
+    return metrics
 
 
-class _RowsOf:
-    """Per-token tensors of the experience, as the rows of one micro-batch on this rank want them."""
-
-    def __init__(self, batch: StreamBatch, topology: Topology) -> None:
-        self._batch = batch
-        packed: PackedTokens = batch.packed
-        self._share = share(packed, cp_rank=topology.cp_rank, cp_size=topology.layout.cp)
-
-    def __call__(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Return stream values at the rows that predict their tokens."""
-        return self.own(shift_to_rows(self._batch.take(values_T)))
-
-    def own(self, rows_T: torch.Tensor) -> torch.Tensor:
-        """Return this context-parallel rank's part of the micro-batch's rows."""
-        return self._share.take(rows_T)
+def critic_metrics(step: RoleStep) -> dict[str, float]:
+    """Return the metrics of one step of the critic."""
+    statistics = ValueStatistics(sums=step.terms[0].sums)
+    return {
+        "critic/vf_loss": float(statistics.value_loss),
+        "critic/vf_clipfrac": float(statistics.clip_fraction),
+        "critic/vf_explained_var": float(statistics.explained_variance),
+        "critic/grad_norm": float(step.grad_norm),
+    }
 
 
-def _summed(found: Sequence[torch.Tensor], size: int, topology: Topology) -> torch.Tensor:
-    """Return sums over micro-batches and over dp × cp, known to the last stage, on every stage."""
-    sums = torch.zeros(size, device=topology.device)
-    for part in found:
-        sums = sums + part.float()
-    dist.all_reduce(sums, group=topology.dp_cp_group)
-    return _from_last_stage(sums, topology)
+def policy_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over an iteration's steps; extremes are over all."""
+    if not steps:
+        return {}
+    metrics = {name: fmean(step[name] for step in steps) for name in steps[0]}
+    metrics["actor/first_ppo_kl"] = steps[0]["actor/ppo_kl"]
+    metrics["actor/ratio_max"] = max(step["actor/ratio_max"] for step in steps)
+    metrics["actor/ratio_min"] = min(step["actor/ratio_min"] for step in steps)
+    return metrics
 
 
-def _largest(found: Sequence[torch.Tensor], topology: Topology) -> torch.Tensor:
-    maxima = torch.full((2,), -torch.inf, device=topology.device)
-    for part in found:
-        maxima = torch.maximum(maxima, part.float())
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
-    return _from_last_stage(maxima, topology)
-
-
-def _from_last_stage(values: torch.Tensor, topology: Topology) -> torch.Tensor:
-    if topology.layout.pp > 1:
-        dist.broadcast(values, topology.last_stage_rank, group=topology.pp_group)
-    return values
+def critic_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over an iteration's steps; the explained variance is the last one's."""
+    metrics = {name: fmean(step[name] for step in steps) for name in steps[0]}
+    metrics["critic/vf_explained_var"] = steps[-1]["critic/vf_explained_var"]
+    return metrics

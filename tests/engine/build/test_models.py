@@ -1,8 +1,8 @@
 """What commands on a model have in common."""
 
-from glm_rlhf.engine.config.sections import GenerateConfig
-from glm_rlhf.engine.config.load import load_config
 from glm_rlhf.engine.build.models import answer_seed
+from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.sections import GenerateConfig
 
 
 def test_answers_follow_from_the_runs_seed_unless_they_have_their_own():

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny_training import CONFIG
 
-from glm_rlhf.engine.config.training import DemonstrationsSection, PairsSection
-from glm_rlhf.engine.data.records.reading import ReadReport, RecordError
 from glm_rlhf.engine.build.prompts import read_prompt_inputs
 from glm_rlhf.engine.build.records import open_demonstrations, open_pairs
-from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.engine.config.training import DemonstrationsSection, PairsSection
+from glm_rlhf.engine.data.records.reading import ReadReport, RecordError
 from glm_rlhf.parallel.runtime.topology import open_topology
+from glm_rlhf.parallel.spec.layout import Layout
 
 DEMONSTRATION = '{"prompt_tokens": [3, 4], "response_tokens": [5, 6]}'
 PAIR = '{"prompt_tokens": [3, 4], "chosen_tokens": [5, 6], "rejected_tokens": [7]}'

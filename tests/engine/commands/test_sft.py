@@ -171,24 +171,25 @@ BAD_RECORD = 7
 
 def run_with_a_bad_record(fault: str, lines: list[list[str]]) -> list[tuple[int, str]]:
     """Run commands with a loss, or its gradient, that is NaN wherever record 7 takes part."""
-    from glm_rlhf.engine.commands import sft
+    from glm_rlhf.engine.training.loss import Sums
+    from glm_rlhf.engine.training.record_losses import SFTLoss
 
-    original = sft.AnswerLikelihood.loss
+    original = SFTLoss.__call__
 
     def broken(self, model, hidden_TD, batch, denominator):
-        is_hit = BAD_RECORD in batch.records and torch.is_grad_enabled()
+        is_hit = BAD_RECORD in batch.items and torch.is_grad_enabled()
         if is_hit and fault == "gradient":
             hidden_TD.register_hook(lambda gradient: gradient * torch.nan)
-        loss, sums = original(self, model, hidden_TD, batch, denominator)
+        loss, statistics = original(self, model, hidden_TD, batch, denominator)
         if is_hit and fault == "loss":
-            return loss * torch.nan, sums * torch.nan
-        return loss, sums
+            return loss * torch.nan, Sums(sums=statistics.sums * torch.nan)
+        return loss, statistics
 
-    sft.AnswerLikelihood.loss = broken
+    SFTLoss.__call__ = broken
     try:
         return run_mains(lines)
     finally:
-        sft.AnswerLikelihood.loss = original
+        SFTLoss.__call__ = original
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
@@ -213,10 +214,10 @@ def test_a_step_that_is_not_finite_is_not_taken_by_any_rank(ranks, folder, data,
         assert code == 2
         assert f"at step {first + 1}" in said
         if fault == "loss":
-            assert "the loss is nan" in said
-            assert "on rank" in said
+            assert "not finite: on rank" in said
+            assert "the policy's loss on" in said
         else:
-            assert "the gradient's norm is nan" in said
+            assert "the policy's gradient has the norm nan" in said
     if fault == "loss":
         assert any(f"record {BAD_RECORD} of {data[0]}" in answer[1][1] for answer in answers)
     assert not (tmp_path / "stops" / "hf").exists()

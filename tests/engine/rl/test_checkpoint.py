@@ -34,7 +34,7 @@ def iterate(engine: PPOEngine) -> dict[str, float]:
 def state_of(engine: PPOEngine) -> list[torch.Tensor]:
     return [
         tensor.detach().clone()
-        for chunks in (engine.roles.policy, engine.roles.critic)
+        for chunks in (engine.roles.models["policy"], engine.roles.models["critic"])
         for chunk in chunks
         for _, tensor in chunk.named_weights()
     ]

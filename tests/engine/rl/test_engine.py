@@ -34,7 +34,7 @@ def config_file(path: Path, folder: Path, *, parallel: str, generation: str, mor
 def drive(path: Path):
     """On each rank: answers and metrics of two iterations, and bytes of a second copy between them."""
     with PPOEngine(PPOConfig.from_yaml(path)) as engine:
-        weights = [weight for chunk in engine.roles.policy for _, weight in chunk.named_weights()]
+        weights = [weight for chunk in engine.roles.models["policy"] for _, weight in chunk.named_weights()]
         addresses = [weight.data_ptr() for weight in weights]
         resharded = engine.roles.resharded
         answers, metrics, num_bytes = [], [], []

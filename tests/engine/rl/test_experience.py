@@ -24,13 +24,13 @@ def constant(requests) -> list[float]:
 
 def weights_of(engine: PPORoles) -> list[torch.Tensor]:
     """Copies of what the optimizers change."""
-    chunks = (engine.policy[0], engine.critic[0])
+    chunks = (engine.models["policy"][0], engine.models["critic"][0])
     return [weight.detach().clone() for chunk in chunks for _, weight in chunk.named_weights()]
 
 
 def test_rewards_that_do_not_vary_are_learned_from_without_a_fault(folder):
     """With whitening and without a KL term: then returns do not vary, and what critics explain is unknown."""
-    settings = {"whitens_advantages": True, "kl_coef": 0.0, "kl_target": None, "lam": 1.0}
+    settings = {"whiten": True, "kl_coef": 0.0, "kl_target": None, "lam": 1.0}
     with open_topology(Layout()) as topology:
         engine = make_roles(folder, topology, constant, settings=settings)
         metrics = [engine.update(engine.make_experience(engine.generate(prompts()))) for _ in range(2)]
@@ -47,11 +47,11 @@ def test_rewards_that_do_not_vary_are_learned_from_without_a_fault(folder):
 def test_a_reference_baseline_of_rewards_that_do_not_vary_leaves_zero(folder):
     """A critic of 0 and rewards of 0 give advantages of 0: whitening divides by no zero."""
     with open_topology(Layout()) as topology:
-        settings = {"whitens_advantages": True, "kl_coef": 0.0, "kl_target": None}
+        settings = {"whiten": True, "kl_coef": 0.0, "kl_target": None}
         engine = make_roles(folder, topology, constant, settings=settings, uses_reference_baseline=True)
         with torch.no_grad():
-            engine.critic[0].value_head.weight.zero_()
-            engine.critic[0].value_head.bias.zero_()
+            engine.models["critic"][0].value_head.weight.zero_()
+            engine.models["critic"][0].value_head.bias.zero_()
         before = weights_of(engine)
         experience = engine.make_experience(engine.generate(prompts()))
         assert experience.rewards_B.tolist() == [0.0] * 16

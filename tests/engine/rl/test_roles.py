@@ -151,13 +151,13 @@ def test_the_reference_baseline_starts_near_zero(alone):
 def test_addresses_never_change_and_weights_do(folder):
     with open_topology(Layout()) as topology:
         engine = make_roles(folder, topology)
-        weights = dict(engine.policy[0].named_weights())
+        weights = dict(engine.models["policy"][0].named_weights())
         addresses = {name: weight.data_ptr() for name, weight in weights.items()}
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         iterate(engine)
         assert {name: weight.data_ptr() for name, weight in weights.items()} == addresses
         assert all(not torch.equal(before[name], weight) for name, weight in weights.items())
-        reference = dict(engine.reference[0].named_weights())
+        reference = dict(engine.models["reference"][0].named_weights())
         assert all(torch.equal(before[name], reference[name]) for name in before)
 
 
@@ -167,16 +167,18 @@ def iterate_parked(folder: Path, axes: dict) -> tuple:
     with open_topology(Layout(**axes)) as topology:
         reward_model, _ = load_model(folder, topology, role="reward", dtype=torch.float32, seed=8)
         engine = make_roles(folder, topology, reward_model=reward_model, offloads=offloads)
-        frozen = [weight for model in (engine.reference, reward_model) for weight in model[0].parameters()]
+        frozen = [
+            weight for model in (engine.models["reference"], reward_model) for weight in model[0].parameters()
+        ]
         for weight in frozen:
             weight.data = weight.data.clone()  # numpy has read it, and would keep a CPU's memory
-        addresses = [weight.data_ptr() for _, weight in engine.policy[0].named_weights()]
+        addresses = [weight.data_ptr() for _, weight in engine.models["policy"][0].named_weights()]
         metrics, parked = [], []
         for _ in range(2):
             metrics += iterate(engine, 1)
             parked.append(engine.offload.offloaded_bytes)
             assert all(weight.untyped_storage().nbytes() == 0 for weight in frozen)
-        stays = [weight.data_ptr() for _, weight in engine.policy[0].named_weights()] == addresses
+        stays = [weight.data_ptr() for _, weight in engine.models["policy"][0].named_weights()] == addresses
         engine.offload.before_scoring()
         plain = make_roles(folder, topology, reward_model=reward_model)
         return metrics, iterate(plain, 2), parked, stays
@@ -199,7 +201,7 @@ def test_an_engine_lets_go_of_its_models_at_once(folder):
         with open_topology(Layout()) as topology:
             engine = make_roles(folder, topology, uses_reference_baseline=True)
             iterate(engine, 1)
-            return [weakref.ref(model[0]) for model in (engine.policy, engine.critic, engine.reference)]
+            return [weakref.ref(chunks[0]) for chunks in engine.models.values()]
 
     gc.collect()
     gc.disable()
@@ -227,13 +229,14 @@ def test_another_temperature_has_logprobs_of_its_own(folder):
 def test_only_the_critic_learns_while_it_warms_up(folder):
     with open_topology(Layout()) as topology:
         engine = make_roles(folder, topology, settings={"critic_warmup_iterations": 1})
-        before = [p.detach().clone() for _, p in engine.policy[0].named_weights()]
+        before = [p.detach().clone() for _, p in engine.models["policy"][0].named_weights()]
         first, second = iterate(engine, 2)
     assert "actor/pg_loss" not in first
     assert "critic/vf_loss" in first
     assert "actor/pg_loss" in second
     assert any(
-        not torch.equal(a, b) for a, (_, b) in zip(before, engine.policy[0].named_weights(), strict=True)
+        not torch.equal(a, b)
+        for a, (_, b) in zip(before, engine.models["policy"][0].named_weights(), strict=True)
     )
 
 
@@ -292,7 +295,7 @@ def run_with_a_broken_critic(folder: Path) -> str:
         rollouts = engine.generate(prompts())
         if topology.rank == 3:
             with torch.no_grad():
-                engine.critic[0].value_head.weight.fill_(torch.inf)
+                engine.models["critic"][0].value_head.weight.fill_(torch.inf)
         try:
             engine.make_experience(rollouts)
         except FloatingPointError as error:

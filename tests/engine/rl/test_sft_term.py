@@ -60,11 +60,11 @@ def update_once(folder: Path, path: Path, run_folder: Path, axes: dict) -> tuple
     """Pieces of the policy's weights after two steps, the metrics, and the experience learned from."""
     with open_topology(Layout(**axes)) as topology:
         roles = make_roles(folder, topology, settings=SETTINGS, policy_adam=ADAM)
-        roles.demonstrations = stream(path, run_folder, roles.policy[0].glm, topology)
+        roles.demonstrations = stream(path, run_folder, roles.models["policy"][0].glm, topology)
         experience = roles.make_experience(roles.generate(prompts()))
         metrics = roles.update(experience)
-        weights = {name: p.detach() for chunk in roles.policy for name, p in chunk.named_weights()}
-        return pieces_of(roles.policy, weights), metrics, experience
+        weights = {name: p.detach() for chunk in roles.models["policy"] for name, p in chunk.named_weights()}
+        return pieces_of(roles.models["policy"], weights), metrics, experience
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_demonstrations_come_each_once_an_epoch_and_need_not_fill_every_rank(
     with open_topology(Layout()) as topology:
         source = stream(demonstrations, tmp_path, read_config(folder), topology, batch_size=1)
         taken = [source.take(topology) for _ in range(7)]
-        assert {term.batches[0].records for term in taken} == {(number,) for number in range(7)}
-        assert sum(term.num_answer_tokens for term in taken) == source.records.store.response_lengths.sum()
+        assert {term.batches[0].items for term in taken} == {(number,) for number in range(7)}
+        assert sum(term.denominator for term in taken) == source.records.store.response_lengths.sum()
         with pytest.raises(
             ValueError, match=r"gives 7 demonstrations.* takes 8: set train.sft_batch_size to 7"
         ):

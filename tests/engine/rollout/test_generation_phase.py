@@ -11,8 +11,9 @@ from tiny_generation import SAMPLED, TIGHT, answers, full_forward_logprobs, make
 from tiny_training import Case, make_batches, make_chunks, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rollout import generation_phase as under_test
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase, deal_by_length
+from glm_rlhf.engine.rollout.generation_phase import GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.scheduling.request_queue import GenerationQueue, GenerationRequest
 from glm_rlhf.parallel.inference import stage
 from glm_rlhf.parallel.inference.kv_cache import num_pages_within
@@ -49,8 +50,7 @@ def tokens_of(completions):
 
 
 def live_bytes():
-    """Memory of all tensors that somebody holds."""
-    gc.collect()
+    gc.collect()  # memory of all tensors that somebody holds
     held = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
@@ -64,7 +64,7 @@ def test_no_page_is_lost_and_the_budget_is_kept(topology, queues):
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     cache_bytes = 9 * 2048 + 2047  # 2048 bytes a page
     phase = GenerationPhase(
-        chunks, topology=topology, batch=BatchSettings(**TIGHT, cache_bytes=cache_bytes), longest=longest
+        chunks, topology=topology, batch=GenerationSection(**TIGHT, cache_bytes=cache_bytes), longest=longest
     )
     assert phase.num_pages == 9
     assert num_pages_within(cache_bytes, config, layout, page_size=4, dtype=torch.float32) == 9
@@ -303,7 +303,7 @@ def draw_many(chunks, topology, prompt, sampling):
     request = GenerationRequest(
         index=0, prompt=prompt, num_samples=NUM_DRAWS, max_new_tokens=2, stop_ids=frozenset(), seed=11
     )
-    batch = BatchSettings(max_batch=1000, max_step_tokens=1000, page_size=4)
+    batch = GenerationSection(max_batch=1000, max_step_tokens=1000, page_size=4)
     with GenerationPhase(chunks, topology=topology, batch=batch, longest=8) as phase:
         return [done.tokens for done in phase.run([request], sampling)]
 

@@ -69,7 +69,7 @@ def scored_with_a_gap(folder: Path) -> dict:
     passed = []
 
     def counted(policy, rollouts, batches, *given, **options):
-        passed.append(sum(len(batch.rows) for batch in batches))
+        passed.append(sum(sum(batch.packed.lengths) for batch in batches))
         return stream_logprobs(policy, rollouts, batches, *given, **options)
 
     stream_logprobs = old_logprobs.stream_logprobs
@@ -89,11 +89,11 @@ def scored_with_a_gap(folder: Path) -> dict:
         excluded = frozenset() if is_wrong else frozenset(range(right.num_sequences))
         alone = replace(right, logprobs_T=right.logprobs_T + shift, excluded=excluded)
         found_T, gap = old_logprobs.old_logprobs(
-            engine.policy,
+            engine.models["policy"],
             alone,
             alone.action_mask_T,
-            max_gap=engine.settings.max_logprob_gap,
-            max_tokens=engine.settings.micro_batch_tokens,
+            max_gap=engine.ppo.max_logprob_gap,
+            max_tokens=engine.micro_batch_tokens,
             seed=1,
             topology=topology,
         )

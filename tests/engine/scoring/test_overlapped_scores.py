@@ -39,7 +39,7 @@ def early_and_late(folder: Path, axes: dict) -> tuple[Counter, Counter, list[flo
         progress = engine.progress()
         overlapped, first = _experience(engine)
         engine.set_progress(progress)
-        engine.settings = replace(engine.settings, overlap_scoring=False)
+        engine.ppo = replace(engine.ppo, overlap_scoring=False)
         late, second = _experience(engine)
         assert torch.equal(first.rollouts.tokens_T, second.rollouts.tokens_T)
         assert first.rollouts.excluded == second.rollouts.excluded
@@ -52,7 +52,7 @@ def _experience(engine) -> tuple[Counter, Experience]:
     passes: Counter = Counter()
 
     def record(name: str, _start: float, _end: float) -> None:
-        if name.startswith("early"):
+        if name.startswith("overlapped"):
             passes[name] += 1
 
     with recording(record):
@@ -64,8 +64,8 @@ def _experience(engine) -> tuple[Counter, Experience]:
 def test_scored_early_or_late_is_the_same_experience(ranks, folder, axes):
     for overlapped, late, apart in ranks.run(early_and_late, folder, axes):
         assert not late
-        assert set(overlapped) == {"early reference", "early critic", "early reward"}
-        assert overlapped["early reference"] >= 2
+        assert set(overlapped) == {"overlapped reference", "overlapped critic", "overlapped reward"}
+        assert overlapped["overlapped reference"] >= 2
         # Products of other numbers of rows are cut into other blocks: roundings of fp32.
         assert max(apart) <= 1e-5, dict(zip(SCORED, apart, strict=True))
 
@@ -90,7 +90,7 @@ def without_memory(folder: Path) -> tuple[int, float]:
     with open_topology(Layout(tp=2, pp=2)) as topology:
         engine = make_roles(folder, topology)
         engine.answers = replace(engine.answers, stop_check=lambda tokens: len(tokens) > tokens[0] % 12)
-        with little_memory(engine.critic[0], 0 if topology.is_last_stage else 10**6) as met:
+        with little_memory(engine.models["critic"][0], 0 if topology.is_last_stage else 10**6) as met:
             rollouts = engine.generate(prompts())
         found = engine.make_experience(rollouts)
         expected = engine.make_experience(rollouts)

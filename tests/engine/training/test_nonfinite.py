@@ -66,12 +66,12 @@ def meet_faults(folder) -> tuple[dict[str, str], bool]:
     said = {}
     with open_topology(Layout(tp=2, pp=2)) as topology:
         roles = make_roles(folder, topology)
-        trained = [*roles.policy[0].parameters(), *roles.critic[0].parameters()]
+        trained = [*roles.models["policy"][0].parameters(), *roles.models["critic"][0].parameters()]
         experience = roles.make_experience(roles.generate(prompts()))
         before = [weight.detach().clone() for weight in trained]
         for role in ("policy", "reference", "critic"):
             rollouts = experience.rollouts
-            with hurt_weight(getattr(roles, role), topology.rank == 3):
+            with hurt_weight(roles.models[role], topology.rank == 3):
                 try:
                     if role == "policy":
                         rollouts = roles.generate(prompts())
@@ -106,12 +106,12 @@ def meet_faults_in_steps(folder, axes, in_backward: bool):
         experience = roles.make_experience(roles.generate(prompts()))
         hurts = {
             "critic loss": hurt_loss("ppo_value_loss", topology.rank == 3),
-            "critic gradient": hurt_gradient(roles.critic, topology.rank == 1),
+            "critic gradient": hurt_gradient(roles.models["critic"], topology.rank == 1),
             "policy loss": hurt_loss("linear_ppo_loss", topology.rank == 3),
-            "policy gradient": hurt_gradient(roles.policy, topology.rank == 1),
+            "policy gradient": hurt_gradient(roles.models["policy"], topology.rank == 1),
         }
         for name, hurt in hurts.items():
-            before = {role: weights_of(roles, role) for role in roles.trained}
+            before = {role: weights_of(roles, role) for role in roles.states}
             with hurt:
                 try:
                     roles.update(experience)
@@ -125,7 +125,7 @@ def meet_faults_in_steps(folder, axes, in_backward: bool):
 
 
 def weights_of(roles, role: str) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten() for weight in getattr(roles, role)[0].parameters()])
+    return torch.cat([weight.detach().flatten() for weight in roles.models[role][0].parameters()])
 
 
 @pytest.mark.parametrize("axes", [{"tp": 2, "pp": 2}, {"tp": 2}], ids=["tp2 pp2", "tp2 dp2"])

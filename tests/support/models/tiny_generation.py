@@ -4,7 +4,8 @@ import random
 
 import torch
 
-from glm_rlhf.engine.rollout.generation_phase import BatchSettings, GenerationPhase
+from glm_rlhf.engine.config.sections import GenerationSection
+from glm_rlhf.engine.rollout.generation_phase import GenerationPhase
 from glm_rlhf.engine.rollout.scheduling.request_queue import GenerationRequest
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.packing import pack
@@ -36,7 +37,7 @@ def make_phase(chunks, topology, requests, *, num_pages=None, record=None, **bat
     settings = TIGHT | batch
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     phase = GenerationPhase(
-        chunks, topology=topology, batch=BatchSettings(**settings), longest=longest, record=record
+        chunks, topology=topology, batch=GenerationSection(**settings), longest=longest, record=record
     )
     phase.num_pages = num_pages or 2 * -(-longest // settings["page_size"])
     return phase

@@ -35,11 +35,11 @@ def _row(number: int, promise: str, wanted: str, *tests: str, least: int = 1, mi
 
 
 PARALLEL, ENGINE = "tests/parallel", "tests/engine"
-WRITER = f"{PARALLEL}/test_checkpoint_writer.py"
-READER = f"{PARALLEL}/test_checkpoint_reader.py"
-TENSORS = f"{PARALLEL}/test_checkpoint_tensors.py"
-RUNS = f"{ENGINE}/stages/test_run_checkpoints.py"
-ROLES = f"{ENGINE}/stages/test_ppo_roles.py"
+WRITER = f"{PARALLEL}/checkpoint/test_save.py"
+READER = f"{PARALLEL}/checkpoint/test_restore.py"
+TENSORS = f"{PARALLEL}/storage/test_checkpoint_tensors.py"
+RUNS = f"{ENGINE}/runs/test_checkpoints.py"
+ROLES = f"{ENGINE}/rl/test_roles.py"
 
 ROWS = (
     _row(
@@ -54,8 +54,8 @@ ROWS = (
         "0 differing bits",
         RUNS,
         f"{READER}::test_the_same_layout_goes_on_bit_for_bit",
-        f"{ENGINE}/stages/test_unfinished_update.py",
-        f"{ENGINE}/stages/test_ppo_saving.py",
+        f"{ENGINE}/rl/test_partial_update.py",
+        f"{ENGINE}/rl/test_checkpoint.py",
         missing="an iteration of PPO that was left between two epochs goes on in the same layout only",
     ),
     _row(
@@ -63,7 +63,7 @@ ROWS = (
         "all state is in the checkpoint",
         "what is dropped is caught",
         RUNS,
-        f"{ENGINE}/stages/test_dropped_state.py",
+        f"{ENGINE}/rl/test_dropped_state.py",
     ),
     _row(
         4,
@@ -88,7 +88,7 @@ ROWS = (
         "loading never runs code",
         "0 executions of at least 10 malicious pickles",
         f"{TENSORS}::test_a_pickle_in_any_place_is_never_run",
-        f"{PARALLEL}/test_weight_files.py::test_a_malicious_pickle_is_refused_and_not_run",
+        f"{PARALLEL}/storage/test_weight_files.py::test_a_malicious_pickle_is_refused_and_not_run",
     ),
     _row(
         7,
@@ -96,7 +96,7 @@ ROWS = (
         "all",
         f"{WRITER}::test_a_full_and_a_read_only_disk_leave_the_old_checkpoint",
         f"{WRITER}::test_a_folder_that_cannot_be_made_is_said",
-        f"{PARALLEL}/test_folder_writer.py",
+        f"{PARALLEL}/storage/test_folder_writer.py",
     ),
     _row(
         8,
@@ -115,34 +115,34 @@ ROWS = (
         10,
         "a hung rank is found",
         "within the timeout and 10 s, stacks dumped",
-        f"{ENGINE}/cluster/test_watchdog.py",
+        f"{ENGINE}/health/test_watchdog.py",
     ),
     _row(
         11,
         "torchrun --max-restarts goes on",
         "final weights equal the unfaulted run's",
-        f"{PARALLEL}/test_topology.py::test_ranks_that_are_started_again_meet_under_a_name_of_their_own",
+        f"{PARALLEL}/runtime/test_topology.py::test_ranks_that_are_started_again_meet_under_a_name_of_their_own",
     ),
     _row(
         12,
         "SIGTERM and SIGUSR1 save and leave",
         "SIGTERM to each rank in each phase: 10 of 10, exit 0",
-        f"{PARALLEL}/test_leaving.py",
+        f"{PARALLEL}/runtime/test_preemption.py",
         least=10,
     ),
     _row(
         13,
         "NaN or Inf on one rank: no step on any, ranks agree, rank and batch named",
         "weights the same to the bit",
-        f"{ENGINE}/stages/test_nonfinite.py",
+        f"{ENGINE}/training/test_nonfinite.py",
     ),
     _row(
         14,
         "out of memory in a micro-batch splits it on all ranks",
         "gradient equal within 1e-6",
-        f"{PARALLEL}/test_fitting.py",
+        f"{PARALLEL}/pipeline/test_oom_retry.py",
         f"{ENGINE}/rollout/test_generation_memory.py",
-        f"{ENGINE}/stages/test_update.py",
+        f"{ENGINE}/training/test_step.py",
         f"{ROLES}::test_little_memory_gives_the_metrics_of_enough",
         missing="with tp or cp it holds where memory runs out on all ranks that share layers, at the same "
         "collective; on one alone, whose peers wait inside a layer for sums that it can no longer give, with "
@@ -153,20 +153,20 @@ ROWS = (
         15,
         "reward faults: bounded retries, then a clear failure or a masked row, never a silent 0",
         "8 of 8 kinds",
-        f"{ENGINE}/rollout/test_reward_http.py",
-        f"{ENGINE}/rollout/test_rewards.py",
-        f"{ENGINE}/stages/test_reward_terms.py",
+        f"{ENGINE}/rewards/test_http.py",
+        f"{ENGINE}/rewards/test_function.py",
+        f"{ENGINE}/rewards/test_combined.py",
         least=8,
     ),
     _row(
         16,
         "bad data: a typed error with file and line, no bare traceback",
         "each kind",
-        f"{ENGINE}/data/test_jsonl.py",
-        f"{ENGINE}/data/test_records.py",
-        f"{ENGINE}/test_config_file.py",
-        f"{ENGINE}/stages/test_scheduler.py::test_what_cannot_work_ends_with_one_sentence",
-        f"{PARALLEL}/test_safetensors_header.py",
+        f"{ENGINE}/data/records/test_jsonl.py",
+        f"{ENGINE}/data/records/test_schema.py",
+        f"{ENGINE}/config/test_load.py",
+        f"{ENGINE}/rl/test_loop.py::test_what_cannot_work_ends_with_one_sentence",
+        f"{PARALLEL}/storage/test_safetensors_format.py",
     ),
     _row(
         17,
@@ -174,7 +174,7 @@ ROWS = (
         "the same bits in the same layout, within 1e-6 in fp32 across layouts",
         f"{ROLES}::test_five_iterations_have_their_stored_metrics_in_every_layout",
         f"{READER}::test_the_same_layout_goes_on_bit_for_bit",
-        f"{ENGINE}/stages/test_sft.py::test_the_loss_curve_is_that_of_one_rank",
+        f"{ENGINE}/commands/test_sft.py::test_the_loss_curve_is_that_of_one_rank",
         missing="across layouts metrics of PPO agree within 1e-5, after five iterations of two epochs",
     ),
     _row(
@@ -182,7 +182,7 @@ ROWS = (
         "rollout and training logprobs agree",
         "fp32 within 1e-5, first-step ppo_kl below 1e-8",
         f"{ROLES}::test_first_step_identities",
-        f"{ENGINE}/rollout/test_generation.py::test_bf16_answers_have_the_training_forwards_logprobs",
+        f"{ENGINE}/rollout/test_generation_phase.py::test_bf16_answers_have_the_training_forwards_logprobs",
     ),
 )
 

@@ -66,7 +66,7 @@ def _serve() -> None:
     import torch._dynamo
     import torch.distributed.run  # noqa: F401
 
-    import glm_rlhf.engine.rl.loop  # noqa: F401
+    import glm_rlhf.engine.commands.ppo  # noqa: F401
 
     for request in sys.stdin:
         fault, line, timeout_s, num_restarts, told = json.loads(request)

@@ -9,8 +9,8 @@ from tiny_models import make_model, save_folder
 from tiny_ppo import make_roles, prompts
 
 from glm_rlhf.engine.observe.phases import Phases
-from glm_rlhf.engine.rl.algorithms.ppo import critic_learner, mini_batches, policy_learner
-from glm_rlhf.engine.rl.optimizer_step import take_steps
+from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
+from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
@@ -24,14 +24,6 @@ def folder(tmp_path_factory):
     return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
 
 
-def learners(roles, experience, part):
-    given = (experience, part, roles.settings)
-    return [
-        critic_learner(roles.critic_state, *given, topology=roles.topology),
-        policy_learner(roles.policy_state, *given, topology=roles.topology),
-    ]
-
-
 def steps(folder, axes):
     """Critic's and policy's steps, this rank's weights after them, and the token counts that had no room."""
     found = {}
@@ -40,21 +32,30 @@ def steps(folder, axes):
         for way in ("apart", "together", "little memory"):
             roles = make_roles(folder, topology, policy_adam=STEPS, critic_adam=STEPS)
             experience = experience or roles.make_experience(roles.generate(prompts()))
-            rollouts, taken = experience.rollouts, []
+            taken = []
             has_little = way == "little memory" and topology.pp_rank == 1 and topology.dp_rank == 0
-            memory = little_memory(roles.policy[0], 30) if has_little else contextlib.nullcontext([])
+            memory = (
+                little_memory(roles.models["policy"][0], 30) if has_little else contextlib.nullcontext([])
+            )
             with memory as met:
-                for part in mini_batches(experience, roles.settings, seed=1, topology=topology):
-                    both = learners(roles, experience, part)
-                    if way == "apart":
-                        for one in both:
-                            taken += take_steps([one], rollouts, topology=topology)
-                    else:
-                        taken += take_steps(both, rollouts, topology=topology)
-            told = [torch.tensor(step.result.grad_norm) for step in taken]
-            told += [step.statistics.sums for step in taken]
-            weights = [p.detach().clone() for c in (*roles.policy, *roles.critic) for p in c.parameters()]
-            limits = [chunks[0].most_tokens for chunks in (roles.policy, roles.critic)]
+                for part in mini_batches(
+                    experience,
+                    roles.ppo,
+                    micro_batch_tokens=roles.micro_batch_tokens,
+                    seed=1,
+                    topology=topology,
+                ):
+                    both = list(learners(roles.states, experience, part, roles.ppo).values())
+                    for group in [[one] for one in both] if way == "apart" else [both]:
+                        taken += take_step(group, topology=topology, dtype=torch.float32).roles
+            told = [torch.tensor(step.grad_norm) for step in taken]
+            told += [step.terms[0].sums for step in taken]
+            weights = [
+                p.detach().clone()
+                for c in (*roles.models["policy"], *roles.models["critic"])
+                for p in c.parameters()
+            ]
+            limits = [chunks[0].most_tokens for chunks in (roles.models["policy"], roles.models["critic"])]
             found[way] = (told, weights, list(met), has_little, limits)
     return found
 
