@@ -1,0 +1,1 @@
+"""Whether two commits compute the same numbers, to the bit."""
