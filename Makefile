@@ -5,14 +5,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install test lint demo bench claims gpu gpu-models docs soak slow clean
+.PHONY: install test lint wheel demo bench claims gpu gpu-models docs soak slow clean
+
+# Torch into an empty environment $(1), and the pins for all else into $(1)/requirements.txt. A CUDA build of torch
+# requires the Triton that it was built with; the pin of Triton is for a CPU build, which requires none.
+define install_torch
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	if grep -q '^Requires-Dist: triton' $(1)/lib/python3*/site-packages/torch-*.dist-info/METADATA; \
+		then grep -v '^triton==' requirements.txt; else cat requirements.txt; fi > $(1)/requirements.txt
+endef
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/pip install --quiet -r requirements.txt
+$(INSTALLED): requirements.txt setup.py pyproject.toml
+	$(call install_torch,$(VENV))
+	$(BIN)/pip install --quiet -r $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -24,6 +32,18 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+
+# The wheel with what it requires in an empty environment of $(PYTHON), and a tiny demo of it from an empty folder.
+# The whole environment is built anew each time: minutes, and gigabytes where torch is a CUDA build.
+WHEEL := build/wheel
+wheel:
+	rm -rf build/lib $(WHEEL)
+	mkdir -p $(WHEEL)/empty
+	$(call install_torch,$(WHEEL)/venv)
+	$(WHEEL)/venv/bin/pip install --quiet "$$(grep '^setuptools==' requirements.txt)"
+	$(WHEEL)/venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
+	$(WHEEL)/venv/bin/pip install --quiet --constraint $(WHEEL)/venv/requirements.txt $(WHEEL)/*.whl
+	cd $(WHEEL)/empty && env -u PYTHONPATH CUDA_VISIBLE_DEVICES= ../venv/bin/glm-rlhf demo $(TINY_DEMO)
 
 # On the CPU, also where CUDA is: it shows what two cores do.
 demo: install

@@ -6,7 +6,9 @@ if TYPE_CHECKING:
     from glm_rlhf.engine.config.rl import PPOConfig
     from glm_rlhf.engine.rl.engine import PPOEngine
 
-__all__ = ["PPOConfig", "PPOEngine"]
+    __version__: str
+
+__all__ = ["PPOConfig", "PPOEngine", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +21,8 @@ def __getattr__(name: str) -> object:
         from glm_rlhf.engine.rl.engine import PPOEngine
 
         return PPOEngine
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("glm-rlhf")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -264,9 +264,9 @@ def _about_program(arguments: list[str]) -> int:
         names = ", ".join(command.name for command in COMMANDS)
         return _tell(PROGRAM, f"no command given, there are: {names} (--help says more)", is_shared=True)
     if arguments[0] == "--version":
-        from importlib.metadata import version
+        from glm_rlhf.engine import __version__  # read from the package's metadata when asked for
 
-        return _say(f"{PROGRAM} {version(PROGRAM)}")
+        return _say(f"{PROGRAM} {__version__}")
     return _say(_program_help())
 
 

@@ -1,7 +1,7 @@
 """The Dockerfile: pinned, small, not as root, and of versions that the package takes."""
 
-import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,9 +93,8 @@ def test_versions_are_those_that_the_package_takes():
     # One CUDA: of the image, with whose nvcc is compiled, and of torch's wheels.
     cuda = re.search(r"cuda:(\d+)\.(\d+)\.", values["CUDA_IMAGE"])
     assert values["TORCH_INDEX"].endswith(f"/cu{cuda[1]}{cuda[2]}")
-    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    texts = [node.value for node in ast.walk(setup) if isinstance(node, ast.Constant)]
-    (torch,) = (text for text in texts if isinstance(text, str) and text.startswith("torch>="))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (torch,) = (text for text in project["dependencies"] if text.startswith("torch>="))
     low, high = ([int(n) for n in bound.split(".")] for bound in re.findall(r"[\d.]+\d", torch))
     assert low <= [int(n) for n in values["TORCH_VERSION"].split(".")][:2] < high
 
