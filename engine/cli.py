@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         path, overrides = _config_arguments(arguments[1:])
         if path is not None:
             _refuse_others_config(path, command)
-        config = load_config(command.config, path, overrides)
+        config: object = load_config(command.config, path, overrides)
     except ConfigError as error:
         return _tell(title, str(error), is_shared=True)
     try:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.load import FromYaml
 from glm_rlhf.engine.config.sections import Count, PathText, RunFolderSection, Seconds, frozen_section
 
 Part = Literal["kernels", "model", "generation", "ppo", "checkpoint", "scaling", "rates"]
@@ -81,4 +81,4 @@ class BenchConfig:
     bench: BenchSection = Field(default_factory=BenchSection)
     """What is measured."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.load import FromYaml
 from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.config.sections import (
     Count,
@@ -95,7 +95,7 @@ class EvaluateConfig:
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     """What counts."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_apart("data.out", self.out_path, "data.path", self.data.path)

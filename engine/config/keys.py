@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
+from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 HELP_WIDTH = 100
@@ -17,8 +18,12 @@ RENAMED_KEYS = {
     "ppo.scores_early": "ppo.overlap_scoring",
 }
 """Keys of earlier versions, which are refused, and what they are called now."""
-_BOUNDS = ((annotated_types.Ge, "ge", "at least"), (annotated_types.Gt, "gt", "above"))
-_BOUNDS += ((annotated_types.Le, "le", "at most"), (annotated_types.Lt, "lt", "below"))
+_BOUNDS: tuple[tuple[type, str, str], ...] = (
+    (annotated_types.Ge, "ge", "at least"),
+    (annotated_types.Gt, "gt", "above"),
+    (annotated_types.Le, "le", "at most"),
+    (annotated_types.Lt, "lt", "below"),
+)
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -70,7 +75,7 @@ class Key:
         return isinstance(self.default, Required)
 
 
-def section_factories(config_class: type) -> dict[str, functools.partial]:
+def section_factories(config_class: type) -> dict[str, functools.partial[Any]]:
     """Return, for each section of a root config in its order, what builds it from keyword arguments.
 
     A root's field is declared with its section's class, and may carry a `default_factory` which is the
@@ -80,8 +85,8 @@ def section_factories(config_class: type) -> dict[str, functools.partial]:
         AssertionError: a field of the root is not a section.
     """
     factories = {}
-    for name, field in config_class.__pydantic_fields__.items():
-        factory = field.annotation if field.default_factory is None else field.default_factory
+    for name, field in _fields_of(config_class).items():
+        factory: Any = field.annotation if field.default_factory is None else field.default_factory
         factory = factory if isinstance(factory, functools.partial) else functools.partial(factory)
         assert dataclasses.is_dataclass(factory.func), f"{config_class.__name__}.{name} is not a section"
         factories[name] = factory
@@ -92,7 +97,7 @@ def keys_of(config_class: type) -> dict[str, Key]:
     """Return every key of a root config by its path (`section.name`), in the order of declaration."""
     keys = {}
     for section, factory in section_factories(config_class).items():
-        for name, field in factory.func.__pydantic_fields__.items():
+        for name, field in _fields_of(factory.func).items():
             annotation, may_be_null, metadata = _unwrapped(field.annotation, field.metadata)
             key = Key(
                 section=section,
@@ -105,6 +110,12 @@ def keys_of(config_class: type) -> dict[str, Key]:
             )
             keys[key.path] = key
     return keys
+
+
+def _fields_of(section: object) -> dict[str, FieldInfo]:
+    assert isinstance(section, type), f"{section} is not a section"
+    assert is_pydantic_dataclass(section), f"{section.__name__} is not a section"
+    return section.__pydantic_fields__
 
 
 def nearest_key(path: str, keys: Mapping[str, Key]) -> str:
@@ -168,7 +179,9 @@ def _value_type(annotation: Any) -> type:
     if get_origin(annotation) is Literal:
         (value_type,) = {type(choice) for choice in get_args(annotation)}
         return value_type
-    return get_origin(annotation) or annotation
+    value_type = get_origin(annotation) or annotation
+    assert isinstance(value_type, type)
+    return value_type
 
 
 def _in_words(annotation: Any, metadata: list[Any]) -> str:

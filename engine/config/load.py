@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def load_config(
-    config_class: type[Config], path: str | os.PathLike | None = None, overrides: Iterable[str] = ()
+    config_class: type[Config], path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()
 ) -> Config:
     """Return a root config, built from a YAML file and `a.b=c` overrides, every key checked.
 
@@ -64,12 +65,22 @@ def load_config(
         raise ConfigError("; ".join(_reason(detail) for detail in error.errors())) from None
 
 
+class FromYaml:
+    """`from_yaml` of a root config: `load_config` as its class method, typed to return that root."""
+
+    def __get__(self, instance: object, root: type[Config]) -> Callable[..., Config]:
+        """Return `load_config` for this root."""
+        return types.MethodType(load_config, root)
+
+
 def dump_config(config: object) -> str:
     """Return a config as YAML that `load_config` reads back as an equal config."""
+    assert dataclasses.is_dataclass(config)
+    assert not isinstance(config, type)
     return to_yaml({section: _plain(values) for section, values in dataclasses.asdict(config).items()})
 
 
-def save_config(config: object, folder: str | os.PathLike) -> Path:
+def save_config(config: object, folder: str | os.PathLike[str]) -> Path:
     """Return the path `<folder>/config.yaml` after writing the config there; one rank calls it.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.load import FromYaml
 from glm_rlhf.engine.config.sections import Count, NumBytes, PathText, RunFolderSection, frozen_section
 from glm_rlhf.engine.config.training import Positive
 
@@ -183,4 +183,4 @@ class PlanConfig:
     plan: PlanSection = Field(default_factory=PlanSection)
     """What is shown."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from glm_rlhf.engine.config.evaluate import EvaluateWithinSection
-from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.load import FromYaml
 from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.config.sections import (
     Count,
@@ -153,7 +153,7 @@ class PPOConfig:
     observe: ObserveSection = Field(default_factory=ObserveSection)
     """Who is told."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         if self.generation.temperature == 0:

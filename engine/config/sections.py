@@ -9,20 +9,26 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast, dataclass_transform
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from glm_rlhf.engine.config.keys import Described
-from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.load import FromYaml
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
-frozen_section = dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
-"""Makes a section or a root: values of the declared types only, unknown names refused."""
+Section = TypeVar("Section")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def frozen_section(section: type[Section]) -> type[Section]:
+    """Return a class as a section or a root: values of the declared types only, unknown names refused."""
+    made = dataclass(section, frozen=True, slots=True, kw_only=True, config=_STRICT)
+    return cast("type[Section]", made)  # pydantic declares its own protocol alone
 
 
 def _folder_name(name: str) -> str:
@@ -267,7 +273,7 @@ class ScoreConfig:
     train: ForwardSection = Field(default_factory=ForwardSection)
     """Its precision and batches."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_apart("data.out", self.out_path, "data.path", self.data.path)
@@ -302,7 +308,7 @@ class GenerateConfig:
     train: PrecisionSection = Field(default_factory=PrecisionSection)
     """Its precision."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_apart("data.out", self.out_path, "data.path", self.data.path)
@@ -329,7 +335,7 @@ class ConvertConfig:
     convert: ConvertSection
     """The target."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_apart("convert.to", self.convert.to, "model.path", self.model.path)
@@ -344,7 +350,7 @@ class DemoConfig:
     demo: DemoSection = Field(default_factory=DemoSection)
     """How much is done."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
 
 @frozen_section
@@ -354,7 +360,7 @@ class DoctorConfig:
     doctor: DoctorSection = Field(default_factory=DoctorSection)
     """The report."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
 
 def out_path(config: Any, name: str) -> Path:
@@ -367,7 +373,17 @@ def tokenizer_path(config: Any) -> Path:
     return Path(config.tokenizer.path if config.tokenizer.path is not None else config.model.path)
 
 
-def resolve_output(run: RunSection | RunFolderSection) -> None:
+class _RunFolder(Protocol):
+    """What every section of that kind has, training's too."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def output(self) -> str: ...
+
+
+def resolve_output(run: RunSection | RunFolderSection | _RunFolder) -> None:
     object.__setattr__(run, "output", run.output.replace("<run.name>", run.name))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from glm_rlhf.engine.config.keys import Described
-from glm_rlhf.engine.config.load import load_config
+from glm_rlhf.engine.config.load import FromYaml
 from glm_rlhf.engine.config.sections import (
     Count,
     FolderName,
@@ -269,7 +269,7 @@ class SFTConfig:
     observe: ObserveSection = Field(default_factory=ObserveSection)
     """Who is told."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_overlap(self.optimizer, self.train)
@@ -303,7 +303,7 @@ class RewardConfig:
     observe: ObserveSection = Field(default_factory=ObserveSection)
     """Who is told."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_overlap(self.optimizer, self.train)
@@ -339,7 +339,7 @@ class DPOConfig:
     observe: ObserveSection = Field(default_factory=ObserveSection)
     """Who is told."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_overlap(self.optimizer, self.train)
@@ -373,7 +373,7 @@ class LabelConfig:
     train: ForwardSection = Field(default_factory=ForwardSection)
     """Precision of both models, and batches of the reward model."""
 
-    from_yaml = classmethod(load_config)
+    from_yaml = FromYaml()
 
     def __post_init__(self) -> None:
         check_apart("data.out", self.out_path, "data.path", self.data.path)

@@ -1,6 +1,7 @@
 """Configuration text: YAML sections into values that know where they stand, values into YAML."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ class YamlValue:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-6` is a number; `no`, `010`, `12:30` and dates are text."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (yaml's own form: one table a class)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (yaml's own form: one table a class)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,7 +58,7 @@ for _tag, _pattern, _first in _SCALARS:
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
-def read_file(path: str | Path) -> list[YamlValue]:
+def read_file(path: str | os.PathLike[str]) -> list[YamlValue]:
     """Return the values of a YAML file of sections, in its order.
 
     Raises:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from glm_rlhf.engine.config.load import dump_config
 from glm_rlhf.engine.config.plan import PlanConfig
+from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.config.rl import (
     CriticSection,
     PPOConfig,
     PPOPromptsSection,
-    PPORewardSection,
     PPOSection,
     PPOTrainSection,
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.sharding import shards_of
-from glm_rlhf.parallel.spec.weight_map import Weight, weights_of
+from glm_rlhf.parallel.spec.weight_map import Role, Weight, weights_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def chunk_sizes(
 def _sizes(
     config: GLMConfig, tp: int, num_layers: int, has_scalar_head: bool, is_first: bool, is_last: bool
 ) -> ChunkSizes:
-    role = "critic" if has_scalar_head else "policy"
+    role: Role = "critic" if has_scalar_head else "policy"
     rows = weights_of(config, layers=[0], has_embedding=is_first, has_head=is_last, role=role)
     plain: list[int] = []
     fp32: list[int] = []

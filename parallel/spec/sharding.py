@@ -172,4 +172,6 @@ def place_shard(shard: ParamShard, tensor: torch.Tensor) -> list[tuple[HfSlice, 
 
 
 def _parts(shard: ParamShard, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tensor.split([piece.length for piece in shard.pieces], dim=shard.pieces[0].dim)
+    lengths = [piece.length for piece in shard.pieces]
+    parts: tuple[torch.Tensor, ...] = tensor.split(lengths, dim=shard.pieces[0].dim)
+    return parts

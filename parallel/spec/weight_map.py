@@ -27,6 +27,10 @@ Split = Literal["replicated", "rows", "columns", "qkv", "gate_up"]
 Section = Literal["embedding", "layer", "final_norm", "vocabulary_head", "value_head"]
 
 
+_LayerRow = tuple[str, str | tuple[str, ...], tuple[str, ...], Split]
+"""A weight of one layer: our name, theirs, the dimensions, the split."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """One row of the table; `{i}` in names stands for the layer's index in the whole model."""
@@ -50,7 +54,7 @@ def _table(
     final_norm: str,
     head: str,
     value_head: str,
-    within_layer: tuple[tuple[object, ...], ...],
+    within_layer: tuple[_LayerRow, ...],
 ) -> tuple[Weight, ...]:
     rows = [Weight("embedding.word_embeddings.weight", (embedding,), ("V", "D"), "rows", "embedding")]
     for ours, theirs, shape, split in within_layer:
@@ -71,7 +75,7 @@ def _table(
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-_GLM_LAYER = (
+_GLM_LAYER: tuple[_LayerRow, ...] = (
     ("input_layernorm.weight", "input_layernorm.weight", ("D",), "replicated"),
     ("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), ("QKV", "D"), "qkv"),
     ("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), ("QKV",), "qkv"),
@@ -80,11 +84,11 @@ _GLM_LAYER = (
     ("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", ("2F", "D"), "gate_up"),
     ("mlp.linear_fc2.weight", "mlp.down_proj.weight", ("D", "F"), "columns"),
 )
-_SANDWICH_NORMS = (
+_SANDWICH_NORMS: tuple[_LayerRow, ...] = (
     ("self_attn_bda.norm.weight", "post_self_attn_layernorm.weight", ("D",), "replicated"),
     ("mlp_bda.norm.weight", "post_mlp_layernorm.weight", ("D",), "replicated"),
 )
-_CHATGLM_LAYER = (
+_CHATGLM_LAYER: tuple[_LayerRow, ...] = (
     ("input_layernorm.weight", "input_layernorm.weight", ("D",), "replicated"),
     ("self_attention.linear_qkv.weight", "self_attention.query_key_value.weight", ("QKV", "D"), "qkv"),
     ("self_attention.linear_qkv.bias", "self_attention.query_key_value.bias", ("QKV",), "qkv"),
