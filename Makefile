@@ -32,6 +32,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/support/project/type_check.py
 
 # The wheel with what it requires in an empty environment of $(PYTHON), and a tiny demo of it from an empty folder.
 # The whole environment is built anew each time: minutes, and gigabytes where torch is a CUDA build.
