@@ -37,6 +37,7 @@ lint: install
 # The wheel with what it requires in an empty environment of $(PYTHON), and a tiny demo of it from an empty folder.
 # The whole environment is built anew each time: minutes, and gigabytes where torch is a CUDA build.
 WHEEL := build/wheel
+TINY_DEMO := demo.num_held_out=100 demo.num_pair_prompts=200 demo.sft_steps=80 demo.reward_steps=2 demo.ppo_steps=2
 wheel:
 	rm -rf build/lib $(WHEEL)
 	mkdir -p $(WHEEL)/empty

@@ -16,7 +16,7 @@ CONFIG_OF = {command.name: command.config for command in COMMANDS}
 KEYS = {path for config in CONFIG_OF.values() for path in keys_of(config)}
 SECTIONS = {path.partition(".")[0] for path in KEYS}
 FILE_ENDINGS = (".json", ".jsonl", ".yaml", ".html", ".py", ".md")
-EVERYWHERE = (*PAGES, ROOT / "README.md", ROOT / "benchmarks/README.md")
+EVERYWHERE = (*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")))
 
 pages = pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -91,6 +91,18 @@ def test_python_compiles(page):
     for number, block in enumerate(blocks(page)):
         if block.language == "python":
             compile(block.text, f"{page.name}, block {number}", "exec")
+
+
+def test_modules_of_the_changelog_that_is_not_released_exist():
+    unreleased = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("(unreleased)")[2]
+    unreleased = unreleased.partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w/]+)` \| (.*) \|$", unreleased, re.MULTILINE)
+    moved = [(folder, cells) for folder, cells in rows if "/" in folder and (ROOT / folder).is_dir()]
+    assert len(moved) > 30
+    for folder, cells in moved:
+        names = re.findall(r"`(\w+)` ←", cells)
+        names += re.findall(r"`(\w+)`", cells.partition("under the same name: ")[2])
+        assert [name for name in names if not (ROOT / folder / f"{name}.py").exists()] == [], folder
 
 
 def test_every_command_has_its_place_on_the_commands_page():
