@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["PPOConfig", "PPOEngine", "__version__"]
+__all__ = ["PPOConfig", "PPOEngine"]
 
 
 def __getattr__(name: str) -> object:
