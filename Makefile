@@ -88,4 +88,4 @@ slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs site
+	rm -rf $(VENV) .mypy_packages .mypy_cache build dist *.egg-info outputs site
