@@ -1,5 +1,6 @@
 """The count of type errors: it may fall, and that is written down; it may not rise."""
 
+import pytest
 from type_check import HEADER, compare, errors_by_room, lowered, with_counts
 
 OUTPUT = """\
@@ -20,6 +21,11 @@ def test_errors_are_counted_by_sub_package():
     assert errors["engine/rl"] == [
         "engine/rl/roles.py:100: error: Argument 3 has an incompatible type  [arg-type]"
     ]
+
+
+def test_errors_of_an_installed_wheel_are_none_of_ours():
+    with pytest.raises(RuntimeError, match="other files than the checkout's"):
+        errors_by_room("/venv/site-packages/glm_rlhf/engine/cli.py:3: error: Need a type  [var-annotated]\n")
 
 
 def test_a_count_may_fall_and_not_rise():

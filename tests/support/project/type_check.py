@@ -65,13 +65,18 @@ def mypy_output() -> str:
 
 
 def errors_by_room(output: str) -> dict[str, list[str]]:
-    """Return mypy's errors by sub-package, such as `engine/rl`; `engine` for the floor's own files."""
+    """Return mypy's errors by sub-package, such as `engine/rl`; `engine` for the floor's own files.
+
+    Raises:
+        RuntimeError: they are of other files, such as those of an installed wheel.
+    """
     found = collections.defaultdict(list)
     for line in output.splitlines():
-        line = line.removeprefix(f"{LINKS.relative_to(ROOT)}/")
         if match := re.match(r"(.+?)\.pyi?:\d+: error: ", line):
-            parts = match[1].split("/")[:-1]
-            found["/".join(parts[:2])].append(line)
+            if not line.startswith(f"{LINKS.relative_to(ROOT)}/"):
+                raise RuntimeError(f"mypy reads other files than the checkout's, run make install: {line}")
+            parts = match[1].removeprefix(f"{LINKS.relative_to(ROOT)}/").split("/")[:-1]
+            found["/".join(parts[:2])].append(line.removeprefix(f"{LINKS.relative_to(ROOT)}/"))
     return dict(found)
 
 
