@@ -1,22 +1,20 @@
-"""Sharded GLM models on Megatron-core: the only floor that imports it."""
+"""Sharded GLM models on Megatron-core: the only floor that imports it.
 
-import warnings
+- `spec`: what a model and a layout are; pure Python on numbers.
+- `megatron_compat`: every patch and private name of Megatron-core and torch.
+- `runtime`: process groups, errors and signals that all ranks share, timed spans, offloading to the host.
+- `storage`: file formats, durable writes, model folders, manifests of checkpoints.
+- `model`: the sharded GLM, from packed tokens to log-probabilities and losses.
+- `weights`: a model folder into the shards of all ranks, and back.
+- `optim`: gradient buffers, the optimizers, Adam's state in shards.
+- `pipeline`: forward and backward of micro-batches over pipeline stages, scoring.
+- `checkpoint`: a training run saved, and restored in any layout.
+- `inference`: generation on the training weights.
 
-from glm_rlhf.parallel.megatron_compat import lazy_compile
+`fast_paths` reports which optional accelerations this process has.
+"""
 
-# What Megatron-core warns of from within itself, in every process, whoever uses it. That Transformer
-# Engine and apex are absent is said once, by name, by `glm-rlhf doctor`.
-for _message in (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf",
-    "`torch.distributed.reduce_scatter_tensor` is deprecated",
-    "`torch.distributed.all_gather_into_tensor` is deprecated",
-    "`torch.distributed._all_gather_base` is a private function",
-    "`torch.distributed._reduce_scatter_base` is a private function",
-):
-    warnings.filterwarnings("ignore", message=_message.replace(".", r"\."))
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core\.inference")
-del _message
+from glm_rlhf.parallel.megatron_compat import lazy_compile, warning_filters
+
+warning_filters.install()
 lazy_compile.install()

@@ -1,4 +1,5 @@
-"""Everything that patches Megatron-core or torch, or works around them: the folder to open on an upgrade.
+"""Every assignment into Megatron-core or torch, and every use of their private names: open it on an upgrade.
 
-Imports no other sub-package of `parallel`.
+Each patch is a function with a name of its own, tested with what it relies on by
+`tests/parallel/megatron_compat`. Imports no other sub-package of `parallel`.
 """

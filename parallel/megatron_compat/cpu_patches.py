@@ -17,9 +17,7 @@ import torch
 
 _MODULES = (
     "distributed.distributed_data_parallel",
-    "distributed.finalize_model_grads",
     "distributed.param_and_grad_buffer",
-    "optimizer",
     "optimizer.clip_grads",
     "optimizer.distrib_optimizer",
     "optimizer.grad_scaler",
@@ -43,8 +41,12 @@ def is_needed() -> bool:
 
 def install() -> None:
     """Let Megatron-core run on the CPU of this process; does nothing on CUDA or when done before."""
-    if not is_needed():
-        return
+    if is_needed():
+        _install()
+
+
+@functools.cache
+def _install() -> None:
     stand_in = _TorchOnCPU()
     for name in _MODULES:
         module = importlib.import_module(f"megatron.core.{name}")
@@ -52,8 +54,16 @@ def install() -> None:
             module.torch = stand_in
     _keep_freed_memory()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random._get_cuda_rng_state = functools.wraps(random._get_cuda_rng_state)(_rng_state)
+    random._set_cuda_rng_state = functools.wraps(random._set_cuda_rng_state)(_set_rng_state)
+
+
+def _rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
 
 
 def _keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.kernels.layers.rope import rope, rope_qkv_in_place
+from glm_rlhf.parallel.megatron_compat.parallel_layers import column_parallel_without_input_communication
 from glm_rlhf.parallel.model.packing import ContextShard
 from glm_rlhf.parallel.model.varlen_attention import packed_attention
 
@@ -65,9 +66,13 @@ class GLMSelfAttention(MegatronModule):
         }
         self.has_replicated_kv = config.num_query_groups < tp
         if self.has_replicated_kv:
-            self.linear_q = _without_input_communication(config.hidden_size, query_size, **options)
+            self.linear_q = column_parallel_without_input_communication(
+                config.hidden_size, query_size, **options
+            )
             kv_size = 2 * self.head_size * tp  # one key and one value head a rank
-            self.linear_kv = _without_input_communication(config.hidden_size, kv_size, **options)
+            self.linear_kv = column_parallel_without_input_communication(
+                config.hidden_size, kv_size, **options
+            )
             self._mark_replicas(tp // config.num_query_groups)
         else:
             kv_size = 2 * self.head_size * config.num_query_groups
@@ -150,10 +155,3 @@ class GLMSelfAttention(MegatronModule):
         for parameter in self.linear_kv.parameters():
             parameter.tensor_model_parallel = is_first
             parameter.num_tp_replicas = num_replicas
-
-
-def _without_input_communication(input_size: int, output_size: int, **options: Any) -> ColumnParallelLinear:
-    """Return a column-parallel layer whose caller gathers the input and reduces its gradient."""
-    linear = ColumnParallelLinear(input_size, output_size, disable_grad_reduce=True, **options)
-    linear.sequence_parallel = False
-    return linear

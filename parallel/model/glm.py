@@ -1,6 +1,5 @@
 """A GLM model, sharded: from its shape and a layout to the chunks that this rank holds."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
@@ -21,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.kernels.layers.rope import rope_table
 from glm_rlhf.parallel.megatron_compat.cpu_patches import is_needed as is_cpu
+from glm_rlhf.parallel.megatron_compat.parallel_layers import keep_grad_mode
 from glm_rlhf.parallel.model.attention import AttentionInputs
 from glm_rlhf.parallel.model.heads import ValueHead, VocabularyHead
 from glm_rlhf.parallel.model.layers import block_submodules
@@ -95,9 +95,7 @@ class GLMModel(MegatronModule):
             vp_stage=self.vp_stage,
         )
         for layer in self.decoder.layers:
-            # Megatron-core's layer adds to the residual with gradients on, whatever the caller wants: a
-            # pass without gradients would keep a graph of it.
-            layer.bias_dropout_add_exec_handler = contextlib.nullcontext
+            keep_grad_mode(layer)
         if self.post_process and not has_vocabulary_head:
             self.value_head = ValueHead(glm.hidden_size, device=topology.device)
         elif self.post_process and not (self.share_embeddings_and_output_weights and self.pre_process):

@@ -6,11 +6,17 @@ a rank has of one parameter, so that every rank can write, and fill again, exact
 communicated for it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from glm_rlhf.parallel.megatron_compat.distributed_optimizer import (
+    copy_main_weights_to_model,
+    first_element,
+    main_weights,
+    owns_part_of,
+    sub_optimizers,
+)
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, InBackwardState
 from glm_rlhf.parallel.optim.state_shard import StateShard
 from glm_rlhf.parallel.optim.training_state import TrainingState
@@ -38,16 +44,16 @@ def parts_of(state: AnyTrainingState) -> Iterator[StateShard]:
 
 def _distributed_parts(state: TrainingState) -> Iterator[StateShard]:
     """Yield the parts of what is trained, for Megatron-core's optimizers."""
-    for optimizer in _optimizers(state):
-        main_of = _main_parameters(optimizer)
+    for optimizer in sub_optimizers(state.optimizer):
+        main_of = main_weights(optimizer)
         for chunk in state.bare_chunks:
             for name, parameter in chunk.named_weights():
-                if parameter in optimizer.model_param_gbuf_map:
+                if owns_part_of(optimizer, parameter):
                     main = main_of[parameter]
                     moments = optimizer.optimizer.state.get(main, {})
                     yield StateShard(
                         name=name,
-                        start=optimizer._get_model_param_range_map(parameter)["param"].start,
+                        start=first_element(optimizer, parameter),
                         weight=main,
                         is_trained=True,
                         moments={kind: moments[kind] for kind in ADAM_MOMENTS if kind in moments},
@@ -60,7 +66,7 @@ def num_steps_of(state: AnyTrainingState) -> int:
     if isinstance(state, InBackwardState):
         return state.num_steps
     state.bring_back_state()
-    for optimizer in _optimizers(state):
+    for optimizer in sub_optimizers(state.optimizer):
         inner = optimizer.optimizer
         for found in inner.state.values():
             if "step" in found:
@@ -103,30 +109,7 @@ def resume_from(state: AnyTrainingState, num_steps: int, gradient_squares: Mappi
     if isinstance(state, InBackwardState):
         state.resume_from(num_steps, gradient_squares)
         return
-    for optimizer in _optimizers(state):
-        optimizer._copy_main_params_to_model_params()
+    for optimizer in sub_optimizers(state.optimizer):
+        copy_main_weights_to_model(optimizer)
     for chunk in state.chunks:
         chunk.start_param_sync(force_sync=True)
-
-
-def _optimizers(state: TrainingState) -> Sequence[DistributedOptimizer]:
-    outer = state.optimizer
-    chained = getattr(outer, "chained_optimizers", [outer])
-    return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
-
-
-def _main_parameters(optimizer: DistributedOptimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Return the fp32 weights that the optimizer steps, by the model's parameter.
-
-    Its groups list the parameters that are fp32 in the model before the others, so that a parameter's place
-    in `model_param_group_index_map` is another one in a bf16 model with an fp32 value head.
-    """
-    return {
-        parameter: main
-        for models, mains in (
-            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
-            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
-        )
-        for group, main_group in zip(models, mains, strict=True)
-        for parameter, main in zip(group, main_group, strict=True)
-    }

@@ -18,6 +18,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from glm_rlhf.parallel.megatron_compat.cpu_patches import cuda_type_names
+from glm_rlhf.parallel.megatron_compat.data_parallel import (
+    cut_reference_cycles,
+    gradient_buffers,
+    weight_buffers,
+)
+from glm_rlhf.parallel.megatron_compat.distributed_optimizer import state_tensors
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.cpu_offload import CpuOffload
 from glm_rlhf.parallel.runtime.topology import Topology
@@ -116,7 +122,7 @@ class TrainingState:
             # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         megatron.finalize_model_grads_func = partial(_finalize, topology)
-        weakref.finalize(self, _forget_hooks, self.chunks)
+        weakref.finalize(self, cut_reference_cycles, self.chunks)
         if overlap_communication:
             functions = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = functions if len(functions) > 1 else functions[0]
@@ -203,8 +209,7 @@ class TrainingState:
 
     def _gradient_buffers(self) -> Iterator[torch.Tensor]:
         for chunk in self.chunks:
-            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-                yield buffer.grad_data
+            yield from gradient_buffers(chunk)
 
     def gather_weights(self) -> None:
         """Finish at once what `overlap_communication` would gather during the next training step.
@@ -241,18 +246,12 @@ def _optimizer_tensors(
     outer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]
 ) -> Iterator[torch.Tensor]:
     """Yield the optimizer's own tensors: moments, and fp32 weights that are not the model's themselves."""
-    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    models_own = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
-    for optimizer in getattr(outer, "chained_optimizers", [outer]):
-        if getattr(optimizer, "is_stub_optimizer", False):
-            continue
-        inner = optimizer.optimizer
-        for group in inner.param_groups:
-            for main in group["params"]:
-                for tensor in (main, *inner.state.get(main, {}).values()):
-                    is_counter = not isinstance(tensor, torch.Tensor) or tensor.dim() == 0
-                    if not is_counter and tensor.untyped_storage().data_ptr() not in models_own:
-                        yield tensor
+    models_own = {
+        weights.untyped_storage().data_ptr() for chunk in chunks for weights in weight_buffers(chunk)
+    }
+    for tensor in state_tensors(outer):
+        if tensor.untyped_storage().data_ptr() not in models_own:
+            yield tensor
 
 
 def check_trainable(chunks: Sequence[GLMModel]) -> None:
@@ -276,23 +275,6 @@ def _finalize(
     """Reduce gradients at the end of a schedule; our losses are divided by tokens already."""
     finalize_model_grads(chunks, None, **kwargs)
     sum_replicated_gradients(chunks, topology)
-
-
-def _forget_hooks(chunks: list[DistributedDataParallel]) -> None:
-    """Take away what ties Megatron-core's wrapper and the model to each other in circles.
-
-    The nodes of autograd on which it hangs its hooks hold it, and it the nodes: a circle through C++ that no
-    collector sees, which would keep weights, gradients and process groups of every training state until the
-    process ends. The others, of overlap, a collector breaks, but late: gloo's threads poll until it does.
-    """
-    for chunk in chunks:
-        chunk.grad_accs.clear()
-        if chunk.remove_forward_pre_hook_handles:
-            chunk.disable_forward_pre_hook(param_sync=False)
-        config = chunk.config
-        functions = config.no_sync_func if isinstance(config.no_sync_func, list) else [config.no_sync_func]
-        if chunk.no_sync in functions:  # not those of a state that has wrapped the model since
-            config.no_sync_func = None
 
 
 def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topology) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.parallel.megatron_compat.stores import num_collectives, world_store
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import ContextShard
 from glm_rlhf.parallel.pipeline.multi_model import ScheduledMicroBatch
@@ -155,12 +156,12 @@ def has_failed_on_peers(rank: int, groups: Sequence[dist.ProcessGroup]) -> bool:
         rank: of this process, in the world.
         groups: those in which ranks wait for each other inside a layer.
     """
-    store = dist.PrefixStore("out_of_memory", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore("out_of_memory", world_store())
     awaited = []
     for group in groups:
         name = group.group_name
         _num_asked[name] += 1
-        at = f"{name}/{_num_asked[name]}/{group._get_sequence_number_for_group()}"
+        at = f"{name}/{_num_asked[name]}/{num_collectives(group)}"
         store.set(f"{at}/{rank}", "")
         awaited += [f"{at}/{peer}" for peer in dist.get_process_group_ranks(group)]
     try:

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from glm_rlhf.parallel.megatron_compat.pipeline_schedule import BackwardStep, around_backward_steps
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import ContextShard, PackedTokens, pack, share
 from glm_rlhf.parallel.pipeline.multi_model import (
@@ -25,7 +26,7 @@ from glm_rlhf.parallel.pipeline.multi_model import (
     unwrap,
 )
 from glm_rlhf.parallel.pipeline.oom import OomGuard, backward_or_zeros, zero_output
-from glm_rlhf.parallel.pipeline.p2p import StageLink
+from glm_rlhf.parallel.pipeline.p2p import stage_link
 from glm_rlhf.parallel.pipeline.timing import PassTimes
 from glm_rlhf.parallel.runtime.spans import heartbeat, span
 from glm_rlhf.parallel.runtime.topology import Topology
@@ -125,7 +126,7 @@ def run_models(
         data_iterator=[iter(enumerate(turns)) for _ in chunks],
         model=chunks,
         num_microbatches=len(turns),
-        seq_length=0,  # every micro-batch has its own shape, see StageLink
+        seq_length=0,  # every micro-batch has its own shape, see stage_link
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -243,30 +244,25 @@ def _apply(
     return loss * torch.where(is_finite, 1.0, torch.nan), _no_tokens(hidden_TD), output
 
 
-@contextlib.contextmanager
 def _own_backward(
     models: Sequence[Chunks], turns: Sequence[ScheduledMicroBatch], passes: _Passes, topology: Topology
-) -> Iterator[None]:
-    """Make each backward a span that may run out of memory: Megatron-core's schedule calls it by name."""
-    backward_step = schedules.backward_step
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which each backward pass is a span that may run out of memory."""
     order = stage_order(topology.layout, len(turns), stage=topology.pp_rank)
     coming = (turns[one.micro_batch] for one in order if one.kind == "backward")
 
-    def spanned(model: GLMModel, *given: Any) -> Any:
+    def spanned(model: GLMModel, backward_step: BackwardStep, *given: Any) -> Any:
         with passes.one(model, "backward"):
             return backward_step(*given)
 
-    def in_turn(*given: Any) -> Any:
+    def in_turn(backward_step: BackwardStep, *given: Any) -> Any:
         turn = next(coming)
         chunks = models[turn.model]
         with backward_of(chunks, is_last=turn.is_last):
-            return backward_or_zeros(passes.attempt, partial(spanned, unwrap(chunks[0])), *given)
+            step = partial(spanned, unwrap(chunks[0]), backward_step)
+            return backward_or_zeros(passes.attempt, step, *given)
 
-    schedules.backward_step = in_turn
-    try:
-        yield
-    finally:
-        schedules.backward_step = backward_step
+    return around_backward_steps(in_turn)
 
 
 def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:
@@ -287,7 +283,7 @@ def _communication(
     split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     sizes = [unwrap(chunks[0]).config.hidden_size for chunks in models]
     shapes = [[turn.share.packed.num_tokens // split, 1, sizes[turn.model]] for turn in turns]
-    link = StageLink(config, topology, shapes, layout.vpp)
+    link = stage_link(config, topology, shapes, layout.vpp)
     return {"p2p_communicator": link, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
 

@@ -12,9 +12,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
-from torch.distributed import Work
+from glm_rlhf.parallel.megatron_compat.timed_waits import around_waits
 
 WAIT = "wait"
 
@@ -80,14 +80,9 @@ def recording(recorder: Recorder) -> Iterator[None]:
     global _recorder
     if _recorder is not None:
         raise RuntimeError("spans are recorded already: one recorder at a time")
-    wait = Work.wait
-
-    def timed_wait(work: Work, *args: Any, **options: Any) -> Any:
-        with span(WAIT):
-            return wait(work, *args, **options)
-
-    _recorder, Work.wait = recorder, timed_wait
+    _recorder = recorder
     try:
-        yield
+        with around_waits(partial(span, WAIT)):
+            yield
     finally:
-        _recorder, Work.wait = None, wait
+        _recorder = None

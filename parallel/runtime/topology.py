@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from glm_rlhf.parallel.megatron_compat import cpu_patches
+from glm_rlhf.parallel.megatron_compat import cpu_patches, process_groups
 from glm_rlhf.parallel.spec.layout import Layout
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -225,11 +225,9 @@ def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup
 
 def _leave(topology: Topology | None) -> None:
     """Forget Megatron-core's groups, and destroy those that this process is in."""
-    listed = parallel_state._global_process_group_list or []
-    groups = {id(group): group for group in listed if group is not None}
+    groups = process_groups.created_groups()
     parallel_state.destroy_model_parallel()
     if topology is not None and topology.pp_host_group is not topology.pp_group:
         dist.destroy_process_group(topology.pp_host_group)
-    for group in groups.values():
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    for group in groups:
+        dist.destroy_process_group(group)
