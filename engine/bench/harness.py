@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from glm_rlhf.engine.bench.memory import peak_bytes
+from glm_rlhf.parallel.megatron_compat.torch_operators import occupy_device
 
 Answer = Sequence[torch.Tensor | None]
 """What a task yields; None where a contender does not compute one of the tensors."""
@@ -251,7 +252,7 @@ class _CudaClock:
     def time(self, contender: Contender) -> None:
         _prepare(contender)
         self._flush.zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        occupy_device(HEAD_START_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         contender.run()

@@ -9,6 +9,7 @@ from glm_rlhf.engine.bench.harness import Contender, Problem
 from glm_rlhf.engine.bench.kernel_rows.case import Case, peers, random_normal
 from glm_rlhf.engine.bench.peers import peer
 from glm_rlhf.kernels.adam.adamw import AdamWTable, adamw, join_master, split_master
+from glm_rlhf.parallel.megatron_compat.torch_operators import copy_all
 
 # So large an epsilon that the change depends on the gradient's size, so large a rate that the change shows
 # in a bf16 weight.
@@ -125,9 +126,9 @@ def _of_torch(
         master.grad = gradient
 
     def run() -> None:
-        torch._foreach_copy_(wide, gradients)
+        copy_all(wide, gradients)
         optimizer.step()
-        torch._foreach_copy_(weights, masters)
+        copy_all(weights, masters)
 
     return Contender(name=name, run=run, answer=lambda _: change(masters[0]))
 
