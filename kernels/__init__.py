@@ -1,6 +1,6 @@
 """Fused kernels for RLHF on packed sequences: Triton on CUDA, fp32 torch on CPU, one signature.
 
-The public functions stand here; each lives in the module of its name, which holds its kernels too.
+These are the public functions; each is defined, with its kernels, in the module of its name.
 """
 
 from glm_rlhf.kernels.adam.adamw import adamw

@@ -1,4 +1,4 @@
-"""One AdamW step over many tensors, beside its plain fp32 reference.
+"""One AdamW step over many tensors, with its fp32 reference in plain torch.
 
 Imports `dispatch`.
 """

@@ -12,8 +12,8 @@ from glm_rlhf.kernels.adam.tensor_table import CHUNK_ELEMENTS, AdamWTable
 from glm_rlhf.kernels.dispatch.arguments import check_range
 from glm_rlhf.kernels.dispatch.launch import CompileCase, uses_triton
 
-# 4 elements a thread at 8 warps: one 16-byte vector of fp32, half a one of bf16, and no exchange between
-# threads, which 8 elements would need.
+# 4 elements per thread at 8 warps: one 16-byte vector of fp32 or half a vector of bf16. 8 elements would need
+# an exchange between threads.
 BLOCK_ELEMENTS = 1024
 NUM_WARPS = 8
 
@@ -42,9 +42,9 @@ def adamw(
         θ ← θ - lr / (1 - β1^t) · m / (√v / √(1 - β2^t) + epsilon)
 
     A bf16 weight and its remainder are joined, updated and split again (`split_master`), so that updates
-    smaller than a bf16 rounding add up as in fp32. 28 bytes a parameter with an fp32 gradient, 26 with bf16:
-    weight, remainder and both moments are read and written, the gradient is read.
-    The reference path gives torch.optim.AdamW's bits on the master; the kernel differs by roundings.
+    smaller than a bf16 rounding accumulate as in fp32. Memory traffic is 28 bytes per parameter with an fp32
+    gradient, 26 with bf16: weight, remainder and both moments are read and written, the gradient is read.
+    The reference path equals torch.optim.AdamW on the master bit for bit; the kernel differs by roundings.
 
     Args:
         table: the tensors, see `AdamWTable`.
@@ -54,9 +54,9 @@ def adamw(
         betas: (β1, β2), each in [0, 1).
         epsilon: > 0.
         weight_decay: decoupled, ≥ 0; multiplied by lr.
-        clip_factor: one fp32 number on the device, min(1, limit / norm), or None. Where it is NaN or
-            infinite, and so the gradient norm was, no tensor is changed; the caller, who holds the norm,
-            reports it. It is not synchronised on.
+        clip_factor: one fp32 number on the device, min(1, limit / norm), or None. If it is NaN or infinite,
+            no tensor is changed; the caller has the gradient norm and reports it. The host does not wait
+            for it.
 
     Raises:
         ValueError: the gradients do not fit the table, or a number is out of range.
@@ -172,12 +172,12 @@ def _adamw_kernel(
     clip_factor = 1.0
     if HAS_CLIP_FACTOR:
         clip_factor = tl.load(clip_factor_ptr)
-        # A norm that was not finite changes nothing.
+        # A non-finite gradient norm changes nothing.
         size = tl.where(tl.abs(clip_factor) < float("inf"), size, 0)
 
     for offset in range(0, size, BLOCK):
         element = offset + tl.arange(0, BLOCK)
-        # A mask that may end anywhere forbids vectors, so a whole block goes without one.
+        # A mask with an arbitrary end prevents vectorised access, so full blocks use none.
         if offset + BLOCK <= size:
             _update(
                 weight_ptr + start, remainder_ptr + start, gradient_ptr + start, first_ptr + start,
@@ -198,7 +198,7 @@ def _update(
     first_weight, beta2, second_weight, root_of_correction, epsilon, step_size,
     IS_SPLIT: tl.constexpr, HAS_CLIP_FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Update one block of elements; `mask` is None where all of them exist."""
+    """Update one block of elements; `mask` is None for a full block."""
     gradient = tl.load(gradient_ptr + element, mask=mask).to(tl.float32)
     first = tl.load(first_ptr + element, mask=mask)
     second = tl.load(second_ptr + element, mask=mask)
@@ -220,7 +220,7 @@ def _update(
     tl.store(first_ptr + element, first, mask=mask)
     tl.store(second_ptr + element, second, mask=mask)
     if IS_SPLIT:
-        # The masters' NaN is 0x7FC00000: any other payload could be rounded into a number.
+        # The NaN of masters is 0x7FC00000: rounding could turn other payloads into a number.
         bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
         weight = (bits + 0x8000) >> 16
         tl.store(weight_ptr + element, weight.to(tl.int16), mask=mask)
@@ -230,7 +230,7 @@ def _update(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the kernel for split bf16 and for fp32 weights; 6B and 9B differ in the table alone."""
+    """Return the kernel for split bf16 and for fp32 weights; 6B and 9B differ only in the table."""
     cases = []
     kinds = (
         ("bf16-gradient-fp32", True, tl.float32),

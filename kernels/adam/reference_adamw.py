@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters that are split into bf16 weights with 16-bit remainders, in plain torch."""
+"""AdamW on fp32 masters split into bf16 weights and 16-bit remainders, in plain torch."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ QUIET_NAN_BITS = 0x7FC00000
 
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (weight bf16, remainder int16) which together are the fp32 master, bit for bit.
+    """Return (weight bf16, remainder int16), which together equal the fp32 master bit for bit.
 
     With the fp32 bits read as a 32-bit integer:
 
         weight bits = (bits + 0x8000) >> 16          remainder = bits - (weight bits << 16)
 
-    The weight is the master rounded to the nearest bf16; a tie, one in 65536, goes away from zero. Ties to
-    even cannot be had: 65537 masters would then share one even weight, one more than 16 bits tell apart.
-    A NaN keeps only being NaN: its payload is set to zero, so that the rounding cannot carry it into a
-    number and the bf16 weight shows it too.
+    The weight is the master rounded to the nearest bf16; a tie, one in 65536, rounds away from zero. Rounding
+    ties to even is impossible: 65537 masters would share one even weight, one more than 16 bits distinguish.
+    The payload of a NaN is set to zero, so that rounding cannot turn it into a number and the bf16 weight is
+    NaN too.
 
     Args:
         master: [...] fp32.
@@ -34,11 +34,11 @@ def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 master that `split_master` took apart.
+    """Return the fp32 master that `split_master` split.
 
     Args:
         weight: [...] bf16.
-        remainder: [...] int16, of the same shape; zeros for a weight that never was more than bf16.
+        remainder: [...] int16, of the same shape; zeros for a weight without an fp32 master.
 
     Raises:
         ValueError: dtypes do not fit.

@@ -1,15 +1,15 @@
-"""The tensors of one parameter group, in a table on the device that a multi-tensor launch finds them by."""
+"""The tensors of one parameter group, with their addresses in a device table for a multi-tensor launch."""
 
 from collections.abc import Sequence
 
 import torch
 
-# Elements of one program: looking up its tensor costs little beside the 210 KB that it moves.
+# Elements of one program: the lookup of its tensor is cheap compared with the 210 KB that it moves.
 CHUNK_ELEMENTS = 8192
 
 
 class AdamWTable:
-    """What `adamw` updates: weights, remainders and moments that share learning rate and weight decay."""
+    """The tensors that `adamw` updates: weights, remainders and moments with one learning rate and decay."""
 
     def __init__(
         self,
@@ -21,15 +21,15 @@ class AdamWTable:
     ) -> None:
         """Hold the tensors of parameters that share learning rate and weight decay.
 
-        The tensors' storage may move later (offloaded and brought back, `tensor.data` replaced): addresses
-        are compared before every launch, and the table is written again when one has changed.
+        The tensors' storage may move later (offload and prefetch, `tensor.data` replaced): addresses are
+        compared before every launch, and the table is rewritten when one has changed.
 
         Args:
             weights: all bf16 (then `remainders` is required) or all fp32, contiguous, on one device.
             first_moments: fp32, one per weight, of its shape.
             second_moments: fp32, one per weight, of its shape.
-            remainders: int16, one per weight, of its shape, as `split_master` makes them; zeros to begin
-                with a checkpoint that is bf16.
+            remainders: int16, one per weight, of its shape, as `split_master` returns them; zeros to start
+                from a bf16 checkpoint.
 
         Raises:
             ValueError: counts, shapes, dtypes, devices or layouts do not fit.
@@ -70,7 +70,8 @@ class AdamWTable:
     def addresses(self, gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
         """Return ([N, 6] int64 on the device, whether every address is a multiple of 16 bytes).
 
-        A row: addresses of weight, remainder, gradient, first and second moment; number of elements.
+        A row holds the addresses of weight, remainder, gradient, first and second moment, and the number of
+        elements.
         """
         addresses = [
             [tensor.data_ptr() for tensor in tensors]
@@ -86,7 +87,7 @@ class AdamWTable:
             sizes = [weight.numel() for weight in self.weights]
             table_6N = torch.tensor([*addresses, sizes], dtype=torch.int64)
             device = self.weights[0].device
-            # From pinned memory the copy runs behind the host, which has the next launches to prepare.
+            # From pinned memory the copy is asynchronous: the host prepares the next launches meanwhile.
             table_N6 = table_6N.T.contiguous()
             table_N6 = table_N6.pin_memory() if device.type == "cuda" else table_N6
             self._addresses_N6 = table_N6.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Attention over a paged cache, writing to the cache, and sampling, each beside its plain reference.
+"""Attention over a paged cache, writes to the cache, and sampling, each with its reference in plain torch.
 
 Imports `dispatch`.
 """

@@ -8,19 +8,19 @@ from glm_rlhf.kernels.decoding import reference_paged_attention as reference
 from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 
-# Keys one program walks through. A constant, not a function of the batch, so that a sequence's output has the
-# same bits in every batch. 512 keys of 128 bf16 elements are 256 KB read for 8 KB of partial result written;
-# at batch 1 a context of 8192 still spreads over 16 programs for each key/value head.
+# Keys per program. A constant, not a function of the batch, so that a sequence's output is bitwise equal in
+# every batch. 512 keys of 128 bf16 elements are 256 KB read per 8 KB of partial result written; at batch 1 a
+# context of 8192 still has 16 programs per key/value head.
 _KEYS_PER_SPLIT = 512
-# Bytes of the keys of one tile: 64 keys of 128 bf16 elements, and as much again for their values.
+# Bytes of the keys of one tile: 64 keys of 128 bf16 elements; their values take the same.
 _TILE_BYTES = 16384
 # Triton halves the stages between the page numbers and the keys that need them: five keep two tiles of keys
-# and values in flight. 72 KB a block, three blocks in an H100's 227 KB of shared memory.
+# and values in flight. 72 KB per block, three blocks in an H100's 227 KB of shared memory.
 _NUM_STAGES = 5
 # Query rows (new tokens × heads of a group) of one program. 16 fill one m16n8k16 instruction.
 _MIN_BLOCK_ROWS = 16
 _MAX_BLOCK_ROWS = 64
-# Splits the combination reads at once. Constant for the same reason as _KEYS_PER_SPLIT.
+# Splits that the combination reads at once. A constant for the same reason as _KEYS_PER_SPLIT.
 _BLOCK_SPLITS = 16
 
 
@@ -36,14 +36,14 @@ def paged_attention(
 ) -> torch.Tensor:
     """Return the attention output of every sequence's newest tokens over its own pages.
 
-    With L = lengths[b], new token j of Q (0 ≤ j < Q) stands at position L − Q + j and sees the positions
-    s ≤ L − Q + j, whose keys lie at key_pool[page_table[b, s // page_size], s % page_size]:
+    With L = lengths[b], new token j of Q (0 ≤ j < Q) has position L − Q + j and attends to the positions
+    s ≤ L − Q + j, whose keys are key_pool[page_table[b, s // page_size], s % page_size]:
     out[b, j, n] = Σ_s softmax_s(scale · query[b, j, n] · key[s, n // group]) · value[s, n // group],
     group = N / K
 
-    The new tokens' own keys and values must be in the pool already (`paged_write`). Memory beyond a
-    sequence's length is never read, whatever it holds. The kernel's bits depend on the row's own sequence
-    only, not on the batch or the width of the page table. Not differentiable.
+    The new tokens' own keys and values must already be in the pool (`paged_write`). Memory beyond a
+    sequence's length is never read. The kernel's result depends bitwise only on the row's own sequence, not
+    on the batch or the width of the page table. Not differentiable.
 
     Args:
         query_BNH: [B, N, H] for one new token each, or [B, Q, N, H]; fp32, bf16 or fp16 (fp64 on CPU).
@@ -51,11 +51,11 @@ def paged_attention(
         value_pool: like key_pool.
         page_table_BP: int32 [B, P], page of each run of page_size positions; entries past the length are
             ignored.
-        lengths_B: int32 [B], positions in the pool per sequence, the new ones included, ≤ P · page_size.
+        lengths_B: int32 [B], positions in the pool per sequence, including the new ones, ≤ P · page_size.
         scale: factor of the scores, H^-0.5 by default.
 
     Returns:
-        Query's shape and dtype. Softmax and sums are fp32. Rows that see no position (length 0) are 0.
+        Query's shape and dtype. Softmax and sums are fp32. Rows without a visible position (length 0) are 0.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit.
@@ -90,7 +90,7 @@ def _launch(
     constexprs = _constexprs(query_BQNH.shape, key_pool, is_single=num_splits == 1)
     query_BQNH = query_BQNH.contiguous()
     out_BQNH = torch.empty_like(query_BQNH)
-    # Unused when one split holds the whole context, and then of size 0.
+    # Unused, and of size 0, if one split holds the whole context.
     partial_shape = (batch, num_splits, num_kv_heads, num_rows) if num_splits > 1 else (0,)
     partial_out = torch.empty(*partial_shape, head_size, dtype=torch.float32, device=query_BQNH.device)
     partial_max = torch.empty(partial_shape, dtype=torch.float32, device=query_BQNH.device)
@@ -174,7 +174,7 @@ def _check(
             f"query is {query_BNH.dtype}, the pools {key_pool.dtype} and {value_pool.dtype}: use one dtype"
         )
     if not (key_pool.is_contiguous() and value_pool.is_contiguous()):
-        raise ValueError("the key and value pools must be contiguous: pass the pools themselves, no slices")
+        raise ValueError("the key and value pools must be contiguous: pass the pools, not slices of them")
     batch = query_BNH.shape[0]
     if page_table_BP.ndim != 2 or page_table_BP.shape[0] != batch or lengths_B.shape != (batch,):
         raise ValueError(
@@ -229,7 +229,7 @@ def _paged_attention_fwd_kernel(
     elements = tl.arange(0, BLOCK_H)
     is_row = rows < Q * GROUP
     row_mask = is_row[:, None] & (elements < H)[None, :]
-    # Row of [B, Q, N, H] seen as [B · Q · N, H]: head n of the group that this program serves.
+    # Rows of [B, Q, N, H] viewed as [B · Q · N, H]: the heads of this program's group.
     query_rows = (sequence * Q + new) * (K * GROUP) + kv_head * GROUP + rows % GROUP
     query_offsets = query_rows[:, None] * H + elements[None, :]
     query = tl.load(query_ptr + query_offsets, mask=row_mask, other=0.0)
@@ -247,13 +247,13 @@ def _paged_attention_fwd_kernel(
         key_mask = is_key[:, None] & (elements < H)[None, :]
         key = tl.load(key_pool_ptr + pool_offsets, mask=key_mask, other=0.0)
         value = tl.load(value_pool_ptr + pool_offsets, mask=key_mask, other=0.0)
-        if IS_INTERPRETED:  # whose bf16 products are wrong
+        if IS_INTERPRETED:  # the interpreter's bf16 products are wrong
             scores = tl.dot(query.to(tl.float32), tl.trans(key).to(tl.float32))
         else:
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = tl.where(keys[None, :] < num_visible[:, None], scores * scale_log2, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        # A row that has seen no key yet keeps −∞; subtracting it from itself would give NaN.
+        # A row without a key so far has maximum −∞; −∞ − (−∞) would be NaN.
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores - finite_max[:, None])
         decay = tl.exp2(running_max - finite_max)
@@ -293,7 +293,7 @@ def _paged_attention_combine_kernel(
     kv_head = tl.program_id(0) // (Q * GROUP)
     row = tl.program_id(0) % (Q * GROUP)
     sequence = tl.program_id(1).to(tl.int64)
-    # Splits beyond the length wrote nothing, so nothing of them may be read.
+    # Splits beyond the length have written nothing and must not be read.
     num_active = tl.cdiv(tl.load(lengths_ptr + sequence), SPLIT)
     elements = tl.arange(0, BLOCK_H)
     is_element = elements < H
@@ -324,7 +324,7 @@ def _paged_attention_combine_kernel(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return decode at 6B/9B heads (32 query, 2 key/value of 128) in bf16, one and four new tokens."""
+    """Return decode with 6B/9B heads (32 query, 2 key/value of 128) in bf16, one and four new tokens."""
     cases = []
     pointers = dict.fromkeys(("query_ptr", "key_pool_ptr", "value_pool_ptr"), "*bf16")
     pointers |= {"page_table_ptr": "*i32", "lengths_ptr": "*i32", "out_ptr": "*bf16"}

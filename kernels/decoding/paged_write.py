@@ -8,7 +8,7 @@ from glm_rlhf.kernels.decoding import reference_paged_write as reference
 from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 
-# Elements of one tile: at 2 heads of 128 these are 8 tokens, 16 elements a thread of each tensor.
+# Elements of one tile: at 2 heads of 128 these are 8 tokens, 16 elements per thread of each tensor.
 _TILE_ELEMENTS = 2048
 
 
@@ -20,17 +20,17 @@ def paged_write(
     value_pool: torch.Tensor,
     slots_T: torch.Tensor,
 ) -> None:
-    """Store row t of key and value in row slots[t] of the pools seen as [pages · page_size, K, H].
+    """Store row t of key and value in row slots[t] of the pools viewed as [pages · page_size, K, H].
 
     slot = page · page_size + offset; a slot of −1 writes nothing. Slots must be distinct.
 
     Args:
-        key_TKH: [T, K, H]; any strides but a contiguous head, so a view into packed QKV will do.
+        key_TKH: [T, K, H]; only heads must be contiguous, so that a view of packed QKV is allowed.
         value_TKH: [T, K, H].
         key_pool: [pages, page_size, K, H], contiguous, key's dtype; overwritten.
         value_pool: like key_pool.
-        slots_T: int64 [T], each −1 or within the pool. Past the pool it is an error on CPU only: on CUDA the
-            check would wait for the device.
+        slots_T: int64 [T], each −1 or within the pool; checked on CPU only: on CUDA the host would wait for
+            the device.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit.
@@ -88,7 +88,7 @@ def _check(
     if not key_TKH.dtype == value_TKH.dtype == key_pool.dtype == value_pool.dtype:
         raise ValueError(f"key is {key_TKH.dtype}, the pool {key_pool.dtype}: use one dtype")
     if not (key_pool.is_contiguous() and value_pool.is_contiguous()):
-        raise ValueError("the key and value pools must be contiguous: pass the pools themselves, no slices")
+        raise ValueError("the key and value pools must be contiguous: pass the pools, not slices of them")
     if key_TKH.stride(2) != 1 or value_TKH.stride(2) != 1:
         raise ValueError("the elements of a key or value head must be contiguous")
 
@@ -126,7 +126,7 @@ def _paged_write_kernel(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the write of 2 key/value heads of 128 (6B and 9B) out of packed QKV, in bf16."""
+    """Return the write of 2 key/value heads of 128 (6B and 9B) from packed QKV, in bf16."""
     constexprs = {"K": 2, "H": 128, "BLOCK_T": _TILE_ELEMENTS // 256, "BLOCK_K": 2, "BLOCK_H": 128}
     pointers = dict.fromkeys(("key_ptr", "value_ptr", "key_pool_ptr", "value_pool_ptr"), "*bf16")
     strides = ("key_token_stride", "key_head_stride", "value_token_stride", "value_head_stride")

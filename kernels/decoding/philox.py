@@ -1,9 +1,9 @@
-"""Uniform numbers that are a function of seed, step and vocabulary index alone (Philox)."""
+"""Uniform random numbers as a function of seed, step and vocabulary index (Philox)."""
 
 import numpy as np
 import torch
 
-# The fewest with which Philox 4×32 passes all of TestU01's BigCrush (Salmon et al.); ten cost 40 % more.
+# The smallest number for which Philox 4×32 passes TestU01's BigCrush (Salmon et al.); ten cost 40 % more.
 NUM_ROUNDS = 7
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -18,9 +18,9 @@ def uniforms(
 
     u[b, i] = min(2^-32 · float(word) + 2^-33, 1 − 2^-24)
 
-    where word is number i % 4 of the four that Philox makes of the counter (i // 4, low half of steps[b], its
-    high half, 0) under the key seeds[b]. Rows with equal seed and step are equal, whatever else is in the
-    batch; small u keep all their digits, which is where a race's winner is decided.
+    where word is number i % 4 of the four that Philox computes for the counter (i // 4, low half of steps[b],
+    its high half, 0) and the key seeds[b]. Rows with equal seed and step are equal in every batch. Small u,
+    which decide the race in sampling, have full precision.
 
     Args:
         seeds_B: int64 [B], any value.
@@ -29,8 +29,8 @@ def uniforms(
         first_index: index of the first, ≥ 0.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), Philox 4×32; the stream of
-    `triton.language.philox` with as many rounds. In numpy, whose 64-bit unsigned arithmetic is three times as
-    fast as torch's.
+    `triton.language.philox` with the same number of rounds. In numpy, whose 64-bit unsigned arithmetic is
+    three times as fast as torch's.
     """
     first_counter = first_index // 4
     num_counters = -(-(first_index + num_indices) // 4) - first_counter
@@ -52,8 +52,8 @@ def _philox(counter: tuple[np.ndarray, ...], key: np.ndarray) -> tuple[np.ndarra
     """Return the four words of each counter, 32-bit numbers in uint64; arrays broadcast."""
     c0, c1, c2, c3 = counter
     key0, key1 = key & _LOW, key >> _HALF
-    # A 32 × 32-bit product fits 64 bits exactly. Until the rounds have mixed them, the words of the step and
-    # the key stay one per row, so the first two rounds are cheap.
+    # A 32 × 32-bit product fits 64 bits exactly. Until the rounds mix them, the words of step and key have
+    # one element per row, so the first two rounds are cheap.
     for _ in range(NUM_ROUNDS):
         product0, product2 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0 = (product2 >> _HALF) ^ (c1 ^ key0)

@@ -21,7 +21,7 @@ def paged_attention(
     slots_BL, bias_BQL = visible_slots(page_table_BP, lengths_B, page_size=key_pool.shape[1], num_new=num_new)
     out_BQNH = attend(query_BQNH, key_pool, value_pool, slots_BL, bias_BQL, scale=scale)
     if int(lengths_B.min()) < num_new:
-        # A token before the sequence's start sees no key: its softmax is 0 / 0, its output is defined as 0.
+        # A token before the start of the sequence sees no key: its softmax is 0 / 0, its output is set to 0.
         new = torch.arange(num_new, device=lengths_B.device)
         out_BQNH.masked_fill_((lengths_B[:, None] + new < num_new)[:, :, None, None], 0.0)
     return out_BQNH
@@ -30,10 +30,10 @@ def paged_attention(
 def visible_slots(
     page_table_BP: torch.Tensor, lengths_B: torch.Tensor, *, page_size: int, num_new: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (slots_BL, bias_BQL): where each context position lies in the pool, 0 or −∞ to add to its score.
+    """Return (slots_BL, bias_BQL): the pool slot of each context position, and its score bias, 0 or −∞.
 
-    L is the longest length. They depend on no tensor of a layer, so one call serves a whole decode step.
-    Positions past a sequence's end repeat its first slot: what the pool holds beyond the end is never read.
+    L is the longest length. Both are the same for all layers, so one call is enough for a decode step.
+    Positions past the end of a sequence repeat its first slot: the pool is never read beyond the end.
     """
     longest = int(lengths_B.max())
     num_pages = -(-longest // page_size)
@@ -42,7 +42,7 @@ def visible_slots(
     first_slots_BP1 = page_table_BP[:, :num_pages, None].long() * page_size
     offsets = torch.arange(page_size, device=lengths_B.device)
     slots_BL = (first_slots_BP1 + offsets).view(len(lengths_B), -1)[:, :longest]
-    # An empty sequence may have no valid page at all; slot 0 exists, and its rows are zeroed at the end.
+    # An empty sequence may have no valid page; slot 0 always exists, and its rows are set to 0 at the end.
     first_B1 = torch.where(is_within_BL[:, :1], slots_BL[:, :1], 0)
     slots_BL = torch.where(is_within_BL, slots_BL, first_B1)
     if num_new == 1:
@@ -74,7 +74,7 @@ def attend(
         rows = pool.view(-1, num_kv_heads * head_size).index_select(0, slots_BL.reshape(-1))
         return rows.view(batch, longest, num_kv_heads, head_size).transpose(1, 2).to(dtype)
 
-    # Heads that share a key join the new tokens in the row dimension, so that no key is repeated.
+    # Query heads of one group are rows next to the new tokens, so that keys are not repeated.
     query_BKMH = query_BQNH.view(batch, num_new, num_kv_heads, group, head_size).transpose(1, 2)
     query_BKMH = query_BKMH.reshape(batch, num_kv_heads, num_new * group, head_size).to(dtype)
     bias_BM = bias_BQL.to(dtype).repeat_interleave(group, dim=1) if num_new > 1 else bias_BQL.to(dtype)

@@ -10,7 +10,7 @@ def paged_write(
     value_pool: torch.Tensor,
     slots_T: torch.Tensor,
 ) -> None:
-    """Copy row t of key and value to row slots[t] of the pools seen as [pages · page_size, K, H]; skip −1."""
+    """Copy row t of key and value to row slots[t] of the pools as [pages · page_size, K, H]; skip slot −1."""
     is_written_T = slots_T >= 0
     if not bool(is_written_T.all()):
         key_TKH, value_TKH, slots_T = key_TKH[is_written_T], value_TKH[is_written_T], slots_T[is_written_T]

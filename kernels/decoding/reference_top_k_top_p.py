@@ -11,16 +11,16 @@ def truncation_threshold(
     top_p_B: torch.Tensor | None,
     masked_ids_V: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return threshold [B]: a token is kept when its unmasked logit is at least threshold; −∞ keeps all.
+    """Return threshold [B]: a token is kept if its unmasked logit is at least threshold; −∞ keeps all.
 
-    top-k keeps v when fewer than k allowed logits exceed it. top-p keeps v when the probability of the
-    allowed tokens that exceed it, under the tempered distribution cut by top-k, is below p.
+    top-k keeps v if fewer than k allowed logits exceed it. top-p keeps v if the probability of the allowed
+    tokens that exceed it, under the tempered distribution truncated by top-k, is below p.
     """
     dtype = torch.float64 if logits_BV.dtype == torch.float64 else torch.float32
     logits_BV = logits_BV.to(dtype)
     if masked_ids_V is not None:
         logits_BV = logits_BV.masked_fill(masked_ids_V, -torch.inf)
-    # numpy's vectorised sort is many times as fast as torch's on rows of this kind.
+    # numpy's vectorised sort is many times as fast as torch's on such rows.
     ascending_BV = torch.from_numpy(np.sort(logits_BV.cpu().numpy(), axis=-1)).to(logits_BV.device)
     vocab_size = logits_BV.shape[1]
     threshold_B = torch.full((logits_BV.shape[0],), -torch.inf, dtype=dtype, device=logits_BV.device)
@@ -30,7 +30,7 @@ def truncation_threshold(
         threshold_B = torch.where(top_k_B > 0, kth_B, threshold_B)
     if top_p_B is not None:
         descending_BV = ascending_BV.flip(1)
-        # Temperature 0 draws the maximum whatever is kept; 1 keeps its row free of NaN.
+        # Temperature 0 takes the maximum in any case; the factor 1 avoids NaN in its row.
         inverse_B1 = torch.where(temperature_B > 0, 1.0 / temperature_B, 1.0).to(dtype)[:, None]
         weights_BV = ((descending_BV - descending_BV[:, :1]) * inverse_B1).exp()
         weights_BV.masked_fill_(descending_BV < threshold_B[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""Drawing the next token with temperature, top-k and top-p."""
+"""Sampling of the next token with temperature, top-k and top-p."""
 
 import torch
 
@@ -24,29 +24,29 @@ def sample(
     top_p: float | torch.Tensor = 1.0,
     masked_ids_V: torch.Tensor | None = None,
 ) -> Samples:
-    """Return one token per row, its logprob under the distribution it was drawn from, and its plain logprob.
+    """Return one sampled token per row with its logprobs, under the sampling and the untempered distribution.
 
     token[b] = argmax_i (logits[b, i] / temperature − log E[b, i]) over the kept ids i, where the E[b, i] are
-    independent and exponentially distributed: a draw from the softmax of the kept logits / temperature.
-    E[b, i] is a function of (seeds[b], steps[b], i) alone, so a row's draw depends on its own logits, seed
-    and step, not on its batch. The kernel and the CPU draw the same tokens, but where two ids tie to within
-    rounding. In order: the mask, the temperature, top-k, top-p among what top-k left.
+    independent and exponentially distributed: a sample from the softmax of the kept logits / temperature.
+    E[b, i] is a function of (seeds[b], steps[b], i), so a row's token depends on its own logits, seed and
+    step, not on its batch. The kernel and the CPU sample the same tokens, except where two ids tie to within
+    rounding. Order of operations: mask, temperature, top-k, then top-p among the ids that top-k keeps.
 
     Args:
         logits_BV: [B, V], V ≤ 2^24, fp32, bf16 or fp16 (fp64 on CPU); computed in fp32. May hold −∞.
         seeds_B: int64 [B], one per sequence.
-        steps_B: int64 [B], a number that differs between draws of one sequence, such as the token's position.
-        temperature: ≥ 0, a number or fp32 [B]; 0 takes the greatest logit, the lowest id among equals.
-        top_k: a number or int32 [B]; 0 for no limit. Ids whose logit equals the k-th greatest are all kept.
-        top_p: in (0, 1], a number or fp32 [B]; 1 for no limit. Equal logits are kept or cut together.
-        masked_ids_V: bool [V], True for ids that are never drawn (rows without a token); None for none.
+        steps_B: int64 [B], a number that differs between samples of one sequence, such as the position.
+        temperature: ≥ 0, a number or fp32 [B]; 0 takes the largest logit, the lowest id among equals.
+        top_k: a number or int32 [B]; 0 for no limit. All ids whose logit equals the k-th largest are kept.
+        top_p: in (0, 1], a number or fp32 [B]; 1 for no limit. Equal logits are kept or removed together.
+        masked_ids_V: bool [V], True for ids that are never sampled (rows without a token); None for none.
 
     Returns:
         `Samples`.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or a number is out of range. Tensors of temperature, top-k
-            and top-p are checked on CPU only: on CUDA the check would wait for the device.
+            and top-p are checked on CPU only: on CUDA the host would wait for the device.
 
     Source: the Gumbel-max trick (Maddison et al., "A* sampling", 2014), as a race of exponentials.
     """
@@ -81,22 +81,22 @@ def sample(
 
 def _per_row(
     name: str,
-    given: float | torch.Tensor,
+    setting: float | torch.Tensor,
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
     low: float,
     high: float,
 ) -> torch.Tensor:
-    """Return a setting as one number per row, checked where that needs no wait for a device."""
-    if not isinstance(given, torch.Tensor):
-        if not low <= given <= high:
-            raise ValueError(f"{name} is {given}, required is a number in [{low}, {high}]")
-        return torch.full((batch,), given, dtype=dtype, device=device)
-    if given.shape != (batch,) or given.dtype != dtype:
-        raise ValueError(f"{name} is {tuple(given.shape)} {given.dtype}, required is {dtype} [{batch}]")
-    if not given.is_cuda and batch and not (low <= given.min() and given.max() <= high):
+    """Return a setting as one number per row; checked unless the host would wait for the device."""
+    if not isinstance(setting, torch.Tensor):
+        if not low <= setting <= high:
+            raise ValueError(f"{name} is {setting}, required is a number in [{low}, {high}]")
+        return torch.full((batch,), setting, dtype=dtype, device=device)
+    if setting.shape != (batch,) or setting.dtype != dtype:
+        raise ValueError(f"{name} is {tuple(setting.shape)} {setting.dtype}, required is {dtype} [{batch}]")
+    if not setting.is_cuda and batch and not (low <= setting.min() and setting.max() <= high):
         raise ValueError(
-            f"{name} holds {given.min()} to {given.max()}, required are numbers in [{low}, {high}]"
+            f"{name} holds {setting.min()} to {setting.max()}, required are numbers in [{low}, {high}]"
         )
-    return given
+    return setting

@@ -1,4 +1,4 @@
-"""Drawing a token from a vocabulary that lies in shards."""
+"""Sampling of a token from a sharded vocabulary."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ from glm_rlhf.kernels.decoding import reference_sampling as reference
 from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 
-# Ids one program handles at most, all in registers, 16 a thread. At batch 64 the 65024 ids of 6B make 1024
-# programs of 8 warps, eight for each of an H100's multiprocessors.
+# Most ids per program, all in registers, 16 per thread. At batch 64 the 65024 ids of 6B make 1024 programs of
+# 8 warps, eight per multiprocessor of an H100.
 _BLOCK_V = 4096
 _IDS_PER_WARP = 512
-# Token ids travel in fp32 among a row's statistics.
+# Token ids are stored in fp32 among a row's statistics.
 MAX_VOCAB_SIZE = 2**24
 
 _NUM_ROUNDS = tl.constexpr(philox.NUM_ROUNDS)
 _MAXIMUM = tl.constexpr(reference.MAXIMUM)
 _TOTAL = tl.constexpr(reference.TOTAL)
-_PLAIN_MAXIMUM = tl.constexpr(reference.PLAIN_MAXIMUM)
-_PLAIN_TOTAL = tl.constexpr(reference.PLAIN_TOTAL)
+_UNTEMPERED_MAXIMUM = tl.constexpr(reference.UNTEMPERED_MAXIMUM)
+_UNTEMPERED_TOTAL = tl.constexpr(reference.UNTEMPERED_TOTAL)
 _BEST = tl.constexpr(reference.BEST)
 _TOKEN = tl.constexpr(reference.TOKEN)
 _LOGIT = tl.constexpr(reference.LOGIT)
@@ -31,16 +31,16 @@ _NUM_STATISTICS = tl.constexpr(reference.NUM_STATISTICS)
 
 
 class Samples(NamedTuple):
-    """One drawn token per row, with its log-probability under two named distributions."""
+    """One sampled token per row, with its log-probability under two distributions."""
 
     tokens_B: torch.Tensor
-    """int64 [B], ids; −1 where nothing could be drawn: no allowed id, or a logit that is NaN or +∞."""
+    """int64 [B], ids; −1 if nothing can be sampled: no allowed id, or a logit that is NaN or +∞."""
     logprobs_B: torch.Tensor
-    """fp32 [B], under the stated distribution (mask, temperature, top-k, top-p): 0 at temperature 0, NaN at
+    """fp32 [B], under the sampling distribution (mask, temperature, top-k, top-p): 0 at temperature 0, NaN at
     token −1."""
-    plain_logprobs_B: torch.Tensor
-    """fp32 [B], under the plain softmax of all V logits (no mask, temperature 1, no truncation): what
-    `linear_logprob` and `logprobs_from_logits` give for the token; NaN at token −1."""
+    untempered_logprobs_B: torch.Tensor
+    """fp32 [B], under the softmax of all V logits (no mask, temperature 1, no truncation), as
+    `linear_logprob` and `logprobs_from_logits` return it; NaN at token −1."""
 
 
 def sample_shard(
@@ -53,25 +53,25 @@ def sample_shard(
     threshold_B: torch.Tensor | None = None,
     vocab_offset: int = 0,
 ) -> torch.Tensor:
-    """Return what one shard of the vocabulary contributes to each row's draw: fp32 [B, 8].
+    """Return the sampling statistics of one vocabulary shard for each row: fp32 [B, 8].
 
     For tensor parallelism: every rank calls this on its columns, the ranks gather the results into
-    [shards, B, 8] (32 bytes a row and rank), and `combine_shards` gives every rank the same token, the one
-    that `sample` draws from the joined columns. Padding columns past the vocabulary must be sliced off, not
-    masked: masked ids still count in the plain distribution.
+    [shards, B, 8] (32 bytes per row and rank), and `combine_shards` gives every rank the same token, the one
+    that `sample` returns for the concatenated columns. Padding columns past the vocabulary must be sliced
+    off, not masked: masked ids still count in the untempered distribution.
 
     Args:
         logits_BV: [B, V of this shard].
-        seeds_B, steps_B: as in `sample`, the same on every shard.
+        seeds_B, steps_B: as in `sample`, equal on all shards.
         temperature_B: fp32 [B], ≥ 0; 0 takes the maximum.
         masked_ids_V: bool [V of this shard] or None.
-        threshold_B: fp32 [B], ids with smaller logits are cut (see `truncation_threshold`, which needs whole
-            rows); None cuts nothing.
+        threshold_B: fp32 [B], ids with smaller logits are removed (see `truncation_threshold`, which needs
+            whole rows); None removes nothing.
         vocab_offset: id of the shard's first column.
 
     Returns:
-        Maximum and sum of the tempered and of the plain distribution, and the shard's best candidate; the
-        columns are named in `reference/sampling.py`.
+        Maximum and sum of the tempered and of the untempered distribution, and the shard's best candidate;
+        `reference_sampling` names the columns.
 
     Raises:
         ValueError: as `sample`.
@@ -119,7 +119,7 @@ def tile_statistics(
             f"the kernel computes in fp32, logits are {logits_BV.dtype}: pass fp32, bf16 or fp16"
         )
     logits_BV = logits_BV.contiguous()
-    # Tiles start at ids that are multiples of 4, for random words come in fours.
+    # Tiles start at ids that are multiples of 4, because Philox returns four words per counter.
     shift = vocab_offset % 4
     block_V = min(_BLOCK_V, max(_IDS_PER_WARP, triton.next_power_of_2(vocab_size + shift)))
     num_tiles = triton.cdiv(vocab_size + shift, block_V)
@@ -127,7 +127,7 @@ def tile_statistics(
         num_tiles, batch, reference.NUM_STATISTICS, dtype=torch.float32, device=device
     )
     if batch:
-        # Rows on the first axis: it alone may exceed 65535.
+        # Rows are the first grid axis: only this one may exceed 65535.
         _sample_fwd_kernel[(batch, num_tiles)](
             logits_BV,
             masked_ids_V.view(torch.uint8) if masked_ids_V is not None else logits_BV,
@@ -150,31 +150,33 @@ def tile_statistics(
 
 @torch.no_grad()
 def combine_shards(statistics_SB8: torch.Tensor) -> Samples:
-    """Return the samples that the statistics of all shards or tiles, [shards, B, 8], imply."""
+    """Return the samples for the statistics of all shards or tiles, [shards, B, 8]."""
     if not launch.uses_triton(statistics_SB8):
         return Samples(*reference.combine(statistics_SB8))
     return _combine(statistics_SB8.contiguous())[1]
 
 
 def _combine(statistics_SB8: torch.Tensor) -> tuple[torch.Tensor, Samples]:
-    """Return the joined statistics [B, 8] and the samples they imply."""
+    """Return the joined statistics [B, 8] and their samples."""
     num_shards, batch, _ = statistics_SB8.shape
     joined_B8 = torch.empty_like(statistics_SB8[0])
     tokens_B = torch.empty(batch, dtype=torch.int64, device=statistics_SB8.device)
-    logprobs_B, plain_logprobs_B = torch.empty(2, batch, dtype=torch.float32, device=statistics_SB8.device)
+    logprobs_B, untempered_logprobs_B = torch.empty(
+        2, batch, dtype=torch.float32, device=statistics_SB8.device
+    )
     if batch:
         _sample_combine_kernel[(batch,)](
             statistics_SB8,
             joined_B8,
             tokens_B,
             logprobs_B,
-            plain_logprobs_B,
+            untempered_logprobs_B,
             num_shards,
             batch,
             BLOCK_S=triton.next_power_of_2(num_shards),
             num_warps=1,
         )
-    return joined_B8, Samples(tokens_B, logprobs_B, plain_logprobs_B)
+    return joined_B8, Samples(tokens_B, logprobs_B, untempered_logprobs_B)
 
 
 def check_sampling(
@@ -184,7 +186,7 @@ def check_sampling(
     masked_ids_V: torch.Tensor | None,
     vocab_offset: int = 0,
 ) -> None:
-    """Raise ValueError unless the arguments of a draw fit each other."""
+    """Raise ValueError if the arguments of sampling are inconsistent."""
     if logits_BV.ndim != 2 or not logits_BV.is_floating_point() or logits_BV.shape[1] == 0:
         raise ValueError(
             f"logits are {tuple(logits_BV.shape)} {logits_BV.dtype}, required is a float [B, V], V > 0"
@@ -203,13 +205,13 @@ def check_sampling(
     ):
         raise ValueError(
             f"masked ids are {tuple(masked_ids_V.shape)} {masked_ids_V.dtype}, "
-            f"required is bool [{logits_BV.shape[1]}], True for ids that are never drawn"
+            f"required is bool [{logits_BV.shape[1]}], True for ids that are never sampled"
         )
 
 
 @triton.jit
 def _exponentials(seed, step, counters, BLOCK_V: tl.constexpr):
-    """Return BLOCK_V exponentially distributed numbers, four per counter; see reference/philox.py."""
+    """Return BLOCK_V exponentially distributed numbers, four per counter; see `philox`."""
     step_low = (step & 0xFFFFFFFF).to(tl.uint32)
     step_high = ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
     word0, word1, word2, word3 = tl.philox(
@@ -218,7 +220,7 @@ def _exponentials(seed, step, counters, BLOCK_V: tl.constexpr):
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK_V)
     uniform = words.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     uniform = tl.minimum(uniform, 0.999999940395355225)  # 1 - 2^-24
-    # −log(1 − u): near 0, where the winners are, 1 − u has lost u's digits, and its series has them.
+    # −log(1 − u): near 0, which decides the race, 1 − u has lost the digits of u; the series keeps them.
     series = 1.0 + uniform * (0.5 + uniform * (1.0 / 3 + uniform * (0.25 + uniform * (0.2 + uniform / 6.0))))
     return tl.where(uniform < 0.0625, uniform * series, -tl.log(1.0 - uniform))
 
@@ -258,22 +260,22 @@ def _sample_fwd_kernel(
 
     maximum = tl.max(kept)
     scaled = (kept - tl.where(maximum == float("-inf"), 0.0, maximum)) * inverse
-    plain_maximum = tl.max(logits)
-    plain = tl.exp(logits - tl.where(plain_maximum == float("-inf"), 0.0, plain_maximum))
+    untempered_maximum = tl.max(logits)
+    untempered_exp = tl.exp(logits - tl.where(untempered_maximum == float("-inf"), 0.0, untempered_maximum))
 
     counters = (first_counter + tile * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)).to(tl.uint32)
     exponential = _exponentials(tl.load(seeds_ptr + row), tl.load(steps_ptr + row), counters, BLOCK_V)
     race = tl.where(is_greedy, scaled, scaled - tl.log(exponential))
     race = tl.where(kept == float("-inf"), float("-inf"), race)
     best = tl.max(race)
-    # Equal bests: the lowest id. With a NaN none is equal; the sums then report it, any id will do.
+    # Ties: the lowest id. With a NaN none is equal: the sums report it, and any id will do.
     winner = tl.min(tl.where((race == best) & is_id, ids, vocab_size - 1))
 
     statistics = statistics_ptr + (tile * batch + row) * _NUM_STATISTICS
     tl.store(statistics + _MAXIMUM, maximum)
     tl.store(statistics + _TOTAL, tl.sum(tl.exp(scaled)))
-    tl.store(statistics + _PLAIN_MAXIMUM, plain_maximum)
-    tl.store(statistics + _PLAIN_TOTAL, tl.sum(plain))
+    tl.store(statistics + _UNTEMPERED_MAXIMUM, untempered_maximum)
+    tl.store(statistics + _UNTEMPERED_TOTAL, tl.sum(untempered_exp))
     tl.store(statistics + _BEST, best)
     tl.store(statistics + _TOKEN, (first_counter * 4 + SHIFT + winner).to(tl.float32))
     tl.store(statistics + _LOGIT, tl.sum(tl.where(ids == winner, logits, 0.0)))
@@ -286,7 +288,7 @@ def _sample_combine_kernel(
     joined_ptr,
     tokens_ptr,
     logprobs_ptr,
-    plain_logprobs_ptr,
+    untempered_logprobs_ptr,
     num_shards,
     batch,
     BLOCK_S: tl.constexpr,
@@ -297,8 +299,8 @@ def _sample_combine_kernel(
     statistics = statistics_ptr + (shards * batch + row) * _NUM_STATISTICS
     maxima = tl.load(statistics + _MAXIMUM, mask=is_shard, other=float("-inf"))
     totals = tl.load(statistics + _TOTAL, mask=is_shard, other=0.0)
-    plain_maxima = tl.load(statistics + _PLAIN_MAXIMUM, mask=is_shard, other=float("-inf"))
-    plain_totals = tl.load(statistics + _PLAIN_TOTAL, mask=is_shard, other=0.0)
+    untempered_maxima = tl.load(statistics + _UNTEMPERED_MAXIMUM, mask=is_shard, other=float("-inf"))
+    untempered_totals = tl.load(statistics + _UNTEMPERED_TOTAL, mask=is_shard, other=0.0)
     bests = tl.load(statistics + _BEST, mask=is_shard, other=float("-inf"))
     tokens = tl.load(statistics + _TOKEN, mask=is_shard, other=float("inf"))
     inverse = tl.load(statistics_ptr + row * _NUM_STATISTICS + _INVERSE_TEMPERATURE)
@@ -307,9 +309,11 @@ def _sample_combine_kernel(
     maximum = tl.max(maxima)
     lag = maxima - tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(totals * tl.exp(lag * tl.where(is_greedy, 1.0, inverse)))
-    plain_maximum = tl.max(plain_maxima)
-    plain_lag = plain_maxima - tl.where(plain_maximum == float("-inf"), 0.0, plain_maximum)
-    plain_total = tl.sum(plain_totals * tl.exp(plain_lag))
+    untempered_maximum = tl.max(untempered_maxima)
+    untempered_lag = untempered_maxima - tl.where(
+        untempered_maximum == float("-inf"), 0.0, untempered_maximum
+    )
+    untempered_total = tl.sum(untempered_totals * tl.exp(untempered_lag))
 
     race = bests + lag * tl.where(is_greedy, 1.0, inverse)
     best = tl.max(race)
@@ -317,19 +321,19 @@ def _sample_combine_kernel(
     logits = tl.load(statistics + _LOGIT, mask=is_shard, other=0.0)
     logit = tl.sum(tl.where((tokens == token) & is_shard, logits, 0.0))
     logprob = tl.where(is_greedy, 0.0, (logit - maximum) * inverse - tl.log(total))
-    plain_logprob = logit - plain_maximum - tl.log(plain_total)
+    untempered_logprob = logit - untempered_maximum - tl.log(untempered_total)
 
-    is_valid = (maximum != float("-inf")) & (plain_total == plain_total)
+    is_valid = (maximum != float("-inf")) & (untempered_total == untempered_total)
     tl.store(tokens_ptr + row, tl.where(is_valid, token, -1.0).to(tl.int64))
     tl.store(logprobs_ptr + row, tl.where(is_valid, logprob, float("nan")))
-    tl.store(plain_logprobs_ptr + row, tl.where(is_valid, plain_logprob, float("nan")))
+    tl.store(untempered_logprobs_ptr + row, tl.where(is_valid, untempered_logprob, float("nan")))
 
     joined = joined_ptr + row * _NUM_STATISTICS
     tl.store(joined + _MAXIMUM, maximum)
     tl.store(joined + _TOTAL, total)
-    tl.store(joined + _PLAIN_MAXIMUM, plain_maximum)
-    tl.store(joined + _PLAIN_TOTAL, plain_total)
-    # Relative to the joined maximum, as every shard's is to its own.
+    tl.store(joined + _UNTEMPERED_MAXIMUM, untempered_maximum)
+    tl.store(joined + _UNTEMPERED_TOTAL, untempered_total)
+    # Relative to the joined maximum, as a shard's best is relative to the shard's maximum.
     tl.store(joined + _BEST, best)
     tl.store(joined + _TOKEN, token)
     tl.store(joined + _LOGIT, logit)
@@ -337,16 +341,16 @@ def _sample_combine_kernel(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the draw over one tile and the combination at 6B (16 tiles) and 9B (37), bf16 or fp32."""
+    """Return sampling of one tile, and the combination for 6B (16 tiles) and 9B (37), bf16 or fp32."""
     cases = []
     pointers = {"mask_ptr": "*u8", "threshold_ptr": "*fp32", "temperature_ptr": "*fp32"}
     pointers |= {"seeds_ptr": "*i64", "steps_ptr": "*i64", "statistics_ptr": "*fp32"}
     scalars = {"batch": "i32", "vocab_size": "i32", "first_counter": "i32"}
-    for dtype, is_plain in (("bf16", True), ("bf16", False), ("fp32", False)):
-        constexprs = {"SHIFT": 0, "HAS_MASK": True, "HAS_THRESHOLD": not is_plain, "BLOCK_V": _BLOCK_V}
+    for dtype, is_untruncated in (("bf16", True), ("bf16", False), ("fp32", False)):
+        constexprs = {"SHIFT": 0, "HAS_MASK": True, "HAS_THRESHOLD": not is_untruncated, "BLOCK_V": _BLOCK_V}
         cases.append(
             CompileCase(
-                name=f"sample_fwd/6B{'' if is_plain else '-truncated'}/{dtype}",
+                name=f"sample_fwd/6B{'' if is_untruncated else '-truncated'}/{dtype}",
                 kernel=_sample_fwd_kernel,
                 signature={"logits_ptr": f"*{dtype}"}
                 | pointers
@@ -359,7 +363,7 @@ def compile_cases() -> list[CompileCase]:
             )
         )
     results = {"statistics_ptr": "*fp32", "joined_ptr": "*fp32", "tokens_ptr": "*i64"}
-    results |= {"logprobs_ptr": "*fp32", "plain_logprobs_ptr": "*fp32"}
+    results |= {"logprobs_ptr": "*fp32", "untempered_logprobs_ptr": "*fp32"}
     for name, num_tiles in (("6B", 16), ("9B", 64)):
         cases.append(
             CompileCase(

@@ -1,4 +1,4 @@
-"""The smallest logit that top-k and top-p keep, found without sorting."""
+"""The smallest logit that top-k and top-p keep, without sorting."""
 
 import torch
 import triton
@@ -8,8 +8,8 @@ from glm_rlhf.kernels.decoding import reference_top_k_top_p as reference
 from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 
-# One program walks a whole row, again and again from the second-level cache: it is as wide as a block can be.
-# 4096 elements are 4 a thread; with 8 a thread on fewer warps the compiler spills on some targets.
+# One program makes several passes over a whole row in the L2 cache, with the largest possible block. 4096
+# elements are 4 per thread; with 8 per thread on fewer warps the compiler spills on some targets.
 _BLOCK_V = 4096
 _ELEMENTS_PER_WARP = 128
 
@@ -23,22 +23,23 @@ def truncation_threshold(
     top_p_B: torch.Tensor | None = None,
     masked_ids_V: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the logit from which tokens are kept, fp32 [B]; −∞ where nothing is cut.
+    """Return the smallest logit to keep, fp32 [B]; −∞ in rows without a limit.
 
     Among the tokens that are not masked, with probabilities of the logits divided by the temperature:
-    top-k keeps a token when fewer than k have a greater logit;
-    top-p keeps one of these when those with a greater logit have less than p of the probability that top-k
-    left. Tokens of equal logit are kept or cut together. Temperature 0 cuts nothing: the maximum is drawn.
+    top-k keeps a token if fewer than k have a larger logit;
+    top-p keeps one of these if those with a larger logit have less than p of the probability of all tokens
+    that top-k keeps. Tokens of equal logit are kept or removed together. Temperature 0 removes nothing: the
+    maximum is taken.
 
-    The kernel halves the interval between two logits of the row until they are the same one, counting or
-    weighing what lies above the middle: about 10 to 16 passes over a row that stays in cache.
+    The kernel bisects between two logits of the row until they are equal, counting or summing what lies above
+    the middle: about 10 to 16 passes over a row that stays in cache.
 
     Args:
         logits_BV: [B, V], contiguous, fp32, bf16 or fp16 (fp64 on CPU); may hold −∞.
         temperature_B: fp32 [B], ≥ 0.
         top_k_B: int32 [B], 0 for no limit; None for no limit in any row.
         top_p_B: fp32 [B] in (0, 1], 1 for no limit; None for no limit in any row.
-        masked_ids_V: bool [V], True for ids that are never drawn; None for none.
+        masked_ids_V: bool [V], True for ids that are never sampled; None for none.
 
     Source: Holtzman et al., "The curious case of neural text degeneration" (2020), for top-p; transformers'
     logits warpers keep equal logits together under top-k only.
@@ -92,10 +93,10 @@ def _smallest_kept(
     HAS_MASK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Return the smallest logit v in [low, high] above which lies less than target; low, high are logits."""
+    """Return the smallest logit v in [low, high] with less than `target` above it; low, high are logits."""
     while low < high:
         pivot = 0.5 * low + 0.5 * high
-        # Rounding may leave the interval; its lower end always makes progress.
+        # Rounding may leave the interval; its lower end always gives progress.
         pivot = tl.where((pivot >= low) & (pivot < high), pivot, low)
         above = tl.zeros([BLOCK_V], tl.float32)
         next_above = tl.full([BLOCK_V], float("inf"), tl.float32)
@@ -145,7 +146,7 @@ def _truncation_fwd_kernel(
         count += tl.where(is_possible, 1.0, 0.0)
     maximum = tl.max(largest)
     minimum = tl.min(smallest)
-    # A row with +∞ has no distribution; the draw reports it, the search must only end.
+    # A row with +∞ has no distribution; sampling reports it, the search must only terminate.
     is_searchable = (temperature > 0.0) & (maximum < float("inf"))
 
     threshold = tl.full([], float("-inf"), tl.float32)
@@ -185,7 +186,7 @@ def _truncation_fwd_kernel(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the search for top-k with top-p over the vocabularies of 6B and 9B, bf16 and fp32 logits."""
+    """Return the search for top-k with top-p over the 6B and 9B vocabularies, bf16 and fp32 logits."""
     constexprs = {"HAS_MASK": True, "HAS_TOP_K": True, "HAS_TOP_P": True, "BLOCK_V": _BLOCK_V}
     pointers = {"mask_ptr": "*u8", "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32"}
     pointers |= {"threshold_ptr": "*fp32"}

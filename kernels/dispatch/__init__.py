@@ -1,4 +1,4 @@
-"""Launching a kernel, checking its arguments, compiling it ahead of time.
+"""Kernel dispatch, argument checks, ahead-of-time compilation.
 
 Imports torch and Triton only.
 """

@@ -1,4 +1,4 @@
-"""Compiles every kernel for those of sm_80, sm_90 and sm_100 that launch it, without a GPU, and tabulates.
+"""Ahead-of-time compilation of every kernel for sm_80, sm_90 and sm_100, without a GPU, as a table.
 
 python -m glm_rlhf.kernels.dispatch.aot_compile --out kernels_aot.md --json kernels_aot.json
 """
@@ -35,7 +35,7 @@ FP_FUSION = True
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledCase:
-    """What the compiler made of one case on one target, or why it failed."""
+    """Resources of one compiled case on one target, or the compiler's error."""
 
     name: str
     """`<kernel>/<shape>/<dtype>`, as in `CompileCase`."""
@@ -44,16 +44,16 @@ class CompiledCase:
     num_warps: int
     num_stages: int
     registers: int = 0
-    """32-bit registers a thread."""
+    """32-bit registers per thread."""
     spill_bytes: int = 0
-    """Bytes a thread stores to local memory plus the bytes it loads back because registers ran out."""
+    """Bytes per thread that are stored to and loaded from local memory for lack of registers."""
     stack_bytes: int = 0
     """Stack frame of a thread."""
     shared_bytes: int = 0
     """Shared memory of a block."""
     compile_s: float = 0.0
     notes: str = ""
-    """Where the case is launched, if not everywhere."""
+    """Devices on which the case is launched, if not all."""
     error: str = ""
     """Empty when the case compiled."""
 
@@ -76,7 +76,7 @@ def collect_cases() -> list[CompileCase]:
     names = [case.name for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"compile cases with the same name: {', '.join(twice)}; give each its own")
+        raise ValueError(f"compile cases with the same name: {', '.join(twice)}; give each its own name")
     return sorted(cases, key=lambda case: case.name)
 
 
@@ -87,7 +87,7 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
         ValueError: the process runs Triton's interpreter, which has no compiler.
     """
     if is_interpreting():
-        raise ValueError("compiling ahead needs the compiler: unset TRITON_INTERPRET and start again")
+        raise ValueError("ahead-of-time compilation needs the compiler: unset TRITON_INTERPRET and restart")
     described = {
         "name": case.name,
         "capability": capability,
@@ -107,8 +107,8 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
                 for name in case.divisible_by_16
             },
         )
-        # The assembler's log, which alone tells spills from other stack use, is printed by this knob; a
-        # cached binary would print none.
+        # Only the assembler's log tells spills from other stack use. This setting prints it, but not for a
+        # cached binary.
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
             triton.knobs.compilation.always_compile = True
@@ -133,16 +133,17 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
 
 
 def is_launchable(result: CompiledCase) -> bool:
-    """Return whether the case compiled and neither spills nor wants too much shared memory."""
+    """Return whether the case compiled without spills and within the limit of shared memory."""
     fits = result.shared_bytes <= SHARED_LIMIT_BYTES[result.capability]
     return not result.error and fits and result.spill_bytes == 0
 
 
 def _ordered_signature(case: CompileCase) -> dict[str, str]:
     types = dict.fromkeys(case.constexprs, "constexpr") | case.signature
-    given, required = set(types), set(case.kernel.arg_names)
-    if given != required:
-        raise ValueError(f"arguments missing {sorted(required - given)}, unknown {sorted(given - required)}")
+    present, required = set(types), set(case.kernel.arg_names)
+    if present != required:
+        missing, unknown = sorted(required - present), sorted(present - required)
+        raise ValueError(f"compile case {case.name}: arguments missing {missing}, unknown {unknown}")
     return {name: types[name] for name in case.kernel.arg_names}
 
 
@@ -171,7 +172,7 @@ def as_markdown(compiled: Iterable[CompiledCase], *, date: str) -> str:
         f"Python {platform.python_version()}, fp fusion {'on' if FP_FUSION else 'off'}. "
         "Compiled without a GPU: nothing here was timed.",
         "",
-        "Each cell: registers a thread / spilled bytes a thread (stored and loaded) / shared memory of a "
+        "Each cell: registers per thread / spilled bytes per thread (stored and loaded) / shared memory of a "
         "block in bytes. None may spill; a cell is empty where the case is never launched.",
         "",
         "| Kernel / shape / dtype | warps | stages | "
@@ -195,7 +196,7 @@ def _cell(result: CompiledCase | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, write the reports and return the exit status: 1 if a case is not launchable, or none ran."""
+    """Compile, write the reports and return the exit status: 1 if a case is not launchable or none match."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Checks of an op's vector arguments, with messages that say what to mend."""
+"""Checks of an op's vector arguments, with messages that state the required value."""
 
 import torch
 
@@ -7,7 +7,7 @@ def check_vectors(**required: tuple[torch.Tensor | None, int]) -> None:
     """Raise ValueError unless each named tensor is one-dimensional, of the given length, on one device.
 
     Args:
-        required: name → (tensor or None, length). None is an argument left out and is skipped.
+        required: name → (tensor or None, length). None is an omitted argument and is skipped.
     """
     device = None
     for name, (tensor, length) in required.items():
@@ -27,9 +27,9 @@ def check_mask(name: str, mask: torch.Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
-    """Raise ValueError unless `cu_seqlens` is int32 and, on the host, ascends from 0 to `num_tokens`.
+    """Raise ValueError unless `cu_seqlens` is int32 and, on a CPU, ascends from 0 to `num_tokens`.
 
-    On a GPU the offsets are not read, since that would make the host wait for the device.
+    On a GPU the offsets are not read, because the host would wait for the device.
     """
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, required is torch.int32")
@@ -39,7 +39,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
     if not ascends:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens[:8].tolist()}{' and so on' if cu_seqlens.numel() > 8 else ''}, "
-            f"required are offsets that never descend, from 0 to the {num_tokens} tokens given"
+            f"required are non-decreasing offsets from 0 to the number of tokens, {num_tokens}"
         )
 
 
@@ -52,7 +52,7 @@ def check_range(name: str, number: float, low: float, high: float) -> None:
 def check_denominator(denominator: float | torch.Tensor) -> None:
     """Raise ValueError unless a loss's denominator is one positive number.
 
-    A tensor's value is not read, since that would make the host wait for the device.
+    A tensor's value is not read, because the host would wait for the device.
     """
     if isinstance(denominator, torch.Tensor):
         if denominator.numel() != 1:

@@ -1,6 +1,6 @@
-"""Which implementation of an op runs: the Triton kernel or the fp32 torch reference.
+"""Dispatch of an op to the Triton kernel or to the fp32 torch reference.
 
-CUDA tensors take the Triton kernel, CPU tensors the reference. The environment variable
+CUDA tensors use the Triton kernel, CPU tensors the reference. The environment variable
 `GLM_RLHF_KERNELS` (`auto`, `triton`, `reference`) or the context manager `forced` overrides this;
 `triton` on CPU tensors needs Triton's interpreter (`TRITON_INTERPRET=1` before the first import).
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Whether a product and a sum may become one rounding: Triton is about to change its default.
+# Whether a · b + c may be contracted to one rounding: Triton's default changes with version 3.10.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
@@ -25,7 +25,7 @@ _forced: list[str] = []
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileCase:
-    """One kernel at one shape, as the ahead-of-time compiler and the benchmark table take it."""
+    """One kernel at one shape, for the ahead-of-time compiler and the benchmark table."""
 
     name: str
     """`<kernel>/<shape>/<dtype>`, unique over the package, e.g. `linear_logprob_fwd/6B/bf16`."""
@@ -36,13 +36,13 @@ class CompileCase:
     constexprs: dict[str, Any]
     """Values of the compile-time arguments."""
     divisible_by_16: tuple[str, ...] = ()
-    """Arguments whose address or value is a multiple of 16 (without it loads are not vectorised)."""
+    """Arguments whose address or value is a multiple of 16 (otherwise loads are not vectorised)."""
     num_warps: int = 4
     num_stages: int = 3
     launched_on: tuple[int, ...] = (80, 90, 100)
-    """Compute capabilities that it is launched on: for them it is compiled, and must not spill."""
+    """Compute capabilities on which it is launched: it is compiled for them and must not spill."""
     notes: str = ""
-    """For the table: what else the case stands for."""
+    """For the table: other shapes that the case covers."""
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def forced(choice: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """Return the choice in force: the innermost `forced` block, else the environment, else `auto`.
+    """Return the active choice: the innermost `forced` block, else the environment, else `auto`.
 
     Raises:
         ValueError: the environment variable holds an unknown choice.
@@ -75,7 +75,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     """Return whether an op on `tensor` runs its Triton kernel (True) or the torch reference (False).
 
     Raises:
-        ValueError: `triton` is asked for on a CPU tensor and the interpreter is off.
+        ValueError: `triton` is requested for a CPU tensor and the interpreter is off.
     """
     choice = requested()
     if choice == "auto":

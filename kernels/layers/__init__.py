@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and SwiGLU, each beside its plain fp32 reference.
+"""RMSNorm, RoPE and SwiGLU, each with its fp32 reference in plain torch.
 
 Imports `dispatch`.
 """

@@ -1,4 +1,4 @@
-"""RMSNorm in plain torch, rounded as the Hugging Face GLM models round it."""
+"""RMSNorm in plain torch, rounded as in the Hugging Face GLM models."""
 
 import torch
 
@@ -14,7 +14,7 @@ def rms_norm(
     Float64 input is computed in float64, everything else in fp32.
     """
     wide_TD = hidden_TD.to(_compute_dtype(hidden_TD))
-    # One reduction without a [T, D] temporary: on a CPU the temporaries cost more than the arithmetic.
+    # One reduction without a [T, D] temporary: on a CPU temporaries cost more than arithmetic.
     rstd_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
     rstd_T1 = rstd_T1.square_().mul_(1.0 / hidden_TD.shape[-1]).add_(epsilon).rsqrt_()
     normed_TD = (wide_TD * rstd_T1).to(hidden_TD.dtype)

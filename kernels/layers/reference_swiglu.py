@@ -20,7 +20,7 @@ def swiglu_backward(grad_TF: torch.Tensor, gate_up_TF2: torch.Tensor) -> torch.T
     gate_TF, up_TF = gate_up_TF2.to(dtype).chunk(2, dim=-1)
     d_gate_up_TF2 = torch.empty(gate_up_TF2.shape, dtype=dtype, device=gate_up_TF2.device)
     d_gate_TF, d_up_TF = d_gate_up_TF2.chunk(2, dim=-1)
-    # Both halves are written in place: on a CPU the temporaries cost more than the arithmetic.
+    # Both gradients are written in place: on a CPU temporaries cost more than arithmetic.
     torch.mul(grad_TF, up_TF, out=d_gate_TF)
     torch.ops.aten.silu_backward.grad_input(d_gate_TF, gate_TF, grad_input=d_gate_TF)
     torch.ops.aten.silu.out(gate_TF, out=d_up_TF)

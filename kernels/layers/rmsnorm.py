@@ -8,10 +8,10 @@ from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 from glm_rlhf.kernels.layers import reference_rmsnorm as reference
 
-# Elements a program holds at once: 16 per thread with 8 warps, two 16-byte bf16 loads in flight each.
+# Elements per program: 16 per thread with 8 warps, two 16-byte bf16 loads in flight each.
 _TILE_ELEMENTS = 4096
-# Programs of the backward, each with its own row of d_weight: two blocks for each of an H100's 132
-# multiprocessors. A constant, so that the order of summation does not depend on the device.
+# Programs of the backward, each with its own row of d_weight: two blocks per multiprocessor of an H100 (132).
+# A constant, so that the order of summation does not depend on the device.
 _BACKWARD_PROGRAMS = 264
 
 
@@ -20,8 +20,8 @@ def rms_norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, *, epsilon: float)
 
     normed[t, d] = round(hidden[t, d] / sqrt(mean_e hidden[t, e]² + epsilon)) · weight[d]
 
-    The statistics are fp32; `round` is the cast to hidden's dtype before the weight, as in
-    transformers' GlmRMSNorm, so that bf16 models agree with it to the last bit but for the sum's order.
+    The statistics are fp32; `round` is the cast to hidden's dtype before the weight, as in transformers'
+    GlmRMSNorm, so that bf16 models agree with it bitwise except for the order of the sum.
 
     Args:
         hidden_TD: [..., D], fp32, bf16 or fp16 (fp64 on CPU).
@@ -32,7 +32,7 @@ def rms_norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, *, epsilon: float)
         [..., D], hidden's dtype; differentiable in hidden and weight (once).
 
     Raises:
-        ValueError: weight is not [D], or the kernel is asked for float64.
+        ValueError: weight is not [D], or the kernel gets float64.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4.
     """
@@ -51,16 +51,16 @@ def add_rms_norm(
     """Return (rms_norm(total_TD), total_TD) with total = hidden + residual, rounded to hidden's dtype.
 
     Args:
-        hidden_TD: [..., D], fp32, bf16 or fp16 (fp64 on CPU): what a sublayer adds.
+        hidden_TD: [..., D], fp32, bf16 or fp16 (fp64 on CPU): the output of a sublayer.
         residual_TD: the residual stream, shape and dtype of hidden.
         weight_D: [D].
         epsilon: added to the mean square, > 0.
 
     Returns:
-        The normed sum and the sum, both [..., D] in hidden's dtype; differentiable in all three tensors.
+        The normalised sum and the sum, both [..., D] in hidden's dtype; differentiable in all three tensors.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or the kernel is asked for float64.
+        ValueError: shapes or dtypes do not fit, or the kernel gets float64.
 
     Source: as `rms_norm`.
     """
@@ -68,7 +68,7 @@ def add_rms_norm(
     if residual_TD.shape != hidden_TD.shape or residual_TD.dtype != hidden_TD.dtype:
         raise ValueError(
             f"residual is {tuple(residual_TD.shape)} {residual_TD.dtype}, hidden is {tuple(hidden_TD.shape)} "
-            f"{hidden_TD.dtype}: the residual stream needs the shape and dtype of what is added to it"
+            f"{hidden_TD.dtype}: both must have the same shape and dtype"
         )
     flat_TD = hidden_TD.reshape(-1, hidden_TD.shape[-1])
     flat_residual_TD = residual_TD.reshape(flat_TD.shape)
@@ -80,7 +80,7 @@ def add_rms_norm(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the normed tensor's input and one fp32 a row; everything else is recomputed."""
+    """Saves the norm's input and one fp32 per row; backward recomputes everything else."""
 
     @staticmethod
     def forward(ctx, hidden_TD, residual_TD, weight_D, epsilon):
@@ -217,7 +217,7 @@ def _rms_norm_fwd_kernel(
     hidden = stored.to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # The norm sees the rounded sum, the one that the residual stream carries on.
+        # The norm uses the rounded sum, as stored in the residual stream.
         rounded = (hidden + residual).to(dtype)
         tl.store(total_ptr + offsets, rounded, mask=mask)
         hidden = rounded.to(tl.float32)
@@ -249,7 +249,7 @@ def _rms_norm_bwd_kernel(
     weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     num_tiles = tl.cdiv(num_rows, BLOCK_T)
-    # Two stages: the next tile is on its way while this one is reduced.
+    # Two stages: the next tile is loaded while this one is reduced.
     for tile in tl.range(tl.program_id(0), num_tiles, num_programs, num_stages=2):
         rows = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask = (rows < num_rows)[:, None] & is_column[None, :]

@@ -1,4 +1,4 @@
-"""Partial interleaved rotary position embedding, as GLM applies it to queries and keys."""
+"""Partial interleaved rotary position embedding of GLM for queries and keys."""
 
 import torch
 import triton
@@ -8,8 +8,8 @@ from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 from glm_rlhf.kernels.layers import reference_rope as reference
 
-# Tokens and heads of one program: at 32 pairs a head this is 32 bf16 elements a thread, four 16-byte loads,
-# and the angles are read once for eight heads. 34 rotated heads (6B) fill 85 % of five such blocks.
+# Tokens and heads per program: at 32 pairs per head this is 32 bf16 elements per thread, four 16-byte loads,
+# and the angles are read once per eight heads. 34 rotated heads (6B) fill 85 % of five such blocks.
 _BLOCK_T = 8
 _BLOCK_N = 8
 
@@ -21,13 +21,13 @@ def rope_table(
 
     angle[p, i] = p · theta^(−2i / rotary_size)
 
-    Gather rows by position to get what `rope` takes: `cos_PR[positions_T]`.
+    Index it by position for `rope`: `cos_PR[positions_T]`.
 
     Args:
         num_positions: positions 0 to num_positions − 1.
         rotary_size: rotated elements of a head, even.
-        theta: base of the frequencies (`rope_theta`, any `rope_ratio` multiplied in).
-        device: where the table lives.
+        theta: base of the frequencies (`rope_theta` times any `rope_ratio`).
+        device: of the table.
 
     Raises:
         ValueError: rotary_size is odd.
@@ -57,7 +57,7 @@ def rope(heads_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) ->
         [T, N, H] in heads' dtype, new memory; differentiable in heads. The gradient is rotated back.
 
     Raises:
-        ValueError: shapes do not fit, or the kernel is asked for float64.
+        ValueError: shapes do not fit, or the kernel gets float64.
 
     Source: transformers' `apply_rotary_pos_emb` of GLM, which rounds cos, sin and each product to bf16.
     """
@@ -93,12 +93,12 @@ def rope_qkv_in_place(
 ) -> torch.Tensor:
     """Rotate queries and keys inside the projection's own output and return that tensor.
 
-    The backward rotates the arriving gradient in its memory too, so the result must not share its gradient
-    with another branch: hand it to views and attention only, not to an addition.
+    The backward also rotates the incoming gradient in place, so the result must not share its gradient with
+    another branch: pass it to views and attention only, not to an addition.
 
     Args:
         mixed_TM: contiguous [T, groups · (queries per group + 2) · H], laid out as for `rope_qkv`. It is
-            overwritten. Pass the linear layer's output itself: of a view, autograd would copy the gradient.
+            overwritten. Pass the linear layer's output itself: for a view, autograd would copy the gradient.
         cos_TR, sin_TR: as in `rope`.
         num_groups: key/value heads on this rank.
         head_size: H.
@@ -144,7 +144,7 @@ def _rope(
 
 
 class _Rope(torch.autograd.Function):
-    """A rotation: linear and orthogonal, so the backward needs the angles alone."""
+    """A rotation: linear and orthogonal, so that backward needs only the angles."""
 
     @staticmethod
     def forward(ctx, heads, cos_TR, sin_TR, group_shape, num_rotated, is_in_place):
@@ -224,7 +224,7 @@ def _rope_kernel(
 ):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     rotated = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rotated head r lies in group r // NUM_ROTATED; the group's unrotated heads are stepped over.
+    # Rotated head r is in group r // NUM_ROTATED; the group's unrotated heads are skipped.
     heads = rotated // NUM_ROTATED * HEADS_PER_GROUP + rotated % NUM_ROTATED
     elements = tl.arange(0, 2 * BLOCK_R)
     pairs = tl.arange(0, BLOCK_R)

@@ -8,10 +8,10 @@ from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 from glm_rlhf.kernels.layers import reference_swiglu as reference
 
-# Columns of a tile: 8 per thread with 4 warps, a 16-byte bf16 load from each half. 13696 columns fill 13.4
-# such tiles, so 4 % of the lanes idle.
+# Columns of a tile: 8 per thread with 4 warps, one 16-byte bf16 load each of gate and up. 13696 columns fill
+# 13.4 such tiles, so that 4 % of the lanes are idle.
 _BLOCK_F = 1024
-# Elements of a tile: two rows, so that every thread has four loads in flight (six in the backward).
+# Elements of a tile: two rows, so that every thread has four loads in flight (six in backward).
 _TILE_ELEMENTS = 2048
 
 
@@ -21,17 +21,17 @@ def swiglu(gate_up_TF2: torch.Tensor) -> torch.Tensor:
     out[t, f] = gate[t, f] · sigmoid(gate[t, f]) · up[t, f], gate[t, f] = gate_up[t, f],
     up[t, f] = gate_up[t, F + f]
 
-    One rounding, after the product. The backward recomputes the sigmoid; only the input is kept.
+    One rounding, after the product. Backward recomputes the sigmoid; only the input is saved.
 
     Args:
-        gate_up_TF2: [..., 2F], fp32, bf16 or fp16 (fp64 on CPU). A tensor-parallel rank's shard is again
+        gate_up_TF2: [..., 2F], fp32, bf16 or fp16 (fp64 on CPU). A tensor-parallel rank's shard is
             [its gate columns | its up columns].
 
     Returns:
         [..., F], the input's dtype; differentiable (once).
 
     Raises:
-        ValueError: the last dimension is odd or 0, or the kernel is asked for float64.
+        ValueError: the last dimension is odd or 0, or the kernel gets float64.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), eq. 6.
     """
@@ -49,7 +49,7 @@ def swiglu(gate_up_TF2: torch.Tensor) -> torch.Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps the packed input only."""
+    """Saves only the packed input."""
 
     @staticmethod
     def forward(ctx, gate_up_TF2):
@@ -97,7 +97,7 @@ def _block(ffn_size: int) -> dict[str, int]:
 
 
 def _grid(num_rows: int, block: dict[str, int], ffn_size: int) -> tuple[int, int]:
-    # Rows on the first axis: it alone may exceed 65535.
+    # Rows are the first grid axis: only this one may exceed 65535.
     return triton.cdiv(num_rows, block["BLOCK_T"]), triton.cdiv(ffn_size, block["BLOCK_F"])
 
 

@@ -1,6 +1,6 @@
-"""From hidden states over the vocabulary to log-probabilities and losses, without a matrix of logits.
+"""Logprobs and losses over the vocabulary from hidden states, without materialising the logits.
 
-Each op stands beside its plain fp32 reference.
+Each op comes with its fp32 reference in plain torch.
 
 Imports `dispatch`; `linear_ppo_loss` imports the policy loss of `rl` too.
 """

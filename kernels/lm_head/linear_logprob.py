@@ -1,4 +1,4 @@
-"""Log-probability of the target straight from hidden states, without the `[T, V]` logits."""
+"""Log-probability of the target from hidden states, without materialising the `[T, V]` logits."""
 
 from collections.abc import Callable
 
@@ -21,19 +21,19 @@ def linear_logprob(
     logprobs[t] = log p[t, targets[t]], entropy[t] = -sum_j p[t, j] log p[t, j] (of the tempered p).
 
     Row t predicts `targets_T[t]`: the caller pairs the hidden state of token t - 1 with token t.
-    Differentiable in hidden and weight through both outputs; backward computes the logits again, and rows
-    that receive a zero gradient are left out of it.
+    Differentiable in hidden and weight through both outputs; backward recomputes the logits, and skips rows
+    whose gradient is zero.
 
     Args:
-        hidden_TD: `[T, D]` float. On CUDA bf16 and float32 have kernels, other dtypes take the definition.
+        hidden_TD: `[T, D]` float. On CUDA bf16 and float32 have kernels, other dtypes use the reference.
         weight_VD: `[V, D]`, same dtype.
-        targets_T: int64 or int32 `[T]`; rows with `IGNORE_INDEX` (-100) leave before any product and give
-            logprob 0, entropy 0 and a gradient of exactly zero.
+        targets_T: int64 or int32 `[T]`; rows with `IGNORE_INDEX` (-100) are removed before any matrix product
+            and give logprob 0, entropy 0 and a gradient of exactly zero.
         temperature: divides the logits, > 0.
 
     Returns:
-        `(logprobs_T, entropy_T)`, float32 `[T]` (float64 for float64 inputs). A row without one finite
-        logit is NaN, as in `log_softmax`.
+        `(logprobs_T, entropy_T)`, float32 `[T]` (float64 for float64 inputs). A row without a finite logit
+        is NaN, as in `log_softmax`.
 
     Raises:
         ValueError: shapes or dtypes disagree, a target is out of range, or temperature is not positive.
@@ -54,19 +54,19 @@ def sharded_linear_logprob(
     reduce_statistics: Callable[[SoftmaxStatistics], SoftmaxStatistics] | None = None,
     reduce_hidden_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `linear_logprob` over a vocabulary of which `weight_VD` is one shard.
+    """Return `linear_logprob` over a sharded vocabulary; `weight_VD` is one shard.
 
     Args:
-        hidden_TD, targets_T, temperature: as in `linear_logprob`, the same on every shard.
+        hidden_TD, targets_T, temperature: as in `linear_logprob`, equal on all shards.
         weight_VD: `[V / shards, D]`, rows from `vocab_offset` on.
         vocab_size: ids in the whole vocabulary, for the range check of the targets.
         vocab_offset: id of the shard's first row.
-        reduce_statistics: makes the statistics of all shards out of this shard's; called once per forward.
-        reduce_hidden_gradient: makes the sum over all shards out of this shard's `[rows, D]` float32
-            contribution; called once per backward. None leaves the sum to the caller.
+        reduce_statistics: combines this shard's statistics with those of all shards; called once per forward.
+        reduce_hidden_gradient: sums this shard's `[rows, D]` float32 contribution over all shards; called
+            once per backward. None leaves the sum to the caller.
 
     Returns:
-        `(logprobs_T, entropy_T)`, the same on every shard.
+        `(logprobs_T, entropy_T)`, equal on all shards.
 
     Raises:
         ValueError: as `linear_logprob`.
@@ -94,7 +94,7 @@ def shard_statistics(
 ) -> SoftmaxStatistics:
     """Return one shard's softmax statistics (max, sum_exp, weighted_sum, target_logit), float32 `[T]`.
 
-    Every row takes part: the caller has removed those with `IGNORE_INDEX`. Not differentiable.
+    Every row must have a target: the caller has removed those with `IGNORE_INDEX`. Not differentiable.
     """
     head = vocab_head if vocab_head.is_supported(hidden_TD) else reference
     return head.shard_statistics(
@@ -115,12 +115,12 @@ def shard_gradients(
     wants_hidden: bool = True,
     wants_weight: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return `(dhidden_TD, dweight_VD)`: this shard's contributions, logits computed again.
+    """Return `(dhidden_TD, dweight_VD)`: this shard's contributions, from recomputed logits.
 
     Args:
         distribution: of the tempered logits over the whole vocabulary, float32 `[T]` each.
-        dlogprob_T, dentropy_T: float32 `[T]`, upstream gradients; None stands for zero.
-        wants_hidden, wants_weight: which of the two products to take.
+        dlogprob_T, dentropy_T: float32 `[T]`, upstream gradients; None means zero.
+        wants_hidden, wants_weight: which of the two gradients to compute.
 
     Returns:
         `dhidden_TD` float32, summed over this shard's columns only, and `dweight_VD` in the weight's dtype,
@@ -144,7 +144,7 @@ def shard_gradients(
 def check_head_inputs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, temperature: float
 ) -> None:
-    """Raise ValueError where hidden, weight, targets and temperature do not fit together."""
+    """Raise ValueError if hidden, weight, targets and temperature are inconsistent."""
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"linear_logprob: hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} given, "
@@ -187,7 +187,7 @@ class _LinearLogprob(torch.autograd.Function):
         if reduce_statistics is not None:
             statistics = reduce_statistics(statistics)
         logprobs_T, distribution = statistics.logprob()
-        # The entropy is kept apart from the returned tensor: a caller may change that one in place.
+        # Backward keeps its own copy of the entropy: a caller may change the returned tensor in place.
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, rows, *distribution)
         ctx.temperature, ctx.vocab_offset = temperature, vocab_offset
         ctx.reduce_hidden_gradient = reduce_hidden_gradient
@@ -226,8 +226,8 @@ class _LinearLogprob(torch.autograd.Function):
         )
         if wants_hidden:
             if ctx.reduce_hidden_gradient is not None:
-                # The size that is reduced depends on the targets alone, so that ranks whose gradients
-                # differ in the last bit (one rounds to zero) still meet in the same collective.
+                # The reduced size depends only on the targets: ranks whose gradients differ in the last bit
+                # (one rounds to zero) must still call a collective of the same size.
                 dhidden_TD = ctx.reduce_hidden_gradient(
                     _spread(dhidden_TD, live, distribution.max_T.shape[0])
                 )

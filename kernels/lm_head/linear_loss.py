@@ -1,8 +1,8 @@
-"""A loss of logprobs and entropies together with its gradients, from one sweep over the vocabulary head.
+"""A loss of logprobs and entropies with its gradients, from one pass over the vocabulary head.
 
-Backward of a loss on top of `linear_logprob` forms the logits a second time. Where the loss is a sum over
+Backward of a loss on top of `linear_logprob` computes the logits a second time. If the loss is a sum over
 rows of a function of that row's logprob and entropy, its gradient is known as soon as the row's logprob is:
-the logits of a chunk of rows are kept until then, and three matrix products do instead of four.
+the logits of a chunk of rows are kept until then, which takes three matrix products instead of four.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ class Addable(Protocol):
 
 Statistics = TypeVar("Statistics", bound=Addable)
 RowLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Statistics]]
-"""`(logprobs_R, entropy_R, rows_R) -> (loss, statistics)`: differentiable; a sum over rows, each of which
-depends on its own logprob and entropy only. `rows_R` are the rows' indices into T."""
+"""`(logprobs_R, entropy_R, rows_R) -> (loss, statistics)`: differentiable; a sum over rows, whose terms
+depend only on the row's own logprob and entropy. `rows_R` are the rows' indices into T."""
 
 
 def linear_loss(
@@ -46,29 +46,30 @@ def linear_loss(
     reduce_statistics: Callable[[SoftmaxStatistics], SoftmaxStatistics] | None = None,
     start_hidden_reduction: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, Statistics]:
-    """Return `(loss, statistics)` of `row_loss` over the rows that have a target, with the gradients taken.
+    """Return `(loss, statistics)` of `row_loss` over the rows that have a target; computes the gradients too.
 
     loss = sum over chunks of row_loss(logprobs, entropy, rows). The gradients with respect to hidden and
-    weight are formed here, chunk by chunk: backward only scales them by the upstream scalar, once.
-    Rows with `IGNORE_INDEX` leave before any product; rows whose gradient turns out to be exactly zero
-    leave before the last two, which changes no bit of any other row's gradient of hidden.
+    weight are computed here, chunk by chunk: backward only scales them by the upstream scalar, once.
+    Rows with `IGNORE_INDEX` are removed before any matrix product; rows whose gradient is exactly zero are
+    removed before the last two, which does not change the other rows' gradients of hidden in any bit.
 
-    Memory beside hidden, weight and their gradients: the kept logits of one chunk (`CHUNK_BYTES` on CUDA).
-    With several chunks the weight's gradient is accumulated in float32.
+    Memory in addition to hidden, weight and their gradients: the kept logits of one chunk (`CHUNK_BYTES` on
+    CUDA). With several chunks the weight's gradient is accumulated in float32.
 
     Args:
         hidden_TD, weight_VD, targets_T, temperature: as in `linear_logprob`.
-        row_loss: see `RowLoss`; called once per chunk, with no row at all if there is none.
+        row_loss: see `RowLoss`; called once per chunk, also with zero rows.
         vocab_size, vocab_offset: as in `sharded_linear_logprob`; by default the weight is the vocabulary.
-        shard_columns: columns per shard that decide the chunking, the same on all shards.
-        reduce_statistics: makes the statistics of all shards out of this shard's; called once per chunk.
-        start_hidden_reduction: starts the sum over all shards of a `[rows, D]` float32 tensor and returns
-            what waits for it; the weight's product runs in between. None leaves the sum to the caller.
+        shard_columns: columns per shard that determine the chunking, equal on all shards.
+        reduce_statistics: combines this shard's statistics with those of all shards; called once per chunk.
+        start_hidden_reduction: starts the sum over all shards of a `[rows, D]` float32 tensor and returns a
+            function that waits for it; the weight's matrix product runs in between. None leaves the sum to
+            the caller.
 
     Returns:
         loss: 0-dim, differentiable in hidden and weight; its backward runs once. Fold constant factors into
             the row loss: an upstream gradient that is no power of two rounds bf16 gradients a second time.
-        statistics: the sum of what `row_loss` gave.
+        statistics: the sum of the statistics of `row_loss`.
 
     Raises:
         ValueError: as `linear_logprob`.
@@ -112,7 +113,7 @@ def _sweep(
     chunks = _even_chunks(num_rows, head.rows_per_chunk(shard_columns, hidden_TD))
     wants_hidden, wants_weight = wants
     dtype = math_dtype(hidden_TD)
-    # Gradients wait for backward as they will be handed over, but several products are added in float32.
+    # Gradients have the dtype that backward returns, but sums of several products are float32.
     weight_dtype = weight_VD.dtype if head is vocab_head and len(chunks) <= 1 else dtype
     hidden_dtype = hidden_TD.dtype if head is vocab_head else dtype
     width = hidden_TD.shape[1]
@@ -179,7 +180,7 @@ def _row_gradients(
 
 
 def _even_chunks(num_rows: int, largest: int) -> list[slice]:
-    """Return slices of about equal size, in whole tiles; one empty slice where there is no row."""
+    """Return slices of about equal size, in whole tiles; one empty slice if there is no row."""
     if num_rows == 0:
         return [slice(0, 0)]
     tile = vocab_head.HOPPER.rows
@@ -188,7 +189,7 @@ def _even_chunks(num_rows: int, largest: int) -> list[slice]:
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss, with gradients that exist already: backward scales them and hands them over."""
+    """The loss with precomputed gradients: backward scales and returns them."""
 
     @staticmethod
     def forward(
@@ -210,7 +211,7 @@ class _WithGradients(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_loss: backward ran a second time; its gradients were scaled in place and handed over "
+                "linear_loss: backward ran a second time; its gradients were scaled in place and returned "
                 "the first time, so call the loss again instead of retaining the graph"
             )
         dhidden_RD, dweight_VD = (
@@ -225,7 +226,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return `gradient * upstream` in `dtype`; nothing is read or written if both stay as they are."""
+    """Return `gradient * upstream` in `dtype`; reads and writes nothing if neither changes."""
     if not vocab_head.is_supported(gradient):
         if upstream == 1:
             return gradient.to(dtype)
@@ -236,7 +237,7 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) 
         gradient,
         out,
         upstream.float(),
-        num_elements,  # 16 a thread: bound by memory
+        num_elements,  # 16 per thread: bound by memory
         IS_IN_PLACE=out is gradient,
         BLOCK=SCALE_BLOCK,
         num_warps=8,
@@ -251,7 +252,7 @@ SCALE_BLOCK = 4096
 def _scale_kernel(
     gradient_ptr, out_ptr, upstream_ptr, num_elements, IS_IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write gradient * upstream; nothing is read or written where that changes nothing."""
+    """Write gradient * upstream; reads and writes nothing if that changes nothing."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     upstream = tl.load(upstream_ptr + tl.zeros_like(index))
     changes = index < num_elements

@@ -1,4 +1,4 @@
-"""PPO's policy loss and the negative log-likelihood straight from hidden states, gradients included."""
+"""PPO's policy loss and the negative log-likelihood from hidden states, with their gradients."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ from glm_rlhf.kernels.rl.reference_policy_loss import PolicyStatistics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NllStatistics:
-    """What a user watches of supervised training, as one vector that adds up over chunks and ranks."""
+    """Statistics of supervised training, as one vector that is summed over chunks and ranks."""
 
     sums: torch.Tensor
     """[4] float32: rows with a nonzero weight; their negative log-likelihood, unweighted; their entropy;
-    rows whose logprob is NaN or infinite. They are counted, not mended."""
+    rows whose logprob is NaN or infinite, which are counted, not replaced."""
 
     def __add__(self, other: "NllStatistics") -> "NllStatistics":
         return NllStatistics(sums=self.sums + other.sums)
@@ -64,22 +64,21 @@ def linear_ppo_loss(
 ) -> tuple[torch.Tensor, PolicyStatistics]:
     """Return `(loss, statistics)` of `ppo_policy_loss` on the logprobs of `linear_logprob`.
 
-    The formula is `ppo_policy_loss`'s, with logprobs and entropy at the given temperature. It is evaluated
-    inside the sweep over the vocabulary head, so that forward and backward take three matrix products, not
-    four; rows that are masked take none, rows that are clipped away (and have neither an entropy nor a KL
-    term) take one.
+    The formula is that of `ppo_policy_loss`, with logprobs and entropy at the given temperature. It is
+    evaluated inside the pass over the vocabulary head, so that forward and backward take three matrix
+    products, not four; masked rows take none, clipped rows without an entropy or KL term take one.
 
     Args:
         hidden_TD: [T, D] float; row t predicts `targets_T[t]`.
-        weight_VD: [V, D], same dtype. Its gradient is skipped where it needs none.
+        weight_VD: [V, D], same dtype. Its gradient is skipped if it needs none.
         targets_T: [T] int, token ids; read only where the mask is true. `IGNORE_INDEX` masks the row too.
         old_logprobs_T, advantages_T, mask_T, clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_T,
         kl_coef, kl_estimator, importance_weights_T, denominator: as in `ppo_policy_loss`.
-        temperature: divides the logits, > 0; the one that the old logprobs were taken at.
+        temperature: divides the logits, > 0; the temperature of the old logprobs.
 
     Returns:
         loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable once in hidden and weight.
-        PolicyStatistics: as of `ppo_policy_loss`, entropy always included.
+        PolicyStatistics: as of `ppo_policy_loss`, always with entropy.
 
     Raises:
         ValueError: as `linear_logprob` and `ppo_policy_loss`.
@@ -115,13 +114,13 @@ def linear_nll_loss(
 
     Args:
         hidden_TD, weight_VD, targets_T, temperature: as in `linear_logprob`.
-        weights_T: [T] float, w_t; a row of weight 0 costs nothing. None: every weight is 1. A constant.
-        denominator: what the sum is divided by, e.g. the tokens trained on over all micro-batches and
-            data-parallel ranks. A tensor is not synchronised on.
+        weights_T: [T] float, w_t; a row of weight 0 is skipped. None: every weight is 1. A constant.
+        denominator: divides the sum, e.g. the number of trained tokens over all micro-batches and
+            data-parallel ranks. The host does not wait for a tensor.
 
     Returns:
         loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable once in hidden and weight.
-        NllStatistics: sums over the rows that took part, not differentiable.
+        NllStatistics: sums over the rows that were not skipped, not differentiable.
 
     Raises:
         ValueError: as `linear_logprob`, or the weights or the denominator do not fit.
@@ -146,7 +145,7 @@ def ppo_row_loss(
     importance_weights_T: torch.Tensor | None,
     denominator: float | torch.Tensor,
 ) -> tuple[torch.Tensor, RowLoss]:
-    """Return the targets with masked rows ignored, and PPO's loss as `linear_loss` takes it.
+    """Return the targets with `IGNORE_INDEX` in masked rows, and PPO's loss for `linear_loss`.
 
     Raises:
         ValueError: a vector's length or the mask's dtype does not fit.
@@ -173,7 +172,7 @@ def ppo_row_loss(
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
-            # Without a coefficient the entropy is only watched: its gradient would be computed as zeros.
+            # Without a coefficient the entropy is only a statistic: its gradient would be zeros.
             entropy_T=entropy_R if entropy_coef != 0.0 else entropy_R.detach(),
             entropy_coef=entropy_coef,
             ref_logprobs_T=None if ref_logprobs_T is None else ref_logprobs_T[rows_R],
@@ -189,7 +188,7 @@ def ppo_row_loss(
 def nll_row_loss(
     targets_T: torch.Tensor, weights_T: torch.Tensor | None, *, denominator: float | torch.Tensor
 ) -> tuple[torch.Tensor, RowLoss]:
-    """Return the targets with rows of weight 0 ignored, and the likelihood loss as `linear_loss` takes it.
+    """Return the targets with `IGNORE_INDEX` in rows of weight 0, and the likelihood loss for `linear_loss`.
 
     Raises:
         ValueError: the weights' length or the denominator does not fit.

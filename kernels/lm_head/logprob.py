@@ -1,4 +1,4 @@
-"""Log-probability of the target from logits that exist already, with one read of each row."""
+"""Log-probability of the target from existing logits, with one read of each row."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from glm_rlhf.kernels.lm_head.targets import IGNORE_INDEX, rows_with_target
 __all__ = ["IGNORE_INDEX", "logprobs_from_logits", "sharded_logprobs_from_logits"]
 
 BLOCK_COLUMNS = 4096
-"""8 KB of bf16: 16 elements a thread with 8 warps, two 16-byte loads in flight each."""
+"""8 KB of bf16: 16 elements per thread with 8 warps, two 16-byte loads in flight each."""
 
 
 def logprobs_from_logits(
@@ -27,25 +27,25 @@ def logprobs_from_logits(
     """Return the logprob of each row's target and the entropy of each row's distribution.
 
     z[t] = logits[t] / temperature, logprobs[t] = log softmax(z[t])[targets[t]],
-    entropy[t] = -sum_j p[t, j] log p[t, j]. Logits of -inf are columns of probability zero: they give no
-    NaN in forward or backward. Differentiable in the logits through both outputs.
+    entropy[t] = -sum_j p[t, j] log p[t, j]. Logits of -inf have probability zero and cause no NaN in forward
+    or backward. Differentiable in the logits through both outputs.
 
     Args:
         logits_TV: `[T, V]` float; rows may be strided, a row must be contiguous.
         targets_T: int64 or int32 `[T]`; rows with `IGNORE_INDEX` (-100) are not read and give logprob 0,
             entropy 0 and a gradient of exactly zero.
         temperature: divides the logits, > 0.
-        inplace_gradient: backward writes the gradient over the logits and returns that memory: no second
-            `[T, V]` tensor. Nothing else may read the logits after backward has begun, and backward runs
-            once. The default allocates the gradient.
+        inplace_gradient: backward overwrites the logits with the gradient and returns that memory: no second
+            `[T, V]` tensor. Nothing else may read the logits after backward starts, and backward runs once.
+            The default allocates the gradient.
 
     Returns:
-        `(logprobs_T, entropy_T)`, float32 `[T]` (float64 for float64 logits). A row without one finite
-        logit is NaN, as in `log_softmax`.
+        `(logprobs_T, entropy_T)`, float32 `[T]` (float64 for float64 logits). A row without a finite logit
+        is NaN, as in `log_softmax`.
 
     Raises:
         ValueError: shapes disagree, rows are not contiguous, temperature is not positive, or a target is
-            out of range (on CUDA such a row's logprob is NaN: the host does not wait to look).
+            out of range (on CUDA such a row's logprob is NaN, so that the host need not wait).
     """
     return sharded_logprobs_from_logits(
         logits_TV,
@@ -66,12 +66,12 @@ def sharded_logprobs_from_logits(
     reduce_statistics: Callable[[SoftmaxStatistics], SoftmaxStatistics] | None = None,
     inplace_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `logprobs_from_logits` over a vocabulary of which `logits_TV` holds one shard's columns.
+    """Return `logprobs_from_logits` over a sharded vocabulary; `logits_TV` holds one shard's columns.
 
     Args:
         vocab_size: ids in the whole vocabulary, for the range check of the targets.
         vocab_offset: id of the shard's first column.
-        reduce_statistics: makes the statistics of all shards out of this shard's; called once per forward.
+        reduce_statistics: combines this shard's statistics with those of all shards; called once per forward.
 
     Raises:
         ValueError: as `logprobs_from_logits`.
@@ -102,7 +102,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
         reduce_statistics: Callable[[SoftmaxStatistics], SoftmaxStatistics] | None,
         inplace_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not logits_TV.is_cuda:  # there the kernel makes it NaN: the host does not wait
+        if not logits_TV.is_cuda:  # on CUDA the kernel returns NaN, so that the host need not wait
             rows_with_target(targets_T, vocab_size)
         placement = {"vocab_offset": vocab_offset, "temperature": temperature}
         if _is_supported(logits_TV) and reduce_statistics is None:
@@ -144,7 +144,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
             out_TV=out_TV,
             **ctx.placement,
         )
-        if ctx.inplace_gradient:  # a second backward then fails and does not read gradients as logits
+        if ctx.inplace_gradient:  # makes a second backward fail instead of reading gradients as logits
             torch.autograd.graph.increment_version(logits_TV)
         return out_TV, *(None,) * 6
 
@@ -156,7 +156,7 @@ def _is_supported(logits_TV: torch.Tensor) -> bool:
 def _launch_whole(
     logits_TV: torch.Tensor, targets_T: torch.Tensor, vocab_size: int, vocab_offset: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, RowDistribution]:
-    """Return (logprobs_T, entropy_T, distribution) of rows that are whole, in one launch."""
+    """Return (logprobs_T, entropy_T, distribution) of unsharded rows, in one launch."""
     out_5T = _launch_forward(logits_TV, targets_T, vocab_size, vocab_offset, temperature, is_whole=True)
     logprobs_T, entropy_T, *distribution = out_5T.unbind(0)
     return logprobs_T, entropy_T, RowDistribution(*distribution)
@@ -237,7 +237,7 @@ def _launch_gradient(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return both kernels in bf16; 6B and 9B differ in runtime arguments only and share their binaries."""
+    """Return both kernels in bf16; 6B and 9B differ only in runtime arguments and share their binaries."""
     rows = ("maximum_ptr", "log_sum_ptr", "entropy_ptr", "dlogprob_ptr", "dentropy_ptr")
     integers = ("num_rows", "num_columns", "stride", "out_stride", "vocab_size", "vocab_offset")
     kinds = {

@@ -1,4 +1,4 @@
-"""Device code that reduces rows of existing logits and writes their gradient."""
+"""Kernels that reduce rows of existing logits and write their gradient."""
 
 import triton
 import triton.language as tl
@@ -21,10 +21,10 @@ def _logprob_fwd_kernel(
     IS_WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row. out [5, rows]: if whole logprob, entropy, max, log_sum, entropy, else statistics.
+    """One program per row. out [5, rows]: logprob, entropy, max, log_sum, entropy (IS_WHOLE) or statistics.
 
-    The maximum is reduced over the block at every step; the sums stay one per lane until the end, so that
-    an element costs one exponential.
+    The maximum is reduced over the block at every step; the sums stay per lane until the end, so that each
+    element needs one exponential.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)

@@ -1,7 +1,7 @@
-"""Plain torch mathematics of the vocabulary head, tile by tile so that no `[T, V]` exists.
+"""The vocabulary head in plain torch, tile by tile so that no `[T, V]` is materialised.
 
 Computes in float64 for float64 inputs and in float32 otherwise. One tile is `TILE_ROWS` rows by
-`TILE_COLUMNS` columns of the vocabulary; what is held beside inputs and outputs does not grow with T or V.
+`TILE_COLUMNS` columns of the vocabulary; memory in addition to inputs and outputs does not grow with T or V.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from glm_rlhf.kernels.lm_head.softmax_statistics import (
 TILE_ROWS = 256
 TILE_COLUMNS = 4096
 CACHED_ROWS = 32
-"""Rows of a tile that pass through the elementwise steps together: half a megabyte stays in the cache."""
+"""Rows of a tile that are processed together in elementwise steps: half a megabyte stays in the cache."""
 
 
 def shard_statistics(
@@ -41,7 +41,7 @@ def shard_statistics(
     dtype = math_dtype(hidden_TD)
     tiles = []
     for rows in slices(hidden_TD.shape[0], TILE_ROWS):
-        # Rows outside: the tile of hidden is converted once and the running sums stay small.
+        # Rows are the outer loop: the tile of hidden is converted once and the running sums stay small.
         hidden_tile_TD = scaled(hidden_TD[rows].to(dtype), temperature)
         running = None
         for columns in slices(weight_VD.shape[0], TILE_COLUMNS):
@@ -68,13 +68,13 @@ def shard_gradients(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return `(dhidden_TD, dweight_VD)`, the shard's contribution, with the logits computed again.
+    """Return `(dhidden_TD, dweight_VD)`, the shard's contribution, from recomputed logits.
 
     dz_j = dlogprob * (1[j = target] - p_j) - dentropy * p_j * (log p_j + entropy),
     p_j = exp(z_j - max - log_sum).
 
-    `dhidden_TD` is the sum over this shard's columns in the dtype of the mathematics; the sum over shards
-    is the caller's. `dweight_VD` is accumulated likewise and rounded once to the weight's dtype.
+    `dhidden_TD` is the sum over this shard's columns in the compute dtype; the caller sums over shards.
+    `dweight_VD` is accumulated likewise and rounded once to the weight's dtype.
     """
     dtype = math_dtype(hidden_TD)
     dhidden_TD = torch.zeros(hidden_TD.shape, dtype=dtype, device=hidden_TD.device) if wants_hidden else None
@@ -101,9 +101,9 @@ def shard_gradients(
 
 
 def statistics_of_logits(logits_TV: torch.Tensor, local_targets_T: torch.Tensor) -> SoftmaxStatistics:
-    """Return the statistics of one tile of tempered logits z, which becomes exp(z - max) in place.
+    """Return the statistics of one tile of tempered logits z, which is overwritten with exp(z - max).
 
-    `local_targets_T` counts from the tile's first column; ids outside the tile are not owned.
+    `local_targets_T` counts from the tile's first column; ids outside the tile are ignored.
     """
     safe_targets_T, is_owned_T = owned(local_targets_T, logits_TV.shape[1])
     target_T = torch.where(is_owned_T, logits_TV.gather(1, safe_targets_T[:, None]).squeeze(1), 0)
@@ -150,9 +150,9 @@ def exponentials_gradient_(
     dlogprob_T: torch.Tensor | None,
     dentropy_T: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return what `logits_gradient_` does of a tile that `statistics_of_logits` has overwritten.
+    """Return the result of `logits_gradient_` for a tile that `statistics_of_logits` has overwritten.
 
-    `max_T` is the tile's own maximum, to which its exponentials are relative.
+    `max_T` is the tile's own maximum, the reference of its exponentials.
     """
     log_scale_T = (finite_anchor(max_T) - distribution.max_T) - distribution.log_sum_T
     for rows in slices(exp_TV.shape[0], CACHED_ROWS):
@@ -198,7 +198,7 @@ def owned(local_targets_T: torch.Tensor, num_columns: int) -> tuple[torch.Tensor
 
 
 def math_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return float64 for float64 inputs (the oracle of the tests), float32 for every other."""
+    """Return float64 for float64 inputs (the reference of the tests), else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -1,6 +1,6 @@
-"""Plain torch mathematics of gradient-in-forward: logits of a few rows wait for their gradient.
+"""Gradient in forward in plain torch: the logits of a chunk of rows are kept until their gradient is known.
 
-The kept logits of one chunk take `CHUNK_ELEMENTS` numbers, whatever the size of the vocabulary.
+The kept logits of one chunk have `CHUNK_ELEMENTS` elements for any size of the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def keep_logits(
     vocab_offset: int,
     temperature: float,
 ) -> tuple[SoftmaxStatistics, ReferenceKeptLogits]:
-    """Return the statistics of the rows and what `dlogits_of_kept` makes their gradient of."""
+    """Return the statistics of the rows, and the kept logits for `dlogits_of_kept`."""
     dtype = math_dtype(hidden_TD)
     hidden_TD = scaled(hidden_TD.to(dtype), temperature)
     exp_TV = hidden_TD.new_empty(hidden_TD.shape[0], weight_VD.shape[0])
@@ -85,7 +85,7 @@ def dlogits_of_kept(
 def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, is_first: bool) -> None:
     """Add `left @ right` to `out`, in the dtype of both; the first product overwrites it.
 
-    `right` is converted a slice at a time: no float32 copy of a bf16 weight exists.
+    `right` is converted slice by slice: no float32 copy of a bf16 weight is made.
     """
     if is_first:
         out.zero_()
@@ -94,5 +94,5 @@ def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, 
 
 
 def rows_per_chunk(num_columns: int, hidden_TD: torch.Tensor) -> int:
-    """Return how many rows of kept logits make `CHUNK_ELEMENTS`, at least 16."""
+    """Return the number of rows whose kept logits have `CHUNK_ELEMENTS` elements, at least 16."""
     return max(16, CHUNK_ELEMENTS // max(1, num_columns))

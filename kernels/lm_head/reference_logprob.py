@@ -1,6 +1,6 @@
-"""Plain torch mathematics of logits -> logprob, a few rows at a time.
+"""Logprobs of existing logits in plain torch, a few rows at a time.
 
-No float32 copy of the whole `[T, V]` exists.
+No float32 copy of the whole `[T, V]` is made.
 """
 
 from collections.abc import Iterator

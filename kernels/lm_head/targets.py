@@ -1,16 +1,16 @@
-"""Rows of a packed batch that take part: the others leave before any product."""
+"""Selection of the rows of a packed batch that have a target or a gradient; other rows are not computed."""
 
 import torch
 
 IGNORE_INDEX = -100
-"""Target of a row that is to cost nothing: logprob and entropy 0, gradient exactly zero."""
+"""Target of a row to skip: logprob and entropy 0, gradient exactly zero."""
 
 
 def rows_with_target(targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
-    """Return the indices of the rows whose target is not `IGNORE_INDEX`; None stands for every row.
+    """Return the indices of the rows whose target is not `IGNORE_INDEX`; None means every row.
 
-    On CUDA this is one transfer of three numbers to the host: the size of everything that follows
-    depends on the count, and the range check travels along.
+    On CUDA one transfer of three numbers to the host: the count, on which all later shapes depend, and the
+    range of the targets.
 
     Args:
         targets_T: int64 or int32 `[T]`, token ids or `IGNORE_INDEX`.
@@ -30,7 +30,7 @@ def rows_with_target(targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor |
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"targets: found {low if low < 0 else high}, required 0 <= target < {vocab_size} "
-            f"(the vocabulary) or {IGNORE_INDEX} (skip the row); check that tokenizer and model agree"
+            f"(the vocabulary) or {IGNORE_INDEX} (skip the row); check that the tokenizer is the model's"
         )
     if count == targets_T.numel():
         return None
@@ -38,9 +38,9 @@ def rows_with_target(targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor |
 
 
 def rows_with_gradient(*gradients: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the indices of the rows where any gradient is not exactly zero; None stands for every row.
+    """Return the indices of the rows where any gradient is not exactly zero; None means every row.
 
-    NaN is not zero: such a row stays and its NaN is seen. On CUDA the host waits for the count.
+    Rows with NaN are included, so that the NaN is propagated. On CUDA the host waits for the count.
 
     Args:
         gradients: `[T]` each; None is zero everywhere, not all may be None.

@@ -1,8 +1,8 @@
-"""Launches of the vocabulary head's kernels, with the tile shapes and the matrix products around them.
+"""Launches of the vocabulary head's kernels, with their tile shapes and matrix products.
 
-The product that makes the logits is fused with what reduces them, because statistics within 1e-4 need
-float32 logits and writing those costs a fifth of the product's time. The two products of the gradient take
-an operand that exists, bf16 d(loss)/d(logits) of at most `CHUNK_BYTES`, and are left to cuBLAS.
+The matrix product of the logits is fused with their reduction, because statistics within 1e-4 need float32
+logits, and writing those costs a fifth of the product's time. The two products of the gradient use cuBLAS on
+a materialised operand, bf16 d(loss)/d(logits) of at most `CHUNK_BYTES`.
 """
 
 from dataclasses import dataclass
@@ -19,39 +19,39 @@ from glm_rlhf.kernels.lm_head.vocab_row_kernels import _dlogits_from_exp_kernel,
 CHUNK_BYTES = 1 << 30
 """Most memory of one chunk of exponentials or of d(loss)/d(logits)."""
 GROUP = 16
-"""Row tiles that walk together: 16 MB of hidden and 17 MB of weight in flight fit the 50 MB cache."""
+"""Row tiles processed together: 16 MB of hidden and 17 MB of weight in flight fit the 50 MB cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileShape:
-    """How one program cuts the product hidden x weight."""
+    """Tile sizes of one program in the product hidden x weight."""
 
     rows: int
     columns: int
     width: int
     """Elements of the hidden dimension per step."""
     num_parts: int
-    """1 or 4: parts in which a tile of logits is consumed."""
+    """1 or 4: column parts in which a tile of logits is reduced."""
     num_warps: int
     num_stages: int
     uses_tma: bool
-    """Operands come through tensor-memory-access descriptors, not through pointers."""
+    """Whether operands are loaded through tensor-memory-access descriptors instead of pointers."""
 
 
-# 128 x 256 float32 accumulators are 128 registers a thread in two warpgroups, the largest tile there is;
-# 4 stages of 48 KB leave 31 KB of 227. Consumed in one part it would spill.
+# 128 x 256 float32 accumulators are 128 registers per thread in two warpgroups, the largest possible tile;
+# 4 stages of 48 KB leave 31 KB of 227. Reduced in one part it would spill.
 HOPPER = TileShape(rows=128, columns=256, width=64, num_parts=4, num_warps=8, num_stages=4, uses_tma=True)
-# Accumulators live in tensor memory, of which 8 warps read whole rows: cutting a tile moves data and spills.
+# Accumulators are in tensor memory, read by 8 warps in whole rows: splitting a tile moves data and spills.
 BLACKWELL = TileShape(rows=128, columns=128, width=64, num_parts=1, num_warps=8, num_stages=4, uses_tma=True)
 # Any address and width; 3 stages of 32 KB fit the 163 KB of sm_80.
 PORTABLE = TileShape(rows=128, columns=128, width=64, num_parts=1, num_warps=8, num_stages=3, uses_tma=False)
-# Products on the ordinary cores, exact to float32: for checks, not for speed.
+# Products on CUDA cores, exact to float32: for checks, not for speed.
 FLOAT32 = TileShape(rows=64, columns=64, width=32, num_parts=1, num_warps=8, num_stages=2, uses_tma=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptLogits:
-    """Logits of some rows as exp(z - maximum of the tile), the form that keeps its digits in bf16."""
+    """Logits of some rows as exp(z - maximum of the tile), a form that bf16 stores precisely."""
 
     exp_TV: torch.Tensor
     """`[T, V]` in the dtype of hidden, rows padded to 16 bytes."""
@@ -61,7 +61,7 @@ class KeptLogits:
 
 
 def is_supported(hidden: torch.Tensor) -> bool:
-    """Return whether these kernels run on `hidden`: float16's exponents are too few for exponentials."""
+    """Return whether these kernels support `hidden`: the exponent range of float16 is too small."""
     return uses_triton(hidden) and hidden.dtype in (torch.bfloat16, torch.float32)
 
 
@@ -85,7 +85,7 @@ def keep_logits(
     vocab_offset: int,
     temperature: float,
 ) -> tuple[SoftmaxStatistics, KeptLogits]:
-    """Return the statistics of the rows and what `dlogits_of_kept` makes their gradient of."""
+    """Return the statistics of the rows, and the kept logits for `dlogits_of_kept`."""
     return _forward(hidden_TD, weight_VD, targets_T, vocab_offset, temperature, keeps=True)
 
 
@@ -104,8 +104,8 @@ def shard_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return `(dhidden_TD, dweight_VD)`, as `reference.linear_logprob.shard_gradients`.
 
-    The vocabulary is cut, not the rows: a chunk's dweight is then complete and only the far smaller dhidden
-    is accumulated, in float32.
+    Chunks split the vocabulary, not the rows: a chunk's dweight is then complete, and only the much smaller
+    dhidden is accumulated, in float32.
     """
     num_rows, num_columns = hidden_TD.shape[0], weight_VD.shape[0]
     dhidden_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=torch.float32) if wants_hidden else None
@@ -153,16 +153,16 @@ def dlogits_of_kept(
     vocab_offset: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `(dlogits_LV, order)`: the gradient of the rows `live`, written over the kept logits.
+    """Return `(dlogits_LV, order)`: the gradient of the rows `live`, which overwrites the kept logits.
 
-    Row k of the result belongs to row `order[k]` of the chunk (None: to row k). Live rows stay where they
-    are if that is among the first `len(live)`; the others move into the gaps that dead rows left.
+    Row k of the result belongs to row `order[k]` of the chunk (None: to row k). Live rows among the first
+    `len(live)` keep their position; the others move to the positions of rows without a gradient.
     """
     num_rows, num_columns = kept.exp_TV.shape
     order = torch.arange(num_rows, device=targets_T.device) if live is None else _compacted(live, num_rows)
     num_live = order.shape[0]
     if num_live > 0 and num_columns > 0:
-        tiles = max(1, 2048 // kept.tile_columns)  # 16 elements a thread: two 16-byte loads in flight
+        tiles = max(1, 2048 // kept.tile_columns)  # 16 elements per thread: two 16-byte loads in flight
         _dlogits_from_exp_kernel[(num_live, triton.cdiv(num_columns, tiles * kept.tile_columns))](
             kept.exp_TV,
             kept.tile_max_ST,
@@ -182,9 +182,9 @@ def dlogits_of_kept(
 
 
 def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, is_first: bool) -> None:
-    """Add `left @ right`, accumulated in float32, to `out`; the first one overwrites it.
+    """Add `left @ right`, accumulated in float32, to `out`; the first product overwrites it.
 
-    `addmm` takes a float32 `out` beside bf16 factors from torch 2.10 on.
+    From torch 2.10 on, `addmm` supports a float32 `out` with bf16 factors.
     """
     if not out.is_cuda:  # under the interpreter
         product = left.float() @ right.float()
@@ -198,7 +198,7 @@ def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, 
 
 
 def rows_per_chunk(num_columns: int, hidden_TD: torch.Tensor) -> int:
-    """Return how many rows of kept logits fit `CHUNK_BYTES`, in whole tiles."""
+    """Return the number of rows whose kept logits fit `CHUNK_BYTES`, in whole tiles."""
     fitting = CHUNK_BYTES // (max(1, num_columns) * hidden_TD.element_size())
     return max(1, fitting // HOPPER.rows) * HOPPER.rows
 
@@ -265,7 +265,7 @@ def _forward(
         **_tile_arguments(hidden_TD, shape),
     )
     merged_4T = partials_4ST.new_empty(4, num_rows)
-    # 16 tiles x 32 rows of four planes are 16 registers a thread; 256 programs at T = 8192 fill the device.
+    # 16 tiles x 32 rows of four planes are 16 registers per thread; 256 programs at T = 8192 fill the device.
     _merge_partials_kernel[(triton.cdiv(num_rows, 32),)](
         partials_4ST, merged_4T, num_tiles, num_rows, BLOCK_S=16, BLOCK_T=32, num_warps=4
     )
@@ -313,9 +313,9 @@ def _rows_of_16_bytes(num_rows: int, num_columns: int, like: torch.Tensor) -> to
 
 
 def _compacted(live: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return which row each of the first `len(live)` slots takes: itself if live, else one from behind."""
+    """Return the source row of each of the first `len(live)` slots: itself if live, else a later live row."""
     num_live = live.shape[0]
     order = torch.arange(num_live, device=live.device)
     is_live = torch.zeros(num_rows, dtype=torch.bool, device=live.device).index_fill_(0, live, True)
-    from_behind_first = live[torch.argsort((live < num_live).to(torch.int8), stable=True)]
-    return order.masked_scatter_(~is_live[:num_live], from_behind_first)
+    later_rows_first = live[torch.argsort((live < num_live).to(torch.int8), stable=True)]
+    return order.masked_scatter_(~is_live[:num_live], later_rows_first)

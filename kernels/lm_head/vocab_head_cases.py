@@ -9,9 +9,9 @@ LAUNCHED_ON = {PORTABLE: (80, 90, 100), HOPPER: (90,), BLACKWELL: (100,)}
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return every kernel in bf16; 6B and 9B differ in runtime arguments only and share their binaries.
+    """Return every kernel in bf16; 6B and 9B differ only in runtime arguments and share their binaries.
 
-    The shapes made for one generation of devices would spill on the others, where they are never launched.
+    Tile shapes for one generation of devices would spill on the others, where they are never launched.
     """
     cases = []
     for name, shape in (("portable", PORTABLE), ("hopper", HOPPER), ("blackwell", BLACKWELL)):
@@ -80,15 +80,17 @@ def _tile_case(name: str, kernel: object, shape: TileShape, options: dict[str, o
         "dlogits_stride": "i32",
         "vocab_offset": "i32",
     } | dict.fromkeys(constexprs, "constexpr")
-    given = {argument: signature[argument] for argument in kernel.arg_names}
+    kernel_signature = {argument: signature[argument] for argument in kernel.arg_names}
     aligned = {"width", "exp_stride", "dlogits_stride"}
-    aligned |= {argument for argument, kind in given.items() if kind.startswith("*")}
+    aligned |= {argument for argument, kind in kernel_signature.items() if kind.startswith("*")}
     return CompileCase(
         name=name,
         kernel=kernel,
-        signature=given,
-        constexprs={argument: value for argument, value in constexprs.items() if argument in given},
-        divisible_by_16=tuple(argument for argument in given if argument in aligned),
+        signature=kernel_signature,
+        constexprs={
+            argument: value for argument, value in constexprs.items() if argument in kernel_signature
+        },
+        divisible_by_16=tuple(argument for argument in kernel_signature if argument in aligned),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         launched_on=LAUNCHED_ON[shape],
@@ -100,12 +102,14 @@ def _row_case(
     name: str, kernel: object, signature: dict[str, str], constexprs: dict[str, object]
 ) -> CompileCase:
     signature = signature | dict.fromkeys(constexprs, "constexpr")
-    given = {argument: signature[argument] for argument in kernel.arg_names}
+    kernel_signature = {argument: signature[argument] for argument in kernel.arg_names}
     return CompileCase(
         name=name,
         kernel=kernel,
-        signature=given,
+        signature=kernel_signature,
         constexprs=constexprs,
-        divisible_by_16=tuple(argument for argument, kind in given.items() if kind.startswith("*")),
+        divisible_by_16=tuple(
+            argument for argument, kind in kernel_signature.items() if kind.startswith("*")
+        ),
         num_warps=4,
     )

@@ -1,10 +1,10 @@
-"""Device code of the vocabulary head: a tile of logits is formed in registers and reduced there.
+"""Compute-bound kernels of the vocabulary head: a tile of logits is computed and reduced in registers.
 
-Logits never leave the multiprocessor in float32. What a tile writes is four numbers a row (`_fwd_kernel`),
+Float32 logits are never written to memory. A tile writes four numbers per row (`_fwd_kernel`),
 exp(z - maximum of the tile) in the dtype of the inputs (`_fwd_kernel` with `STORES_EXP`), or the gradient
-with respect to the logits (`_bwd_kernel`). Exponentials of the tile's own maximum, and not logits, because
-bf16 keeps their relative error at 2^-8 and the most probable token exact, where a bf16 logit of 10 would be
-off by 0.03 and its probability by 3 %.
+with respect to the logits (`_bwd_kernel`). It stores exponentials relative to the tile's maximum, and not
+logits, because their relative error in bf16 is 2^-8 and the most probable token is exact; a bf16 logit of 10
+would be off by 0.03 and its probability by 3 %.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from glm_rlhf.kernels.lm_head.vocab_row_kernels import LN_2, LOG2_E, _at_least_lowest, _row_parameters
 
-# Not specialised: a count of 1, or one divisible by 16, would compile the kernel anew for no faster code.
+# Not specialised: a count of 1, or one divisible by 16, would recompile the kernel without faster code.
 COUNTS = ["num_rows", "num_columns", "vocab_offset"]
 
 
@@ -60,19 +60,19 @@ def _linear_logprob_fwd_kernel(
     rows = first_row + tl.arange(0, BLOCK_T)
     columns = first_column + tl.arange(0, BLOCK_V)
     targets = tl.load(targets_ptr + rows, mask=rows < num_rows, other=-1) - vocab_offset
-    # The next shard's targets may lie in this tile's columns that do not exist.
+    # Targets of the next shard may lie in this tile's columns past the last one.
     targets = tl.where(targets < num_columns, targets, -1)
-    logits = tl.where((columns < num_columns)[None, :], logits, -float("inf"))  # columns that do not exist
+    logits = tl.where((columns < num_columns)[None, :], logits, -float("inf"))  # columns past the last one
     maximum = tl.max(logits, 1)
     anchor = tl.where(maximum == -float("inf"), 0.0, maximum)
-    # The difference is taken before it is scaled: scaled logits of 1e4 would be off by 1e-3.
+    # Subtract before scaling: scaled logits of 1e4 would be off by 1e-3.
     scale = LOG2_E / temperature
     sums = (
         tl.zeros((BLOCK_T,), tl.float32),
         tl.zeros((BLOCK_T,), tl.float32),
         tl.zeros((BLOCK_T,), tl.float32),
     )
-    # A tile is consumed in parts, so that its exponentials do not need a second set of registers.
+    # A tile is reduced in parts, so that its exponentials do not need a second set of registers.
     PART_V: tl.constexpr = BLOCK_V // NUM_PARTS
     parts = _parts(logits, NUM_PARTS, BLOCK_T, BLOCK_V)
     for part in tl.static_range(NUM_PARTS):
@@ -125,7 +125,7 @@ def _linear_logprob_bwd_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Form a tile of logits again and write its gradient; `rows_ptr` is [5, rows], see `row_parameters`.
+    """Recompute a tile of logits and write its gradient; `rows_ptr` is [5, rows], see `row_parameters`.
 
     dz_j = dlogprob * 1[j = target] - p_j * (constant + dentropy * log p_j).
     """
@@ -172,14 +172,14 @@ def _linear_logprob_bwd_kernel(
 
 @triton.jit
 def _place(num_rows, num_columns, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Return (row tile, column tile): `GROUP` row tiles walk together over the vocabulary.
+    """Return (row tile, column tile): `GROUP` row tiles are processed together over the vocabulary.
 
-    The tiles that run at the same time then share their operands in the second-level cache, and the weight
-    is read from memory once per GROUP * BLOCK_T rows.
+    Tiles that run at the same time share their operands in the L2 cache, and the weight is read from memory
+    once per GROUP * BLOCK_T rows.
     """
     num_row_tiles = tl.cdiv(num_rows, BLOCK_T)
-    programs_a_group = GROUP * tl.cdiv(num_columns, BLOCK_V)
-    group, member = tl.program_id(0) // programs_a_group, tl.program_id(0) % programs_a_group
+    programs_per_group = GROUP * tl.cdiv(num_columns, BLOCK_V)
+    group, member = tl.program_id(0) // programs_per_group, tl.program_id(0) % programs_per_group
     size = tl.minimum(num_row_tiles - group * GROUP, GROUP)
     return group * GROUP + member % size, member // size
 
@@ -229,7 +229,7 @@ def _operand(
     if USES_TMA:
         return source.load([first_row, first_column])
     else:
-        # Rows behind the last are read as the last: their results are never stored.
+        # Rows past the last one read the last row: their results are never stored.
         rows = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1)
         columns = first_column + tl.arange(0, BLOCK_D)
         pointer = source + rows.to(tl.int64)[:, None] * width + columns[None, :]
@@ -241,17 +241,17 @@ def _operand(
 
 @triton.jit
 def _parts(tile, NUM_PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Return the tile cut by columns into a tuple of 1 or 4 parts, without moving an element."""
+    """Return the tile split by columns into a tuple of 1 or 4 parts, without moving an element."""
     if NUM_PARTS == 1:
         return (tile,)
     else:
         tl.static_assert(NUM_PARTS == 4)
-        left, right = _halves(tile, BLOCK_T, BLOCK_V)
-        return _halves(left, BLOCK_T, BLOCK_V // 2) + _halves(right, BLOCK_T, BLOCK_V // 2)
+        left, right = _split_in_two(tile, BLOCK_T, BLOCK_V)
+        return _split_in_two(left, BLOCK_T, BLOCK_V // 2) + _split_in_two(right, BLOCK_T, BLOCK_V // 2)
 
 
 @triton.jit
-def _halves(tile, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+def _split_in_two(tile, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
     return tile.reshape(BLOCK_T, 2, BLOCK_V // 2).permute(0, 2, 1).split()
 
 

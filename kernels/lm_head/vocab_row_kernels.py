@@ -1,13 +1,13 @@
-"""Device code of the vocabulary head that is bound by memory: merging tiles, exponentials to gradient."""
+"""Memory-bound kernels of the vocabulary head: merge of tile statistics, gradient from exponentials."""
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# exp2 of it is 0, and 0 times it is 0 where 0 times -inf would be NaN.
+# Its exp2 is 0; 0 times it is 0, whereas 0 times -inf is NaN.
 LOWEST_EXPONENT = tl.constexpr(-1.0e4)
-# Its logarithm is finite where that of an underflown exponential is not; the factor beside it is 0.
+# Replaces an underflown exponential in a logarithm, which is then finite; its factor is 0.
 SMALLEST_EXP = tl.constexpr(1.0e-37)
 
 
@@ -28,8 +28,8 @@ def _dlogits_from_exp_kernel(
 ):
     """Overwrite row `slot` of exp with the gradient of row `sources[slot]`; tile_maxima is [tiles, rows].
 
-    A slot is its own source, or a dead row that takes in a live row from behind the last slot: no program
-    reads what another one writes.
+    A slot is its own source, or a row without a gradient whose source is a live row after the last slot: no
+    program reads what another one writes.
     """
     slot = tl.program_id(0).to(tl.int64)
     source = tl.load(sources_ptr + slot)
@@ -95,13 +95,13 @@ def _merge_partials_kernel(
 
 @triton.jit
 def _at_least_lowest(exponent):
-    """Return the exponent without -inf; NaN stays NaN and is seen by the caller."""
+    """Return the exponent with -inf replaced by the lowest one; NaN is propagated."""
     return tl.maximum(exponent, LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _row_parameters(rows_ptr, rows, num_rows, exists):
-    """Return the five planes of `row_parameters` for some rows, 0 where a row does not exist."""
+    """Return the five planes of `row_parameters` for some rows, 0 where `exists` is false."""
     maximum = tl.load(rows_ptr + rows, mask=exists, other=0.0)
     log_sum = tl.load(rows_ptr + num_rows + rows, mask=exists, other=0.0)
     dlogprob = tl.load(rows_ptr + 2 * num_rows + rows, mask=exists, other=0.0)

@@ -1,4 +1,4 @@
-"""Advantages, policy loss, value loss and KL on packed sequences, each beside its plain fp32 reference.
+"""Advantages, policy loss, value loss and KL on packed sequences, each with its reference in plain torch.
 
 Imports `dispatch`.
 """

@@ -29,38 +29,38 @@ def ppo_advantages(
 ) -> Advantages:
     """Return `Advantages`: advantages, returns, shaped rewards, KL and the sums for whitening.
 
-    Let a_1 < … < a_n be the action tokens of one sequence (masked tokens between them, the turns of a
-    user or a tool, are jumped over), V_i = values_T[a_i], and d_i the policy's log-ratio to the reference:
+    Let a_1 < … < a_n be the action tokens of one sequence (masked tokens between them, such as turns of a
+    user or a tool, are skipped), V_i = values_T[a_i], and d_i the policy's log-ratio to the reference:
 
         r_i = token_rewards_T[a_i] - kl_coef · kl(d_i) + [i = n] · rewards_B
         δ_i = r_i + gamma · V_{i+1} - V_i,                   V_{n+1} = bootstrap_B, or 0
         A_i = δ_i + gamma · lam · A_{i+1},                   A_{n+1} = 0
         returns_i = A_i + V_i
 
-    Not differentiable. The recurrence and the whitening sums are fp64 inside: with gamma · lam near one
-    an fp32 decay's rounding error would be multiplied by the horizon.
+    Not differentiable. The recurrence and the whitening sums are computed in fp64: with gamma · lam near one
+    the horizon would multiply the rounding error of an fp32 decay.
 
     Args:
         logprobs_T: [T] float, log p(token t | tokens before t) of the policy, nats.
         ref_logprobs_T: [T] float, the same of the reference.
         values_T: [T] float, `values_T[t]` is the critic's value of the state in which token t is chosen,
-            i.e. before it is produced (the critic's output at position t - 1), aligned with logprobs_T.
-        rewards_B: [B] float, reward of the whole sequence; it lands on the last action token. A sequence
-            without action tokens has nowhere to put it: its count in the whitening sums is zero.
-        cu_seqlens: [B + 1] int32, first token of each sequence, then T. Sequences may be empty. Outputs
-            exist for tokens of sequences alone: on a GPU it is the caller who sees to it that the last is T.
-        action_mask_T: [T] bool, True where the policy chose the token. What the other inputs hold at
-            masked tokens is never used; rewards there are not counted.
+            i.e. the critic's output at position t - 1, aligned with logprobs_T.
+        rewards_B: [B] float, reward of the whole sequence, added at the last action token. A sequence
+            without action tokens drops it: its count in the whitening sums is zero.
+        cu_seqlens: [B + 1] int32, first token of each sequence, then T. Sequences may be empty. Only tokens
+            of sequences have outputs: on a GPU the caller must ensure that the last entry is T.
+        action_mask_T: [T] bool, True where the policy chose the token. Other inputs are ignored at masked
+            tokens, rewards included.
         kl_coef: weight of the KL penalty, ≥ 0.
         gamma: discount per action token, in [0, 1].
         lam: GAE's λ, in [0, 1].
         kl_estimator: `k1`, `k2` or `k3`, see `reference.kl.token_kl`.
         token_rewards_T: [T] float or None, rewards of single tokens, added to the terminal ones.
         bootstrap_B: [B] float or None, value after the last action token: 0 for a finished sequence,
-            the critic's value for one that was cut off. None means that all have finished.
+            the critic's value for a truncated one. None means that all have finished.
 
     Returns:
-        Advantages, fp32, zero at masked tokens. A NaN or Inf input shows in its own sequence only.
+        Advantages, fp32, zero at masked tokens. A NaN or Inf input affects only its own sequence.
 
     Raises:
         ValueError: shapes, devices or ranges do not fit.
@@ -110,7 +110,7 @@ def whiten(
     shifts_mean: bool = True,
     epsilon: float = 1e-8,
 ) -> torch.Tensor:
-    """Return advantages with variance one, and mean zero unless `shifts_mean` is off; masked tokens stay 0.
+    """Return advantages with variance 1, and mean 0 if `shifts_mean`; masked tokens stay 0.
 
         (A_t - mean) / sqrt(variance + epsilon),   variance = (Σ A² - (Σ A)² / n) / (n - 1)
 
@@ -119,12 +119,12 @@ def whiten(
     Args:
         advantages_T: [T] float.
         action_mask_T: [T] bool.
-        sums: [3] fp64, `Advantages.whitening_sums()`; summed over data-parallel ranks first, if the
-            statistics are to be those of the global batch.
-        shifts_mean: False divides by the deviation and leaves the mean.
+        sums: [3] fp64, `Advantages.whitening_sums()`; summed over data-parallel ranks before, for statistics
+            of the global batch.
+        shifts_mean: False only divides by the standard deviation.
         epsilon: added to the variance, > 0.
 
-    Source: as TRL and verl do it, with Bessel's correction.
+    Source: as in TRL and verl, with Bessel's correction.
     """
     count, total, total_of_squares = sums.double().unbind()
     mean = total / count.clamp(min=1)
@@ -189,7 +189,7 @@ def _launch(
 def _tile(num_tokens: int, num_sequences: int) -> tuple[int, int]:
     """Return (tokens per block, warps): one block spans a sequence of mean length, up to 2048 tokens.
 
-    The mean is known without asking the device; a longer sequence is walked in several blocks. Four tokens
+    The mean needs no device synchronisation; a longer sequence takes several blocks. Four tokens
     a thread are one 16-byte vector; at 2048 tokens the fp64 scan's state still fits the registers.
     """
     mean_length = triton.cdiv(num_tokens, num_sequences)
@@ -198,7 +198,7 @@ def _tile(num_tokens: int, num_sequences: int) -> tuple[int, int]:
 
 
 def _two_floats(number: float) -> tuple[float, float]:
-    """Return fp32 numbers whose sum is `number` to 48 bits: kernel arguments are fp32."""
+    """Return two fp32 numbers whose sum is `number` to 48 bits: kernel arguments are fp32."""
     high = torch.tensor(number, dtype=torch.float32).item()
     return high, number - high
 
@@ -228,11 +228,11 @@ def _ppo_advantages_fwd_kernel(
     KL_ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per sequence walks its blocks from last to first, carrying A and the next action."""
+    """One program per sequence processes its blocks from last to first, carrying A and the next action."""
     sequence = tl.program_id(0).to(tl.int64)
     begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-    # Positions count from a multiple of 16 tokens at or before the sequence, so that the blocks within it
-    # are read and written in vectors and a thread's tokens are neighbours, which the scans want.
+    # Positions count from a multiple of 16 tokens at or before the sequence, so that access to its blocks is
+    # vectorised, and each thread's tokens are adjacent, as the scans need.
     base = tl.multiple_of(begin // 16 * 16, 16)
     first = (begin - base).to(tl.int32)
     end = (tl.load(cu_seqlens_ptr + sequence + 1) - base).to(tl.int32)
@@ -243,7 +243,7 @@ def _ppo_advantages_fwd_kernel(
     if HAS_BOOTSTRAP:
         bootstrap = tl.load(bootstrap_ptr + sequence).to(tl.float32)
 
-    # State of the blocks already done: A of their first action token and where it stands (end: nowhere).
+    # State of the blocks already done: A and position of their first action token (`end` if there is none).
     later_advantage = zero
     later_action = end
     count = zero
@@ -257,15 +257,15 @@ def _ppo_advantages_fwd_kernel(
         is_full = (start >= first) & (start + BLOCK <= end)
         is_action = is_inside & (_load(action_mask_ptr + base, position, is_inside, is_full) != 0)
 
-        # The action token after each position: the nearest one found by a scan over the mask, read one
-        # token ahead, or else the first of the blocks done.
+        # The action token after each position: the nearest one in this block, by a scan over the mask shifted
+        # by one token, else the first one of the blocks done.
         is_next = is_inside & (position + 1 < end)
         is_next &= tl.load(action_mask_ptr + base + position + 1, mask=is_next, other=0) != 0
         next_action = tl.associative_scan(tl.where(is_next, position + 1, end), 0, _nearest, reverse=True)
         next_action = tl.minimum(next_action, later_action)
         is_last = is_action & (next_action == end)
 
-        # Each output is stored as soon as it is known: what stays alive over the second scan costs registers.
+        # Each output is stored as soon as it is known: values alive across the second scan cost registers.
         logprob = _load(logprobs_ptr + base, position, is_inside, is_full).to(tl.float32)
         ref_logprob = _load(ref_logprobs_ptr + base, position, is_inside, is_full).to(tl.float32)
         kl = token_kl(logprob - ref_logprob, KL_ESTIMATOR)
@@ -281,7 +281,7 @@ def _ppo_advantages_fwd_kernel(
         next_value = tl.load(values_ptr + base + next_action, mask=has_next, other=0.0).to(tl.float32)
         if HAS_BOOTSTRAP:
             next_value = tl.where(is_last, bootstrap, next_value)
-        # A masked token is the identity of the recurrence: the carry passes through it.
+        # A masked token is the identity of the recurrence: the carry passes unchanged.
         delta = tl.where(is_action, reward.to(tl.float64) + gamma * next_value - value, 0.0)
         factor = tl.where(is_action, decay, 1.0)
         factor, advantage = tl.associative_scan((factor, delta), 0, _linear, reverse=True)
@@ -304,7 +304,7 @@ def _ppo_advantages_fwd_kernel(
 
 @triton.jit
 def _load(pointer, position, is_inside, is_full):
-    # A mask that may end anywhere forbids vectors, so a block within the sequence is read without one.
+    # A mask with an arbitrary end prevents vectorised access, so full blocks use none.
     if is_full:
         loaded = tl.load(pointer + position)
     else:
@@ -331,7 +331,7 @@ def _linear(later_factor, later_advantage, factor, delta):
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the kernel at 64 sequences of 8192 tokens and at many short ones; model shapes do not enter."""
+    """Return the kernel for 64 sequences of 8192 tokens and for many short ones, for all model shapes."""
     cases = []
     for shape, block, num_warps in (("64x8192", 2048, 16), ("4096x128", 256, 2)):
         pointers = dict.fromkeys(("logprobs_ptr", "ref_logprobs_ptr", "values_ptr", "rewards_ptr"), "*fp32")

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# Below this |log-ratio|, exp(-d) - 1 + d loses its digits in fp32 (at 1e-6 all of them): the series of ten
-# terms is exact to fp32 there, and the first steps of PPO live there.
+# Below this |log-ratio|, exp(-d) - 1 + d loses precision in fp32 (at 1e-6 all digits): the series is exact to
+# fp32 there, and log-ratios in the first steps of PPO are that small.
 SERIES_BELOW = tl.constexpr(0.5)
 
 

@@ -14,7 +14,7 @@ from glm_rlhf.kernels.rl.kl import token_kl, token_kl_slope
 from glm_rlhf.kernels.rl.reference_kl import check_kl_estimator
 from glm_rlhf.kernels.rl.reference_policy_loss import POLICY_SUMS, PolicyStatistics
 
-# 4 tokens a thread at 4 warps: one 16-byte vector of each argument; 8 tokens a thread spill on sm_100.
+# 4 tokens per thread at 4 warps: one 16-byte vector of each argument; 8 tokens per thread spill on sm_100.
 BLOCK_TOKENS = 512
 
 
@@ -44,31 +44,31 @@ def ppo_policy_loss(
         d_t  = logprobs_T[t] - ref_logprobs_T[t]
         loss = Σ_t [ w_t L_t - entropy_coef H_t + kl_coef kl(d_t) ] / denominator
 
-    The gradient to logprobs is a closed form, -w_t A_t ρ_t where nothing clips and 0 where something does
-    (a ratio exactly on the bound does not clip), plus the KL term's slope; it leaves the forward launch
-    with the loss, the backward scales it. The per-block partial sums are added in a fixed order by a small
-    reduction behind the launch, so that the same inputs give the same bits.
+    The gradient with respect to logprobs has a closed form, -w_t A_t ρ_t for unclipped tokens and 0 for
+    clipped ones (a ratio exactly on the bound is unclipped), plus the slope of the KL term. The forward
+    launch computes it with the loss, backward scales it. A small reduction after the launch adds the
+    per-block partial sums in a fixed order, so that results are deterministic.
 
     Args:
-        logprobs_T: [T] float, log p(token t | tokens before t) of the policy that is trained, nats.
-        old_logprobs_T: [T] float, the same under the policy that the advantages belong to. A constant.
+        logprobs_T: [T] float, log p(token t | tokens before t) of the policy in training, nats.
+        old_logprobs_T: [T] float, the same under the policy of the advantages. A constant.
         advantages_T: [T] float. A constant.
         mask_T: [T] bool, True = trained on. The other arguments are not read where it is False.
         clip_low: lower bound of the ratio is 1 - clip_low; in [0, 1].
         clip_high: upper bound of the ratio is 1 + clip_high; ≥ 0.
-        dual_clip: > 1, or None for no bound on the loss of negative advantages.
+        dual_clip: > 1, or None for no bound on the loss with negative advantages.
         entropy_T: [T] float, entropy of the policy at each token, nats. Required if entropy_coef ≠ 0.
         entropy_coef: weight of the entropy bonus.
         ref_logprobs_T: [T] float, logprobs of the reference. A constant; required if kl_coef ≠ 0.
         kl_coef: weight of the KL penalty inside the loss.
-        kl_estimator: `k1`, `k2` or `k3`. As a loss only k2 and k3 make sense: k1's gradient has
+        kl_estimator: `k1`, `k2` or `k3`. As a loss only k2 and k3 make sense: the gradient of k1 has
             expectation zero.
         importance_weights_T: [T] float, w_t, e.g. training over rollout probability, truncated. A constant.
-        denominator: what the sum is divided by: the number of trained tokens over all micro-batches and
-            data-parallel ranks, for a mean over global tokens. A tensor is not synchronised on.
+        denominator: divides the sum: the number of trained tokens over all micro-batches and data-parallel
+            ranks, for a mean over global tokens. The host does not wait for a tensor.
 
     Returns:
-        loss: 0-dim fp32 (fp64 on the reference path where logprobs are fp64).
+        loss: 0-dim fp32 (fp64 on the reference path if logprobs are fp64).
         PolicyStatistics: sums and extremes over the trained tokens, not differentiable.
 
     Raises:
@@ -138,7 +138,7 @@ class _Settings(NamedTuple):
 
 
 class _PolicyObjective(torch.autograd.Function):
-    """The sum over tokens, before the denominator; its gradient is taken in forward."""
+    """The sum over tokens, before the denominator; forward computes its gradient."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ def _launch(
     settings: _Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, device = logprobs_T.numel(), logprobs_T.device
-    # At least one program, so that no tokens give zeros and not uninitialised memory.
+    # At least one program, so that zero tokens give zeros and not uninitialised memory.
     num_blocks = max(triton.cdiv(num_tokens, BLOCK_TOKENS), 1)
     slope_T = torch.empty(num_tokens, dtype=torch.float32, device=device)
     sums_PS = torch.empty(num_blocks, len(POLICY_SUMS), dtype=torch.float32, device=device)
@@ -224,19 +224,19 @@ def _launch(
 
 @triton.jit
 def _clipped_surrogate(log_ratio, advantage, ratio_low, ratio_high, dual_clip, HAS_DUAL_CLIP: tl.constexpr):
-    """Return (L_t, dL_t / dlogprob, ratio, is_clipped, is_held by the dual clip) of tokens, fp32."""
+    """Return (L_t, dL_t / dlogprob, ratio, is_clipped, is_dual_clipped) of tokens, fp32."""
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
     bound = -advantage * tl.minimum(tl.maximum(ratio, ratio_low), ratio_high)
-    # NaN compares false: it stays in the unclipped branch, where it is seen.
+    # NaN compares false: it stays in the unclipped branch and is propagated.
     is_clipped = bound > unclipped
     loss = tl.where(is_clipped, bound, unclipped)
-    is_held = tl.zeros_like(is_clipped)
+    is_dual_clipped = tl.zeros_like(is_clipped)
     if HAS_DUAL_CLIP:
-        is_held = (advantage < 0.0) & (loss > -advantage * dual_clip)
-        loss = tl.where(is_held, -advantage * dual_clip, loss)
-    slope = tl.where(is_clipped | is_held, 0.0, unclipped)
-    return loss, slope, ratio, is_clipped, is_held
+        is_dual_clipped = (advantage < 0.0) & (loss > -advantage * dual_clip)
+        loss = tl.where(is_dual_clipped, -advantage * dual_clip, loss)
+    slope = tl.where(is_clipped | is_dual_clipped, 0.0, unclipped)
+    return loss, slope, ratio, is_clipped, is_dual_clipped
 
 
 @triton.jit
@@ -275,7 +275,7 @@ def _policy_loss_fwd_kernel(
     advantage = tl.load(advantages_ptr + token, mask=is_trained, other=0.0).to(tl.float32)
 
     log_ratio = logprob - old_logprob
-    loss, slope, ratio, is_clipped, is_held = _clipped_surrogate(
+    loss, slope, ratio, is_clipped, is_dual_clipped = _clipped_surrogate(
         log_ratio, advantage, ratio_low, ratio_high, dual_clip, HAS_DUAL_CLIP
     )
     if HAS_WEIGHTS:
@@ -286,7 +286,7 @@ def _policy_loss_fwd_kernel(
     entropy = tl.zeros_like(loss)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + token, mask=is_trained, other=0.0).to(tl.float32)
-        if entropy_coef != 0.0:  # an entropy that only is watched must not turn the loss into NaN
+        if entropy_coef != 0.0:  # an entropy that is only a statistic must not turn the loss into NaN
             objective -= entropy_coef * entropy
     kl = tl.zeros_like(loss)
     if HAS_REFERENCE:
@@ -299,7 +299,7 @@ def _policy_loss_fwd_kernel(
 
     infinity = float("inf")
     is_finite = (tl.abs(log_ratio) < infinity) & (tl.abs(objective) < infinity) & (tl.abs(slope) < infinity)
-    # In the order of POLICY_SUMS. Untrained tokens were loaded as zeros: their terms are zero but for ratio.
+    # In the order of POLICY_SUMS. Untrained tokens were loaded as zeros: all their terms but the ratio are 0.
     row = sums_ptr + block * NUM_SUMS
     tl.store(row, tl.sum(objective))
     tl.store(row + 1, tl.sum(is_trained.to(tl.float32)))
@@ -307,7 +307,7 @@ def _policy_loss_fwd_kernel(
     tl.store(row + 3, tl.sum(entropy))
     tl.store(row + 4, tl.sum(kl))
     tl.store(row + 5, tl.sum(is_clipped.to(tl.float32)))
-    tl.store(row + 6, tl.sum(is_held.to(tl.float32)))
+    tl.store(row + 6, tl.sum(is_dual_clipped.to(tl.float32)))
     tl.store(row + 7, tl.sum(-log_ratio))
     tl.store(row + 8, tl.sum(token_kl(-log_ratio, "k3")))
     tl.store(row + 9, tl.sum(tl.where(is_trained, ratio, 0.0)))
@@ -317,7 +317,7 @@ def _policy_loss_fwd_kernel(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the kernel with every option on; model shapes do not enter."""
+    """Return the kernel with every option on; it does not depend on model shapes."""
     inputs = ("logprobs_ptr", "old_logprobs_ptr", "advantages_ptr", "entropy_ptr", "ref_logprobs_ptr")
     pointers = dict.fromkeys((*inputs, "weights_ptr", "slope_ptr", "sums_ptr", "maxima_ptr"), "*fp32")
     pointers |= {"mask_ptr": "*u8"}

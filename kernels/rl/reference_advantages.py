@@ -9,24 +9,24 @@ from glm_rlhf.kernels.rl.reference_kl import check_kl_estimator, token_kl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
-    """What the policy and the value function learn from, token by token; zero on masked tokens."""
+    """Per-token training signals of policy and value function; zero on masked tokens."""
 
     advantages_T: torch.Tensor
     """[T] fp32: A_t of the action token t, not whitened."""
     returns_T: torch.Tensor
     """[T] fp32: A_t + V_t, the value function's target."""
     token_rewards_T: torch.Tensor
-    """[T] fp32: the shaped reward r_t (given rewards minus the KL penalty)."""
+    """[T] fp32: the shaped reward r_t (rewards minus the KL penalty)."""
     kl_T: torch.Tensor
     """[T] fp32: the KL estimate of token t in nats, before `kl_coef`."""
     whitening_sums_B3: torch.Tensor
     """[B, 3] fp64: per sequence the number of action tokens, the sum of A_t and of A_t²."""
 
     def whitening_sums(self) -> torch.Tensor:
-        """Return [3] fp64: count, sum, sum of squares over the batch; add them over dp before `whiten`.
+        """Return [3] fp64: count, sum, sum of squares over the batch; sum them over dp before `whiten`.
 
-        The B partial sums are added here, in a fixed order, and not in the kernel: a sum over programs
-        inside the launch would need atomics.
+        The B partial sums are added here in a fixed order: in the kernel a sum over programs would need
+        atomics.
         """
         return self.whitening_sums_B3.sum(0)
 
@@ -49,8 +49,8 @@ def ppo_advantages(
 ) -> Advantages:
     """Return `Advantages`: the definition of `glm_rlhf.kernels.rl.advantages.ppo_advantages`.
 
-    Arithmetic is fp64; the outputs are fp32, or fp64 where `logprobs_T` is fp64. The recurrence is solved
-    by doubling, log2(longest sequence) vector steps over the action tokens, instead of a loop over time.
+    Arithmetic is fp64; the outputs are fp32, or fp64 if `logprobs_T` is fp64. The recurrence is solved by
+    doubling: log2(longest sequence) vector steps over the action tokens, instead of a loop over time.
     """
     check_kl_estimator(kl_estimator)
     output_dtype = torch.float64 if logprobs_T.dtype == torch.float64 else torch.float32
@@ -60,7 +60,7 @@ def ppo_advantages(
         torch.arange(num_sequences, device=logprobs_T.device), lengths_B, output_size=num_tokens
     )
 
-    # From here on only the A action tokens exist: masked ones, whatever they hold, cannot leak.
+    # From here on there are only the A action tokens, so that values at masked tokens cannot leak.
     action_A = action_mask_T.nonzero().squeeze(1)
     sequence_A = sequence_T[action_A]
     value_A = values_T[action_A].double()

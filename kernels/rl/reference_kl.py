@@ -6,7 +6,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def token_kl(log_ratio_T: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Return the estimate of KL(policy ‖ reference) of each token, in the dtype given.
+    """Return the estimate of KL(policy ‖ reference) of each token, in the input's dtype.
 
     With d_t = log p_policy(token t) - log p_reference(token t):
 
@@ -29,7 +29,7 @@ def token_kl(log_ratio_T: torch.Tensor, estimator: str) -> torch.Tensor:
         return log_ratio_T
     if estimator == "k2":
         return 0.5 * log_ratio_T.square()
-    # expm1 alone would leave an error of |d| · 2⁻²⁴, as large as k3 itself at d = 1e-7: promote, cast back.
+    # expm1 in fp32 has an error of |d| · 2⁻²⁴, as large as k3 itself at d = 1e-7: compute in fp64.
     wide_T = log_ratio_T.double()
     return (torch.expm1(-wide_T) + wide_T).to(log_ratio_T.dtype)
 

@@ -19,15 +19,15 @@ POLICY_SUMS = (
     "ratio",
     "num_nonfinite",
 )
-"""What each entry of `PolicyStatistics.sums` adds up over the trained tokens, in order."""
+"""The entries of `PolicyStatistics.sums`, summed over the trained tokens, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyStatistics:
-    """What a user watches of a policy update, as two vectors that add up over micro-batches and ranks.
+    """Statistics of a policy update, as two vectors that are reduced over micro-batches and ranks.
 
-    All-reduce `sums` by SUM and `maxima` by MAX, or add two objects; the properties then are those of the
-    whole. A mean without tokens is 0; a NaN among the inputs shows in the sums and in `num_nonfinite`.
+    All-reduce `sums` by SUM and `maxima` by MAX, or add two objects; the properties are then those of the
+    whole. A mean without tokens is 0; a NaN among the inputs appears in the sums and in `num_nonfinite`.
     """
 
     sums: torch.Tensor
@@ -58,22 +58,22 @@ class PolicyStatistics:
 
     @property
     def entropy(self) -> torch.Tensor:
-        """Mean entropy in nats; 0 where none was given."""
+        """Mean entropy in nats; 0 without entropies."""
         return self.mean("entropy")
 
     @property
     def kl_reference(self) -> torch.Tensor:
-        """Mean KL estimate to the reference policy in nats; 0 where none was given."""
+        """Mean KL estimate to the reference policy in nats; 0 without a reference."""
         return self.mean("kl_reference")
 
     @property
     def clip_fraction(self) -> torch.Tensor:
-        """Share of the tokens whose ratio left the clip range on the side where clipping acts."""
+        """Fraction of tokens whose ratio is outside the clip range on the side where clipping acts."""
         return self.mean("num_clipped")
 
     @property
     def dual_clip_fraction(self) -> torch.Tensor:
-        """Share of the tokens held by the dual clip."""
+        """Fraction of tokens clipped by the dual clip."""
         return self.mean("num_dual_clipped")
 
     @property
@@ -103,7 +103,7 @@ class PolicyStatistics:
 
     @property
     def num_nonfinite(self) -> torch.Tensor:
-        """Trained tokens whose log-ratio, loss or gradient is NaN or infinite: counted, not mended."""
+        """Trained tokens whose log-ratio, loss or gradient is NaN or infinite: counted, not replaced."""
         return self.total("num_nonfinite")
 
 
@@ -126,7 +126,7 @@ def ppo_policy_loss(
 ) -> tuple[torch.Tensor, PolicyStatistics]:
     """Return (loss, statistics): the definition of `glm_rlhf.kernels.rl.policy_loss.ppo_policy_loss`.
 
-    Arithmetic is fp32, or fp64 where `logprobs_T` is fp64.
+    Arithmetic is fp32, or fp64 if `logprobs_T` is fp64.
     """
     dtype = torch.float64 if logprobs_T.dtype == torch.float64 else torch.float32
 
@@ -141,15 +141,17 @@ def ppo_policy_loss(
         unclipped_T = -advantage_T * ratio_T
         bound_T = -advantage_T * ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high)
         is_clipped_T = bound_T > unclipped_T
-        is_held_T = torch.zeros_like(mask_T)
+        is_dual_clipped_T = torch.zeros_like(mask_T)
         if dual_clip is not None:
             ceiling_T = -advantage_T * dual_clip
-            is_held_T = (advantage_T < 0) & (torch.where(is_clipped_T, bound_T, unclipped_T) > ceiling_T)
-            bound_T = torch.where(is_held_T, ceiling_T, bound_T)
-    # A token that is clipped leaves before the exponential, whose overflow times zero would be NaN.
-    is_free_T = ~(is_clipped_T | is_held_T)
-    free_T = -advantage_T * torch.exp(torch.where(is_free_T, log_ratio_T, 0.0))
-    policy_loss_T = torch.where(is_free_T, free_T, bound_T)
+            is_dual_clipped_T = (advantage_T < 0) & (
+                torch.where(is_clipped_T, bound_T, unclipped_T) > ceiling_T
+            )
+            bound_T = torch.where(is_dual_clipped_T, ceiling_T, bound_T)
+    # Clipped tokens are replaced before the exponential: its overflow times zero would be NaN.
+    is_unclipped_T = ~(is_clipped_T | is_dual_clipped_T)
+    free_loss_T = -advantage_T * torch.exp(torch.where(is_unclipped_T, log_ratio_T, 0.0))
+    policy_loss_T = torch.where(is_unclipped_T, free_loss_T, bound_T)
     if importance_weights_T is not None:
         policy_loss_T = policy_loss_T * trained(importance_weights_T.detach())
 
@@ -178,7 +180,7 @@ def ppo_policy_loss(
                     entropy_or_zero_T,
                     kl_T,
                     is_clipped_T & mask_T,
-                    is_held_T & mask_T,
+                    is_dual_clipped_T & mask_T,
                     -log_ratio_T,
                     # KL(old ‖ new) from tokens of the old policy: the ratio enters upside down.
                     token_kl(-log_ratio_T, "k3"),
@@ -187,11 +189,11 @@ def ppo_policy_loss(
                 )
             ]
         )
-        # The extra entry stands for no tokens at all.
-        nothing = ratio_T.new_full((1,), -torch.inf)
+        # The extra entry makes the maximum over zero tokens -inf.
+        lowest = ratio_T.new_full((1,), -torch.inf)
         maxima = torch.stack(
             [
-                torch.cat((torch.where(mask_T, source_T, -torch.inf), nothing)).amax()
+                torch.cat((torch.where(mask_T, source_T, -torch.inf), lowest)).amax()
                 for source_T in (ratio_T, -ratio_T)
             ]
         )

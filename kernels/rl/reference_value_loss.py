@@ -15,15 +15,15 @@ VALUE_SUMS = (
     "square_of_error",
     "num_nonfinite",
 )
-"""What each entry of `ValueStatistics.sums` adds up over the trained tokens; error = return - value."""
+"""The entries of `ValueStatistics.sums`, summed over the trained tokens; error = return - value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueStatistics:
-    """What a user watches of a critic update, as one vector that adds up over micro-batches and ranks.
+    """Statistics of a critic update, as one vector that is summed over micro-batches and ranks.
 
-    All-reduce `sums` by SUM, or add two objects; the properties then are those of the whole. A mean
-    without tokens is 0; a NaN among the inputs shows in the sums and in `num_nonfinite`.
+    All-reduce `sums` by SUM, or add two objects; the properties are then those of the whole. A mean without
+    tokens is 0; a NaN among the inputs appears in the sums and in `num_nonfinite`.
     """
 
     sums: torch.Tensor
@@ -47,12 +47,12 @@ class ValueStatistics:
 
     @property
     def value_loss(self) -> torch.Tensor:
-        """Mean loss per trained token (the factor ½ included)."""
+        """Mean loss per trained token (with the factor ½)."""
         return self.mean("objective")
 
     @property
     def clip_fraction(self) -> torch.Tensor:
-        """Share of the tokens whose clipped error is the larger one, so that they get no gradient."""
+        """Fraction of tokens whose clipped error is the larger one, so that they get no gradient."""
         return self.mean("num_clipped")
 
     @property
@@ -67,7 +67,7 @@ class ValueStatistics:
 
     @property
     def explained_variance(self) -> torch.Tensor:
-        """1 - Var(return - value) / Var(return), at most 1; NaN where the returns do not vary."""
+        """1 - Var(return - value) / Var(return), at most 1; NaN if the returns do not vary."""
         variance_of_error = self.mean("square_of_error") - self.mean("error").square()
         variance_of_return = self.mean("square_of_return") - self.mean("return").square()
         explained = 1.0 - variance_of_error.clamp(min=0) / variance_of_return
@@ -75,7 +75,7 @@ class ValueStatistics:
 
     @property
     def num_nonfinite(self) -> torch.Tensor:
-        """Trained tokens whose loss or gradient is NaN or infinite: counted, not mended."""
+        """Trained tokens whose loss or gradient is NaN or infinite: counted, not replaced."""
         return self.total("num_nonfinite")
 
 
@@ -90,7 +90,7 @@ def ppo_value_loss(
 ) -> tuple[torch.Tensor, ValueStatistics]:
     """Return (loss, statistics): the definition of `glm_rlhf.kernels.rl.value_loss.ppo_value_loss`.
 
-    Arithmetic is fp32, or fp64 where `values_T` is fp64.
+    Arithmetic is fp32, or fp64 if `values_T` is fp64.
     """
     dtype = torch.float64 if values_T.dtype == torch.float64 else torch.float32
 
@@ -104,7 +104,7 @@ def ppo_value_loss(
         old_value_T = trained(old_values_T.detach())
         near_T = torch.minimum(torch.maximum(value_T, old_value_T - value_clip), old_value_T + value_clip)
         clipped_T = 0.5 * (near_T - return_T).square()
-        # Strictly larger, so also out of range, where the clipped branch is a constant; or NaN, to be seen.
+        # Strictly larger implies out of range, where the clipped branch is constant. NaN counts as clipped.
         is_clipped_T = mask_T & ~(clipped_T <= loss_T)
         loss_T = torch.where(is_clipped_T, clipped_T.detach(), loss_T)
     objective = loss_T.sum()

@@ -10,7 +10,7 @@ from glm_rlhf.kernels.dispatch.launch import CompileCase, uses_triton
 from glm_rlhf.kernels.rl import reference_value_loss as reference
 from glm_rlhf.kernels.rl.reference_value_loss import VALUE_SUMS, ValueStatistics
 
-# 4 tokens a thread at 4 warps: one 16-byte vector of each argument.
+# 4 tokens per thread at 4 warps: one 16-byte vector of each argument.
 BLOCK_TOKENS = 512
 
 
@@ -30,21 +30,21 @@ def ppo_value_loss(
         L_t  = ½ max((V_t - R_t)², (V'_t - R_t)²)            or ½ (V_t - R_t)² without value_clip
         loss = Σ_t L_t / denominator
 
-    The gradient is V_t - R_t, and 0 where the clipped error is the larger one; it leaves the forward launch
-    with the loss, the backward scales it. The per-block partial sums are added in a fixed order by a small
-    reduction behind the launch, so that the same inputs give the same bits.
+    The gradient is V_t - R_t, and 0 where the clipped error is the larger one. The forward launch computes it
+    with the loss, backward scales it. A small reduction after the launch adds the per-block partial sums in a
+    fixed order, so that results are deterministic.
 
     Args:
-        values_T: [T] float, the critic's values, aligned with logprobs (`kernels.advantage`).
-        old_values_T: [T] float, values at the time of the rollout, a constant. None if nothing is clipped.
+        values_T: [T] float, the critic's values, aligned with logprobs as in `ppo_advantages`.
+        old_values_T: [T] float, values at the time of the rollout, a constant. None without clipping.
         returns_T: [T] float, A_t + V_t from `ppo_advantages`. A constant.
         mask_T: [T] bool, True = trained on. The other arguments are not read where it is False.
         value_clip: > 0, in units of value, or None.
-        denominator: what the sum is divided by: the number of trained tokens over all micro-batches and
-            data-parallel ranks, for a mean over global tokens. A tensor is not synchronised on.
+        denominator: divides the sum: the number of trained tokens over all micro-batches and data-parallel
+            ranks, for a mean over global tokens. The host does not wait for a tensor.
 
     Returns:
-        loss: 0-dim fp32 (fp64 on the reference path where values are fp64).
+        loss: 0-dim fp32 (fp64 on the reference path if values are fp64).
         ValueStatistics: sums over the trained tokens, not differentiable.
 
     Raises:
@@ -75,7 +75,7 @@ def ppo_value_loss(
 
 
 class _ValueObjective(torch.autograd.Function):
-    """The sum over tokens, before the denominator; its gradient is taken in forward."""
+    """The sum over tokens, before the denominator; forward computes its gradient."""
 
     @staticmethod
     def forward(
@@ -109,7 +109,7 @@ def _launch(
     value_clip: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, device = values_T.numel(), values_T.device
-    # At least one program, so that no tokens give zeros and not uninitialised memory.
+    # At least one program, so that zero tokens give zeros and not uninitialised memory.
     num_blocks = max(triton.cdiv(num_tokens, BLOCK_TOKENS), 1)
     slope_T = torch.empty(num_tokens, dtype=torch.float32, device=device)
     sums_PS = torch.empty(num_blocks, len(VALUE_SUMS), dtype=torch.float32, device=device)
@@ -162,7 +162,7 @@ def _value_loss_fwd_kernel(
         near = tl.maximum(value, old_value - value_clip, propagate_nan=tl.PropagateNan.ALL)
         near = tl.minimum(near, old_value + value_clip, propagate_nan=tl.PropagateNan.ALL)
         clipped = 0.5 * (near - returned) * (near - returned)
-        # Strictly larger, so also out of range, where the clipped branch is a constant; or NaN, to be seen.
+        # Strictly larger implies out of range, where the clipped branch is constant. NaN counts as clipped.
         is_clipped = is_trained & ~(clipped <= loss)
         loss = tl.where(is_clipped, clipped, loss)
         slope = tl.where(is_clipped, 0.0, slope)
@@ -183,7 +183,7 @@ def _value_loss_fwd_kernel(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return the kernel with clipping; model shapes do not enter."""
+    """Return the kernel with clipping; it does not depend on model shapes."""
     names = ("values_ptr", "old_values_ptr", "returns_ptr", "slope_ptr", "sums_ptr")
     pointers = dict.fromkeys(names, "*fp32") | {"mask_ptr": "*u8"}
     constexprs = {"HAS_CLIP": True, "NUM_SUMS": len(VALUE_SUMS), "BLOCK": BLOCK_TOKENS}

@@ -1,7 +1,7 @@
-"""What the layers of a decoder do beside matrix products, for the rows of one step.
+"""The operations of a decoder's layers other than matrix products, for the rows of one step.
 
-`KernelOps` calls the kernels, `TorchOps` is bare torch for a CPU: there a decode step is so short that a
-call which checks and dispatches costs as much as its work, and what no layer changes is worked out once.
+`KernelOps` calls the kernels. `TorchOps` uses torch directly on a CPU: there a decode step is so short that
+argument checks and dispatch cost as much as the operation, and values common to all layers are computed once.
 """
 
 from typing import Protocol
@@ -13,7 +13,7 @@ from glm_rlhf.kernels.decoding.paged_attention import paged_attention
 from glm_rlhf.kernels.decoding.paged_write import paged_write
 from glm_rlhf.kernels.decoding.reference_paged_attention import visible_slots
 from glm_rlhf.kernels.dispatch.launch import uses_triton
-from glm_rlhf.kernels.layers.reference_rope import turn_in_place
+from glm_rlhf.kernels.layers.reference_rope import rotate_complex_in_place
 from glm_rlhf.kernels.layers.rmsnorm import add_rms_norm, rms_norm
 from glm_rlhf.kernels.layers.rope import rope_qkv_in_place
 from glm_rlhf.kernels.layers.swiglu import swiglu
@@ -21,7 +21,7 @@ from glm_rlhf.parallel.inference.step_inputs import DecodeBatch
 
 
 class LayerOps(Protocol):
-    """The operations between a layer's matrix products; each has one numerical definition, the kernel's."""
+    """The operations between a layer's matrix products; the kernels define their numerics."""
 
     def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         """Return the RMSNorm of `hidden_TD`."""
@@ -52,7 +52,7 @@ def layer_ops(
     Args:
         batch: the rows.
         table: cosines and sines [P, R] of all positions.
-        page_size: positions a page.
+        page_size: positions per page.
         epsilon: of the norms.
     """
     cos_TR, sin_TR = (part.index_select(0, batch.positions_T) for part in table)
@@ -62,7 +62,7 @@ def layer_ops(
 
 
 class KernelOps:
-    """The kernels."""
+    """The operations by kernels."""
 
     def __init__(
         self, batch: DecodeBatch, cos_TR: torch.Tensor, sin_TR: torch.Tensor, epsilon: float
@@ -99,7 +99,7 @@ class KernelOps:
 
 
 class TorchOps:
-    """The same in fp32 on a CPU, rounded where the kernels round."""
+    """The operations in fp32 torch on a CPU, rounded where the kernels round."""
 
     def __init__(
         self,
@@ -109,11 +109,11 @@ class TorchOps:
         epsilon: float,
         page_size: int,
     ) -> None:
-        # Pairs of a head are complex numbers, whose product with a number of the unit circle is the rotation.
+        # A pair of elements is a complex number; multiplication by a unit complex number rotates it.
         self._angle_T11R = torch.complex(cos_TR, sin_TR)[:, None, None]
         self._epsilon = torch.tensor(epsilon)
         self._slots_T = batch.slots_T
-        self._filler_rows = None
+        self._padding_rows = None
         if batch.num_decodes:
             slots_BL, bias_B1L = visible_slots(
                 batch.page_table_BP, batch.lengths_B, page_size=page_size, num_new=1
@@ -121,7 +121,7 @@ class TorchOps:
             self._context_shape = slots_BL.shape
             self._context_slots, self._bias_B11L = slots_BL.flatten(), bias_B1L[:, None]
             if int(batch.lengths_B.min()) == 0:
-                self._filler_rows = (batch.lengths_B == 0).nonzero()[:, 0]
+                self._padding_rows = (batch.lengths_B == 0).nonzero()[:, 0]
 
     def norm(self, hidden_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         wide_TD = _wide(hidden_TD)
@@ -145,17 +145,17 @@ class TorchOps:
             pairs_TGSP = heads_TGSH.view(torch.complex64)
             pairs_TGSP[:, :, :-1, :num_pairs].mul_(self._angle_T11R)
         else:
-            turn_in_place(heads_TGSH[:, :, :-1], self._angle_T11R[:, 0, 0])
+            rotate_complex_in_place(heads_TGSH[:, :, :-1], self._angle_T11R[:, 0, 0])
 
     def write(self, heads_TGSH: torch.Tensor, pools: torch.Tensor) -> None:
         slots, new_2TKH = self._slots_T, heads_TGSH[:, :, -2:].permute(2, 0, 1, 3)
-        if self._filler_rows is not None:
+        if self._padding_rows is not None:
             rows = (slots >= 0).nonzero()[:, 0]
             slots, new_2TKH = slots[rows], new_2TKH[:, rows]
         pools.flatten(1, 2).index_copy_(1, slots, new_2TKH)
 
     def attend(self, query_BKGH: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
-        # What lies at every position of the decoding sequences, each row one copy of all its heads.
+        # Gather the cache rows at every position of the decoding sequences, all heads of a row in one copy.
         _, _, _, num_kv_heads, head_size = pools.shape
         rows_2RM = pools.view(2, -1, num_kv_heads * head_size).index_select(1, self._context_slots)
         held_2BLKH = _wide(rows_2RM).view(2, *self._context_shape, num_kv_heads, head_size)
@@ -163,12 +163,12 @@ class TorchOps:
         context_BKGH = F.scaled_dot_product_attention(
             _wide(query_BKGH), key_BKLH, value_BKLH, attn_mask=self._bias_B11L
         )
-        if self._filler_rows is not None:
-            context_BKGH[self._filler_rows] = 0.0
+        if self._padding_rows is not None:
+            context_BKGH[self._padding_rows] = 0.0
         return _narrow(context_BKGH.flatten(1), query_BKGH.dtype)
 
 
-# A conversion that changes nothing is a call all the same.
+# A conversion to the same dtype still costs a call.
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""AdamW over many tensors: torch's bits on the reference path, no update lost in bf16, one launch."""
+"""AdamW over many tensors: the bits of torch on the reference path, no lost bf16 update, one launch."""
 
 import math
 import sys

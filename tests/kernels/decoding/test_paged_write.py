@@ -1,4 +1,4 @@
-"""Writing into the paged pool: every slot named gets its row, every other stays."""
+"""Writes to the paged pool: every listed slot gets its row, all others stay unchanged."""
 
 import pytest
 import torch

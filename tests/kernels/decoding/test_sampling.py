@@ -1,4 +1,4 @@
-"""Draws against their distribution, and against each other over implementations, batches and shards."""
+"""Samples against their distribution, and against each other over implementations, batches and shards."""
 
 import pytest
 import torch
@@ -77,9 +77,9 @@ def test_draws_follow_the_stated_distribution(settings, is_masked):
     torch.testing.assert_close(
         samples.logprobs_B.double(), expected_V.log()[samples.tokens_B], rtol=1e-6, atol=1e-6
     )
-    plain_V = logits_V.double().log_softmax(0)
+    untempered_V = logits_V.double().log_softmax(0)
     torch.testing.assert_close(
-        samples.plain_logprobs_B.double(), plain_V[samples.tokens_B], rtol=1e-6, atol=1e-6
+        samples.untempered_logprobs_B.double(), untempered_V[samples.tokens_B], rtol=1e-6, atol=1e-6
     )
 
 
@@ -137,9 +137,11 @@ def test_kernel_and_reference_draw_the_same(batch, vocab_size, settings, dtype):
     assert torch.equal(results[0].tokens_B, results[1].tokens_B)
     # fp32 sums over the vocabulary in another order; logprobs of size ten.
     torch.testing.assert_close(results[0].logprobs_B, results[1].logprobs_B, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(results[0].plain_logprobs_B, results[1].plain_logprobs_B, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(
+        results[0].untempered_logprobs_B, results[1].untempered_logprobs_B, rtol=1e-6, atol=2e-6
+    )
     exact = logits_BV.double().log_softmax(-1).gather(1, results[0].tokens_B[:, None])[:, 0]
-    torch.testing.assert_close(results[1].plain_logprobs_B.double(), exact, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(results[1].untempered_logprobs_B.double(), exact, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -171,9 +173,9 @@ def test_temperature_zero_takes_the_lowest_id_of_the_maximum(implementation):
     assert samples.tokens_B.tolist() == [1, 0, 1]
     assert samples.logprobs_B.tolist() == [0.0, 0.0, 0.0]
     assert masked.tokens_B.tolist() == [3, 0, 3]
-    plain = logits_BV.log_softmax(-1).gather(1, samples.tokens_B[:, None])[:, 0]
+    untempered_B = logits_BV.log_softmax(-1).gather(1, samples.tokens_B[:, None])[:, 0]
     # Four terms in fp32.
-    torch.testing.assert_close(samples.plain_logprobs_B, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(samples.untempered_logprobs_B, untempered_B, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e4, 1e30, -1e30])
@@ -220,7 +222,7 @@ def test_rows_that_cannot_be_drawn_say_so_and_leave_their_neighbours_alone(tempe
         samples = sample(logits_BV, **rows(6), temperature=temperature, masked_ids_V=masked_V)
     assert samples.tokens_B[1:5].tolist() == [-1] * 4
     assert samples.logprobs_B[1:5].isnan().all()
-    assert samples.plain_logprobs_B[1:5].isnan().all()
+    assert samples.untempered_logprobs_B[1:5].isnan().all()
     for before, after in zip(clean, samples, strict=True):
         assert torch.equal(before[[0, 5]], after[[0, 5]])
 

@@ -1,4 +1,4 @@
-"""A vocabulary in shards draws what the whole vocabulary draws."""
+"""A sharded vocabulary gives the samples of the whole vocabulary."""
 
 import itertools
 
@@ -57,7 +57,9 @@ def test_shards_of_any_size_draw_what_the_whole_draws(bounds, is_truncated, impl
     assert torch.equal(joined.tokens_B, whole.tokens_B)
     # fp32 sums of 509 terms in another order.
     torch.testing.assert_close(joined.logprobs_B, whole.logprobs_B, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(joined.plain_logprobs_B, whole.plain_logprobs_B, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        joined.untempered_logprobs_B, whole.untempered_logprobs_B, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -143,7 +143,7 @@ def test_no_row_to_train_on(implementation, num_rows):
 
 
 @both
-def test_rows_without_an_upstream_gradient_are_left_out_of_backward(implementation):
+def test_rows_without_an_upstream_gradient_are_skipped_in_backward(implementation):
     hidden_TD, weight_VD, targets_T, dlogprobs_T, _ = head_inputs(12, 40, 16, torch.float32, num_ignored=0)
     hidden_TD[3] = torch.inf  # its logits are NaN
     dlogprobs_T[3] = 0

@@ -1,4 +1,4 @@
-"""The sweep that takes a loss and its gradients: chunks, products, memory, backward."""
+"""A loss with its gradients in one pass over the head: chunks, products, memory, backward."""
 
 import nearest_bf16
 import pytest

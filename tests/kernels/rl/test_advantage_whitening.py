@@ -31,7 +31,7 @@ def test_whitening_sums_of_two_ranks_are_those_of_the_whole_batch():
     batch = random_batch(lengths, seed=14)
     options = {"kl_coef": 0.1, "gamma": 1.0, "lam": 0.95}
     whole = ppo_advantages(*batch, **options)
-    halves = [
+    parts = [
         ppo_advantages(
             *(tensor[tokens] for tensor in batch[:3]),
             batch[3][sequences],
@@ -41,7 +41,7 @@ def test_whitening_sums_of_two_ranks_are_those_of_the_whole_batch():
         )
         for tokens, sequences in ((slice(0, 43), slice(0, 2)), (slice(43, 71), slice(2, 4)))
     ]
-    summed = halves[0].whitening_sums() + halves[1].whitening_sums()
+    summed = parts[0].whitening_sums() + parts[1].whitening_sums()
     # fp64 sums in another order.
     torch.testing.assert_close(summed, whole.whitening_sums(), rtol=1e-12, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""The KL estimators keep their digits where the first steps of PPO live."""
+"""The KL estimators keep their precision for the small log-ratios of the first PPO steps."""
 
 import pytest
 import torch
