@@ -1,4 +1,4 @@
-"""Sharded GLM models on Megatron-core: the only floor that imports it.
+"""Sharded GLM models on Megatron-core: the only layer that imports it.
 
 - `spec`: what a model and a layout are; pure Python on numbers.
 - `megatron_compat`: every patch and private name of Megatron-core and torch.

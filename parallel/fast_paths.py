@@ -1,4 +1,4 @@
-"""Which optional accelerations this process has, found by the symbols that are used, never assumed."""
+"""The optional accelerations that this process can use, found by importing the symbols that are called."""
 
 import importlib
 import warnings
@@ -21,25 +21,25 @@ _BUILD_APEX = " (NVIDIA's is built from source: the package index's apex is anot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FastPath:
-    """One optional acceleration, as this process finds it."""
+    """One optional acceleration in this process."""
 
     purpose: str
-    """What it speeds up: attention, Adam, gradient clipping, fused kernels, collectives."""
+    """What it accelerates: attention, Adam, gradient clipping, fused kernels, collectives."""
     name: str
-    """What a user knows it by."""
+    """Name for users."""
     is_active: bool
-    """Whether this process runs it."""
+    """Whether this process uses it."""
     reason: str
-    """Why it is active or why not, by name."""
+    """Why it is active or not."""
     used_instead: str
-    """What does the work when it is not active; empty when it is."""
+    """The implementation used when it is not active; empty when it is."""
 
 
 def probe() -> tuple[FastPath, ...]:
-    """Return every optional acceleration, those of one purpose in the order of preference.
+    """Return every optional acceleration, those of one purpose in order of preference.
 
-    Each is looked for by the very symbol that is called, and counts as active only where the code that
-    chooses (our attention, Megatron-core's optimizer, the kernels' launcher) has chosen it.
+    Each is probed by the symbol that is called, and is active only if the code that selects (our attention,
+    Megatron-core's optimizer, the kernels' launcher) has selected it.
     """
     return (*_attention(), *_optimizer(), _kernels(), _collectives())
 
@@ -47,13 +47,13 @@ def probe() -> tuple[FastPath, ...]:
 def _attention() -> list[FastPath]:
     chosen = implementation_name("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
     instead = _ATTENTION.get(chosen, chosen)
-    found = {
+    candidates = {
         "transformer_engine": _find("transformer_engine.pytorch", "DotProductAttention"),
         "torch_varlen": _find("torch.nn.attention.varlen", "varlen_attn"),
     }
     paths = [
         _path("attention", _ATTENTION[name], symbol, reason, is_chosen=chosen == name, instead=instead)
-        for name, (symbol, reason) in found.items()
+        for name, (symbol, reason) in candidates.items()
     ]
     symbol, reason = _find("flash_attn", "flash_attn_varlen_func")
     if symbol is not None:
@@ -107,7 +107,7 @@ def _kernels() -> FastPath:
     choice = launch.requested()
     variable = f"{launch.ENVIRONMENT_VARIABLE}={choice}"
     if choice == "reference":
-        return _kernel_path(f"{variable} asks for the reference", reference)
+        return _kernel_path(f"{variable} selects the reference", reference)
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         return _kernel_path(f"compiled for sm_{major}{minor}", "")
@@ -161,12 +161,12 @@ def _path(
 
 
 def _find(module: str, name: str, *, needs: tuple[str, str] | None = None) -> tuple[Any | None, str]:
-    """Return `module.name` with where it was found, or None with why it cannot be used.
+    """Return `module.name` and its dotted path, or None and the reason why it cannot be used.
 
     Args:
         module: dotted path of the module.
         name: the symbol in it.
-        needs: another module and symbol without which this one is of no use.
+        needs: another module and symbol that this one requires.
     """
     if needs is not None:
         needed, reason = _find(*needs)
@@ -181,7 +181,7 @@ def _find(module: str, name: str, *, needs: tuple[str, str] | None = None) -> tu
             return None, f"{package} is not installed{hint}"
         missing = error.name or _first_line(error)
         return None, f"{package} is installed, but there is no module {missing}{hint}"
-    except Exception as error:  # a broken build fails in whatever way its library does
+    except Exception as error:  # a broken build may raise anything
         return None, f"{module} is installed but does not import: {_first_line(error)}"
     if symbol is None:
         return None, f"{module} is installed but has no {name}{hint}"
@@ -189,17 +189,17 @@ def _find(module: str, name: str, *, needs: tuple[str, str] | None = None) -> tu
 
 
 def _megatron_symbol(module: str, name: str) -> tuple[Any | None, str]:
-    """Return what Megatron-core has chosen, and how to name it."""
+    """Return the symbol that Megatron-core has selected, and a description of it."""
     try:
         symbol = getattr(_import(module), name)
-    except Exception as error:  # a broken optional package surfaces here, as whatever it raises
+    except Exception as error:  # a broken optional package may raise anything here
         return None, f"nothing: {module} does not import: {_first_line(error)}"
     owner = getattr(symbol, "__module__", None) or module
     return symbol, f"{owner.partition('.')[0]}'s {getattr(symbol, '__name__', name)}"
 
 
 def _import(module: str) -> Any:
-    with warnings.catch_warnings():  # absence is told by the report, once
+    with warnings.catch_warnings():  # the report states what is missing, once
         warnings.simplefilter("ignore")
         return importlib.import_module(module)
 

@@ -150,7 +150,7 @@ def role_bytes(
         for chunk in range(layout.vpp)
     ]
     if role not in TRAINED:
-        return RoleBytes(weights=sum(c.num_plain * itemsize + c.num_fp32 * _FP32 for c in chunks))
+        return RoleBytes(weights=sum(c.num_model_dtype * itemsize + c.num_fp32 * _FP32 for c in chunks))
     plain, fp32 = (sum(sizes) for sizes in zip(*(_buffers(c, num_shards) for c in chunks), strict=True))
     return RoleBytes(
         weights=plain * itemsize + fp32 * _FP32,
@@ -172,7 +172,7 @@ def _buffers(chunk: ChunkSizes, num_shards: int) -> tuple[int, int]:
     """Return the elements of the buffers in which the distributed optimizer lays the weights out."""
     multiple = math.lcm(num_shards, _BUCKET_ALIGNMENT)
     padded = []
-    for sizes in (chunk.plain, chunk.fp32):
+    for sizes in (chunk.model_dtype, chunk.fp32):
         total = sum(_up_to(size, _PARAMETER_ALIGNMENT) for size in sizes)
         padded.append(_up_to(total, multiple))
     return padded[0], padded[1]

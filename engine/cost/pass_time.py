@@ -163,7 +163,7 @@ def optimizer_step(
         chunk_sizes(model, layout, has_scalar_head=has_scalar_head, stage=layout.pp - 1, chunk=chunk)
         for chunk in range(layout.vpp)
     ]
-    count = sum(chunk.num_plain + chunk.num_fp32 for chunk in sizes)
+    count = sum(chunk.num_model_dtype + chunk.num_fp32 for chunk in sizes)
     num_shards = layout.dp(cluster.num_gpus) * layout.cp
     touched = 2 * _FP32 * count + _OPTIMIZER_BYTES * count / num_shards  # gradients are also cleared
     communication_s = 0.0

@@ -19,7 +19,7 @@ from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
-from glm_rlhf.parallel.weights.hf_writer import companion_files
+from glm_rlhf.parallel.weights.hf_writer import read_extra_files
 
 FOLDER = "checkpoints"
 """Folder, in a run folder, of what the run goes on from."""
@@ -318,7 +318,7 @@ def open_writer(
     with raise_on_all_ranks(f"reading {config.model.path}"):
         extra_files = {}
         if topology.is_main_rank:
-            extra_files = companion_files(
+            extra_files = read_extra_files(
                 config.model.path, chunk.glm, dtype=chunk.config.params_dtype, role=chunk.role
             )
     given = _as_json(config)

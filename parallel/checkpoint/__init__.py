@@ -1,4 +1,4 @@
-"""A training run saved, and restored in any layout.
+"""Checkpoints of a training run, restored in any layout.
 
 Imports `model`, `optim`, `weights` and below; not `pipeline`, not `inference`.
 """

@@ -1,4 +1,4 @@
-"""The newest whole checkpoint of a run, and a model's training state from it, in whatever layout."""
+"""The newest complete checkpoint of a run, and a model's training state from it, in any layout."""
 
 import sys
 from pathlib import Path
@@ -24,16 +24,16 @@ from glm_rlhf.parallel.weights.load import part_of
 
 
 def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint | None:
-    """Return the newest checkpoint of a run's folder that is whole; every rank calls this.
+    """Return the newest complete checkpoint in a run's folder; every rank calls this.
 
-    Checksums are compared, the files shared out over the ranks. What is refused, and why, and a tracker that
-    names another checkpoint, is told on stderr by rank 0.
+    Each rank verifies the checksums of a part of the files. Rank 0 reports refused checkpoints with the
+    reason, and a tracker that names another checkpoint, on stderr.
 
     Returns:
-        None where there is no folder, or nothing in it bears a checkpoint's name.
+        None if there is no folder, or no checkpoint in it.
 
     Raises:
-        CheckpointError: there are checkpoints, none of them whole.
+        CheckpointError: there are checkpoints, but none is complete.
     """
     folder = Path(folder)
     steps: list = [[]]
@@ -44,45 +44,45 @@ def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint |
     dist.broadcast_object_list(steps, src=0)
     refusals = []
     for step in steps[0]:
-        found, fault = _try(folder / f"step_{step}", topology)
-        if fault is None:
-            _tell(folder, step, refusals, topology)
-            return found
-        refusals.append(fault)
+        checkpoint, problem = _open(folder / f"step_{step}", topology)
+        if problem is None:
+            _report(folder, step, refusals, topology)
+            return checkpoint
+        refusals.append(problem)
     if refusals:
         raise CheckpointError(
-            f"{folder} holds no whole checkpoint: {'; '.join(refusals)}; set run.resume to never and another "
-            "run.name to start anew"
+            f"{folder} holds no complete checkpoint: {'; '.join(refusals)}; set run.resume to never and "
+            "another run.name to start from the beginning"
         )
     return None
 
 
 def checkpoint_at(path: str | Path, *, topology: Topology) -> Checkpoint:
-    """Return the checkpoint in a folder, its checksums compared; every rank calls this.
+    """Return the checkpoint in a folder after verifying its checksums; every rank calls this.
 
     Raises:
-        CheckpointError: it is none, or damaged; on every rank.
+        CheckpointError: the folder is no checkpoint, or damaged; on every rank.
     """
-    found, fault = _try(Path(path), topology)
-    if fault is not None:
-        raise CheckpointError(fault)
-    return found
+    checkpoint, problem = _open(Path(path), topology)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return checkpoint
 
 
-def _try(path: Path, topology: Topology) -> tuple[Checkpoint | None, str | None]:
-    """Return a checkpoint, or the first rank's reason to refuse it."""
-    found = fault = None
+def _open(path: Path, topology: Topology) -> tuple[Checkpoint | None, str | None]:
+    """Return a checkpoint, or the lowest rank's reason to refuse it."""
+    checkpoint = problem = None
     try:
-        found = open_checkpoint(path)
-        found.check_files(rank=topology.rank, world_size=topology.world_size)
+        checkpoint = open_checkpoint(path)
+        checkpoint.check_files(rank=topology.rank, world_size=topology.world_size)
     except (CheckpointError, OSError) as error:
-        fault = str(error)
-    faults: list[str | None] = [None] * topology.world_size
-    dist.all_gather_object(faults, fault)
-    return found, next((fault for fault in faults if fault is not None), None)
+        problem = str(error)
+    problems: list[str | None] = [None] * topology.world_size
+    dist.all_gather_object(problems, problem)
+    return checkpoint, next((problem for problem in problems if problem is not None), None)
 
 
-def _tell(folder: Path, step: int, refusals: list[str], topology: Topology) -> None:
+def _report(folder: Path, step: int, refusals: list[str], topology: Topology) -> None:
     if not topology.is_main_rank:
         return
     for refusal in refusals:
@@ -93,66 +93,67 @@ def _tell(folder: Path, step: int, refusals: list[str], topology: Topology) -> N
         tracked = ""
     if refusals or tracked != f"step_{step}":
         sys.stderr.write(
-            f"{folder / TRACKER} names {tracked or 'nothing'}; the newest whole checkpoint is step_{step}, "
-            "it is taken\n"
+            f"{folder / TRACKER} names {tracked or 'nothing'}; resuming from the newest complete checkpoint, "
+            f"step_{step}\n"
         )
 
 
 @torch.no_grad()
 def restore(state: AnyTrainingState, checkpoint: Checkpoint, model: str) -> None:
-    """Fill weights and moments from a model of a checkpoint; every rank of the topology calls this.
+    """Restore weights and moments from a model of a checkpoint; every rank of the topology calls this.
 
-    A rank reads what it owns. In the layout that wrote it, that is one stretch of a file for each parameter;
-    in another one the parameter is put together from the parts that overlap it. The data-parallel group
-    gathers the weights. The ordinary optimizer and the one in backward load each other's.
+    A rank reads the shards that it owns. In the layout that wrote the checkpoint, that is one range of a file
+    per parameter; in another layout a shard is assembled from the stored parts that overlap it. The
+    data-parallel group gathers the weights. The distributed optimizer and the optimizer in backward load each
+    other's checkpoints.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
     with raise_on_all_ranks(f"restoring {model} from {checkpoint.folder}"):
-        facts = checkpoint.manifest.models.get(model)
-        if facts is None:
+        info = checkpoint.manifest.models.get(model)
+        if info is None:
             raise CheckpointError(
                 f"{checkpoint.folder} holds {', '.join(checkpoint.manifest.models)} and no {model}: it was "
                 "written by another command"
             )
         chunk = state.bare_chunks[0]
         role = part_of(chunk)["role"]
-        if (facts.config, facts.role) != (chunk.glm, role):
+        if (info.config, info.role) != (chunk.glm, role):
             raise CheckpointError(
-                f"{checkpoint.folder} holds a {facts.role} {facts.config}; the {model} of this run is a "
-                f"{role} {chunk.glm}: resume with the model that it was trained from"
+                f"{checkpoint.folder} holds a {info.role} {info.config}; the {model} of this run is a "
+                f"{role} {chunk.glm}: resume with the model of the checkpoint"
             )
         held = {weight.name for weight, *_ in held_shards(state)}
-        if held & set(facts.frozen) != frozen_weights(state):
+        if held & set(info.frozen) != frozen_weights(state):
             raise CheckpointError(
                 f"{checkpoint.folder} and this run train different weights of {model}; on this rank, "
-                f"frozen there: {sorted(held & set(facts.frozen))}, here: {sorted(frozen_weights(state))}"
+                f"frozen there: {sorted(held & set(info.frozen))}, here: {sorted(frozen_weights(state))}"
             )
         sources = {WEIGHT: _Source(checkpoint, model, WEIGHT)}
-        if facts.has_moments:
+        if info.has_moments:
             sources |= {kind: _Source(checkpoint, model, kind) for kind in ADAM_MOMENTS}
-        shards = {shard.name: (shard, holder) for _, shard, holder in held_shards(state)}
+        shards = {shard.name: (shard, owner) for _, shard, owner in held_shards(state)}
         for part in parts_of(state):
-            shard, holder = shards[part.name]
+            shard, owner = shards[part.name]
             span = part.start, part.stop
-            part.weight.copy_(sources[WEIGHT].read(shard, holder, *span))
-            if part.is_trained and facts.has_moments:
-                moments = {kind: sources[kind].read(shard, holder, *span) for kind in ADAM_MOMENTS}
-                set_moments(part, moments, facts.num_steps)
-    resume_from(state, facts.num_steps, facts.gradient_squares)
+            part.weight.copy_(sources[WEIGHT].read(shard, owner, *span))
+            if part.is_trained and info.has_moments:
+                moments = {kind: sources[kind].read(shard, owner, *span) for kind in ADAM_MOMENTS}
+                set_moments(part, moments, info.num_steps)
+    resume_from(state, info.num_steps, info.gradient_squares)
 
 
 class _Source:
-    """One kind of tensors of a model in a checkpoint."""
+    """The weights, or one kind of moments, of a model in a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, model: str, kind: str) -> None:
         self._shards: dict[tuple[str, int], StoredShard] = checkpoint.shards(model, kind)
         self._tensors: dict[str, ShardedTensor] = checkpoint.tensors(model, kind)
 
-    def read(self, shard: ParamShard, holder: int, start: int, stop: int) -> torch.Tensor:
-        """Return elements of a flattened parameter, a new CPU tensor [stop - start], as they are stored."""
-        stored = self._shards.get((shard.name, holder))
+    def read(self, shard: ParamShard, owner: int, start: int, stop: int) -> torch.Tensor:
+        """Return elements of a flattened parameter as stored, a new CPU tensor [stop - start]."""
+        stored = self._shards.get((shard.name, owner))
         if stored is not None and stored.shard.pieces == shard.pieces:
             out = torch.empty(stop - start, dtype=stored.dtype)
             stored.read(start, stop, out)

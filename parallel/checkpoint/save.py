@@ -1,9 +1,9 @@
-"""Checkpoints written while training goes on, each of them whole or not there.
+"""Atomic checkpoints, written in the background while training continues.
 
-A save takes hold of the tensors and returns. A thread copies them to host memory, during which they must
-not change: the optimizer waits for it before its next step. Then each rank writes its file; when all are on
-the disk, rank 0 writes the manifest, gives the folder its name, and points the tracker at it. A kill at any
-moment leaves the earlier checkpoints as they were, and at most a hidden folder that the next run removes.
+A save keeps references to the tensors and returns. A thread copies them to host memory; meanwhile they must
+not change, so the optimizer waits for the copy before its next step. Then each rank writes its file; when all
+are on disk, rank 0 writes the manifest, renames the folder to its final name, and updates the tracker. A kill
+at any time leaves earlier checkpoints unchanged, and at most a hidden folder that the next run removes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.parallel.checkpoint.shards import facts_of, joined_facts, stored_tensors
+from glm_rlhf.parallel.checkpoint.shards import joined_info, model_info, stored_tensors
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.state_shard import SplitMaster
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
@@ -42,7 +42,7 @@ from glm_rlhf.parallel.storage.durable_io import replace_file, sync, write_all, 
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
 
 TRACKER = "latest"
-"""File beside the checkpoints with the name of the one that was written last."""
+"""File next to the checkpoints with the name of the last one written."""
 
 _STEP = re.compile(r"step_(\d{1,18})")
 _LEFTOVER = re.compile(r"\.step_(\d+)\.(partial|replaced|removed)")
@@ -50,18 +50,18 @@ _JOIN_TIMEOUT_S = 60.0
 
 
 def recover_replaced(folder: Path) -> None:
-    """Give a checkpoint its name back that a kill found between giving way and being replaced."""
+    """Rename a checkpoint back whose replacement was interrupted by a kill between the two renames."""
     for path in folder.iterdir():
         match = _LEFTOVER.fullmatch(path.name)
         if match and match[2] == "replaced":
             name = folder / f"step_{match[1]}"
             if not os.path.lexists(name):
-                with contextlib.suppress(OSError):  # read-only: the ones before it are there
+                with contextlib.suppress(OSError):  # a read-only folder: earlier checkpoints remain
                     os.rename(path, name)
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """Return what bears a checkpoint's name in a folder, newest first; sound or not."""
+    """Return the folders with a checkpoint's name, newest first, complete or not."""
     names = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted(((int(match[1]), path) for match, path in names if match), reverse=True))
 
@@ -69,8 +69,8 @@ def step_folders(folder: Path) -> dict[int, Path]:
 class CheckpointWriter:
     """Owns the folder of a run's checkpoints, the host memory that they are staged in, and the thread.
 
-    Every rank makes one and calls its methods together. A context manager: at its end the last save is
-    waited for, and its failure raised.
+    Every rank makes one and calls its methods together. As a context manager it waits at its end for the last
+    save, and raises its failure.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class CheckpointWriter:
         config: Mapping[str, Any] | None = None,
         extra_files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Make the folder, and remove what a kill has left in it.
+        """Create the folder, and remove leftovers of killed saves.
 
         Args:
-            folder: of the checkpoints `step_N`, seen by all ranks.
+            folder: of the checkpoints `step_N`, visible to all ranks.
             topology: of the models.
-            keep_last: newest checkpoints that stay.
-            keep_every: those of steps that are a multiple stay too; 0 for none.
+            keep_last: number of newest checkpoints to keep.
+            keep_every: also keep checkpoints of steps that are a multiple of this; 0 for none.
             is_async: whether `save` returns before the checkpoint is written.
             config: settings of the run for the manifest, JSON values.
-            extra_files: further files by name, such as the tokenizer's; rank 0's count.
+            extra_files: further files by name, such as the tokenizer's; those of rank 0 are written.
 
         Raises:
-            ValueError: the folder cannot be made.
+            ValueError: the folder cannot be created.
         """
         self.folder, self.topology = Path(folder), topology
         self.keep_last, self.keep_every, self.is_async = keep_last, keep_every, is_async
@@ -106,9 +106,9 @@ class CheckpointWriter:
         self._staged = threading.Event()
         self._staged.set()
         self._memory: torch.Tensor | None = None
-        # The thread has a group of its own, so that it may communicate while the run does.
+        # The thread uses a separate group, so that it can communicate while the run does.
         self._thread_group, self._group = (dist.new_group(backend="gloo") for _ in range(2))
-        with raise_on_all_ranks(f"making {self.folder}"):
+        with raise_on_all_ranks(f"creating {self.folder}"):
             if topology.is_main_rank:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for path in self.folder.iterdir():
@@ -123,16 +123,16 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         rank_tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Write the checkpoint of a step; every rank calls this. One that is under way is waited for.
+        """Write the checkpoint of a step; every rank calls this. Waits for a save in progress first.
 
         Args:
-            step: steps of the run behind it.
-            models: by name; the first is what the folder is as a model folder.
-            state: what else the run needs, JSON values; rank 0's count.
-            rank_tensors: of this rank alone, by name; they are copied at once.
+            step: completed steps of the run.
+            models: by name; read as a model folder, the checkpoint is the first model.
+            state: further state of the run, JSON values; that of rank 0 is written.
+            rank_tensors: tensors of this rank alone, by name; copied at once.
 
         Raises:
-            CheckpointError, ValueError: this save (not asynchronous) or the one before it failed.
+            CheckpointError, ValueError: this save (if synchronous) or the previous one failed.
         """
         self.finish()
         job = self._plan(step, models, state, rank_tensors or {})
@@ -144,16 +144,16 @@ class CheckpointWriter:
             self.finish()
             return
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint step {step}")
-        self._thread.daemon = True  # the process may end at once on a fault; the checkpoint is then not there
+        self._thread.daemon = True  # a failing process may exit at once, without this checkpoint
         self._thread.start()
 
     def poll(self) -> None:
-        """Raise the failure of a save that has ended since; every rank calls this, once a step or so.
+        """Raise the failure of a finished save; every rank calls this, about once per step.
 
-        While a save is under way one small all-reduce of the world.
+        During a save this is one small all-reduce of the world.
 
         Raises:
-            CheckpointError, ValueError: it failed; on every rank.
+            CheckpointError, ValueError: the save failed; on every rank.
         """
         if self._thread is None:
             return
@@ -163,10 +163,10 @@ class CheckpointWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save that is under way; every rank calls this.
+        """Wait for a save in progress; every rank calls this.
 
         Raises:
-            CheckpointError, ValueError: it failed; on every rank.
+            CheckpointError, ValueError: the save failed; on every rank.
         """
         if self._thread is not None:
             self._thread.join()
@@ -184,8 +184,8 @@ class CheckpointWriter:
         if kind is None:
             self.finish()
         elif self._thread is not None:
-            self._thread.join(_JOIN_TIMEOUT_S)  # the fault that ends the run is the one to tell
-            if self._thread.is_alive():  # other ranks are gone; its group is in use
+            self._thread.join(_JOIN_TIMEOUT_S)  # the exception that ends the run is the one to report
+            if self._thread.is_alive():  # other ranks have exited; the group is in use
                 return
         for group in (self._thread_group, self._group):
             dist.destroy_process_group(group)
@@ -200,8 +200,8 @@ class CheckpointWriter:
         tensors = {tensor_name("rank", "", name): value.clone() for name, value in rank_tensors.items()}
         starts = {}
         for model, training in models.items():
-            found, starts[model] = stored_tensors(model, training)
-            tensors |= found
+            model_tensors, starts[model] = stored_tensors(model, training)
+            tensors |= model_tensors
         prefix, entries = plan_file({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
         device = self.topology.device
         return _Job(
@@ -210,7 +210,7 @@ class CheckpointWriter:
             entries=entries,
             tensors=tensors,
             starts=starts,
-            models={model: facts_of(training) for model, training in models.items()},
+            models={model: model_info(training) for model, training in models.items()},
             state=dict(state),
             ready=torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
         )
@@ -225,8 +225,13 @@ class CheckpointWriter:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _write(self, job: "_Job", partial: Path) -> None:
-        """Go from tensors to a checkpoint; all ranks' threads together, each step agreed upon by all."""
-        with self._agreed(job):
+        """Write a checkpoint; all ranks' threads call this together, and each stage must succeed on all."""
+        # Why this order: a folder named `step_N` must be complete at any kill. So all ranks first write and
+        # fsync their files in a hidden folder. Only when every rank has reported its checksum does rank 0
+        # write the manifest and rename the folder: the rename is the commit. The tracker is updated after
+        # it, so that it never names a missing folder, and old checkpoints are removed last. Staging to host
+        # memory comes first, to let the optimizer continue as early as possible.
+        with self._all_ranks(job):
             try:
                 content = self._stage(job)
             finally:
@@ -234,28 +239,28 @@ class CheckpointWriter:
             if self.topology.is_main_rank:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-        with self._agreed(job):
-            facts = _write_file(partial / rank_file_name(self.topology.rank), content)
-        mine = RankFile(facts=facts, tp_rank=self.topology.tp_rank, starts=job.starts), job.models
-        everyone: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(everyone, mine, group=self._thread_group)
-        with self._agreed(job):
+        with self._all_ranks(job):
+            info = _write_file(partial / rank_file_name(self.topology.rank), content)
+        local = RankFile(facts=info, tp_rank=self.topology.tp_rank, starts=job.starts), job.models
+        per_rank: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(per_rank, local, group=self._thread_group)
+        with self._all_ranks(job):
             if self.topology.is_main_rank:
-                self._commit(job, partial, everyone)
+                self._commit(job, partial, per_rank)
 
     @contextlib.contextmanager
-    def _agreed(self, job: "_Job"):
+    def _all_ranks(self, job: "_Job"):
         with raise_on_all_ranks(f"writing the checkpoint of step {job.step}", group=self._thread_group):
             try:
                 yield
             except OSError as error:
                 raise CheckpointError(
                     f"the checkpoint of step {job.step} was not written: {error.filename or self.folder}: "
-                    f"{error.strerror}; earlier ones are whole, make room or mend the folder"
+                    f"{error.strerror}; earlier ones are complete, free space or repair the folder"
                 ) from error
 
     def _stage(self, job: "_Job") -> memoryview:
-        """Return the content of this rank's file, in host memory that the next save uses again."""
+        """Return the content of this rank's file, in host memory that the next save reuses."""
         is_cuda = self.topology.device.type == "cuda"
         num_bytes = len(job.prefix) + sum(entry.num_bytes for entry in job.entries.values())
         if self._memory is None or self._memory.numel() < num_bytes:
@@ -270,7 +275,7 @@ class CheckpointWriter:
                 stack.enter_context(torch.cuda.stream(stream))
             for name, entry in job.entries.items():
                 values = job.tensors[name]
-                if isinstance(values, SplitMaster):  # made here, one at a time: a save needs no more memory
+                if isinstance(values, SplitMaster):  # joined one at a time, to save memory
                     values = values.joined()
                 target = memory[entry.offset : entry.offset + entry.num_bytes].view(values.dtype)
                 target.copy_(values.reshape(-1), non_blocking=is_cuda)
@@ -279,7 +284,7 @@ class CheckpointWriter:
         job.tensors.clear()
         return memoryview(memory.numpy())
 
-    def _commit(self, job: "_Job", partial: Path, everyone: list[tuple[RankFile, dict]]) -> None:
+    def _commit(self, job: "_Job", partial: Path, per_rank: list[tuple[RankFile, dict]]) -> None:
         for name, content in self.extra_files.items():
             write_synced(partial / name, content)
         manifest = Manifest(
@@ -288,8 +293,8 @@ class CheckpointWriter:
             layout=self.topology.layout,
             world_size=self.topology.world_size,
             versions=current_versions(),
-            models={model: joined_facts([models[model] for _, models in everyone]) for model in job.models},
-            ranks=tuple(file for file, _ in everyone),
+            models={model: joined_info([models[model] for _, models in per_rank]) for model in job.models},
+            ranks=tuple(file for file, _ in per_rank),
             extra_files={
                 name: FileInfo(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
                 for name, content in self.extra_files.items()
@@ -301,7 +306,7 @@ class CheckpointWriter:
         sync(partial)
         target = self.folder / f"step_{job.step}"
         replaced = self.folder / f".step_{job.step}.replaced"
-        if os.path.lexists(target):  # one inside this step, or a damaged one that the run went back behind
+        if os.path.lexists(target):  # saved earlier in this step, or damaged and skipped on resuming
             os.rename(target, replaced)
         os.rename(partial, target)
         sync(self.folder)
@@ -310,11 +315,11 @@ class CheckpointWriter:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        for place, (step, path) in enumerate(step_folders(self.folder).items()):
-            is_kept = place < self.keep_last or (self.keep_every > 0 and step % self.keep_every == 0)
+        for age, (step, path) in enumerate(step_folders(self.folder).items()):
+            is_kept = age < self.keep_last or (self.keep_every > 0 and step % self.keep_every == 0)
             if not is_kept:
                 removed = self.folder / f".step_{step}.removed"
-                os.rename(path, removed)  # at once not a checkpoint any more
+                os.rename(path, removed)  # a kill during the removal leaves no incomplete checkpoint
                 shutil.rmtree(removed)
 
 

@@ -1,4 +1,4 @@
-"""Which parts of a model in training a rank stores, and what the model is for the manifest."""
+"""The shards of a model in training that a rank stores, and the model's entry in the manifest."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from glm_rlhf.parallel.weights.load import part_of
 
 
 def held_shards(training: AnyTrainingState) -> Iterator[tuple[Weight, ParamShard, int]]:
-    """Yield (row of the table, parameter, first tensor-parallel rank with the same one) for this rank."""
+    """Yield (row of the table, shard, lowest tensor-parallel rank with an equal one) for this rank."""
     topology = training.topology
     tp = {"tp_rank": topology.tp_rank, "tp_size": topology.layout.tp}
     for chunk in training.bare_chunks:
@@ -29,17 +29,17 @@ def held_shards(training: AnyTrainingState) -> Iterator[tuple[Weight, ParamShard
 def stored_tensors(
     model: str, training: AnyTrainingState
 ) -> tuple[dict[str, torch.Tensor | SplitMaster], dict[str, int]]:
-    """Return the tensors that this rank stores of a model, and the first element of each parameter's part.
+    """Return the tensors that this rank stores of a model, and the first element of each shard.
 
-    Of equal parameters the first is stored: tensor-parallel ranks hold norms, and key/value heads that they
-    share, alike; the last stage has a copy of a tied head; a frozen parameter is the same on all
-    data-parallel ranks. Nothing is copied.
+    Of replicated parameters the first copy is stored: norms and shared key/value heads are equal on
+    tensor-parallel ranks, the last stage has a copy of a tied head, and frozen parameters are equal on all
+    data-parallel ranks. No tensor is copied.
     """
     topology = training.topology
     stored = {
         shard.name
-        for weight, shard, holder in held_shards(training)
-        if holder == topology.tp_rank and not _is_tied_copy(weight, training)
+        for weight, shard, owner in held_shards(training)
+        if owner == topology.tp_rank and not _is_tied_copy(weight, training)
     }
     tensors, starts = {}, {}
     for part in parts_of(training):
@@ -51,8 +51,8 @@ def stored_tensors(
     return tensors, starts
 
 
-def facts_of(training: AnyTrainingState) -> ModelInfo:
-    """Return what this rank knows of a model; `joined_facts` makes it whole."""
+def model_info(training: AnyTrainingState) -> ModelInfo:
+    """Return this rank's part of a model's manifest entry; `joined_info` joins those of all ranks."""
     chunk = training.bare_chunks[0]
     return ModelInfo(
         role=part_of(chunk)["role"],
@@ -64,18 +64,20 @@ def facts_of(training: AnyTrainingState) -> ModelInfo:
     )
 
 
-def joined_facts(facts: Sequence[ModelInfo]) -> ModelInfo:
-    """Return the facts of a model from those of all ranks, some of which own nothing that is trained."""
+def joined_info(per_rank: Sequence[ModelInfo]) -> ModelInfo:
+    """Return a model's manifest entry from those of all ranks, some of which own no trained parameter."""
     return replace(
-        facts[0],
-        num_steps=max(one.num_steps for one in facts),
-        frozen=tuple(sorted({name for one in facts for name in one.frozen})),
-        gradient_squares={name: square for one in facts for name, square in one.gradient_squares.items()},
+        per_rank[0],
+        num_steps=max(info.num_steps for info in per_rank),
+        frozen=tuple(sorted({name for info in per_rank for name in info.frozen})),
+        gradient_squares={
+            name: square for info in per_rank for name, square in info.gradient_squares.items()
+        },
     )
 
 
 def frozen_weights(training: AnyTrainingState) -> set[str]:
-    """Return our names of the weights on this rank that are not trained."""
+    """Return the names of this rank's frozen weights."""
     trained = {name: p.requires_grad for chunk in training.bare_chunks for name, p in chunk.named_weights()}
     return {
         weight.name

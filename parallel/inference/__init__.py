@@ -1,4 +1,4 @@
-"""The paged cache, one decoding step, its CUDA graphs, the sampler, and the loop over pipeline stages.
+"""The paged KV cache, the decode step, its CUDA graphs, the sampler, and the loop over pipeline stages.
 
 Imports `model`, `weights` and below; not `pipeline`, not `checkpoint`.
 """

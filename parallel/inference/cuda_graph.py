@@ -1,8 +1,8 @@
-"""Pure decode steps recorded once and replayed: one CUDA graph a chunk and batch size, in one memory pool.
+"""Decode steps recorded once and replayed: one CUDA graph per chunk and batch size, in one memory pool.
 
-A step of a few milliseconds has a thousand kernels, and the host would need longer to launch them than the
-device to run them. A recording reads its inputs, the cache and the parameters by address: a step fills the
-inputs with one copy, and an optimizer step between two replays is seen by the second.
+A step of a few milliseconds has a thousand kernels, and the host takes longer to launch them than the device
+to run them. A graph reads its inputs, the cache and the parameters by address: one copy fills the inputs of a
+step, and a replay after an optimizer step uses the new weights.
 """
 
 from bisect import bisect_left
@@ -22,33 +22,39 @@ from glm_rlhf.parallel.inference.step_inputs import (
 from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Numbers of rows that are recorded; a step is filled up to the next one, a larger one runs eagerly."""
+"""Batch sizes that are recorded; a step is padded to the next one, a larger one runs eagerly."""
 _NUM_WARM_UPS = 2
 
 Compute = Callable[[int, DecodeBatch, torch.Tensor | None], torch.Tensor]
-"""(chunk, rows, the former chunk's output) → this chunk's output, one row a sequence."""
+"""(chunk, rows, the previous chunk's output) → this chunk's output, one row per sequence."""
 
 
 class Recording(Protocol):
-    """SequenceWork that was recorded."""
+    """A recorded function."""
 
     output: torch.Tensor
-    """What the work returned; each replay writes it anew."""
+    """The function's result; each replay overwrites it."""
 
     def replay(self) -> None:
-        """Do the work again, on what its inputs hold now."""
+        """Run the function again, on the current contents of its inputs."""
 
 
 Record = Callable[[Callable[[], torch.Tensor], Any], Recording]
-"""(work, memory pool that all recordings of a phase share) → its recording."""
+"""(function, memory pool that all recordings of a phase share) → its recording."""
 
 
 class DecodeGraphs:
-    """Owns the recordings of one phase and the memory of their inputs.
+    """Owns the recordings of one generation phase and the memory of their inputs.
 
     All tensor-parallel ranks of a stage hold the same rows, so that they record and replay the same
     collectives in the same order.
     """
+
+    # Why the restrictions: a graph fixes addresses, shapes and launches. So every step copies its inputs into
+    # the same buffers, batches are padded to a recorded size, and page tables have a fixed width; prefill,
+    # whose shapes vary, stays eager. Padding rows have length 0 and slot −1, so that padded replays, and the
+    # recording itself, leave the cache unchanged. Outputs are cloned, because the graphs share a memory pool
+    # and a later replay overwrites them.
 
     def __init__(
         self,
@@ -61,16 +67,16 @@ class DecodeGraphs:
         device: torch.device,
         record: Record,
     ) -> None:
-        """Record nothing yet: each batch size is recorded when it first comes.
+        """Record nothing yet: each batch size is recorded at its first use.
 
         Args:
             compute: the step.
-            page_size: positions a page.
-            table_width: the most pages of a sequence; with more it runs eagerly.
+            page_size: positions per page.
+            table_width: most pages per sequence; a step with a longer sequence runs eagerly.
             hidden_size: width of the residual stream.
             dtype: of the residual stream.
             device: of the model.
-            record: `record_cuda_graph`, or what stands in for it.
+            record: `record_cuda_graph`, or a replacement in tests.
         """
         self._compute, self._record = compute, record
         self._page_size, self._table_width = page_size, table_width
@@ -80,40 +86,40 @@ class DecodeGraphs:
 
     @property
     def num_recordings(self) -> int:
-        """Recordings that were made and not dropped."""
+        """Number of recordings."""
         return len(self._steps)
 
-    def takes(self, plan: StepPlan) -> bool:
-        """Return whether a step can be replayed: sequences that decode, not too many, and not too long."""
+    def can_replay(self, plan: StepPlan) -> bool:
+        """Return whether a step can be replayed: only decodes, not too many, and not too long."""
         return (
             not plan.prefills
             and len(plan.decodes) <= BATCH_SIZES[-1]
             and all(len(work.pages) <= self._table_width for work in plan.decodes)
         )
 
-    def numbers(self, works: Sequence[SequenceWork]) -> PinnedInputs:
-        """Return a step's numbers, filled up to the next recorded batch size."""
+    def inputs(self, works: Sequence[SequenceWork]) -> PinnedInputs:
+        """Return a step's inputs, padded to the next recorded batch size."""
         num_rows = BATCH_SIZES[bisect_left(BATCH_SIZES, len(works))]
-        numbers = PinnedInputs(decode_shapes(num_rows, self._table_width))
-        fill_decodes(numbers.arrays, works, self._page_size)
-        return numbers
+        inputs = PinnedInputs(decode_shapes(num_rows, self._table_width))
+        fill_decodes(inputs.arrays, works, self._page_size)
+        return inputs
 
     def run(
-        self, chunk: int, numbers: PinnedInputs, num_rows: int, hidden_BD: torch.Tensor | None
+        self, chunk: int, inputs: PinnedInputs, num_rows: int, hidden_BD: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the chunk's output for the first `num_rows` rows, in memory of its own.
+        """Return the chunk's output for the first `num_rows` rows, a new tensor.
 
         Args:
-            chunk: which of this rank's chunks.
-            numbers: of this class's `numbers`.
-            num_rows: sequences.
-            hidden_BD: the former chunk's output [num_rows, D]; None for the model's first chunk.
+            chunk: index among this rank's chunks.
+            inputs: result of `DecodeGraphs.inputs`.
+            num_rows: rows without padding.
+            hidden_BD: the previous chunk's output [num_rows, D]; None for the model's first chunk.
         """
-        key = (chunk, len(numbers.arrays[0]))
+        key = (chunk, len(inputs.arrays[0]))
         if key not in self._steps:
-            self._steps[key] = self._recorded(chunk, numbers, has_hidden=hidden_BD is not None)
+            self._steps[key] = self._recorded(chunk, inputs, has_hidden=hidden_BD is not None)
         step = self._steps[key]
-        step.words.copy_(numbers.words, non_blocking=True)
+        step.words.copy_(inputs.words, non_blocking=True)
         if hidden_BD is not None:
             step.hidden_BD[:num_rows] = hidden_BD
         step.recording.replay()
@@ -124,7 +130,7 @@ class DecodeGraphs:
         self._steps.clear()
 
     def _recorded(self, chunk: int, like: PinnedInputs, *, has_hidden: bool) -> "_RecordedStep":
-        """Record a step whose rows are all there to fill up: they leave the cache as it is."""
+        """Return the recording of a step of padding rows, which leave the cache unchanged."""
         num_rows = len(like.arrays[0])
         empty = PinnedInputs(decode_shapes(num_rows, self._table_width))
         fill_decodes(empty.arrays, (), self._page_size)
@@ -139,36 +145,36 @@ class DecodeGraphs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RecordedStep:
-    """A recording and the memory that it reads its inputs from."""
+    """A recording and the memory of its inputs."""
 
     words: torch.Tensor
     hidden_BD: torch.Tensor | None
     recording: Recording
 
 
-def record_cuda_graph(work: Callable[[], torch.Tensor], pool: Any) -> Recording:
-    """Return a CUDA graph of the work; it waits for nothing on the host and allocates from `pool`.
+def record_cuda_graph(function: Callable[[], torch.Tensor], pool: Any) -> Recording:
+    """Return a CUDA graph of a function that never waits for the device; it allocates from `pool`.
 
-    The work runs before on a stream of its own: kernels are compiled, and libraries and NCCL set up what
-    they need, which cannot be recorded.
+    The function first runs on a side stream: kernels are compiled, and libraries and NCCL initialise, which
+    cannot be recorded.
     """
-    return _CudaGraph(work, pool)
+    return _CudaGraph(function, pool)
 
 
 class _CudaGraph:
     """Owns one graph."""
 
-    def __init__(self, work: Callable[[], torch.Tensor], pool: Any) -> None:
+    def __init__(self, function: Callable[[], torch.Tensor], pool: Any) -> None:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_NUM_WARM_UPS):
-                work()
+                function()
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are watched: NCCL's own thread asks for the state of older work meanwhile.
+        # Only this thread's calls are checked: NCCL's watchdog thread queries events during the capture.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = work()
+            self.output = function()
 
     def replay(self) -> None:
         self._graph.replay()

@@ -1,9 +1,9 @@
-"""A forward pass for generation: plain tensor operations over the training module's own parameters.
+"""The forward pass of generation: tensor operations on the training module's parameters.
 
-No copies of weights, no autograd, no module calls: Megatron-core's wrappers cost more than the
-mathematics of a decode step. The same function runs eagerly on a CPU and is captured on CUDA.
-Tensor-parallel ranks hold all rows (sequence parallelism saves nothing at a token a sequence); the
-model's layout is otherwise the one it trains in.
+No copies of weights, no autograd, no module calls: Megatron-core's wrappers cost more time than the
+arithmetic of a decode step. The same function runs eagerly on a CPU and is captured in a graph on CUDA.
+Tensor-parallel ranks hold all rows (sequence parallelism saves nothing with one token per sequence);
+otherwise the layout of the parameters is unchanged.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from glm_rlhf.parallel.model.varlen_attention import packed_attention
 
 
 class ChunkDecoder:
-    """One model chunk, ready to generate over a cache."""
+    """One model chunk for generation over a cache."""
 
     def __init__(self, weights: ChunkWeights, cache: KVCache, first_layer: int) -> None:
-        """Take a chunk's parameters; its layers use the cache's from `first_layer` on."""
+        """Use a chunk's parameters; its first layer uses layer `first_layer` of the cache."""
         glm, topology = weights.glm, weights.topology
         self.weights, self.cache = weights, cache
         self.pools = [cache.layer(first_layer + index) for index in range(len(weights.layers))]
@@ -34,17 +34,17 @@ class ChunkDecoder:
 
     @torch.inference_mode()
     def forward(self, batch: DecodeBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
-        """Return this chunk's output for a step, keys and values written to the cache.
+        """Return this chunk's output for a step; writes keys and values to the cache.
 
-        The tensor-parallel group communicates: two all-reduces of [T, D] a layer, and one for the embedding.
-        On CUDA the host waits for nothing.
+        The tensor-parallel group communicates: two all-reduces of [T, D] per layer, one for the embedding.
+        On CUDA the host does not wait.
 
         Args:
             batch: the rows.
-            hidden_TD: the former chunk's output; None for the first chunk.
+            hidden_TD: the previous chunk's output; None for the first chunk.
 
         Returns:
-            The residual stream [T, D]; from the last chunk the normed hidden states of the sampled rows.
+            The residual stream [T, D]; from the last chunk the normalised hidden states of the sampled rows.
         """
         residual = self._embed(batch.tokens_T) if hidden_TD is None else hidden_TD
         ops = layer_ops(
@@ -59,7 +59,7 @@ class ChunkDecoder:
             is_last = index + 1 == len(layers)
             context = self._attention(normed, layer, pools, batch, ops)
             if is_last and final_norm_D is not None and batch.sampled_rows is not None:
-                # Behind the last attention only those rows matter whose next token is drawn.
+                # After the last attention only the sampled rows are needed.
                 context, residual = context[batch.sampled_rows], residual[batch.sampled_rows]
             branch = self._reduce(F.linear(context, layer.output))
             if layer.attention_norm is not None:
@@ -94,7 +94,7 @@ class ChunkDecoder:
     ) -> torch.Tensor:
         """Return the attention of every row, [T, N · H].
 
-        A group of heads is its queries, its key and its value, in this order.
+        A group of heads consists of its queries, its key and its value, in this order.
         """
         parts = [F.linear(normed_TD, weight, bias) for weight, bias in layer.projections]
         mixed_TM = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -122,13 +122,13 @@ class ChunkDecoder:
         return self._reduce(hidden_TD * is_here_T.unsqueeze(1))
 
     def _reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        if self.tp_group is not None and partial.numel():  # the same on every rank
+        if self.tp_group is not None and partial.numel():  # the size is equal on all ranks
             dist.all_reduce(partial, group=self.tp_group)
         return partial
 
 
 def chunk_decoders(chunks: Sequence[ChunkWeights], cache: KVCache) -> list[ChunkDecoder]:
-    """Return a decoder for each of this rank's chunks, in order, sharing the cache's layers out."""
+    """Return a decoder per chunk of this rank, each with its own layers of the cache."""
     decoders, first_layer = [], 0
     for chunk in chunks:
         decoders.append(ChunkDecoder(chunk, cache, first_layer))

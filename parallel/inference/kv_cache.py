@@ -1,4 +1,4 @@
-"""Keys and values of running sequences, in pages of one pool that exists only while generating."""
+"""Keys and values of running sequences, in pages of a pool that exists only during generation."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 
 class KVCache:
-    """Owns the pools of the layers that this rank holds; which page is whose is decided elsewhere."""
+    """Owns the pools of this rank's layers; the scheduler allocates the pages."""
 
     def __init__(self, chunks: Sequence[ChunkWeights], *, num_pages: int, page_size: int) -> None:
         """Allocate the pools, uninitialised.
@@ -18,10 +18,10 @@ class KVCache:
         Args:
             chunks: parameters of this rank's model chunks.
             num_pages: pages in every layer's pool.
-            page_size: positions a page.
+            page_size: positions per page.
 
         Raises:
-            ValueError: there would be no page.
+            ValueError: num_pages or page_size is below 1.
         """
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"a cache needs pages: num_pages is {num_pages}, page_size is {page_size}")
@@ -53,13 +53,13 @@ class KVCache:
 def num_pages_within(
     budget_bytes: int, glm: GLMConfig, layout: Layout, *, page_size: int, dtype: torch.dtype
 ) -> int:
-    """Return how many pages fit a rank's budget.
+    """Return the number of pages that fit into a rank's budget.
 
     A page holds keys and values of `page_size` positions in every layer of the rank:
     2 · layers/pp · page_size · K/tp · H elements.
 
     Raises:
-        ValueError: not one page fits; the message says how much one takes.
+        ValueError: the budget is smaller than one page; the message gives the size of a page.
     """
     num_kv_heads = max(1, glm.num_kv_heads // layout.tp)
     elements = 2 * (glm.num_layers // layout.pp) * page_size * num_kv_heads * glm.head_size
@@ -67,6 +67,6 @@ def num_pages_within(
     if budget_bytes < page_bytes:
         raise ValueError(
             f"a cache of {budget_bytes} bytes holds no page: one takes {page_bytes} bytes; raise "
-            "generation.cache_bytes where it is set, else there is no memory left beside the weights"
+            "generation.cache_bytes if it is set, else the weights leave no memory for a cache"
         )
     return budget_bytes // page_bytes

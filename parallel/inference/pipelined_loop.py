@@ -1,12 +1,12 @@
-"""Generation on the training weights: groups of sequences rotate through the pipeline's stages.
+"""Generation on the training weights: groups of sequences rotate through the pipeline stages.
 
-Every rank of a pipeline replays the same queue, so all agree on who runs without being told. With
+Every rank of a pipeline runs the same queue, so all make the same schedule without communication. With
 several stages the sequences form at least as many groups, and each stage works on another group: while
-the last stage draws tokens for one, the first already embeds the next.
+the last stage samples tokens for one, the first embeds the tokens of the next.
 
-A turn is a group's passage through all stages (each stage's chunks one after the other). Turns come in
-rounds of one a group; within a round a stage does chunk 0 of every group, then chunk 1 of every group.
-The order of the queue's calls, the same everywhere: take(g) for what g drew in the last round, next(g).
+A step takes a group through all stages (each stage's chunks one after another). A round is one step per
+group; within a round a stage computes chunk 0 of every group, then chunk 1 of every group. All ranks call
+the queue in the same order: for each group g, take(g) with the samples of its last step, then next(g).
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from glm_rlhf.parallel.inference.step_plan import StepPlan
 from glm_rlhf.parallel.runtime.preemption import Preempted, preemption_requested
 from glm_rlhf.parallel.runtime.spans import heartbeat, span
 
-_ROUNDS_BETWEEN_WISHES = 16
+_ROUNDS_PER_PREEMPTION_CHECK = 16
 Done = TypeVar("Done", covariant=True)
 
 
 class Queue(Protocol, Generic[Done]):
-    """Who runs next; `GenerationQueue` of the engine."""
+    """The schedule of generation steps; `GenerationQueue` of the engine."""
 
     def next(self, group: int) -> StepPlan | None:
-        """Return what a group does now, None when it has nothing to do."""
+        """Return the next step of a group; None if it has nothing to do."""
 
     def take(
         self,
@@ -38,7 +38,7 @@ class Queue(Protocol, Generic[Done]):
         logprobs: Sequence[float],
         untempered_logprobs: Sequence[float],
     ) -> list[Done]:
-        """Take what was drawn in a group's last step and return the sequences that it completed."""
+        """Take the samples of a group's last step and return the sequences that it completed."""
 
     @property
     def is_finished(self) -> bool:
@@ -47,16 +47,16 @@ class Queue(Protocol, Generic[Done]):
 
 @dataclass(slots=True, kw_only=True)
 class TickCount:
-    """How often this stage had work when its turn came, while any sequence was unfinished."""
+    """Number of steps of all groups with and without work, while any sequence was unfinished."""
 
     busy: int = 0
-    """Turns with rows to compute."""
+    """Steps with rows to compute."""
     idle: int = 0
-    """Turns without."""
+    """Steps without rows."""
 
     @property
     def idle_fraction(self) -> float:
-        """Share of turns without work; 0 before the first."""
+        """Fraction of steps without work; 0 before the first."""
         return self.idle / max(1, self.busy + self.idle)
 
 
@@ -68,38 +68,41 @@ def run_queue(
     ticks: TickCount | None = None,
     when_idle: Callable[[], None] | None = None,
 ) -> Iterator[Done]:
-    """Yield sequences as they complete, until the queue is finished; on every rank the same.
+    """Yield sequences as they complete, until the queue is finished; the same on every rank.
 
-    The pipeline and tensor-parallel groups communicate: all their ranks iterate to the end, over queues
-    that were made alike. Data- and context-parallel ranks work on their own.
+    The pipeline and tensor-parallel groups communicate: all their ranks iterate to the end, over equal
+    queues. Data- and context-parallel ranks are independent.
 
     Args:
-        stage: this rank's part of the model, over the cache whose pages the queue hands out.
-        queue: who runs.
-        num_groups: groups that the queue was made with, at least the number of stages.
-        ticks: counted up as turns pass.
-        when_idle: called before a round for each turn of the last one that had no work, on every rank of both
-            groups alike; all sequences that have ended were yielded, and no hidden state is on its way, so
-            that it may communicate in the same groups.
+        stage: this rank's part of the model, over the cache whose pages the queue allocates.
+        queue: the schedule.
+        num_groups: groups of the queue, at least the number of stages.
+        ticks: updated with each step.
+        when_idle: called before a round for each step of the previous round without work, on all ranks of
+            both groups. It may communicate in these groups: completed sequences have been yielded, and no
+            hidden state is in flight.
 
     Raises:
         ValueError: fewer groups than stages.
-        FloatingPointError: a row's logits are not finite, so that no token can be drawn.
-        Preempted: a rank was asked to leave; on all ranks of both groups.
+        FloatingPointError: a row's logits are not finite, so that no token can be sampled.
+        Preempted: a rank received a preemption signal; on all ranks of both groups.
     """
     num_stages = stage.topology.layout.pp
     if num_groups < num_stages:
-        raise ValueError(f"{num_groups} groups for {num_stages} stages: some stage would always wait")
+        raise ValueError(
+            f"{num_groups} groups for {num_stages} stages: some stage would always wait; give at least "
+            f"{num_stages} groups"
+        )
     ticks = TickCount() if ticks is None else ticks
     running: list[InFlightStep | None] = [None] * num_groups
     topology, num_rounds, num_idle = stage.topology, 0, 0
     while not queue.is_finished:
         heartbeat()
         num_rounds += 1
-        if num_rounds % _ROUNDS_BETWEEN_WISHES == 0 and preemption_requested(
+        if num_rounds % _ROUNDS_PER_PREEMPTION_CHECK == 0 and preemption_requested(
             (topology.tp_group, topology.device), (topology.pp_host_group, torch.device("cpu"))
         ):
-            _finish_turns(stage, [], running)
+            _finish_steps(stage, [], running)
             raise Preempted
         for _ in range(num_idle if when_idle is not None else 0):
             when_idle()
@@ -110,8 +113,8 @@ def run_queue(
                 try:
                     yield from queue.take(group, *stage.sampled(finished))
                 except BaseException:
-                    # Every rank is here: what is on its way between them must not meet the next run.
-                    _finish_turns(stage, running[:group], running[group:])
+                    # All ranks are here: messages in flight must not reach the next run.
+                    _finish_steps(stage, running[:group], running[group:])
                     raise
             plan = queue.next(group)
             ticks.busy += plan is not None
@@ -125,19 +128,19 @@ def run_queue(
     stage.finish()
 
 
-def _advance_further(stage: GenerationStage, turns: Sequence[InFlightStep | None]) -> None:
-    """Run the chunks behind the first of every turn."""
+def _advance_further(stage: GenerationStage, steps: Sequence[InFlightStep | None]) -> None:
+    """Run all chunks after the first of every step."""
     for chunk in range(1, stage.num_chunks):
-        for step in turns:
+        for step in steps:
             if step is not None:
                 with span("token step"):
                     stage.advance(step, chunk)
 
 
-def _finish_turns(
+def _finish_steps(
     stage: GenerationStage, begun: Sequence[InFlightStep | None], computed: Sequence[InFlightStep | None]
 ) -> None:
-    """Take every turn to its end, whatever it draws: turns of this round, and turns of the last one."""
+    """Complete all steps and discard their samples: those begun in this round, and those of the last one."""
     _advance_further(stage, begun)
     for step in (*computed, *begun):
         if step is not None:

@@ -1,4 +1,4 @@
-"""A policy's parameters in a second layout, refreshed in memory from those that train."""
+"""A policy's parameters in the generation layout, refreshed in memory from those in training."""
 
 import contextlib
 from collections import defaultdict
@@ -16,10 +16,10 @@ DEFAULT_BUFFER_BYTES = 256 * 2**20
 
 
 class ReshardedWeights:
-    """Owns this rank's parameters in another layout, but for those that are the same in both.
+    """Owns this rank's parameters in the generation layout, except for those that are equal in both layouts.
 
-    The plan is made once; each `filled` moves the weights of the moment, layer by layer, and gives their
-    memory back in the end. The tensors stay the same objects.
+    The plan is made once; each `filled` transfers the current weights, layer by layer, and frees their memory
+    at its end. The tensors stay the same objects.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class ReshardedWeights:
         *,
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     ) -> None:
-        """Plan the moves; every rank of the world calls this.
+        """Plan the transfers; every rank of the world calls this.
 
         Args:
-            chunks: this rank's chunks of a policy, in the layout that trains.
-            target: the other layout, `generation_topology`.
-            buffer_bytes: memory for what is sent and received at a time.
+            chunks: this rank's chunks of a policy, in the training layout.
+            target: topology of the generation layout, `generation_topology`.
+            buffer_bytes: memory for the send and receive buffers.
 
         Raises:
-            ValueError: the layout cannot split this model, or the buffer holds no row of some weight.
+            ValueError: the layout cannot split this model, or a row of some weight does not fit the buffer.
         """
         glm, source = chunks[0].glm, chunks[0].topology
         self._source = {name: weight for chunk in chunks for name, weight in chunk.named_weights()}
@@ -57,30 +57,30 @@ class ReshardedWeights:
             for moves in plan.rounds
         ]
         self._world_size = target.world_size
-        self._own = {
+        self._owned = {
             name: _without_memory(like, shape)
             for name, shape in plan.shapes[rank].items()
             if name not in plan.kept[rank]
         }
-        self._tensors = {name: self._own.get(name, self._source.get(name)) for name in plan.shapes[rank]}
+        self._tensors = {name: self._owned.get(name, self._source.get(name)) for name in plan.shapes[rank]}
         self.topology = target
-        """The other layout."""
+        """Topology of the generation layout."""
         self.chunks: list[ChunkWeights] = [
             weights_by_name(self._tensors, glm, target, layers=layers)
             for layers in layers_of_stage(glm, target.layout, target.pp_rank)
         ]
-        """The parameters, as generation reads them; only while `filled` lasts."""
+        """The parameters for generation; valid only inside `filled`."""
         self.num_bytes_sent = like.element_size() * sum(each.num_sent for each in self._rounds)
-        """What this rank sends each time."""
+        """Bytes that this rank sends per `filled`."""
 
     @contextlib.contextmanager
     def filled(self) -> Iterator[list[ChunkWeights]]:
-        """Give, as a context manager, the parameters of this moment; every rank of the world enters.
+        """Return, as a context manager, the current parameters; every rank of the world enters.
 
-        The world communicates: an all-to-all a round, of at most half the buffer a rank.
+        The world communicates: one all-to-all per round, of at most half the buffer per rank.
         """
         try:
-            for tensor in self._own.values():
+            for tensor in self._owned.values():
                 tensor.untyped_storage().resize_(tensor.nbytes)
             self._fill()
             yield self.chunks
@@ -88,7 +88,7 @@ class ReshardedWeights:
             self._release()
 
     def _release(self) -> None:
-        for tensor in self._own.values():
+        for tensor in self._owned.values():
             tensor.untyped_storage().resize_(0)
 
     @torch.no_grad()
@@ -116,21 +116,21 @@ class ReshardedWeights:
 
 
 class _Round:
-    """What this rank sends and receives at a time, in the order of the other ranks."""
+    """The transfers from and to this rank in one round, sorted by the other rank."""
 
     def __init__(self, sends: Iterable[Transfer], receives: Iterable[Transfer]) -> None:
-        # Sorting is stable: between two ranks both keep the plan's order.
+        # Sorting is stable: both ranks of a pair keep the plan's order.
         self.sends = sorted(sends, key=lambda move: move.target_rank)
         self.receives = sorted(receives, key=lambda move: move.source_rank)
         self.num_sent = sum(move.num_elements for move in self.sends)
         self.num_received = sum(move.num_elements for move in self.receives)
 
     def sent_to(self, world_size: int) -> list[int]:
-        """Return numbers sent to each rank."""
+        """Return the number of elements sent to each rank."""
         return _totals(((move.target_rank, move.num_elements) for move in self.sends), world_size)
 
     def received_from(self, world_size: int) -> list[int]:
-        """Return numbers received from each rank."""
+        """Return the number of elements received from each rank."""
         return _totals(((move.source_rank, move.num_elements) for move in self.receives), world_size)
 
 

@@ -1,4 +1,4 @@
-"""The next token of every row, drawn alike on all tensor-parallel ranks."""
+"""Sampling of the next token per row, equal on all tensor-parallel ranks."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,20 @@ from glm_rlhf.kernels.decoding.top_k_top_p import truncation_threshold
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """The distribution that tokens are drawn from; the same for every row of a run."""
+    """The distribution that tokens are sampled from; equal for all rows."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
-    """Draw among the k most likely ids; 0 for all."""
+    """Sample among the k most likely ids; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest ids that together have this probability; 1 for all."""
+    """Sample among the most likely ids with this total probability; 1 for all."""
     masked_ids_V: torch.Tensor | None = None
-    """bool [V], ids that are never drawn: rows of the embedding that are no token. None for none."""
+    """bool [V], ids that are never sampled: rows of the embedding without a token. None masks nothing."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, required is a finite number from 0 up")
+            raise ValueError(f"temperature is {self.temperature}, required is a finite number of at least 0")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}, required is 0 (no limit) or a number of ids")
         if not 0 < self.top_p <= 1:
@@ -40,16 +40,16 @@ def sample_tokens(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Samples:
-    """Return a token a row with its logprobs, the same on every rank of `group`.
+    """Return one token per row with its logprobs, equal on all ranks of `group`.
 
-    Ranks exchange 32 bytes a row. Only top-k and top-p need whole rows: then the logits are gathered too.
+    Ranks all-gather 32 bytes per row. Only top-k and top-p need whole rows: then the logits are gathered too.
 
     Args:
         logits_BV: this rank's columns, fp32 [B, V / tp], ranks in order.
         seeds_B: int64 [B].
-        steps_B: int64 [B], the number of draws that each sequence has made.
+        steps_B: int64 [B], number of tokens sampled before for each sequence.
         settings: the distribution.
-        group: tensor-parallel ranks; None for one.
+        group: the tensor-parallel group; None for one rank.
     """
     options = {"seeds_B": seeds_B, "steps_B": steps_B}
     if group is None:
@@ -81,7 +81,7 @@ def sample_tokens(
 def _threshold(
     logits_BV: torch.Tensor, temperature_B: torch.Tensor, settings: SamplingSettings, group: dist.ProcessGroup
 ) -> torch.Tensor | None:
-    """Return the logit from which ids are kept, found on whole rows; None where nothing is cut."""
+    """Return the smallest logit that top-k and top-p keep, from whole rows; None without top-k and top-p."""
     if settings.top_k == 0 and settings.top_p == 1.0:
         return None
     batch, num_columns = logits_BV.shape

@@ -1,4 +1,4 @@
-"""One pipeline stage of generation: this rank's part of every turn, and its messages to the other stages."""
+"""One pipeline stage of generation: this rank's part of every step, and its messages to other stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ _HIDDEN, _TOKENS = 1, 2
 
 @dataclass(slots=True, kw_only=True)
 class InFlightStep:
-    """One group's step on its way through the stages."""
+    """One group's step between its start and its last stage."""
 
     num_rows: int
-    """Rows that go through."""
+    """Rows of the step."""
     num_sampled: int
-    """Rows whose next token is drawn."""
+    """Rows whose next token is sampled."""
     batch: DecodeBatch | None
-    """The rows; None where `recorded` has them."""
+    """The rows; None for a step that replays a graph."""
     recorded: PinnedInputs | None
-    """The rows as a recorded step takes them; None for a step that runs eagerly."""
+    """The inputs of a graph; None for a step that runs eagerly."""
     sampled: torch.Tensor | None = None
-    """float64 [rows drawn, 3] on the last stage: token, logprob, plain logprob."""
+    """float64 [rows sampled, 3] on the last stage: token, logprob, untempered logprob."""
 
 
 class GenerationStage:
-    """Owns what a stage needs over a cache: its decoders, recorded steps, messages on their way."""
+    """Owns a stage's decoders over a cache, its recorded steps, and its messages in flight."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class GenerationStage:
         longest: int,
         record: Record | None,
     ) -> None:
-        """Take this rank's parameters.
+        """Build the decoders of this rank's chunks.
 
         Args:
             chunks: parameters of this rank's chunks of a policy.
-            cache: pages that a queue hands out.
-            settings: the distribution that tokens are drawn from.
-            longest: positions of the longest sequence that may come.
-            record: how decode steps are recorded; None runs every step eagerly.
+            cache: pages that the queue allocates.
+            settings: the distribution that tokens are sampled from.
+            longest: largest number of positions of a sequence.
+            record: records decode steps as graphs; None runs every step eagerly.
         """
         self.topology = chunks[0].topology
         self.settings = settings
@@ -76,12 +76,12 @@ class GenerationStage:
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> InFlightStep:
-        """Copy the pages that a step asks for and put its rows where they are computed."""
+        """Copy the pages of a step's plan and prepare the inputs of its rows."""
         self._cache.copy_pages(plan.copies)
-        if self._graphs is not None and self._graphs.takes(plan):
+        if self._graphs is not None and self._graphs.can_replay(plan):
             count = len(plan.decodes)
-            numbers = self._graphs.numbers(plan.decodes)
-            return InFlightStep(num_rows=count, num_sampled=count, batch=None, recorded=numbers)
+            inputs = self._graphs.inputs(plan.decodes)
+            return InFlightStep(num_rows=count, num_sampled=count, batch=None, recorded=inputs)
         batch = make_batch(plan, page_size=self._cache.page_size, device=self.topology.device)
         return InFlightStep(
             num_rows=len(batch.tokens_T), num_sampled=batch.num_sampled, batch=batch, recorded=None
@@ -89,7 +89,7 @@ class GenerationStage:
 
     @torch.inference_mode()
     def advance(self, step: InFlightStep, chunk: int) -> None:
-        """Run one of this stage's chunks: receive, compute, send on or draw."""
+        """Run one of this stage's chunks: receive, compute, then send or sample."""
         topology = self.topology
         is_first = topology.pp_rank == 0 and chunk == 0
         hidden_TD = None if is_first else self._receive_hidden(step.num_rows)
@@ -108,12 +108,12 @@ class GenerationStage:
 
     @torch.inference_mode()
     def sampled(self, step: InFlightStep) -> tuple[list[int], list[float], list[float]]:
-        """Return what the last stage drew in a turn: tokens, logprobs, plain logprobs.
+        """Return what the last stage sampled in a step: tokens, logprobs, untempered logprobs.
 
         Raises:
-            FloatingPointError: a row's logits are not finite, so that no token can be drawn.
+            FloatingPointError: a row's logits are not finite, so that no token can be sampled.
         """
-        if step.num_sampled == 0:  # a part of a prompt, and nothing else, went through
+        if step.num_sampled == 0:  # the step consisted of parts of prompts only
             return [], [], []
         if step.sampled is None:
             group = self.topology.pp_host_group
@@ -123,19 +123,19 @@ class GenerationStage:
         tokens, logprobs, untempered_logprobs = step.sampled.t().tolist()
         if -1.0 in tokens:
             raise FloatingPointError(
-                f"{tokens.count(-1.0)} of {len(tokens)} rows have no token that could be drawn: their logits "
+                f"{tokens.count(-1.0)} of {len(tokens)} rows have no token that can be sampled: their logits "
                 "are not finite, or every id is masked"
             )
         return [int(token) for token in tokens], logprobs, untempered_logprobs
 
     def finish(self) -> None:
-        """Wait until the other stages have what was sent to them."""
+        """Wait until the other stages have received all messages."""
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
 
     def _compute(self, chunk: int, batch: DecodeBatch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
-        """Return the residual stream to send on, or of the last chunk what was drawn; waits for no device."""
+        """Return the residual stream, or from the last chunk the samples; does not wait for the device."""
         decoder = self._decoders[chunk]
         output = decoder.forward(batch, hidden_TD)
         if not self._is_last(chunk) or not batch.num_sampled:
@@ -157,7 +157,7 @@ class GenerationStage:
         return hidden_TD
 
     def _send(self, tensor: torch.Tensor, stage: int, group: dist.ProcessGroup, tag: int) -> None:
-        """Send without waiting; the tensor is kept until it has left."""
+        """Send without waiting; the tensor is kept alive until it is sent."""
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         tensor = tensor.contiguous()
         work = dist.isend(tensor, dist.get_global_rank(group, stage), group=group, tag=tag)

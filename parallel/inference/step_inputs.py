@@ -1,6 +1,6 @@
-"""One step of generation as tensors: which tokens go through the model, and where their keys go.
+"""The input tensors of one generation step: the tokens, and the cache slots of their keys and values.
 
-All numbers of a step are laid end to end on the host, so that one copy brings them to the device.
+All inputs of a step are adjacent in one host tensor, so that one copy moves them to the device.
 """
 
 import math
@@ -15,39 +15,39 @@ from glm_rlhf.parallel.inference.step_plan import SequenceWork, StepPlan
 from glm_rlhf.parallel.model.packing import Segment
 
 Shape = tuple[tuple[int, ...], type]
-"""Sizes of an array, and its type: np.int64 or np.int32."""
+"""Shape of an array, and its type: np.int64 or np.int32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBatch:
-    """The rows of a step: first one a decoding sequence, then the prefilled tokens."""
+    """The rows of a step: first one per decoding sequence, then the prefilled tokens."""
 
     tokens_T: torch.Tensor
     """Token ids, int64."""
     positions_T: torch.Tensor
     """Position of each token in its sequence, int64."""
     slots_T: torch.Tensor
-    """Row of the pool where its key and value go, int64; −1 for a row that only fills up the batch."""
+    """Row of the pool for its key and value, int64; −1 for a padding row."""
     num_decodes: int
     """B: leading rows that attend over pages."""
     page_table_BP: torch.Tensor
     """int32 [B, P], pages of the decoding sequences."""
     lengths_B: torch.Tensor
-    """int32 [B], positions of the decoding sequences, the new one included; 0 for a row that fills up."""
+    """int32 [B], positions of the decoding sequences, including the new one; 0 for a padding row."""
     prefill: Segment | None
     """Attention of the other rows, over `key_slots_S`; None when there are none."""
     key_slots_S: torch.Tensor | None
     """Rows of the pool with the prefilled sequences' keys, int64; None when every key is in this step."""
     sampled_rows: torch.Tensor | None
-    """Rows whose next token is drawn, int64 [number drawn]; None when it is every row."""
+    """Rows whose next token is sampled, int64 [number sampled]; None when it is every row."""
     seeds_B: torch.Tensor
-    """Seed of each row that is drawn, int64."""
+    """Seed of each sampled row, int64."""
     steps_B: torch.Tensor
-    """Draws made before for each row that is drawn, int64."""
+    """Number of tokens sampled before for each sampled row, int64."""
 
     @property
     def num_sampled(self) -> int:
-        """Rows whose next token is drawn."""
+        """Rows whose next token is sampled."""
         return len(self.seeds_B)
 
 
@@ -55,21 +55,21 @@ def make_batch(plan: StepPlan, *, page_size: int, device: torch.device) -> Decod
     """Return a step's rows on the device.
 
     Args:
-        plan: at least one sequence.
-        page_size: positions a page.
+        plan: of at least one sequence.
+        page_size: positions per page.
         device: of the model.
     """
     decodes, prefills = plan.decodes, plan.prefills
     width = max((len(work.pages) for work in decodes), default=0)
     if not prefills:
-        numbers = PinnedInputs(decode_shapes(len(decodes), width))
-        fill_decodes(numbers.arrays, decodes, page_size)
-        return decode_batch(numbers.to(device))
+        inputs = PinnedInputs(decode_shapes(len(decodes), width))
+        fill_decodes(inputs.arrays, decodes, page_size)
+        return decode_batch(inputs.to(device))
     query_lengths = tuple(len(work.tokens) for work in prefills)
     key_lengths = tuple(work.start + len(work.tokens) for work in prefills)
     num_sampled = len(decodes) + sum(work.samples for work in prefills)
     num_context = sum(key_lengths) if any(work.start for work in prefills) else 0
-    numbers = PinnedInputs(
+    inputs = PinnedInputs(
         [
             *decode_shapes(
                 len(decodes), width, num_rows=len(decodes) + sum(query_lengths), num_sampled=num_sampled
@@ -80,9 +80,9 @@ def make_batch(plan: StepPlan, *, page_size: int, device: torch.device) -> Decod
             ((num_context,), np.int64),
         ]
     )
-    fill_decodes(numbers.arrays, decodes, page_size)
-    _fill_prefills(numbers.arrays, prefills, len(decodes), page_size)
-    *tensors, sampled_rows, query_cu_seqlens, key_cu_seqlens, key_slots_S = numbers.to(device)
+    fill_decodes(inputs.arrays, decodes, page_size)
+    _fill_prefills(inputs.arrays, prefills, len(decodes), page_size)
+    *tensors, sampled_rows, query_cu_seqlens, key_cu_seqlens, key_slots_S = inputs.to(device)
     segment = Segment(
         query_start=0,
         query_end=sum(query_lengths),
@@ -106,23 +106,22 @@ def decode_shapes(
     Args:
         num_decodes: rows that attend over pages.
         table_width: columns of the page table.
-        num_rows: all rows, when there are others.
-        num_drawn: rows whose next token is drawn, when it is not every row.
+        num_rows: all rows, if there are prefilled ones.
+        num_sampled: rows whose next token is sampled, if not every row.
     """
-    by_row = ((num_decodes if num_rows is None else num_rows,), np.int64)
-    by_draw = ((num_decodes if num_sampled is None else num_sampled,), np.int64)
+    per_row = ((num_decodes if num_rows is None else num_rows,), np.int64)
+    per_sample = ((num_decodes if num_sampled is None else num_sampled,), np.int64)
     return [
-        *(by_row, by_row, by_row, by_draw, by_draw),
+        *(per_row, per_row, per_row, per_sample, per_sample),
         ((num_decodes,), np.int32),
         ((num_decodes, table_width), np.int32),
     ]
 
 
 def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[SequenceWork], page_size: int) -> None:
-    """Write decoding sequences into the first rows of arrays that have `decode_shapes` and hold zeros.
+    """Write decoding sequences into the first rows of zero arrays of `decode_shapes`.
 
-    Rows of decodes behind them fill up the batch: they write no key, see no position, and draw a token that
-    nobody reads.
+    Further decode rows are padding: they write no key, attend to no position, and their token is not read.
     """
     count = len(works)
     arrays[2][count : len(arrays[5])] = -1
@@ -132,8 +131,8 @@ def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[SequenceWork], pa
         (work.tokens[0], work.start, work.pages[-1], work.seed, work.num_generated, len(work.pages))
         for work in works
     )
-    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=6 * count).reshape(count, 6)
-    tokens, positions, last_pages, seeds, steps, num_pages = numbers.T
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=6 * count).reshape(count, 6)
+    tokens, positions, last_pages, seeds, steps, num_pages = values.T
     slots = last_pages * page_size + positions % page_size
     columns = (tokens, positions, slots, seeds, steps, positions + 1)
     for array, column in zip(arrays, columns, strict=False):
@@ -146,28 +145,28 @@ def fill_decodes(arrays: Sequence[np.ndarray], works: Sequence[SequenceWork], pa
 def _fill_prefills(
     arrays: Sequence[np.ndarray], works: Sequence[SequenceWork], num_decodes: int, page_size: int
 ) -> None:
-    """Write prefilled sequences behind the decoding ones."""
+    """Write prefilled sequences after the decoding ones."""
     tokens, positions, slots, seeds, steps, _, _, sampled_rows, query_cu, key_cu, key_slots = arrays
     sampled_rows[:num_decodes] = np.arange(num_decodes)
-    row = drawn = num_decodes
+    row = sample = num_decodes
     num_keys = 0
-    for place, work in enumerate(works, 1):
+    for index, work in enumerate(works, 1):
         first, row, end = row, row + len(work.tokens), work.start + len(work.tokens)
-        of_sequence = _slots(work, end, page_size)
+        sequence_slots = _slots(work, end, page_size)
         tokens[first:row] = work.tokens
         positions[first:row] = np.arange(work.start, end)
-        slots[first:row] = of_sequence[work.start :]
+        slots[first:row] = sequence_slots[work.start :]
         if work.samples:
-            sampled_rows[drawn], seeds[drawn], steps[drawn] = row - 1, work.seed, work.num_generated
-            drawn += 1
+            sampled_rows[sample], seeds[sample], steps[sample] = row - 1, work.seed, work.num_generated
+            sample += 1
         if len(key_slots):
-            key_slots[num_keys : num_keys + end] = of_sequence
+            key_slots[num_keys : num_keys + end] = sequence_slots
         num_keys += end
-        query_cu[place], key_cu[place] = row - num_decodes, num_keys
+        query_cu[index], key_cu[index] = row - num_decodes, num_keys
 
 
 def _slots(work: SequenceWork, num_positions: int, page_size: int) -> np.ndarray:
-    """Return where the first positions of a sequence lie."""
+    """Return the cache slots of the first positions of a sequence."""
     first_slots = np.array(work.pages, dtype=np.int64)[:, None] * page_size
     return (first_slots + np.arange(page_size)).reshape(-1)[:num_positions]
 
@@ -179,7 +178,7 @@ def decode_batch(
     sampled_rows: torch.Tensor | None = None,
     key_slots_S: torch.Tensor | None = None,
 ) -> DecodeBatch:
-    """Return the batch of tensors that stand in the order of `decode_shapes`."""
+    """Return the batch of tensors in the order of `decode_shapes`."""
     tokens_T, positions_T, slots_T, seeds_B, steps_B, lengths_B, page_table_BP = tensors
     return DecodeBatch(
         tokens_T=tokens_T,
@@ -197,10 +196,10 @@ def decode_batch(
 
 
 class PinnedInputs:
-    """Arrays of int64 and int32 that lie end to end in one tensor of the host.
+    """Arrays of int64 and int32, adjacent in one host tensor.
 
-    The memory is pinned where there is CUDA: a copy from it is not waited for, and it is given to no other
-    tensor before the copy is done.
+    With CUDA the memory is pinned: copies from it are asynchronous, and torch does not reuse the memory
+    before they are done.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
@@ -211,7 +210,7 @@ class PinnedInputs:
             sum(self._num_words), dtype=torch.int64, pin_memory=torch.cuda.is_available()
         )
         self.arrays = []
-        """To be filled."""
+        """Views to be filled."""
         words, end = self.words.numpy(), 0
         for (shape, dtype), num_words in zip(shapes, self._num_words, strict=True):
             start, end = end, end + num_words

@@ -1,4 +1,4 @@
-"""The parameters that generation reads, by name: of a training module, or of a second layout."""
+"""The parameters that generation reads: of a training module, or of the generation layout."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """The parameters of one layer, not copies: an optimizer step changes them in place."""
+    """The parameters of one layer, not copied: an optimizer step changes them in place."""
 
     input_norm: torch.Tensor
     projections: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
-    """(weight, bias) of the joint query-key-value projection, or of query and of key-value apart."""
+    """(weight, bias) of the joint query-key-value projection, or of separate query and key-value ones."""
     output: torch.Tensor
     attention_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
@@ -36,20 +36,20 @@ class ChunkWeights:
     layers: tuple[LayerWeights, ...]
     """Of consecutive layers."""
     embedding_VD: torch.Tensor | None
-    """This rank's rows; None behind the first chunk."""
+    """This rank's rows; None except on the first chunk."""
     final_norm_D: torch.Tensor | None
-    """None before the last chunk."""
+    """None except on the last chunk."""
     head_VD: torch.Tensor | None
-    """This rank's rows, the embedding's where the two are tied; None before the last chunk."""
+    """This rank's rows, the embedding's if the two are tied; None except on the last chunk."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every parameter."""
+        """Dtype of every parameter."""
         return self.layers[0].output.dtype
 
     @property
     def num_kv_heads(self) -> int:
-        """Key/value heads on this rank: K / tp, or one that is replicated."""
+        """Key/value heads on this rank: K / tp, or one replicated head."""
         return max(1, self.glm.num_kv_heads // self.topology.layout.tp)
 
 
@@ -71,12 +71,12 @@ def chunk_weights(chunks: Sequence[GLMModel | ChunkWeights]) -> list[ChunkWeight
 def weights_by_name(
     named: Mapping[str, torch.Tensor], glm: GLMConfig, topology: Topology, *, layers: range
 ) -> ChunkWeights:
-    """Return a chunk's parameters out of a mapping.
+    """Return a chunk's parameters from a mapping of names to tensors.
 
     Args:
-        named: our names in the whole model (`names.weights_of`, `sharding.shards_of`) to a rank's tensors.
+        named: names in the whole model (`weight_map.weights_of`, `sharding.shards_of`) to a rank's tensors.
         glm: the model.
-        topology: that the tensors are split for.
+        topology: of the tensors.
         layers: indices in the whole model of the chunk's layers.
     """
     has_embedding, has_head = layers.start == 0, layers.stop == glm.num_layers

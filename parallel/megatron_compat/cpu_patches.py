@@ -1,8 +1,8 @@
-"""Megatron-core on a machine without CUDA; inert where CUDA is.
+"""Patches that run Megatron-core on a machine without CUDA; they do nothing with CUDA.
 
-Some modules of Megatron-core 0.16 name the device "cuda" outright. Here each of them gets a stand-in
-for its global name `torch` that sends such requests to the CPU. Only Megatron's own modules see the
-stand-in: the torch that the rest of the process uses is untouched, and no operation is slowed down.
+Some modules of Megatron-core 0.16 hard-code the device "cuda". `install` replaces their global name `torch`
+by a proxy that redirects such requests to the CPU. Only Megatron's modules see the proxy: the rest of the
+process uses the real torch, and no operation is slower.
 """
 
 import contextlib
@@ -35,23 +35,23 @@ _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros"
 
 
 def is_needed() -> bool:
-    """Return whether this process has no CUDA device, so that Megatron-core needs the stand-in."""
+    """Return whether this process has no CUDA device, so that Megatron-core needs the patches."""
     return not torch.cuda.is_available()
 
 
 def install() -> None:
-    """Let Megatron-core run on the CPU of this process; does nothing on CUDA or when done before."""
+    """Patch Megatron-core to run on the CPU; does nothing with CUDA, or when called again."""
     if is_needed():
         _install()
 
 
 @functools.cache
 def _install() -> None:
-    stand_in = _TorchOnCPU()
+    proxy = _TorchOnCPU()
     for name in _MODULES:
         module = importlib.import_module(f"megatron.core.{name}")
         if isinstance(getattr(module, "torch", None), types.ModuleType):
-            module.torch = stand_in
+            module.torch = proxy
     _keep_freed_memory()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = functools.wraps(random._get_cuda_rng_state)(_rng_state)
@@ -67,11 +67,11 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc reuse what torch frees, up to 1 GiB a piece, instead of asking the kernel for it again.
+    """Let malloc reuse freed blocks of up to 1 GiB, instead of returning them to the kernel.
 
-    Temporaries of some MB would be mapped and zeroed anew each time: three quarters of a decode step.
+    Otherwise each temporary of some MB is mapped and zeroed anew: three quarters of a decode step.
     """
-    with contextlib.suppress(OSError, AttributeError):  # a C library without these knobs
+    with contextlib.suppress(OSError, AttributeError):  # a C library without these settings
         libc = ctypes.CDLL(None)
         libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**30))  # M_MMAP_THRESHOLD
         libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
@@ -79,10 +79,10 @@ def _keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside, `Tensor.type()` of CPU tensors reports the CUDA name; does nothing on CUDA.
+    """Make `Tensor.type()` of CPU tensors report the CUDA name in a block; does nothing with CUDA.
 
-    Megatron-core's optimizers sort parameters by that string while they are built, and assert it when
-    they clip.
+    Megatron-core's optimizers sort parameters by that string when they are built, and assert it when they
+    clip.
     """
     if not is_needed():
         yield
@@ -102,7 +102,7 @@ def cuda_type_names() -> Iterator[None]:
 
 
 class _TorchOnCPU:
-    """Everything of `torch`, with requests for a CUDA device answered by the CPU."""
+    """A proxy of `torch` that redirects requests for a CUDA device to the CPU."""
 
     def __init__(self) -> None:
         self.cuda = _CudaOnCPU()
@@ -116,7 +116,7 @@ class _TorchOnCPU:
 
 
 class _CudaOnCPU:
-    """The part of `torch.cuda` that Megatron-core calls, meaningful or inert on a CPU."""
+    """The part of `torch.cuda` that Megatron-core calls, mapped to the CPU or doing nothing."""
 
     @staticmethod
     def current_device() -> torch.device:
@@ -124,11 +124,11 @@ class _CudaOnCPU:
 
     @staticmethod
     def synchronize(*_: Any) -> None:
-        """There is nothing to wait for."""
+        """Do nothing: CPU work is synchronous."""
 
     @staticmethod
     def empty_cache() -> None:
-        """There is no cache."""
+        """Do nothing: the CPU has no such cache."""
 
     manual_seed = staticmethod(torch.manual_seed)
     get_rng_state = staticmethod(lambda *_: torch.get_rng_state())

@@ -1,8 +1,8 @@
-"""Megatron-core's import on a machine without CUDA, without PyTorch's compiler; inert where CUDA is.
+"""Import of Megatron-core without `torch.compile` on a machine without CUDA; does nothing with CUDA.
 
-Megatron-core decorates fused functions with `torch.compile` as it is imported, and that loads Dynamo and
-Inductor: two of five seconds of a process's start. No function that this engine calls is among them, so on
-a CPU, where every rank of every test pays for its start, they stay as they are written.
+Megatron-core decorates fused functions with `torch.compile` at import, which loads Dynamo and Inductor: two
+of the five seconds that a process takes to start. This engine calls none of these functions. On a CPU, where
+every rank of every test pays for its start, they are left uncompiled.
 """
 
 import importlib.util
@@ -16,13 +16,13 @@ _NAME = "megatron.core"
 
 
 def install() -> None:
-    """Have Megatron-core imported so, once, when it is wanted; does nothing where it is imported already."""
-    if _NAME not in sys.modules and not any(isinstance(one, _Finder) for one in sys.meta_path):
+    """Patch the first import of Megatron-core; does nothing if it is already imported."""
+    if _NAME not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds Megatron-core once, where everybody does, and watches over its loading."""
+    """A finder that delegates to the regular ones and wraps the loader of Megatron-core, once."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -43,7 +43,7 @@ def _without_compiler(load: Callable[[ModuleType], None]) -> Callable[[ModuleTyp
         if torch.cuda.is_available():
             load(module)
             return
-        compiler, torch.compile = torch.compile, _as_written
+        compiler, torch.compile = torch.compile, _uncompiled
         try:
             load(module)
         finally:
@@ -52,6 +52,6 @@ def _without_compiler(load: Callable[[ModuleType], None]) -> Callable[[ModuleTyp
     return exec_module
 
 
-def _as_written(function: Callable | None = None, **options: Any) -> Callable:
-    """Stand for `torch.compile`, as a function and as a decorator with options."""
-    return _as_written if function is None else function
+def _uncompiled(function: Callable | None = None, **options: Any) -> Callable:
+    """Replace `torch.compile`, as a function and as a decorator with options: return the function itself."""
+    return _uncompiled if function is None else function

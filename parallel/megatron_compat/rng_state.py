@@ -1,4 +1,4 @@
-"""The states of this rank's random number generators, as tensors that a checkpoint can hold."""
+"""The states of this rank's random number generators, as tensors for a checkpoint."""
 
 import random
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ _ALWAYS = ("python", "python_gauss", "numpy", "numpy_gauss", "torch")
 
 def random_state() -> dict[str, torch.Tensor]:
     """Return the states of Python's, numpy's, torch's and Megatron-core's generators by name."""
-    version, words, gauss = random.getstate()
+    version, state_words, gauss = random.getstate()
     assert version == 3
     _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
-        "python": torch.tensor(words),
+        "python": torch.tensor(state_words),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
@@ -33,16 +33,16 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    """Put every generator into the state that `random_state` returned.
+    """Set every generator to a state that `random_state` returned.
 
     Raises:
-        ValueError: a generator has no state there.
+        ValueError: the state of a generator is missing.
     """
     missing = [name for name in _ALWAYS if name not in state]
     if missing:
         raise ValueError(
             f"there is no state of the random generators {', '.join(missing)}; {', '.join(_ALWAYS)} are "
-            "required: remove this checkpoint to go on from the one before it"
+            "required: remove this checkpoint to resume from the previous one"
         )
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))

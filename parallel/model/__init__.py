@@ -1,4 +1,4 @@
-"""The sharded GLM: layers, packed attention, heads, vocabulary-parallel log-probability and loss.
+"""The sharded GLM: layers, attention over packed sequences, heads, vocabulary-parallel logprob and loss.
 
 Imports `spec`, `megatron_compat`, `runtime`, `storage`, and `kernels`.
 """

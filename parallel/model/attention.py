@@ -22,10 +22,10 @@ from glm_rlhf.parallel.model.varlen_attention import packed_attention
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionInputs:
-    """What every layer's attention needs to know of a micro-batch; made once a forward pass."""
+    """Inputs of every layer's attention for one micro-batch; made once per forward pass."""
 
     share: ContextShard
-    """This rank's tokens, and which keys each of them sees."""
+    """This rank's tokens, and the keys that each of them attends to."""
     cos_TR: torch.Tensor
     """Cosines of this rank's rows, fp32 [T, rotary pairs]."""
     sin_TR: torch.Tensor
@@ -35,10 +35,10 @@ class AttentionInputs:
 class GLMSelfAttention(MegatronModule):
     """Grouped-query attention with partial interleaved RoPE and a bias on query, key and value.
 
-    Tensor-parallel ranks share the heads. When there are fewer key/value heads than ranks, a rank
-    holds a whole copy of the one that its query heads need (`linear_q` and `linear_kv` in place of
-    `linear_qkv`); `optimizer.sum_replicated_gradients` keeps the copies equal. Context-parallel ranks
-    gather keys and values of the stream before they attend.
+    Tensor-parallel ranks split the heads. With fewer key/value heads than ranks, a rank holds a copy of the
+    one that its query heads use (`linear_q` and `linear_kv` in place of `linear_qkv`);
+    `training_state.sum_replicated_gradients` keeps the copies equal. Context-parallel ranks all-gather the
+    keys and values of the stream before attention.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class GLMSelfAttention(MegatronModule):
             self.linear_q = column_parallel_without_input_communication(
                 config.hidden_size, query_size, **options
             )
-            kv_size = 2 * self.head_size * tp  # one key and one value head a rank
+            kv_size = 2 * self.head_size * tp  # one key and one value head per rank
             self.linear_kv = column_parallel_without_input_communication(
                 config.hidden_size, kv_size, **options
             )
@@ -99,10 +99,10 @@ class GLMSelfAttention(MegatronModule):
         """Return the projected attention output and no bias.
 
         Args:
-            hidden_T1D: this rank's normed rows, [T / cp, 1, D], or [T / cp / tp, 1, D] with sequence
+            hidden_T1D: this rank's normalised rows, [T / cp, 1, D], or [T / cp / tp, 1, D] with sequence
                 parallelism.
-            attention_mask: unused: sequences in `packed_seq_params` say who sees whom.
-            packed_seq_params: the micro-batch, under the name that Megatron-core's layer passes on.
+            attention_mask: unused: `packed_seq_params` determines which keys each query sees.
+            packed_seq_params: the micro-batch, under the argument name of Megatron-core's layer.
 
         Returns:
             ([like hidden_T1D], None)
@@ -117,7 +117,7 @@ class GLMSelfAttention(MegatronModule):
     def project(
         self, hidden_T1D: torch.Tensor, inputs: AttentionInputs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return rotated queries [T, N, H], rotated keys and plain values [T, K, H] of this rank's heads."""
+        """Return rotated queries [T, N, H], rotated keys and values [T, K, H] of this rank's heads."""
         if self.has_replicated_kv:
             if self.config.sequence_parallel:
                 hidden_T1D = gather_from_sequence_parallel_region(hidden_T1D, group=self.tp_group)
@@ -144,13 +144,16 @@ class GLMSelfAttention(MegatronModule):
     def _gather_keys_values(
         self, key_TKH: torch.Tensor, value_TKH: torch.Tensor, stream_order: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One all-gather over cp of 2 · T/cp · K · H elements; its backward is one reduce-scatter."""
+        """Return the keys and values of the whole stream, in stream order.
+
+        One all-gather over cp of 2 · T/cp · K · H elements; backward is one reduce-scatter.
+        """
         local = torch.cat((key_TKH, value_TKH), dim=1)
         gathered = gather_from_sequence_parallel_region(local, group=self.cp_group)[stream_order]
         return gathered.split((self.num_kv_heads, self.num_kv_heads), dim=1)
 
     def _mark_replicas(self, num_replicas: int) -> None:
-        """Say of every copy but the first that norms must not count it again."""
+        """Mark every copy but the first, so that gradient norms count it once."""
         is_first = self.tp_group.rank() % num_replicas == 0
         for parameter in self.linear_kv.parameters():
             parameter.tensor_model_parallel = is_first

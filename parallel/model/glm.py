@@ -1,4 +1,4 @@
-"""A GLM model, sharded: from its shape and a layout to the chunks that this rank holds."""
+"""The sharded GLM model: the model chunks that this rank holds in a layout."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -40,7 +40,7 @@ def build_model(
     dtype: torch.dtype = torch.bfloat16,
     recompute_layers: bool = False,
 ) -> list["GLMModel"]:
-    """Return the chunks of a model that this rank holds, their weights allocated but not yet filled.
+    """Return the chunks of a model that this rank holds, with weights allocated but not initialised.
 
     Every rank of the topology calls this; nothing is communicated.
 
@@ -49,7 +49,7 @@ def build_model(
         topology: layout and process groups.
         role: policy and reference end in a vocabulary head, critic and reward in a scalar head (fp32).
         dtype: of all other weights.
-        recompute_layers: keep only each layer's input for backward, and run the layer again there.
+        recompute_layers: keep only each layer's input for backward, and recompute the layer there.
 
     Returns:
         `layout.vpp` chunks, first layers first.
@@ -108,7 +108,7 @@ class GLMModel(MegatronModule):
                 tp_group=topology.tp_group,
             )
         self.most_tokens: dict[str, int] = {}
-        """Of a micro-batch, in `training` and `forward`, where memory once ran out; see `fitting`."""
+        """Most tokens per micro-batch that fit in memory, for `training` and `forward`; see `oom_retry`."""
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         _mark_shards(self)
         self._mark_shared_weight()
@@ -119,7 +119,7 @@ class GLMModel(MegatronModule):
         return self.output_layer() if hasattr(self, "output_layer") else self.embedding.word_embeddings.weight
 
     def head_weights(self) -> list[torch.Tensor]:
-        """Return the parameters behind the final hidden states; on the last chunk only."""
+        """Return the parameters of the head; on the last chunk only."""
         return list(self.value_head.parameters()) if hasattr(self, "value_head") else [self.output_weight_VD]
 
     @property
@@ -135,12 +135,12 @@ class GLMModel(MegatronModule):
 
         Returns:
             Before the last chunk: the residual stream [T / cp, 1, D] (T / cp / tp rows with sequence
-            parallelism). From the last: final hidden states [T / cp, D], the same on every
-            tensor-parallel rank, ready for a head.
+            parallelism). From the last: final hidden states [T / cp, D], equal on all tensor-parallel
+            ranks, the input of a head.
         """
         hidden = self.embedding(share.take(share.packed.tokens_T)) if self.pre_process else None
         if hidden is not None and self.config.recompute_granularity and torch.is_grad_enabled():
-            hidden.requires_grad_()  # a frozen embedding's output would end the gradients of layers run again
+            hidden.requires_grad_()  # else recomputed layers behind a frozen embedding get no gradients
         cos_PR, sin_PR = self.rotary_table(max(b - a for a, b in share.packed.spans))
         inputs = AttentionInputs(
             share=share, cos_TR=cos_PR[share.positions_T], sin_TR=sin_PR[share.positions_T]
@@ -149,8 +149,8 @@ class GLMModel(MegatronModule):
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            # The vocabulary head leaves partial gradients on each rank: they are summed here. The
-            # scalar head computes the same on every rank: each takes its rows.
+            # Each rank has a partial gradient of the vocabulary head's input: backward sums them here. The
+            # scalar head computes the same on every rank: backward takes each rank's rows.
             is_partial = self.role not in SCALAR_ROLES
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=is_partial, group=self.topology.tp_group
@@ -158,7 +158,7 @@ class GLMModel(MegatronModule):
         return hidden.squeeze(1)
 
     def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Return every parameter with its name in the whole model: layers count from the first stage."""
+        """Yield every parameter with its name in the whole model: layers count from the first stage."""
         prefix = "decoder.layers."
         for name, parameter in self.named_parameters():
             if name.startswith(prefix):
@@ -167,19 +167,19 @@ class GLMModel(MegatronModule):
             yield name, parameter
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
-        """Take the former stage's output, as Megatron-core's pipeline schedules hand it over."""
+        """Set the previous stage's output; called by Megatron-core's pipeline schedules."""
         if isinstance(input_tensor, list):
             input_tensor = input_tensor[0]
         self.decoder.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """Return the weight that first and last stage share, for Megatron-core's gradient reduction."""
+        """Return the weight tied over first and last stage, for Megatron-core's gradient reduction."""
         if self.pre_process:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight if self.post_process else None
 
     def rotary_table(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines of at least `longest` positions; doubled when a longer one comes."""
+        """Return cosines and sines of at least `longest` positions; the table grows in powers of two."""
         if self._rotary is None or self._rotary[0].shape[0] < longest:
             num_positions = 1 << max(longest - 1, 1023).bit_length()
             device = self.topology.device
@@ -211,7 +211,7 @@ class Embedding(torch.nn.Module):
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Return [T, 1, D], or this rank's [T / tp, 1, D] with sequence parallelism."""
-        # The layer swaps the first two dims on its way to the sequence-parallel form, and only then.
+        # The layer swaps the first two dims only if it reduce-scatters for sequence parallelism.
         dim = 0 if self.word_embeddings.reduce_scatter_embeddings else 1
         return self.word_embeddings(tokens_T.unsqueeze(dim))
 
@@ -219,7 +219,7 @@ class Embedding(torch.nn.Module):
 def transformer_config(
     config: GLMConfig, topology: Topology, *, dtype: torch.dtype, recompute_layers: bool
 ) -> TransformerConfig:
-    """Return Megatron-core's description of a GLM under a layout."""
+    """Return Megatron-core's configuration of a GLM in a layout."""
     layout = topology.layout
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -232,7 +232,7 @@ def transformer_config(
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=True,  # "build the activation from the spec": ours takes [gate | up] whole
+        use_te_activation_func=True,  # builds the activation from the spec: ours takes [gate | up] whole
         bias_activation_fusion=False,
         add_bias_linear=False,
         add_qkv_bias=config.has_qkv_bias,
@@ -248,13 +248,13 @@ def transformer_config(
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, though there is no MoE
-        calculate_per_token_loss=True,  # our losses carry their denominators: nothing is to be averaged
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths requires it, also without MoE
+        calculate_per_token_loss=True,  # losses are divided by global denominators: Megatron must not average
         use_cpu_initialization=is_cpu(),
         perform_initialization=False,
-        # Batched, two stages that exchange in both directions at once mix the directions up.
+        # Batched messages mix up directions when two stages exchange in both directions at once.
         batch_p2p_comm=layout.vpp == 1 and not is_cpu(),
-        batch_p2p_sync=False,  # a host synchronisation after every message, for a fault of early torch
+        batch_p2p_sync=False,  # would synchronise the host per message, a workaround for old torch versions
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -267,9 +267,9 @@ def transformer_config(
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
-    """Say of every split weight that norms must count each rank's part.
+    """Mark every split weight, so that gradient norms count each rank's part.
 
-    Megatron-core does so while it fills weights at random, which we leave out.
+    Megatron-core does this in its random initialisation, which this model skips.
     """
     split_dims = {ColumnParallelLinear: 0, VocabularyHead: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():

@@ -1,13 +1,13 @@
-"""What a model ends in: the vocabulary head, or a scalar head."""
+"""The heads of a model: vocabulary head and scalar head."""
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 
 class VocabularyHead(ColumnParallelLinear):
-    """This rank's rows of the vocabulary head, for losses that multiply by them without keeping logits.
+    """This rank's rows of the vocabulary head, for losses that compute logits chunk by chunk.
 
-    Calling it hands out the weight: what makes sure that a weight is gathered hangs on the call.
+    Calling the module returns the weight: Megatron-core's hook that gathers weights runs on the call.
     """
 
     def forward(self) -> torch.Tensor:
@@ -16,7 +16,7 @@ class VocabularyHead(ColumnParallelLinear):
 
 
 class ValueHead(torch.nn.Module):
-    """A linear map from hidden state to one number, in fp32; the same on every tensor-parallel rank."""
+    """A linear map from hidden state to a scalar, in fp32; equal on all tensor-parallel ranks."""
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from glm_rlhf.parallel.model.attention import GLMSelfAttention
 def block_submodules(
     config: TransformerConfig, num_layers: int, *, has_sandwich_norms: bool
 ) -> TransformerBlockSubmodules:
-    """Return what Megatron-core's block is built of, for the `num_layers` layers of one model chunk."""
+    """Return the specification of Megatron-core's block with the `num_layers` layers of one model chunk."""
     add = ModuleSpec(module=ResidualAdd, params={"config": config, "has_norm": has_sandwich_norms})
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -43,10 +43,10 @@ def block_submodules(
 
 
 class RMSNorm(torch.nn.Module):
-    """x / √(mean(x²) + ε) · weight, in fp32 inside, over the hidden dim.
+    """x / √(mean(x²) + ε) · weight over the hidden dim, computed in fp32.
 
-    With sequence parallelism each rank norms its own tokens; the weight's gradient is then summed over
-    the tensor-parallel group, which the mark `sequence_parallel` tells Megatron-core.
+    With sequence parallelism each rank normalises its own tokens; the attribute `sequence_parallel` makes
+    Megatron-core sum the weight's gradient over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -57,7 +57,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the normed tensor, shape and dtype of `hidden` [..., D]."""
+        """Return the normalised tensor, shape and dtype of `hidden` [..., D]."""
         return rms_norm(hidden, self.weight, epsilon=self.epsilon)
 
 
@@ -73,9 +73,9 @@ class SwiGLU(torch.nn.Module):
 
 
 class ResidualAdd(torch.nn.Module):
-    """residual + branch, the branch normed first where the model has sandwich norms.
+    """residual + branch, the branch normalised first if the model has sandwich norms.
 
-    Stands where Megatron-core's layer expects its bias-dropout-add: GLM has neither bias nor dropout.
+    Replaces the bias-dropout-add of Megatron-core's layer: GLM has neither bias nor dropout.
     """
 
     def __init__(self, config: TransformerConfig, has_norm: bool) -> None:
@@ -83,7 +83,7 @@ class ResidualAdd(torch.nn.Module):
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if has_norm else None
 
     def forward(self, *_training_fused: Any) -> Callable[..., torch.Tensor]:
-        """Return the function that adds, as Megatron-core's layer asks for it."""
+        """Return the function that adds, called by Megatron-core's layer."""
         return self._add
 
     def _add(

@@ -1,9 +1,9 @@
-"""Sequences laid end to end: one packed stream of tokens for the ranks that share a micro-batch.
+"""Packed sequences: one stream of tokens per micro-batch, split over context-parallel ranks.
 
 A micro-batch is a stream `[T]` with the boundaries `cu_seqlens [B+1]`. Sequence and context
-parallelism need T to be a multiple of `Layout.token_multiple`: the few tokens that are missing are
-appended as one more sequence, which no mask ever selects. Context-parallel rank r of c holds chunks
-r and 2c-1-r of 2c equal chunks of the stream, so that early and late tokens are shared evenly.
+parallelism need T to be a multiple of `Layout.token_multiple`: padding tokens are appended as one more
+sequence, which no mask selects. Context-parallel rank r of c holds chunks r and 2c-1-r of 2c equal
+chunks of the stream, so that each rank has early and late tokens and equal work.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTokens:
-    """Whole sequences in one stream, the same on every rank that works on them."""
+    """Whole sequences in one stream, equal on all ranks that process them."""
 
     tokens_T: torch.Tensor
-    """Token ids, int64 [T], filler included."""
+    """Token ids, int64 [T], padding included."""
     lengths: tuple[int, ...]
     """Length of each real sequence, in tokens; zero is allowed."""
     num_padding: int
@@ -28,12 +28,12 @@ class PackedTokens:
 
     @property
     def num_tokens(self) -> int:
-        """T: length of the stream, filler included."""
+        """T: length of the stream, padding included."""
         return self.tokens_T.shape[0]
 
     @property
     def boundaries(self) -> list[int]:
-        """Start of every sequence and the end of the last one, filler excluded: B + 1 numbers."""
+        """Start of every sequence and the end of the last one, padding excluded: B + 1 numbers."""
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
@@ -41,7 +41,7 @@ class PackedTokens:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Start and end of every non-empty run of tokens that attend to each other, filler included."""
+        """Start and end of every non-empty run of tokens that attend to each other, padding included."""
         starts = self.boundaries
         spans = [(a, b) for a, b in pairwise(starts) if b > a]
         if self.num_padding:
@@ -56,22 +56,22 @@ class PackedTokens:
     def split_in_two(
         self, multiple: int, *, num_together: int = 1
     ) -> "list[tuple[PackedTokens, slice, slice]]":
-        """Return the stream cut in two between sequences, tokens as even as may be, or nothing.
+        """Return the stream split between sequences into two parts of about equal tokens, or nothing.
 
         Args:
             multiple: `Layout.token_multiple`.
             num_together: sequences that stay together, such as the two of a pair.
 
         Returns:
-            (half, its tokens, its sequences), places in this stream; none where there is no cut that leaves
-            tokens on both sides.
+            (part, its tokens, its sequences), as slices of this stream; empty if no split leaves tokens on
+            both sides.
         """
         starts = self.boundaries
         end = len(self.lengths)
         cuts = [cut for cut in range(num_together, end, num_together) if 0 < starts[cut] < starts[-1]]
         if not cuts:
             return []
-        cut = min(cuts, key=lambda topology: abs(2 * starts[topology] - starts[-1]))
+        cut = min(cuts, key=lambda place: abs(2 * starts[place] - starts[-1]))
         pieces = self.split(self.tokens_T)
         return [
             (pack(pieces[a:b], multiple=multiple), slice(starts[a], starts[b]), slice(a, b))
@@ -86,7 +86,7 @@ class PackedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A run of this rank's queries that sees one contiguous run of keys."""
+    """A contiguous range of this rank's queries that attends to one contiguous range of keys."""
 
     query_start: int
     """First query, as a row of this rank's tokens."""
@@ -108,14 +108,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextShard:
-    """What one context-parallel rank does of a stream."""
+    """The part of a stream that one context-parallel rank processes."""
 
     packed: PackedTokens
     """The whole stream."""
     rows: torch.Tensor | None
     """Rows of the stream that this rank holds, int64 [T / cp], in its order; None when it holds all."""
     segments: tuple[Segment, ...]
-    """Attention of this rank's rows, in the order of its rows."""
+    """Attention ranges of this rank's rows, in order."""
     stream_order: torch.Tensor | None
     """Permutation that puts rows gathered rank by rank into stream order, int64 [T]; None without cp."""
     positions_T: torch.Tensor
@@ -126,16 +126,16 @@ class ContextShard:
         return values_T if self.rows is None else values_T[self.rows]
 
 
-def pack(sequences: Sequence[torch.Tensor], *, multiple: int = 1, filler_token: int = 0) -> PackedTokens:
-    """Return token sequences laid end to end, filled up to a multiple of `multiple` tokens.
+def pack(sequences: Sequence[torch.Tensor], *, multiple: int = 1, padding_token: int = 0) -> PackedTokens:
+    """Return concatenated token sequences, padded to a multiple of `multiple` tokens.
 
     Args:
-        sequences: token ids, each 1-D and integer; empty ones are allowed, none at all is not.
+        sequences: token ids, each 1-D and integer; a sequence may be empty, but not all of them.
         multiple: `Layout.token_multiple`.
-        filler_token: any id of the vocabulary; what is computed for filler is never used.
+        padding_token: any id of the vocabulary; results of padding are never used.
 
     Raises:
-        ValueError: there is no token at all, or a sequence is not a 1-D integer tensor.
+        ValueError: there is no token, or a sequence is not a 1-D integer tensor.
     """
     for index, sequence in enumerate(sequences):
         if sequence.dim() != 1 or sequence.dtype not in _ID_DTYPES:
@@ -146,18 +146,18 @@ def pack(sequences: Sequence[torch.Tensor], *, multiple: int = 1, filler_token: 
     lengths = tuple(sequence.shape[0] for sequence in sequences)
     if not sum(lengths):
         raise ValueError(f"{len(lengths)} sequences without a single token cannot be packed")
-    num_filler = -sum(lengths) % multiple
+    num_padding = -sum(lengths) % multiple
     parts = [sequence.long() for sequence in sequences]
-    if num_filler:
-        parts.append(parts[0].new_full((num_filler,), filler_token))
-    return PackedTokens(tokens_T=torch.cat(parts), lengths=lengths, num_padding=num_filler)
+    if num_padding:
+        parts.append(parts[0].new_full((num_padding,), padding_token))
+    return PackedTokens(tokens_T=torch.cat(parts), lengths=lengths, num_padding=num_padding)
 
 
 def share(packed: PackedTokens, *, cp_rank: int = 0, cp_size: int = 1) -> ContextShard:
-    """Return what context-parallel rank `cp_rank` of `cp_size` does of a stream.
+    """Return the part of a stream that context-parallel rank `cp_rank` of `cp_size` processes.
 
     Raises:
-        ValueError: the stream cannot be cut into 2 · cp_size equal chunks.
+        ValueError: the stream cannot be split into 2 · cp_size equal chunks.
     """
     total, device = packed.num_tokens, packed.tokens_T.device
     position_T = _positions(packed)
@@ -201,7 +201,7 @@ def _positions(packed: PackedTokens) -> torch.Tensor:
 def _segment(
     spans: list[tuple[int, int]], start: int, end: int, local_start: int, device: torch.device
 ) -> Segment:
-    """Return the attention of stream rows [start, end): their keys begin where the first sequence does."""
+    """Return the attention range of stream rows [start, end): keys start with the first sequence in it."""
     inside = [(a, b) for a, b in spans if a < end and b > start]
     query_lengths = tuple(min(b, end) - max(a, start) for a, b in inside)
     key_lengths = tuple(min(b, end) - a for a, b in inside)
@@ -218,5 +218,5 @@ def _segment(
 
 
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    # Not blocking: a device that works through a queue would else be waited for at every micro-batch.
+    # Non-blocking: otherwise the host would wait for all queued work of the device in every micro-batch.
     return torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)

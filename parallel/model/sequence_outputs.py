@@ -1,8 +1,9 @@
-"""One number a sequence out of its rows, also where context-parallel ranks share the rows.
+"""Per-sequence outputs, also with context parallelism.
 
-All functions are called on the last stage by every tensor- and context-parallel rank. What they return is
-the same on all of these, and differentiable: each rank's gradient is that of its own rows under the whole
-loss, so a loss of these numbers is computed alike on every context-parallel rank, and counted on one.
+All functions are called on the last stage by every tensor- and context-parallel rank. Except for
+`answer_nll`, results are equal on all of these ranks, and differentiable: each rank's gradient is that of its
+own rows under the whole loss. A loss of these numbers is computed on every context-parallel rank, and counted
+on one.
 """
 
 import torch
@@ -25,16 +26,15 @@ def answer_nll(
 ) -> tuple[torch.Tensor, NllStatistics]:
     """Return `(loss, statistics)` of this rank's rows.
 
-    loss = −sum over trained tokens t of log p(token t | tokens before t), divided by `denominator`. The one
-    function here whose result is a rank's own: context-parallel ranks add up to the whole. The
-    tensor-parallel group communicates.
+    loss = −sum over trained tokens t of log p(token t | tokens before t), divided by `denominator`. The loss
+    of the whole stream is the sum over context-parallel ranks. The tensor-parallel group communicates.
 
     Args:
         model: last chunk of a policy.
-        hidden_TD: what it returned for `mine`.
+        hidden_TD: its output for `mine`.
         mine: this rank's part of the stream.
-        is_trained_T: bool [T] of the whole stream, tokens that count.
-        denominator: tokens that count in the whole step, over all micro-batches and ranks.
+        is_trained_T: bool [T] of the whole stream, tokens that the loss counts.
+        denominator: tokens that the loss counts in the whole step, over all micro-batches and ranks.
     """
     return linear_nll_loss(
         hidden_TD,
@@ -42,7 +42,7 @@ def answer_nll(
         mine.take(next_tokens(mine.packed, is_trained_T)),
         group=model.topology.tp_group,
         denominator=denominator,
-        # With sequence parallelism the gather behind hidden_TD sums the gradients when it scatters them.
+        # With sequence parallelism the backward of the gather that made hidden_TD sums the gradients.
         reduces_hidden_gradient=not model.config.sequence_parallel,
     )
 
@@ -50,15 +50,15 @@ def answer_nll(
 def last_token_values(model: GLMModel, hidden_TD: torch.Tensor, mine: ContextShard) -> torch.Tensor:
     """Return the scalar at each sequence's last token, fp32 [B]: a reward model's scores.
 
-    The context-parallel group adds up 4 B bytes.
+    The context-parallel group all-reduces 4 B bytes.
 
     Args:
         model: last chunk of a reward model or critic.
-        hidden_TD: what it returned for `mine`.
+        hidden_TD: its output for `mine`.
         mine: this rank's part of the stream.
 
     Raises:
-        ValueError: a sequence without tokens has no last one.
+        ValueError: a sequence is empty and has no last token.
     """
     packed, device = mine.packed, hidden_TD.device
     if 0 in packed.lengths:
@@ -66,11 +66,11 @@ def last_token_values(model: GLMModel, hidden_TD: torch.Tensor, mine: ContextSha
     last_B = (torch.tensor(packed.lengths).cumsum(0) - 1).to(device, non_blocking=True)
     if mine.rows is None:
         return token_values(model, hidden_TD[last_B])
-    place_T = torch.full((packed.num_tokens,), -1, device=device)
-    place_T[mine.rows] = torch.arange(mine.rows.shape[0], device=device)
-    place_B = place_T[last_B]
-    values_B = token_values(model, hidden_TD[place_B.clamp(min=0)])
-    return _SumOverContext.apply(torch.where(place_B >= 0, values_B, 0.0), model.topology.cp_group)
+    local_row_T = torch.full((packed.num_tokens,), -1, device=device)
+    local_row_T[mine.rows] = torch.arange(mine.rows.shape[0], device=device)
+    local_row_B = local_row_T[last_B]
+    values_B = token_values(model, hidden_TD[local_row_B.clamp(min=0)])
+    return _SumOverContext.apply(torch.where(local_row_B >= 0, values_B, 0.0), model.topology.cp_group)
 
 
 def sequence_logprobs(
@@ -78,14 +78,14 @@ def sequence_logprobs(
 ) -> torch.Tensor:
     """Return sum_t weights_T[t] · log p(token t | tokens before t) of each sequence, fp32 [B].
 
-    The tensor-parallel group communicates, the context-parallel group adds up 4 B bytes.
+    The tensor-parallel group communicates, the context-parallel group all-reduces 4 B bytes.
 
     Args:
         model: last chunk of a policy.
-        hidden_TD: what it returned for `mine`.
+        hidden_TD: its output for `mine`.
         mine: this rank's part of the stream.
-        weights_T: fp32 [T] of the whole stream, at least 0; tokens of weight 0 cost nothing. A sequence's
-            first token has no logprob and counts nothing.
+        weights_T: fp32 [T] of the whole stream, at least 0; tokens of weight 0 are skipped. A sequence's
+            first token has no logprob and is not counted.
     """
     packed = mine.packed
     targets_T = mine.take(next_tokens(packed, weights_T > 0))
@@ -93,13 +93,13 @@ def sequence_logprobs(
     weighted_T = logprobs_T * mine.take(shift_to_rows(weights_T))
     if mine.rows is not None:
         weighted_T = weighted_T.new_zeros(packed.num_tokens).index_copy(0, mine.rows, weighted_T)
-    # Not one scatter: on CUDA it would add in an order that changes from run to run.
+    # No scatter_add: on CUDA its order of summation changes from run to run.
     sums_B = torch.stack([part.sum() for part in packed.split(weighted_T)])
     return sums_B if mine.rows is None else _SumOverContext.apply(sums_B, model.topology.cp_group)
 
 
 class _SumOverContext(torch.autograd.Function):
-    """A sum over ranks of which each passes the whole gradient on to its own part."""
+    """A sum over ranks; backward passes the whole gradient to each rank's own term."""
 
     @staticmethod
     def forward(

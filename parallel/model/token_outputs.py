@@ -1,8 +1,8 @@
-"""What a model's last hidden states are read for: log-probabilities of tokens, or a scalar a token.
+"""Per-token outputs of a model's final hidden states: logprobs, or one scalar per token.
 
-Heads work on rows: row t holds the hidden state after token t and predicts token t + 1. Everything
-outside works on tokens: `logprobs_T[t]` belongs to token t given the tokens before it. `shift_to_rows`
-and `shift_to_tokens` go between the two.
+Heads work on rows: row t holds the hidden state after token t and predicts token t + 1. Everything else
+works on tokens: `logprobs_T[t]` is that of token t given the tokens before it. `shift_to_rows` and
+`shift_to_tokens` convert between the two.
 """
 
 import torch
@@ -16,18 +16,18 @@ from glm_rlhf.parallel.model.packing import PackedTokens
 def token_logprobs(
     model: GLMModel, hidden_TD: torch.Tensor, targets_T: torch.Tensor, *, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log p(target) and the entropy of the distribution at each row, without logits in memory.
+    """Return log p(target) and the entropy of the distribution at each row, without materialising all logits.
 
-    The tensor-parallel group of `model` communicates; all of it must call.
+    The tensor-parallel group of `model` communicates; all of its ranks must call.
 
     Args:
         model: last chunk of a policy or reference.
-        hidden_TD: what that chunk returned, [T, D].
-        targets_T: the token that each row predicts, int64; `IGNORE_INDEX` rows cost nothing and give 0.
+        hidden_TD: output of that chunk, [T, D].
+        targets_T: the token that each row predicts, int64; `IGNORE_INDEX` rows are skipped and give 0.
         temperature: divides the logits.
 
     Returns:
-        (logprobs [T], entropy [T]) fp32, differentiable, the same on every tensor-parallel rank.
+        (logprobs [T], entropy [T]) fp32, differentiable, equal on all tensor-parallel ranks.
     """
     return vocab_parallel_logprob.linear_logprob(
         hidden_TD,
@@ -35,7 +35,7 @@ def token_logprobs(
         targets_T,
         group=model.topology.tp_group,
         temperature=temperature,
-        # With sequence parallelism the gather behind hidden_TD sums the gradients when it scatters them.
+        # With sequence parallelism the backward of the gather that made hidden_TD sums the gradients.
         reduces_hidden_gradient=not model.config.sequence_parallel,
     )
 
@@ -56,7 +56,7 @@ def next_tokens(packed: PackedTokens, wanted_T: torch.Tensor | None = None) -> t
 
     Args:
         packed: the stream.
-        wanted_T: bool [T], which tokens' logprobs are wanted; all but each sequence's first when None.
+        wanted_T: bool [T], tokens whose logprobs are needed; all but each sequence's first when None.
 
     Returns:
         int64 [T].
@@ -70,10 +70,10 @@ def next_tokens(packed: PackedTokens, wanted_T: torch.Tensor | None = None) -> t
 
 
 def shift_to_rows(values_T: torch.Tensor, *, last: float = 0) -> torch.Tensor:
-    """Return per-token values as rows want them: row t gets the value of token t + 1."""
+    """Return per-token values in row order: row t gets the value of token t + 1."""
     return torch.cat((values_T[1:], torch.full_like(values_T[:1], last)))
 
 
 def shift_to_tokens(rows_T: torch.Tensor) -> torch.Tensor:
-    """Return per-row results as tokens want them: token t gets row t - 1, the first token 0."""
+    """Return per-row results in token order: token t gets row t - 1, the first token 0."""
     return torch.cat((torch.zeros_like(rows_T[:1]), rows_T[:-1]))

@@ -1,7 +1,7 @@
-"""Causal attention over packed sequences: the fastest implementation that this machine has.
+"""Causal attention over packed sequences, by the fastest available implementation.
 
-Transformer Engine where it is installed, else torch's variable-length flash attention, both for
-bf16 and fp16 on CUDA; scaled-dot-product attention per sequence for everything else.
+For bf16 and fp16 on CUDA: Transformer Engine if installed, else torch's variable-length flash attention.
+Otherwise: scaled-dot-product attention per sequence.
 """
 
 import functools
@@ -20,7 +20,7 @@ CoreAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segment], to
 def packed_attention(
     query_TNH: torch.Tensor, key_SKH: torch.Tensor, value_SKH: torch.Tensor, segments: tuple[Segment, ...]
 ) -> torch.Tensor:
-    """Return softmax(q kᵀ / √H) v per sequence, causal, key/value heads shared by groups of query heads.
+    """Return softmax(q kᵀ / √H) v per sequence: causal attention with grouped query heads.
 
     Within a sequence of n queries and m ≥ n keys, query i sees keys 0 … m - n + i.
 
@@ -28,7 +28,7 @@ def packed_attention(
         query_TNH: queries of this rank's rows.
         key_SKH: keys of the whole stream; N is a multiple of K.
         value_SKH: values of the whole stream.
-        segments: which queries see which keys, `ContextShard.segments`.
+        segments: the keys that each range of queries attends to, `ContextShard.segments`.
 
     Returns:
         [T, N, H] in the dtype of the queries.
@@ -63,7 +63,7 @@ def _implementation(device_type: str, dtype: torch.dtype) -> CoreAttention:
 def _scaled_dot_product(
     query_TNH: torch.Tensor, key_SKH: torch.Tensor, value_SKH: torch.Tensor, segment: Segment
 ) -> torch.Tensor:
-    """One call a sequence: exact for any length, no padding."""
+    """One call per sequence: exact for any length, no padding."""
     queries = query_TNH.transpose(0, 1).unsqueeze(0).split(segment.query_lengths, dim=2)
     keys = key_SKH.transpose(0, 1).unsqueeze(0).split(segment.key_lengths, dim=2)
     values = value_SKH.transpose(0, 1).unsqueeze(0).split(segment.key_lengths, dim=2)
@@ -98,10 +98,10 @@ def _torch_varlen(
 
 @functools.cache
 def _varlen_attention() -> Callable[..., torch.Tensor] | None:
-    """Return torch's causal variable-length attention with grouped heads, or None where torch lacks it.
+    """Return torch's causal variable-length attention with grouped heads, or None if torch lacks it.
 
-    torch 2.10 names causality `is_causal`, later versions name a window; only later ones group heads
-    by option, earlier kernels did without being asked.
+    torch 2.10 has the argument `is_causal`, later versions `window_size`; later versions also need
+    `enable_gqa`, where 2.10 always groups heads.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -1,14 +1,14 @@
-"""Vocabulary-parallel logprobs: each rank holds a slice of the vocabulary, few small reductions join them.
+"""Vocabulary-parallel logprobs: each rank holds a slice of the vocabulary, small reductions combine them.
 
-Reductions over the group, R being the rows that have a target:
+Reductions over the group, for R rows that have a target:
 
 | function | forward | backward |
 |---|---|---|
 | `linear_logprob` | MAX of 4 R bytes, SUM of 12 R bytes | SUM of 4 R D bytes, 0 if the caller reduces |
 | `logprobs_from_logits` | MAX of 4 T bytes, SUM of 12 T bytes | none |
 
-(Bytes of the float32 buffers handed to `all_reduce`; float64 inputs, used by tests only, double them.)
-Shards are equal and in rank order, as Megatron-core cuts them: rank r of n holds the ids from r V / n on.
+(Bytes of the float32 buffers passed to `all_reduce`; float64 inputs, used by tests only, double them.)
+Shards are of equal size and in rank order, as in Megatron-core: rank r of n holds the V / n ids from r V / n.
 Every rank of the group must call, with the same hidden states, targets and temperature.
 """
 
@@ -40,30 +40,30 @@ def linear_logprob(
     vocabulary, hence over ranks:
 
     - `reduces_hidden_gradient=True`: backward all-reduces it in float32, and every rank receives the whole
-      gradient. Use it where hidden is the same replicated tensor on every rank (no sequence parallelism).
-      Do not put `copy_to_tensor_model_parallel_region` before it: the gradient would be summed twice.
-    - `reduces_hidden_gradient=False`: every rank receives its own part, rounded to hidden's dtype, and the
-      operation that produced hidden sums the parts. Use it after
+      gradient. For hidden that is replicated on all ranks (no sequence parallelism). Do not put
+      `copy_to_tensor_model_parallel_region` before it: the gradient would be summed twice.
+    - `reduces_hidden_gradient=False`: every rank receives its own partial gradient, rounded to hidden's
+      dtype, and the operation that produced hidden sums them. For use after
       `gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)`, whose backward
       reduce-scatters.
 
-    The loss is computed alike on every rank, as Megatron-core does: each rank's upstream gradient is the
-    gradient of the same one loss, not a share of it.
+    As in Megatron-core, every rank computes the same loss: each rank's upstream gradient is that of the whole
+    loss, not of a part of it.
 
     Args:
-        hidden_TD: `[T, D]` float, the same on every rank.
+        hidden_TD: `[T, D]` float, equal on all ranks.
         weight_VD_shard: `[V / ranks, D]`, same dtype.
         targets_T: int `[T]`, ids in the whole vocabulary, or `IGNORE_INDEX`.
         group: the tensor-parallel group; None means that the shard is the whole vocabulary.
         temperature: divides the logits, > 0.
-        vocab_size: ids that exist when the last shards are padded to equal size; rows from there on take no
-            part and get a gradient of zero. None: every row of every shard exists.
+        vocab_size: number of ids, if the last shards are padded to equal size; padding rows are ignored and
+            get a gradient of zero. None: no shard is padded.
 
     Returns:
-        `(logprobs_T, entropy_T)`, float32 `[T]`, the same on every rank.
+        `(logprobs_T, entropy_T)`, float32 `[T]`, equal on all ranks.
 
     Raises:
-        ValueError: as `kernels.linear_logprob`, or `vocab_size` exceeds the shards together.
+        ValueError: as `kernels.linear_logprob`, or `vocab_size` exceeds the total size of the shards.
     """
     num_columns, vocab_offset, vocab_size = place_shard(weight_VD_shard.shape[0], vocab_size, group)
     return sharded_linear_logprob(
@@ -97,10 +97,10 @@ def logprobs_from_logits(
         group, vocab_size: as in `linear_logprob`.
 
     Returns:
-        `(logprobs_T, entropy_T)`, float32 `[T]`, the same on every rank.
+        `(logprobs_T, entropy_T)`, float32 `[T]`, equal on all ranks.
 
     Raises:
-        ValueError: as `kernels.logprobs_from_logits`, or `vocab_size` exceeds the shards together.
+        ValueError: as `kernels.logprobs_from_logits`, or `vocab_size` exceeds the total size of the shards.
     """
     num_columns, vocab_offset, vocab_size = place_shard(logits_TV_shard.shape[-1], vocab_size, group)
     return sharded_logprobs_from_logits(
@@ -117,7 +117,7 @@ def logprobs_from_logits(
 def statistics_reduction(
     group: dist.ProcessGroup | None,
 ) -> Callable[[SoftmaxStatistics], SoftmaxStatistics] | None:
-    """Return the function that joins the statistics of all shards; None where one rank has them all.
+    """Return the function that combines the statistics of all shards; None for one rank.
 
     Two collectives: MAX of `[R]`, then, relative to that maximum, SUM of `[3, R]`.
     """
@@ -156,12 +156,12 @@ def _group_size(group: dist.ProcessGroup | None) -> int:
 def place_shard(
     shard_size: int, vocab_size: int | None, group: dist.ProcessGroup | None
 ) -> tuple[int, int, int]:
-    """Return `(columns of this shard that exist, id of its first column, ids in the whole vocabulary)`."""
+    """Return `(columns of this shard without padding, id of its first column, size of the vocabulary)`."""
     padded_size = shard_size * _group_size(group)
     vocab_size = padded_size if vocab_size is None else vocab_size
     if not 0 < vocab_size <= padded_size:
         raise ValueError(
-            f"vocab_size: {vocab_size} given, but {_group_size(group)} shards of {shard_size} rows hold ids "
+            f"vocab_size is {vocab_size}, but {_group_size(group)} shards of {shard_size} rows hold ids "
             f"0 ... {padded_size - 1}; pass the size before padding, at most {padded_size}"
         )
     vocab_offset = shard_size * (0 if group is None else group.rank())
@@ -169,6 +169,6 @@ def place_shard(
 
 
 def without_padding(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Return the first `size` along `dim`: what a shard holds beside padding."""
-    # The backward of a slice copies the whole gradient: do not slice where there is no padding.
+    """Return the first `size` elements along `dim`: a shard without its padding."""
+    # The backward of a slice copies the whole gradient: do not slice without padding.
     return tensor if tensor.shape[dim] == size else tensor.narrow(dim, 0, size)

@@ -1,9 +1,9 @@
-"""Vocabulary-parallel losses whose gradients are taken in forward.
+"""Vocabulary-parallel losses whose gradients are computed in forward.
 
 Reductions over the group, for R rows that have a target, in C chunks (one for shards of a usual size):
-C x (MAX of 4 R / C bytes, SUM of 12 R / C bytes), and with gradients C x SUM of 4 R D / C bytes, which runs
-beside the product that makes the weight's gradient. All are in forward; backward communicates nothing.
-Every rank of the group must call, with the same arguments but for its shard.
+C x (MAX of 4 R / C bytes, SUM of 12 R / C bytes), and with gradients C x SUM of 4 R D / C bytes, overlapped
+with the matrix product of the weight's gradient. All are in forward; backward communicates nothing.
+Every rank of the group must call, with equal arguments except for its shard.
 """
 
 from collections.abc import Callable
@@ -39,14 +39,14 @@ def linear_ppo_loss(
     vocab_size: int | None = None,
     reduces_hidden_gradient: bool = True,
 ) -> tuple[torch.Tensor, PolicyStatistics]:
-    """Return `(loss, statistics)` of `kernels.linear_ppo_loss`, the same on every rank of `group`.
+    """Return `(loss, statistics)` of `kernels.linear_ppo_loss`, equal on all ranks of `group`.
 
     Args:
-        group, vocab_size, reduces_hidden_gradient: as in `parallel.vocab.linear_logprob`.
+        group, vocab_size, reduces_hidden_gradient: as in `vocab_parallel_logprob.linear_logprob`.
         Others: as in `kernels.linear_ppo_loss`.
 
     Raises:
-        ValueError: as `kernels.linear_ppo_loss` and `parallel.vocab.linear_logprob`.
+        ValueError: as `kernels.linear_ppo_loss` and `vocab_parallel_logprob.linear_logprob`.
     """
     targets_T, row_loss = ppo_row_loss(
         targets_T,
@@ -87,14 +87,14 @@ def linear_nll_loss(
     vocab_size: int | None = None,
     reduces_hidden_gradient: bool = True,
 ) -> tuple[torch.Tensor, NllStatistics]:
-    """Return `(loss, statistics)` of `kernels.linear_nll_loss`, the same on every rank of `group`.
+    """Return `(loss, statistics)` of `kernels.linear_nll_loss`, equal on all ranks of `group`.
 
     Args:
-        group, vocab_size, reduces_hidden_gradient: as in `parallel.vocab.linear_logprob`.
+        group, vocab_size, reduces_hidden_gradient: as in `vocab_parallel_logprob.linear_logprob`.
         Others: as in `kernels.linear_nll_loss`.
 
     Raises:
-        ValueError: as `kernels.linear_nll_loss` and `parallel.vocab.linear_logprob`.
+        ValueError: as `kernels.linear_nll_loss` and `vocab_parallel_logprob.linear_logprob`.
     """
     targets_T, row_loss = nll_row_loss(targets_T, weights_T, denominator=denominator)
     return _sharded(
@@ -137,7 +137,7 @@ def _sharded(
 def _started_sum(
     group: dist.ProcessGroup | None,
 ) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None:
-    """Return the function that starts a sum over the group in place and returns what waits for it."""
+    """Return a function that starts an in-place sum over the group and returns its wait function."""
     if group is None or group.size() == 1:
         return None
 

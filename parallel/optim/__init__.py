@@ -1,4 +1,4 @@
-"""Adam's state in shards, gradient buckets, the optimizer step within backward.
+"""Sharded Adam state, gradient buckets, and the optimizer in backward.
 
-Imports what `model` may, and `model`; not `weights`.
+Imports `model` and everything that `model` may import; not `weights`.
 """

@@ -1,4 +1,4 @@
-"""Optimizer in backward: weights change as soon as their gradient is complete, and it is freed."""
+"""Optimizer in backward: weights are updated as soon as their gradients are complete, and these are freed."""
 
 import math
 import weakref
@@ -26,57 +26,56 @@ from glm_rlhf.parallel.runtime.topology import Topology
 class InBackwardState:
     """Owns the optimizer of one sharded model whose weights change during backward.
 
-    There is no gradient buffer. Weights form buckets: a transformer layer each, the embedding, the final
-    norm, the head. In the backward pass of a step's last micro-batch a bucket whose gradients have all
-    arrived is reduced (over tp where ranks hold parts or copies of a gradient, then scattered over
-    dp × cp), updated by AdamW on this rank's share, gathered, and its gradients are freed. Layers come one
-    after the other, so that at most one bucket's gradient exists at a time.
+    There is no gradient buffer. Weights form buckets: one per transformer layer, the embedding, the final
+    norm, the head. In the backward pass of a step's last micro-batch, a bucket with all its gradients is
+    reduced (over tp where ranks hold partial or replicated gradients, then scattered over dp × cp), updated
+    by AdamW on this rank's shard, gathered, and its gradients are freed. Backward visits one layer after
+    another, so that at most one bucket's gradients exist at a time.
 
-    What that promise excludes:
+    Exceptions to this limit:
 
-    - *Accumulation.* With several micro-batches a step, which pipeline stages need to be busy, the sums of
-      the earlier ones wait for the last: up to one whole gradient, in fp32, as with `TrainingState`. During
-      the last backward it shrinks bucket by bucket, and between steps there is none.
-    - *A tied head.* Its gradient waits for the embedding's, through the whole backward; where they are on
-      different pipeline stages, until the schedule's end.
+    - *Accumulation.* With several micro-batches per step, as pipeline parallelism needs, the sums of earlier
+      gradients are kept until the last micro-batch: up to one whole gradient, in fp32, as with
+      `TrainingState`. It shrinks bucket by bucket during the last backward; between steps there is none.
+    - *A tied head.* Its gradient is kept until the embedding's, through the whole backward; if they are on
+      different pipeline stages, until the end of the schedule.
 
     Clipping. The norm of the whole gradient is not known before backward ends. Each bucket is clipped by
-    `clip_grad` / the newest norm there is: of this step for the buckets that came before it and for itself,
-    of the step before for those to come and for other pipeline stages, 0 in the first step. Its last bucket
-    without pipeline stages is clipped by the true norm; all are when norms do not change. Stages that share
-    a tied head know each other's norms when they update it. With `clip_grad` 0 the weights are those of
-    `TrainingState`.
+    `clip_grad` / the newest known norm: of this step for the earlier buckets and for itself, of the previous
+    step (0 in the first) for later buckets and other pipeline stages. Without pipeline stages the last bucket
+    is clipped by the true norm; all buckets are if norms do not change between steps. Stages with a tied head
+    exchange their norms when they update it. With `clip_grad` 0 the weights equal those of `TrainingState`.
 
-    A gradient that is not finite. Its bucket and all after it stay as they are, on every rank that shares
-    their layers; buckets before it have changed already. A loss that is not finite has a gradient of NaN
-    everywhere (`schedule`), so that nothing changes.
+    Non-finite gradients. The bucket and all later ones stay unchanged, on every rank that holds parts of
+    their layers; earlier buckets have already changed. A non-finite loss has a gradient of NaN everywhere
+    (`schedule`), so that no weight changes.
     """
 
     def __init__(self, chunks: Sequence[GLMModel], settings: AdamSettings, *, topology: Topology) -> None:
         """Hook into the gradients of `chunks`; every rank of the topology calls this.
 
         Args:
-            chunks: this rank's model chunks, weights filled. Their storage has to stay where it is.
+            chunks: this rank's model chunks, weights initialised. Their storage must not move.
             settings: of the optimizer.
-            topology: gradients are summed over dp × cp, the optimizer's state is split over it.
+            topology: gradients are summed over dp × cp, the optimizer state is sharded over it.
 
         Raises:
-            ValueError: the weights are float16, whose gradients would need a loss scale.
+            ValueError: the weights are float16, whose gradients would need loss scaling.
         """
         check_trainable(chunks)
         self.topology, self.settings = topology, settings
         self.chunks = list(chunks)
         self._lr = settings.lr
         self.wait_for_readers: Callable[[], None] | None = None
-        """Called before weights and moments change: returns when nobody reads them any more."""
+        """Called before weights and moments change: returns when no save reads them any more."""
         self.num_steps = 0
-        """Steps that were taken."""
+        """Optimizer steps taken."""
         self._buckets = list(buckets_of(chunks, topology))
         self._is_last_micro_batch = True
-        # Squared norms of buckets: the newest, those of the last step that was taken, their sum over stages.
+        # Squared gradient norms per bucket: the newest, those of the last applied step, their total.
         self._squares_K = torch.zeros(len(self._buckets), dtype=torch.float64, device=topology.device)
-        self._taken_squares_K = self._squares_K.clone()
-        self._taken_total = self._newest_total = self._squares_K.new_zeros(())
+        self._applied_squares_K = self._squares_K.clone()
+        self._applied_total = self._newest_total = self._squares_K.new_zeros(())
         self._hook()
 
     @property
@@ -85,10 +84,10 @@ class InBackwardState:
         return self.chunks
 
     def zero_grad(self) -> None:
-        """Forget gradients of a step that was given up; before the first micro-batch of a step."""
+        """Drop gradients of a step that was not finished; before the first micro-batch of a step."""
         for bucket in self._buckets:
-            bucket.forget()
-        self._squares_K.copy_(self._taken_squares_K)
+            bucket.reset()
+        self._squares_K.copy_(self._applied_squares_K)
         self._is_last_micro_batch = True
 
     def set_lr(self, lr: float) -> None:
@@ -96,97 +95,102 @@ class InBackwardState:
         self._lr = lr
 
     def step(self) -> StepResult:
-        """Return what the backward pass did; every rank calls this together, after the schedule.
+        """Return the result of the backward pass; every rank calls this together, after the schedule.
 
-        `is_applied` is false when some gradient was not finite; see the class for what then has changed.
+        `is_applied` is false if some gradient was not finite; the class says which weights changed then.
         """
         return take_step(self)
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, after the schedule; every rank calls this together.
 
-        The pipeline's stages add up theirs, 8 bytes.
+        The pipeline group all-reduces 8 bytes.
         """
         self._newest_total = self._sum_over_stages(self._squares_K.sum())
         return math.sqrt(self._newest_total.item())
 
     def apply(self, _grad_norm: float) -> None:
-        """Count the step, whose norms the next one clips by: the weights have changed already."""
-        self._taken_squares_K.copy_(self._squares_K)
-        self._taken_total = self._newest_total
+        """Count the step, whose norms the next one clips by; the weights have already changed."""
+        self._applied_squares_K.copy_(self._squares_K)
+        self._applied_total = self._newest_total
         self.num_steps += 1
 
     def nonfinite_gradients(self) -> list[str]:
-        """Return nothing: gradients are gone when the step ends."""
+        """Return nothing: gradients are freed before the step ends."""
         return []
 
     def gather_weights(self) -> None:
-        """Do nothing: weights are gathered as they change."""
+        """Do nothing: each bucket's weights are gathered after its update."""
 
     def parts(self) -> dict[str, StateShard]:
-        """Return this rank's shares of the weights that are trained, by their names in the whole model."""
+        """Return this rank's shards of the trained weights, by their names in the whole model."""
         return {part.name: part for bucket in self._buckets for part in bucket.parts()}
 
     @property
     def gradient_squares(self) -> dict[str, float]:
         """Squared norm of each bucket of this pipeline stage in the last step, which the next clips by."""
         names = (bucket.name for bucket in self._buckets)
-        return dict(zip(names, self._taken_squares_K.tolist(), strict=True))
+        return dict(zip(names, self._applied_squares_K.tolist(), strict=True))
 
     def resume_from(self, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
-        """Gather the weights of `parts` that were filled, and continue; every rank calls this.
+        """Continue from restored `parts`: gather their weights; every rank calls this.
 
         Args:
-            num_steps: steps behind them.
-            gradient_squares: of all stages' buckets; those that are not in it count 0, as in a first step.
+            num_steps: optimizer steps taken before.
+            gradient_squares: of all stages' buckets; missing buckets count 0, as in a first step.
         """
         self.num_steps = num_steps
         squares = [gradient_squares.get(bucket.name, 0.0) for bucket in self._buckets]
-        self._taken_squares_K.copy_(torch.tensor(squares, dtype=torch.float64))
-        self._taken_total = self._sum_over_stages(self._taken_squares_K.sum())
+        self._applied_squares_K.copy_(torch.tensor(squares, dtype=torch.float64))
+        self._applied_total = self._sum_over_stages(self._applied_squares_K.sum())
         for bucket in self._buckets:
             bucket.gather()
         self.zero_grad()
 
-    def _sum_over_stages(self, own: torch.Tensor) -> torch.Tensor:
-        total = own.clone()
+    def _sum_over_stages(self, local: torch.Tensor) -> torch.Tensor:
+        total = local.clone()
         dist.all_reduce(total, group=self.topology.pp_group)
         return total
 
     def _hook(self) -> None:
-        """Have gradients brought to their buckets, and Megatron-core's schedules tell when a step ends."""
-        me = weakref.ref(self)  # a model outlives its training
+        """Register hooks on the gradients, and on Megatron-core's schedules for the end of a step."""
+        # Why hooks: autograd calls one as soon as a gradient is complete, while layers before it still
+        # run backward. Updating there, and not after backward, is what frees each bucket's gradients early.
+        # All ranks run backward in the same order of layers, so the collectives of `_update` meet in the same
+        # order everywhere, without extra synchronisation. A bucket that waits for another stage (a tied head)
+        # would break that order and deadlock: it is left to `_finish`, where all stages call together.
+        state = weakref.ref(self)  # a model outlives its training
         handles = []
         for index, bucket in enumerate(self._buckets):
-            for place, parameter in enumerate(bucket.parameters):
+            for position, parameter in enumerate(bucket.parameters):
 
-                def arrive(_: torch.Tensor, index: int = index, place: int = place) -> None:
-                    me()._arrive(index, place)
+                def on_gradient(_: torch.Tensor, index: int = index, position: int = position) -> None:
+                    state()._on_gradient(index, position)
 
-                handles.append(parameter.register_post_accumulate_grad_hook(arrive))
+                handles.append(parameter.register_post_accumulate_grad_hook(on_gradient))
         megatron = self.chunks[0].config
-        functions = (lambda: _Accumulation(me())), (lambda *_, **__: me()._finish())
+        functions = (lambda: _Accumulation(state())), (lambda *_, **__: state()._finish())
         megatron.no_sync_func, megatron.finalize_model_grads_func = functions
         weakref.finalize(self, _unhook, handles, megatron, *functions)
 
-    def _arrive(self, index: int, place: int) -> None:
-        """Take one weight's gradient of one micro-batch; update its bucket when nothing more can come."""
+    def _on_gradient(self, index: int, position: int) -> None:
+        """Take one weight's gradient of one micro-batch; update its bucket if that was the last gradient."""
         bucket = self._buckets[index]
-        bucket.take(place)
+        bucket.take(position)
         if self._is_last_micro_batch:
-            bucket.missing.discard(place)
+            bucket.missing.discard(position)
             if not bucket.missing and not bucket.waits_for_other_stage:
                 self._update(index)
 
     def _finish(self) -> None:
-        """Update what the last backward left: a head tied over stages, and weights that the loss skipped."""
+        """Update the remaining buckets: a head tied over stages, and weights without a gradient."""
         for index, bucket in enumerate(self._buckets):
             if not bucket.is_updated:
                 self._update(index)
 
     @torch.no_grad()
     def _update(self, index: int) -> None:
-        """Reduce, update, gather and free one bucket; ranks of its tp and dp × cp groups call together."""
+        """Reduce, update, gather and free one bucket; its tp and dp × cp groups call together."""
         bucket = self._buckets[index]
         gradients = bucket.reduced_gradients()
         square = bucket.counted_square(gradients)
@@ -204,27 +208,27 @@ class InBackwardState:
         )
 
     def _clip_factor(self, bucket: Bucket) -> torch.Tensor:
-        """Return what a bucket's gradient is multiplied by, fp32 []; NaN where a norm is not finite.
+        """Return the factor of a bucket's gradient, fp32 []; NaN if a norm is not finite.
 
-        Both stages of a tied head take the same, that the copies stay copies: they know each other's norms.
+        Both stages of a tied head sum their norms and use the same factor, so that the copies stay equal.
         """
-        newest, taken = self._squares_K.sum(), self._taken_squares_K.sum()
+        newest, applied = self._squares_K.sum(), self._applied_squares_K.sum()
         if bucket.waits_for_other_stage:
-            both = torch.stack([newest, taken])
+            both = torch.stack([newest, applied])
             dist.all_reduce(both, group=parallel_state.get_embedding_group())
-            newest, taken = both
-        norm = (newest + (self._taken_total - taken).clamp(min=0.0)).sqrt()
+            newest, applied = both
+        norm = (newest + (self._applied_total - applied).clamp(min=0.0)).sqrt()
         limit = self.settings.clip_grad
         factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
         return torch.where(norm.isfinite(), factor, torch.nan).float()
 
 
 AnyTrainingState = TrainingState | InBackwardState
-"""What a stage trains with; both are used alike."""
+"""Both have the same interface."""
 
 
 class _Accumulation:
-    """A context, as Megatron-core's schedules enter it, in which gradients are added up and nothing else."""
+    """A context, entered by Megatron-core's schedules, in which gradients are only accumulated."""
 
     def __init__(self, state: InBackwardState) -> None:
         self._state = state
@@ -242,7 +246,7 @@ def _unhook(
     accumulate: Callable[..., object],
     finish: Callable[..., object],
 ) -> None:
-    """Leave the model as it was, but for what a later state has put there."""
+    """Remove the hooks from the model, except those of a later training state."""
     for handle in handles:
         handle.remove()
     if megatron.no_sync_func is accumulate:
@@ -259,7 +263,7 @@ def training_state(
     overlap_communication: bool = False,
     in_backward: bool = False,
 ) -> AnyTrainingState:
-    """Return the training state that is asked for; every rank calls this. See the classes.
+    """Return the training state for the options; every rank calls this. See the classes.
 
     Raises:
         ValueError: the weights are float16, or both options are on.
@@ -268,6 +272,6 @@ def training_state(
         return TrainingState(chunks, settings, topology=topology, overlap_communication=overlap_communication)
     if overlap_communication:
         raise ValueError(
-            "an optimizer in backward communicates during backward: overlap_communication has to be off"
+            "an optimizer in backward communicates during backward: set overlap_communication to false"
         )
     return InBackwardState(chunks, settings, topology=topology)

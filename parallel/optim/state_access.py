@@ -1,9 +1,9 @@
-"""What a rank owns of a model in training: fp32 weights and Adam's moments, in flat parts of parameters.
+"""The training state that a rank owns: fp32 weights and Adam moments, in flat shards of parameters.
 
-The distributed optimizer cuts the flattened parameters of a rank into dp × cp stretches and keeps fp32
-weights and moments of its own stretch only; the optimizer in backward cuts each parameter. A part is what
-a rank has of one parameter, so that every rank can write, and fill again, exactly what it has; nothing is
-communicated for it.
+The distributed optimizer splits the concatenated parameters of a rank into dp × cp ranges and keeps fp32
+weights and moments of its own range only; the optimizer in backward splits each parameter. A `StateShard` is
+a rank's part of one parameter, so that every rank can save and restore exactly what it owns, without
+communication.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,26 +24,26 @@ from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS
 
 
 def parts_of(state: AnyTrainingState) -> Iterator[StateShard]:
-    """Yield the parts that this rank owns, in the model's order.
+    """Yield the shards that this rank owns, in the model's order.
 
-    Data- and context-parallel ranks share a trained parameter's elements without overlap; each of them has
-    the whole of a frozen one. What is parked is brought back first.
+    Data- and context-parallel ranks split a trained parameter's elements without overlap; each of them has
+    the whole of a frozen one. Offloaded state is prefetched first.
     """
     if isinstance(state, InBackwardState):
-        found = state.parts()
+        trained = state.parts()
     else:
-        state.bring_back_state()
-        found = {part.name: part for part in _distributed_parts(state)}
+        state.wait_for_state()
+        trained = {part.name: part for part in _distributed_parts(state)}
     for chunk in state.bare_chunks:
         for name, parameter in chunk.named_weights():
             if not parameter.requires_grad:
                 yield StateShard(name=name, start=0, weight=parameter.detach().view(-1), is_trained=False)
-            elif name in found:
-                yield found[name]
+            elif name in trained:
+                yield trained[name]
 
 
 def _distributed_parts(state: TrainingState) -> Iterator[StateShard]:
-    """Yield the parts of what is trained, for Megatron-core's optimizers."""
+    """Yield the shards of trained parameters, for Megatron-core's optimizers."""
     for optimizer in sub_optimizers(state.optimizer):
         main_of = main_weights(optimizer)
         for chunk in state.bare_chunks:
@@ -62,15 +62,15 @@ def _distributed_parts(state: TrainingState) -> Iterator[StateShard]:
 
 
 def num_steps_of(state: AnyTrainingState) -> int:
-    """Return the steps that Adam has taken, 0 also on a rank that owns nothing that is trained."""
+    """Return the number of steps that Adam has taken; 0 on a rank that owns no trained parameter."""
     if isinstance(state, InBackwardState):
         return state.num_steps
-    state.bring_back_state()
+    state.wait_for_state()
     for optimizer in sub_optimizers(state.optimizer):
         inner = optimizer.optimizer
-        for found in inner.state.values():
-            if "step" in found:
-                return int(found["step"])
+        for parameter_state in inner.state.values():
+            if "step" in parameter_state:
+                return int(parameter_state["step"])
         for group in inner.param_groups:
             if "step" in group and group["params"]:
                 return int(group["step"])
@@ -78,12 +78,12 @@ def num_steps_of(state: AnyTrainingState) -> int:
 
 
 def gradient_squares_of(state: AnyTrainingState) -> dict[str, float]:
-    """Return what an optimizer in backward clips its next step by; the ordinary one needs nothing."""
+    """Return the squared norms by which an optimizer in backward clips its next step; else nothing."""
     return state.gradient_squares if isinstance(state, InBackwardState) else {}
 
 
 def set_moments(part: StateShard, moments: Mapping[str, torch.Tensor], num_steps: int) -> None:
-    """Give Adam its moments of a part, fp32 tensors that it may keep, and the steps behind them."""
+    """Set the Adam moments of a shard, fp32 tensors that the optimizer may keep, and its step count."""
     if part.optimizer is None:
         for name, values in part.moments.items():
             values.copy_(moments[name])
@@ -94,17 +94,17 @@ def set_moments(part: StateShard, moments: Mapping[str, torch.Tensor], num_steps
     if type(inner).__module__.startswith("torch."):
         inner.state[main]["step"] = torch.tensor(float(num_steps), dtype=torch.float32)
         return
-    for group in inner.param_groups:  # Transformer Engine's and apex's Adam count once a group
+    for group in inner.param_groups:  # Transformer Engine's and apex's Adam count steps per group
         group["step"] = num_steps
 
 
 def resume_from(state: AnyTrainingState, num_steps: int, gradient_squares: Mapping[str, float]) -> None:
-    """Continue with parts that were filled, their weights gathered over dp; every rank calls this.
+    """Continue from restored shards: gather their weights over dp; every rank calls this.
 
     Args:
-        state: whose parts were filled.
-        num_steps: steps behind them.
-        gradient_squares: what an optimizer in backward clips its next step by; empty after the ordinary one.
+        state: whose shards were restored.
+        num_steps: optimizer steps taken before.
+        gradient_squares: norms by which an optimizer in backward clips its next step; else empty.
     """
     if isinstance(state, InBackwardState):
         state.resume_from(num_steps, gradient_squares)

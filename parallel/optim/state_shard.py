@@ -1,4 +1,4 @@
-"""Some elements of a weight with what Adam keeps of them: the piece in which a checkpoint has them."""
+"""A shard of a weight with its Adam moments: the unit in which a checkpoint stores training state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from glm_rlhf.kernels.adam.adamw import join_master, split_master
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitMaster:
-    """fp32 weights that are kept as a bf16 weight and what its rounding left; see `kernels.adamw`."""
+    """fp32 weights stored as a bf16 weight and the remainder of its rounding; see `kernels.adamw`."""
 
     weight: torch.Tensor
-    """The model's own, bf16 [elements]."""
+    """The model's parameter, bf16 [elements]."""
     remainder: torch.Tensor
     """int16 [elements]."""
     dtype = torch.float32
-    """Of what they are together."""
+    """Dtype of the joined weights."""
 
     @property
     def shape(self) -> torch.Size:
-        """Of what they are together."""
+        """Shape of the joined weights."""
         return self.weight.shape
 
     def joined(self) -> torch.Tensor:
@@ -30,7 +30,7 @@ class SplitMaster:
         return join_master(self.weight, self.remainder)
 
     def copy_(self, values: torch.Tensor) -> None:
-        """Become `values`, of any type and device, [elements]."""
+        """Copy from `values` [elements], of any dtype and device."""
         weight, remainder = split_master(values.float())
         self.weight.copy_(weight)
         self.remainder.copy_(remainder)
@@ -38,22 +38,22 @@ class SplitMaster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateShard:
-    """Some consecutive elements of one flattened parameter of this rank."""
+    """Consecutive elements of one flattened parameter of this rank."""
 
     name: str
     """The parameter's name in the whole model."""
     start: int
     """First element."""
     weight: torch.Tensor | SplitMaster
-    """The elements: the very tensors that the optimizer changes, fp32; or a view of a frozen parameter."""
+    """The elements: the tensor that the optimizer updates, fp32; or a view of a frozen parameter."""
     is_trained: bool
     """False where the parameter is frozen."""
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Adam's, the very tensors; none of frozen weights, nor before the first step where Adam makes them."""
+    """Adam moments, the optimizer's tensors; empty for frozen weights and before moments are created."""
     optimizer: DistributedOptimizer | None = field(default=None, repr=False)
-    """Where moments are put that are not there yet; None where they always are."""
+    """The optimizer that takes restored moments, if it creates them in its first step; None otherwise."""
 
     @property
     def stop(self) -> int:
-        """Element behind the last."""
+        """One past the last element."""
         return self.start + self.weight.shape.numel()

@@ -1,4 +1,4 @@
-"""Training state of a sharded model: gradient buffers, their reductions, and the distributed optimizer."""
+"""Training state of a sharded model: gradient buffers, gradient reduction, and the distributed optimizer."""
 
 import math
 import weakref
@@ -36,9 +36,9 @@ class AdamSettings:
     lr: float
     """Learning rate of the first step; `TrainingState.set_lr` changes it."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running mean and of the running mean square."""
+    """Decay of the first and of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms are exempt."""
     clip_grad: float = 1.0
@@ -47,10 +47,10 @@ class AdamSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What an optimizer step did."""
+    """Result of an optimizer step."""
 
     is_applied: bool
-    """False when the gradient was not finite: the weights are what they were, but see `InBackwardState`."""
+    """False if the gradient was not finite: the weights are unchanged, except with `InBackwardState`."""
     grad_norm: float
     """Norm of the gradient over the whole model, before clipping."""
 
@@ -58,7 +58,7 @@ class StepResult:
 class TrainingState:
     """Owns the gradient buffers and the optimizer of one sharded model.
 
-    What is not to be trained has `requires_grad` false before it is wrapped.
+    Frozen parameters must have `requires_grad` false before they are wrapped.
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class TrainingState:
         """Wrap `chunks` for training; every rank of the topology calls this.
 
         Args:
-            chunks: this rank's model chunks, weights filled: fp32 masters are copied from them.
+            chunks: this rank's model chunks, weights initialised: fp32 masters are copied from them.
             settings: of the optimizer.
-            topology: gradients are summed over dp × cp, the optimizer's state is split over it.
+            topology: gradients are summed over dp × cp, the optimizer state is sharded over it.
             overlap_communication: reduce gradients and gather weights while computing; see `gather_weights`.
 
         Raises:
-            ValueError: the weights are float16, whose gradients would need a loss scale.
+            ValueError: the weights are float16, whose gradients would need loss scaling.
         """
         check_trainable(chunks)
         megatron = chunks[0].config
         self.topology = topology
         self.clip_grad = settings.clip_grad
         self.wait_for_readers: Callable[[], None] | None = None
-        """Called before weights and moments change: returns when nobody reads them any more."""
+        """Called before weights and moments change: returns when no save reads them any more."""
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -119,7 +119,7 @@ class TrainingState:
             partial(_optimizer_tensors, self.optimizer, self.chunks), device=topology.device
         )
         for group in self.optimizer.param_groups:
-            # Megatron-core leaves it to a scheduler of its own to apply the multiplier.
+            # Megatron-core applies the multiplier only in its own scheduler, which is not used here.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         megatron.finalize_model_grads_func = partial(_finalize, topology)
         weakref.finalize(self, cut_reference_cycles, self.chunks)
@@ -130,11 +130,11 @@ class TrainingState:
 
     @property
     def bare_chunks(self) -> list[GLMModel]:
-        """This rank's chunks as they were before they were wrapped."""
+        """This rank's chunks without the data-parallel wrapper."""
         return [chunk.module for chunk in self.chunks]
 
     def zero_grad(self) -> None:
-        """Make every gradient zero; before the first micro-batch of a step."""
+        """Set every gradient to zero; before the first micro-batch of a step."""
         for gradients in self._gradient_buffers():
             gradients.untyped_storage().resize_(gradients.numel() * gradients.element_size())
         for chunk in self.chunks:
@@ -149,7 +149,7 @@ class TrainingState:
     def step(self) -> StepResult:
         """Clip, update the weights and gather them over dp; every rank calls this together.
 
-        With `overlap_communication` the next training step gathers them, see `gather_weights`.
+        With `overlap_communication` the next training step gathers them; see `gather_weights`.
         """
         return take_step(self)
 
@@ -157,25 +157,25 @@ class TrainingState:
         """Return the norm of the whole gradient, after the schedule; every rank calls this together."""
         self._offloaded_state.wait()
         self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())  # over the world: all ranks see the same number
+        return float(self.optimizer.get_grad_norm())  # over the world: equal on all ranks
 
     def apply(self, grad_norm: float) -> None:
-        """Do what `step` does, given what `grad_norm` returned, a finite number."""
+        """Clip and update as `step` does, given the finite result of `grad_norm`."""
         parameters = self.optimizer.get_parameters()
-        if self.clip_grad > 0.0 and parameters:  # a rank may own no weight that is trained
-            with cuda_type_names():  # it asserts the type's name
+        if self.clip_grad > 0.0 and parameters:  # a rank may own no trained weight
+            with cuda_type_names():  # clipping asserts the CUDA type name
                 clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
         if self.wait_for_readers is not None:
             self.wait_for_readers()
         self.optimizer.step_with_ready_grads()
 
     def offload(self) -> int:
-        """Begin to take the optimizer's state to host memory, and give up the gradient buffers.
+        """Start to move the optimizer state to host memory, and free the gradient buffers.
 
-        The buffers are there again with `zero_grad`, the state with `step`, or what is told below.
+        `zero_grad` allocates the buffers again; `step`, `prefetch` or `wait_for_state` restore the state.
 
         Returns:
-            Bytes that the device need not hold when the copies are done.
+            Bytes of device memory that are free when the copies are done.
         """
         if self.wait_for_readers is not None:
             self.wait_for_readers()
@@ -187,18 +187,18 @@ class TrainingState:
         return num_bytes
 
     def prefetch(self) -> None:
-        """Begin to bring the optimizer's state back from host memory, beside the work up to `step`."""
+        """Start to copy the optimizer state back to the device, overlapped with the work up to `step`."""
         self._offloaded_state.prefetch()
 
-    def bring_back_state(self) -> None:
-        """Have the optimizer's state on the device, for whoever reads or changes it beside `step`."""
+    def wait_for_state(self) -> None:
+        """Wait until the optimizer state is on the device, before it is read or changed outside `step`."""
         self._offloaded_state.wait()
 
     def nonfinite_gradients(self) -> list[str]:
-        """Return the names of this rank's weights whose gradient is not finite, until `zero_grad`.
+        """Return the names of this rank's weights whose gradient is not finite; valid until `zero_grad`.
 
-        Of gradients that are split over dp a rank sees its own share reduced, and the rest as it was: the
-        rank that the fault comes from has the most.
+        Of gradients that are sharded over dp a rank sees its own shard reduced, and the rest unreduced: the
+        rank where the NaN or Inf comes from has the most.
         """
         return [
             name
@@ -212,11 +212,11 @@ class TrainingState:
             yield from gradient_buffers(chunk)
 
     def gather_weights(self) -> None:
-        """Finish at once what `overlap_communication` would gather during the next training step.
+        """Gather now the weights that `overlap_communication` would gather during the next training step.
 
-        Every rank calls it, before weights are used otherwise than in a training step of all ranks: after
-        `step` they are old on other data-parallel ranks, and a forward pass on some of them would wait for
-        the rest. Does nothing without overlap.
+        Every rank calls it before weights are used outside a training step of all ranks: after `step` a
+        data-parallel rank has old weights outside its own shard, and a forward pass on some ranks would wait
+        for the rest. Does nothing without overlap.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
@@ -230,7 +230,7 @@ class Steppable(Protocol):
         """Return the norm of the whole gradient."""
 
     def apply(self, grad_norm: float) -> None:
-        """Change the weights, given that norm."""
+        """Update the weights, given that norm."""
 
 
 def take_step(state: Steppable) -> StepResult:
@@ -245,26 +245,26 @@ def take_step(state: Steppable) -> StepResult:
 def _optimizer_tensors(
     outer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]
 ) -> Iterator[torch.Tensor]:
-    """Yield the optimizer's own tensors: moments, and fp32 weights that are not the model's themselves."""
-    models_own = {
+    """Yield the optimizer's tensors: moments, and fp32 weights that are not the model's parameters."""
+    model_storages = {
         weights.untyped_storage().data_ptr() for chunk in chunks for weights in weight_buffers(chunk)
     }
     for tensor in state_tensors(outer):
-        if tensor.untyped_storage().data_ptr() not in models_own:
+        if tensor.untyped_storage().data_ptr() not in model_storages:
             yield tensor
 
 
 def check_trainable(chunks: Sequence[GLMModel]) -> None:
-    """Raise ValueError when the weights are float16, whose gradients would need a loss scale."""
+    """Raise ValueError if the weights are float16, whose gradients would need loss scaling."""
     if chunks[0].config.params_dtype is torch.float16:
-        raise ValueError("weights in float16 cannot be trained, there is no loss scale: use bf16 or fp32")
+        raise ValueError("float16 weights cannot be trained, there is no loss scaling: use bf16 or fp32")
 
 
 def _has_one_dtype(chunk: GLMModel) -> bool:
-    """Return whether all that is trained is of one type, unlike a bf16 chunk with an fp32 value head.
+    """Return whether all trained parameters have one dtype, unlike a bf16 chunk with an fp32 value head.
 
-    Without buckets of their own types share a collective: gloo lays their tensors end to end as one type and
-    returns other numbers.
+    Without bucketing, different dtypes share a collective: gloo concatenates their tensors as one dtype and
+    returns wrong numbers.
     """
     return len({parameter.dtype for parameter in chunk.parameters() if parameter.requires_grad}) < 2
 
@@ -272,13 +272,13 @@ def _has_one_dtype(chunk: GLMModel) -> bool:
 def _finalize(
     topology: Topology, chunks: list[DistributedDataParallel], _num_tokens: object, **kwargs: object
 ) -> None:
-    """Reduce gradients at the end of a schedule; our losses are divided by tokens already."""
+    """Reduce gradients at the end of a schedule; losses are already divided by global denominators."""
     finalize_model_grads(chunks, None, **kwargs)
     sum_replicated_gradients(chunks, topology)
 
 
 def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topology) -> None:
-    """Add up in their buffers the gradients of weights of which several ranks hold a copy."""
+    """Sum the gradients of weights that several ranks hold copies of, in their buffers."""
     parameters = [
         p for chunk in chunks for p in chunk.parameters() if p.requires_grad and hasattr(p, "num_tp_replicas")
     ]
@@ -289,10 +289,10 @@ def sum_replicated_gradients(chunks: Sequence[torch.nn.Module], topology: Topolo
 def sum_replicas(
     parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor], topology: Topology
 ) -> None:
-    """Add up the gradients of weights of which several tensor-parallel ranks hold a copy, in place.
+    """Sum the gradients of weights that several tensor-parallel ranks hold copies of, in place.
 
-    These are the key/value projections of attention with fewer key/value heads than ranks. One
-    all-reduce over the tensor-parallel group of (tp / copies) × their size; all ranks of it call.
+    These are the key/value projections of attention with fewer key/value heads than ranks. One all-reduce of
+    (tp / copies) × their size over the tensor-parallel group; all its ranks call this.
     """
     if not parameters:
         return

@@ -1,4 +1,4 @@
-"""Forward and backward of micro-batches over pipeline stages, retries when memory runs out, scoring.
+"""Forward and backward of micro-batches over pipeline stages, retries after out-of-memory errors, scoring.
 
 Imports `model`, `optim`, `weights` and below; not `checkpoint`, not `inference`.
 """

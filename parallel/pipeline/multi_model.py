@@ -1,11 +1,11 @@
-"""Models that take turns in one pipeline schedule, which Megatron-core runs as if there were one.
+"""Several models in one pipeline schedule, which Megatron-core runs as if there were one model.
 
-Their micro-batches follow each other, one model's after the other's, so that stages wait once for the
-pipeline to fill and to drain, and not once a model. What Megatron-core does at a model's last micro-batch and
-at the schedule's end is done here, for each model by itself.
+All micro-batches of one model come before those of the next, so that the pipeline fills and drains once and
+not once per model. This module does for each model what Megatron-core does at a model's last micro-batch and
+at the end of a schedule.
 
-Alternating micro-batches would make no shorter schedule, and with an optimizer in backward all models would
-hold gradients at once.
+Alternating the models' micro-batches would not shorten the schedule, and with an optimizer in backward all
+models would hold gradients at the same time.
 """
 
 import contextlib
@@ -32,50 +32,50 @@ class ScheduledMicroBatch:
     """One micro-batch of the schedule."""
 
     model: int
-    """Which of the models it goes through."""
+    """Index of its model."""
     index: int | None
-    """Its place among all models' micro-batches, one model's after the other's; None for a filler, empty."""
+    """Index among all models' micro-batches, one model after another; None for padding."""
     share: ContextShard
     """This rank's part of it."""
     is_last: bool
-    """Whether the model has no turn after it: its gradient is complete then."""
+    """Whether it is the model's last: the gradient is complete after it."""
 
 
 def scheduled_micro_batches(
     shares: Sequence[Sequence[ContextShard]], padding: ContextShard, layout: Layout, *, is_final: bool
 ) -> list[ScheduledMicroBatch]:
-    """Return the turns of a schedule, in order.
+    """Return the micro-batches of a schedule, in order.
 
-    Fillers come first: reductions that overlap with backward wait for gradients of the last micro-batch.
+    Padding comes first: reductions that overlap with backward need real gradients in the last micro-batch.
 
     Args:
-        shares: of each model's micro-batches.
-        filler: empty work.
+        shares: this rank's parts of each model's micro-batches.
+        padding: an empty micro-batch.
         layout: of all models.
-        is_final: whether data-parallel ranks communicate during backward. They do so in the last turn of
-            each model and chunk, and have to come to these in the same order however many micro-batches
-            each has: then every model has a turn, and the interleaved schedule, which takes groups of
-            micro-batches, no group of two models.
+        is_final: whether data-parallel ranks communicate during backward. They do so in the last micro-batch
+            of each model and chunk, and must reach these in the same order for any number of micro-batches.
+            Then every model gets at least one micro-batch, and no group of the interleaved schedule spans
+            two models.
     """
-    counts = [len(own) for own in shares]
-    missing = [num_padding_micro_batches(layout, count) for count in counts]
+    counts = [len(model_shares) for model_shares in shares]
+    num_padding = [num_padding_micro_batches(layout, count) for count in counts]
     if not is_final:
-        missing = [num_padding_micro_batches(layout, sum(counts)), *[0] * (len(counts) - 1)]
-    turns, indices = [], itertools.count()
-    for model, own in enumerate(shares):
-        work = [(None, padding)] * missing[model] + [(next(indices), share) for share in own]
-        turns += [
-            ScheduledMicroBatch(model=model, index=index, share=share, is_last=place == len(work))
-            for place, (index, share) in enumerate(work, start=1)
+        num_padding = [num_padding_micro_batches(layout, sum(counts)), *[0] * (len(counts) - 1)]
+    scheduled, indices = [], itertools.count()
+    for model, model_shares in enumerate(shares):
+        work = [(None, padding)] * num_padding[model] + [(next(indices), share) for share in model_shares]
+        scheduled += [
+            ScheduledMicroBatch(model=model, index=index, share=share, is_last=position == len(work))
+            for position, (index, share) in enumerate(work, start=1)
         ]
-    return turns
+    return scheduled
 
 
 class MultiModelChunk(torch.nn.Module):
-    """What Megatron-core's schedules take for a model chunk: the chunks of several models at its place."""
+    """The chunks of several models at one stage, with the interface of one Megatron-core model chunk."""
 
     def __init__(self, chunks: Chunks, config: TransformerConfig) -> None:
-        """Take chunks and what `shared_config` gives; no weight becomes this module's."""
+        """Wrap chunks with the result of `shared_config`; their weights are not registered here."""
         super().__init__()
         self._chunks = tuple(chunks)
         self._input: list[torch.Tensor | None] = [None]
@@ -84,29 +84,29 @@ class MultiModelChunk(torch.nn.Module):
         self.vp_stage = unwrap(chunks[0]).vp_stage
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
-        """Take the former stage's output, for the chunk whose turn comes."""
+        """Set the previous stage's output, for the chunk of the next micro-batch."""
         self._input = input_tensor
 
-    def take(self, turn: ScheduledMicroBatch) -> torch.nn.Module:
-        """Return the chunk whose turn it is, with its input."""
-        chunk = self._chunks[turn.model]
+    def select(self, micro_batch: ScheduledMicroBatch) -> torch.nn.Module:
+        """Return the chunk of a micro-batch's model, with its input set."""
+        chunk = self._chunks[micro_batch.model]
         unwrap(chunk).set_input_tensor(self._input)
         self._input = [None]
         return chunk
 
 
 def shared_config(models: Sequence[Chunks]) -> TransformerConfig:
-    """Return how Megatron-core is to run a schedule of several models.
+    """Return Megatron-core's configuration for a schedule of several models.
 
     Raises:
-        ValueError: their residual streams have different types.
+        ValueError: the models have different dtypes.
     """
     configs = [unwrap(chunks[0]).config for chunks in models]
-    types = {config.params_dtype for config in configs}
-    if len(types) > 1:
+    dtypes = {config.params_dtype for config in configs}
+    if len(dtypes) > 1:
         raise ValueError(
-            f"models of {' and '.join(sorted(map(str, types)))} cannot share a pipeline schedule: give them "
-            "all the same dtype"
+            f"models of {' and '.join(sorted(map(str, dtypes)))} cannot share a pipeline schedule: use one "
+            "dtype for all"
         )
     config = copy.copy(configs[0])
     config.no_sync_func = None
@@ -116,28 +116,28 @@ def shared_config(models: Sequence[Chunks]) -> TransformerConfig:
 
 
 def communicates_in_backward(chunks: Chunks) -> bool:
-    """Return whether gradients are reduced, or weights change, before a schedule's end."""
+    """Return whether gradients are reduced, or weights change, before the end of a schedule."""
     return unwrap(chunks[0]).config.no_sync_func is not None
 
 
 @contextlib.contextmanager
 def backward_of(chunks: Chunks, *, is_last: bool) -> Iterator[None]:
-    """Run a backward pass; unless it is a model's last one its gradients are added up and nothing else."""
+    """Run a backward pass; before a model's last one, gradients are only accumulated."""
     functions = unwrap(chunks[0]).config.no_sync_func
     if is_last or functions is None:
         functions = []
     with contextlib.ExitStack() as stack:
-        for accumulating in functions if isinstance(functions, list) else [functions]:
-            stack.enter_context(accumulating())
+        for no_sync in functions if isinstance(functions, list) else [functions]:
+            stack.enter_context(no_sync())
         yield
 
 
 def unwrap(model: torch.nn.Module) -> GLMModel:
-    """Return a chunk as it was before it was wrapped for training."""
+    """Return a chunk without its data-parallel wrapper."""
     return model if isinstance(model, GLMModel) else unwrap(model.module)
 
 
 def _finalize(models: Sequence[Chunks], _joint: object, num_tokens: object, **options: object) -> None:
-    """Do for each model what Megatron-core would at the end of a schedule of its own."""
+    """Finalise each model's gradients, as Megatron-core does at the end of a schedule of one model."""
     for chunks in models:
         unwrap(chunks[0]).config.finalize_model_grads_func(list(chunks), num_tokens, **options)

@@ -1,13 +1,12 @@
-"""A schedule in which memory runs out ends on every rank alike, so that it can be run again on less.
+"""Out-of-memory handling: a schedule fails on all ranks together, so that smaller micro-batches can be tried.
 
-A rank whose memory runs out in a micro-batch drops what it can of the schedule and computes nothing more in
-it, but goes on sending its pipeline neighbours what they wait for, zeros of the right shape. So every rank
-comes to the schedule's end, where all agree that it failed.
+A rank that runs out of memory in a micro-batch computes nothing more in the schedule, but keeps sending its
+pipeline neighbours zeros of the expected shapes. So every rank reaches the end of the schedule, where all
+agree that it failed.
 
-Ranks that share layers or sequences (tensor and context parallelism) wait for each other inside a layer. They
-go on as above where memory ran out on all of them between the same collectives, as on equal devices with
-equal shares. Where it ran out on one alone, what the others wait for cannot be taken back: that rank ends,
-and the launcher with it the run.
+Tensor- and context-parallel ranks wait for each other inside a layer. They continue as above if all of them
+ran out of memory between the same collectives, as equal devices with equal work do. If only one did, the
+others are blocked in a collective that it cannot complete: that rank raises, and the launcher ends the run.
 """
 
 import contextlib
@@ -26,109 +25,117 @@ from glm_rlhf.parallel.pipeline.multi_model import ScheduledMicroBatch
 from glm_rlhf.parallel.runtime.topology import Topology
 
 _PEERS_S = 5.0
-"""How long a rank waits for its tensor- and context-parallel peers to say that they have no memory either."""
-_NONE = 2**62
-_num_asked: Counter[str] = Counter()
+"""How long a rank waits for its tensor- and context-parallel peers to report that they ran out too."""
+_NO_FAILURE = 2**62
+_num_failures: Counter[str] = Counter()
 
 
 class OutOfMemory(Exception):
-    """Raised on every rank of a schedule, after its end, when memory ran out on some."""
+    """Raised on every rank of a schedule, at its end, if some rank ran out of memory."""
 
     def __init__(self, num_tokens: int, index: int | None) -> None:
         super().__init__(f"out of memory in a micro-batch of {num_tokens} tokens")
         self.num_tokens = num_tokens
-        """Of the micro-batch that failed, the smallest of several ranks'; the same on all ranks."""
+        """Size of the failed micro-batch, the smallest over ranks; equal on all ranks."""
         self.index = index
-        """Which one failed on this rank; None where none did."""
+        """Index of the failed micro-batch on this rank; None if none failed here."""
 
 
 class OomGuard:
-    """Owns what this rank knows about its memory in one schedule."""
+    """Owns the state of out-of-memory handling on this rank in one schedule."""
 
-    def __init__(self, turns: Sequence[ScheduledMicroBatch], topology: Topology, *, is_final: bool) -> None:
-        """Begin.
+    def __init__(
+        self, scheduled: Sequence[ScheduledMicroBatch], topology: Topology, *, is_final: bool
+    ) -> None:
+        """Start with no failure.
 
         Args:
-            turns: what goes through the schedule.
+            scheduled: the micro-batches of the schedule.
             topology: layout and groups.
-            is_final: whether weights change, or reductions begin, before the schedule's end: it cannot be
-                run again then.
+            is_final: whether weights change, or reductions begin, before the end of the schedule, so that it
+                cannot be repeated.
         """
-        self._turns = turns
-        self._num_tokens = [turn.share.packed.num_tokens for turn in turns]
-        self._place, self._is_final = topology, is_final
+        self._scheduled = scheduled
+        self._num_tokens = [micro_batch.share.packed.num_tokens for micro_batch in scheduled]
+        self._topology, self._is_final = topology, is_final
         self._newest = 0
         self._failed: int | None = None
 
     @property
     def has_failed(self) -> bool:
-        """Whether memory has run out, and only messages are sent any more."""
+        """Whether memory has run out, so that only zeros are sent from here on."""
         return self._failed is not None
 
     @contextlib.contextmanager
     def guard(self, index: int | None = None) -> Iterator[None]:
-        """Run a block of the schedule; where memory runs out in it the schedule is over.
+        """Run a block of the schedule; an out-of-memory error in it fails the schedule.
 
         Args:
-            index: the turn that the block begins with; None for the newest.
+            index: position in the schedule of the block's micro-batch; None for the newest.
 
         Raises:
-            ValueError: memory has run out where the other ranks cannot come to the schedule's end.
+            ValueError: memory has run out where the other ranks cannot reach the end of the schedule.
         """
         self._newest = self._newest if index is None else index
         try:
             yield
         except torch.OutOfMemoryError as error:
             failed = self._newest
-            if self._place.layout.pp > 1:  # several are alive at once: the largest has to become smaller
+            if self._topology.layout.pp > 1:  # several are in flight: the largest must become smaller
                 failed = max(range(len(self._num_tokens)), key=self._num_tokens.__getitem__)
-            what = f"out of memory on rank {self._place.rank} in a micro-batch of {self._num_tokens[failed]}"
+            failure = (
+                f"out of memory on rank {self._topology.rank} in a micro-batch of {self._num_tokens[failed]} "
+                "tokens"
+            )
             if self._is_final:
                 raise ValueError(
-                    f"{what} tokens, and the step cannot begin again, since weights change or gradients are "
+                    f"{failure}, and the step cannot be repeated, since weights change or gradients are "
                     "reduced during backward: lower train.micro_batch_tokens, or set optimizer.in_backward "
                     f"and train.overlap_communication to false ({error})"
                 ) from error
-            if not has_failed_on_peers(self._place.rank, (self._place.tp_group, self._place.cp_group)):
+            if not has_failed_on_peers(
+                self._topology.rank, (self._topology.tp_group, self._topology.cp_group)
+            ):
                 raise ValueError(
-                    f"{what} tokens, but not on the ranks that share its layers and now wait for it: lower "
-                    f"train.micro_batch_tokens; the same command goes on from the last checkpoint ({error})"
+                    f"{failure}, but not on its tensor- and context-parallel peers, which now wait for it: "
+                    "lower train.micro_batch_tokens; the same command resumes from the last checkpoint "
+                    f"({error})"
                 ) from error
             self._failed = failed
 
-    def agree(self, *, forward_only: bool) -> None:
-        """End the schedule on all ranks alike; every rank of it calls this.
+    def raise_if_failed(self, *, forward_only: bool) -> None:
+        """Raise if any rank of the schedule ran out of memory; every rank of it calls this.
 
-        Communicates 8 bytes in the world, or with `forward_only` in each group of this copy of the model.
+        All-reduces 8 bytes in the world, or with `forward_only` in each group of this copy of the model.
 
         Raises:
             OutOfMemory: memory ran out on some rank.
         """
-        num_tokens = _NONE if self._failed is None else self._num_tokens[self._failed]
-        groups = groups_of(self._place, forward_only=forward_only)
+        num_tokens = _NO_FAILURE if self._failed is None else self._num_tokens[self._failed]
+        groups = groups_of(self._topology, forward_only=forward_only)
         if groups:
-            smallest = torch.tensor([num_tokens], device=self._place.device)
+            smallest = torch.tensor([num_tokens], device=self._topology.device)
             for group in groups:
                 dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
             num_tokens = int(smallest)
-        if num_tokens == _NONE:
+        if num_tokens == _NO_FAILURE:
             return
-        if self._place.device.type == "cuda":
+        if self._topology.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise OutOfMemory(num_tokens, None if self._failed is None else self._turns[self._failed].index)
+        raise OutOfMemory(num_tokens, None if self._failed is None else self._scheduled[self._failed].index)
 
 
 def groups_of(topology: Topology, *, forward_only: bool) -> list[dist.ProcessGroup]:
-    """Return the groups in which, one after the other, the ranks of a schedule come to agree."""
+    """Return the groups over which, one after the other, the ranks of a schedule exchange failures."""
     if not forward_only:
         return [dist.group.WORLD]
     return [group for group in (topology.tp_group, topology.cp_group, topology.pp_group) if group.size() > 1]
 
 
-def zero_output(model: GLMModel, token_share: ContextShard) -> torch.Tensor:
-    """Return zeros in place of what a chunk would give for a micro-batch, with no graph behind them."""
+def zero_output(model: GLMModel, shard: ContextShard) -> torch.Tensor:
+    """Return zeros in the shape of a chunk's output for a micro-batch, without an autograd graph."""
     config, layout = model.config, model.topology.layout
-    num_rows = token_share.positions_T.shape[0]
+    num_rows = shard.positions_T.shape[0]
     if model.post_process:
         shape = (num_rows, config.hidden_size)
     else:
@@ -136,36 +143,36 @@ def zero_output(model: GLMModel, token_share: ContextShard) -> torch.Tensor:
     return torch.zeros(shape, dtype=config.params_dtype, device=model.topology.device)
 
 
-def backward_or_zeros(attempt: OomGuard, backward_step: Callable[..., Any], *given: Any) -> Any:
-    """Return what Megatron-core's backward step does: gradients of its inputs, zeros once it is over."""
-    if not attempt.has_failed:
-        with attempt.guard():
-            return backward_step(*given)
-    inputs = given[0]
+def backward_or_zeros(oom: OomGuard, backward_step: Callable[..., Any], *args: Any) -> Any:
+    """Return the result of Megatron-core's backward step, gradients of its inputs; zeros after a failure."""
+    if not oom.has_failed:
+        with oom.guard():
+            return backward_step(*args)
+    inputs = args[0]
     if isinstance(inputs, list):
-        return [None if one is None else torch.zeros_like(one) for one in inputs]
+        return [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs]
     return None if inputs is None else torch.zeros_like(inputs)
 
 
 def has_failed_on_peers(rank: int, groups: Sequence[dist.ProcessGroup]) -> bool:
     """Return whether memory ran out on all ranks of the groups, at the same collective of each.
 
-    Called where it has run out on this one; waits some seconds for the others.
+    Called after it has run out on this rank; waits some seconds for the others.
 
     Args:
         rank: of this process, in the world.
-        groups: those in which ranks wait for each other inside a layer.
+        groups: groups whose ranks wait for each other inside a layer.
     """
     store = dist.PrefixStore("out_of_memory", world_store())
-    awaited = []
+    keys = []
     for group in groups:
         name = group.group_name
-        _num_asked[name] += 1
-        at = f"{name}/{_num_asked[name]}/{num_collectives(group)}"
-        store.set(f"{at}/{rank}", "")
-        awaited += [f"{at}/{peer}" for peer in dist.get_process_group_ranks(group)]
+        _num_failures[name] += 1
+        prefix = f"{name}/{_num_failures[name]}/{num_collectives(group)}"
+        store.set(f"{prefix}/{rank}", "")
+        keys += [f"{prefix}/{peer}" for peer in dist.get_process_group_ranks(group)]
     try:
-        store.wait(awaited, timedelta(seconds=_PEERS_S))
-    except RuntimeError:  # DistStoreError, a FileStore's own, or a store that is gone
+        store.wait(keys, timedelta(seconds=_PEERS_S))
+    except RuntimeError:  # DistStoreError, a FileStore's own error, or a closed store
         return False
     return True

@@ -1,4 +1,4 @@
-"""Micro-batches that memory has room for: where it runs out, the work is done again on smaller ones."""
+"""Retry after out-of-memory errors: a schedule is repeated with its micro-batches split."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ class Divisible(Protocol):
     """Its tokens."""
 
     def split_in_two(self, multiple: int) -> tuple[Self, ...]:
-        """Return two micro-batches with the records of this one, in order, or itself alone where it has one.
+        """Return two micro-batches with the records of this one, in order; this one if it has one record.
 
         Args:
             multiple: `Layout.token_multiple`.
@@ -39,47 +39,47 @@ def run_with_oom_retry(
     topology: Topology,
     forward_only: bool,
 ) -> tuple[Result, list[Batch]]:
-    """Return what `run` makes of the micro-batches, and those that it was given in the end.
+    """Return the result of `run`, and the micro-batches of its last call.
 
-    Where memory runs out in one, all ranks of the schedule cut those of more than half its tokens and run
-    again; the model remembers the size for every later call. The sum of a loss over its micro-batches
-    is the same however they are cut, since its denominator is not a number of them.
+    If memory runs out in a micro-batch, all ranks of the schedule split those of more than half its tokens
+    and run again; the models keep the limit for all later calls. Splitting does not change the sum of a loss
+    over micro-batches, since its denominator does not depend on their number.
 
     Args:
-        run: one schedule, gradients made zero before it; called by all its ranks together.
-        batches: this rank's.
-        name: of a micro-batch with one record, for the message.
-        models: this rank's chunks of each model in the schedule, wrapped for training or bare. What one
-            holds leaves the others less: their micro-batches are cut alike.
+        run: runs one schedule, zeroing gradients first; all ranks of the schedule call it together.
+        batches: this rank's micro-batches.
+        name: describes a micro-batch with one record, for the message.
+        models: this rank's chunks of each model in the schedule, wrapped for training or bare. They share
+            memory, so the same limit applies to all of them.
         topology: layout and groups.
         forward_only: whether `run` keeps nothing for backward.
 
     Raises:
-        ValueError: there is no room for a single record; on all ranks of the schedule.
+        ValueError: a single record does not fit in memory; on all ranks of the schedule.
     """
     limits = [unwrap(chunks[0]).most_tokens for chunks in models]
     roles = " and ".join(unwrap(chunks[0]).role for chunks in models)
     kind = "forward" if forward_only else "training"
     while True:
-        limit = min((own[kind] for own in limits if kind in own), default=None)
-        fitting = list(_cut(batches, limit, topology.layout.token_multiple))
+        limit = min((model_limits[kind] for model_limits in limits if kind in model_limits), default=None)
+        fitting = list(_split(batches, limit, topology.layout.token_multiple))
         try:
             return run(fitting), fitting
-        except OutOfMemory as fault:
-            found = fault
-        limit = max(min(found.num_tokens, limit or found.num_tokens) // 2, 1)
-        for own in limits:
-            own[kind] = limit
-        _refuse_undivided(found, fitting, name, roles, topology, forward_only=forward_only)
-        if found.index is not None:
+        except OutOfMemory as error:
+            failure = error
+        limit = max(min(failure.num_tokens, limit or failure.num_tokens) // 2, 1)
+        for model_limits in limits:
+            model_limits[kind] = limit
+        _raise_if_unsplittable(failure, fitting, name, roles, topology, forward_only=forward_only)
+        if failure.index is not None:
             sys.stderr.write(
-                f"[rank {topology.rank}] out of memory in a micro-batch of {found.num_tokens} tokens, "
-                f"{roles}, {kind}: all of more than {limit} are split from here on\n"
+                f"[rank {topology.rank}] out of memory in a micro-batch of {failure.num_tokens} tokens, "
+                f"{roles}, {kind}: micro-batches of more than {limit} tokens are split from here on\n"
             )
 
 
-def _cut(batches: Sequence[Batch], most_tokens: int | None, multiple: int) -> Iterator[Batch]:
-    """Return the micro-batches in order, those of too many tokens and several records cut."""
+def _split(batches: Sequence[Batch], most_tokens: int | None, multiple: int) -> Iterator[Batch]:
+    """Yield the micro-batches in order; split those with too many tokens and several records."""
     for batch in batches:
         parts = (batch,)
         if most_tokens is not None and batch.packed.num_tokens > most_tokens:
@@ -87,11 +87,11 @@ def _cut(batches: Sequence[Batch], most_tokens: int | None, multiple: int) -> It
         if len(parts) == 1:
             yield batch
         else:
-            yield from _cut(parts, most_tokens, multiple)
+            yield from _split(parts, most_tokens, multiple)
 
 
-def _refuse_undivided(
-    fault: OutOfMemory,
+def _raise_if_unsplittable(
+    failure: OutOfMemory,
     batches: Sequence[Batch],
     name: Callable[[Batch], str],
     roles: str,
@@ -99,24 +99,24 @@ def _refuse_undivided(
     *,
     forward_only: bool,
 ) -> None:
-    """Stop all ranks of a schedule where the micro-batch that failed on one has a single record.
+    """Raise on all ranks of a schedule if the micro-batch that failed on one has a single record.
 
-    With pipeline stages, where several are alive at once, only when no other can be cut either.
+    With pipeline stages, where several are in flight, only if no other can be split either.
     """
-    words = None
-    if fault.index is not None:
-        failed = batches[fault.index]
-        others = batches if topology.layout.pp > 1 else [failed]
-        if not any(len(batch.split_in_two(topology.layout.token_multiple)) > 1 for batch in others):
-            words = (
+    message = None
+    if failure.index is not None:
+        failed = batches[failure.index]
+        candidates = batches if topology.layout.pp > 1 else [failed]
+        if not any(len(batch.split_in_two(topology.layout.token_multiple)) > 1 for batch in candidates):
+            message = (
                 f"rank {topology.rank} has no memory for {name(failed)} by itself, "
                 f"{failed.packed.num_tokens} tokens through the {roles}: set train.recompute_layers to "
-                "true, raise parallel.tp, parallel.pp or parallel.cp, or exclude what is so long "
+                "true, raise parallel.tp, parallel.pp or parallel.cp, or exclude such long sequences "
                 "(data.max_tokens, data.max_prompt_tokens, generation.max_new_tokens)"
             )
     for group in groups_of(topology, forward_only=forward_only):
-        everyone: list[str | None] = [None] * group.size()
-        dist.all_gather_object(everyone, words, group=group)
-        words = next((one for one in everyone if one is not None), None)
-    if words is not None:
-        raise ValueError(words)
+        messages: list[str | None] = [None] * group.size()
+        dist.all_gather_object(messages, message, group=group)
+        message = next((text for text in messages if text is not None), None)
+    if message is not None:
+        raise ValueError(message)

@@ -1,8 +1,8 @@
-"""Sends between pipeline stages whose shapes both sides know beforehand.
+"""Point-to-point communication between pipeline stages with shapes that both sides know in advance.
 
-All stages hold the same micro-batches, so none has to ask how long the next one is. Megatron-core
-would exchange shapes before every send: one more message and a host synchronisation each, and with
-two stages of several chunks the exchange confuses the two directions between the same pair of ranks.
+All stages hold the same micro-batches, so each knows the length of the next one. Megatron-core exchanges
+shapes before every send: one more message and one host synchronisation each, and with two stages of several
+chunks the exchange mixes up the two directions between the same pair of ranks.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ def stage_link(
     Args:
         config: of the model.
         topology: this rank's stage.
-        shapes: [rows, 1, hidden size] of what a rank holds of the residual stream of each micro-batch,
-            in order.
-        num_chunks: model chunks of a stage.
+        shapes: [rows, 1, hidden size] of a rank's part of the residual stream per micro-batch, in order.
+        num_chunks: model chunks per stage.
     """
     order = [(index, 0) for index in range(len(shapes))]
     if num_chunks > 1:
         group_size = config.microbatch_group_size_per_vp_stage
         order = get_schedule_table(len(shapes), num_chunks, group_size)
     is_first, is_last = topology.pp_rank == 0, topology.is_last_stage
-    # Backward visits the chunks last to first; the model's very first and last chunk receive nothing.
+    # Backward visits the chunks last to first. The model's first chunk receives nothing in forward, its
+    # last chunk nothing in backward.
     return KnownShapesCommunicator(
         topology.pp_group,
         config,

@@ -1,4 +1,4 @@
-"""Micro-batches through a sharded model: one pipeline schedule for every layout and every objective."""
+"""The pipeline schedule of micro-batches through a sharded model, for every layout and objective."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -43,31 +43,32 @@ def run_micro_batches(
     *,
     topology: Topology,
     forward_only: bool,
-    postponed: list[OomGuard] | None = None,
+    deferred: list[OomGuard] | None = None,
 ) -> list[Output]:
-    """Return what `step` gives for each micro-batch, in order, on the last stage; elsewhere nothing.
+    """Return the outputs of `step` per micro-batch, in order, on the last stage; elsewhere nothing.
 
     Each micro-batch goes forward through all stages and, unless `forward_only`, backward; gradients are
-    summed over micro-batches, over dp and cp, and lie where `optimizer` expects them. A loss is a sum
-    over the rows that this rank holds, already divided by its *global* denominator: nothing is averaged.
+    summed over micro-batches, over dp and cp, in the buffers of the training state. A loss is a sum over the
+    rows that this rank holds, already divided by its *global* denominator: nothing is averaged.
 
-    Every rank of the topology calls this with the same kind of work; ranks that share a pipeline or a
-    context-parallel group with the same micro-batches. Data-parallel ranks may have different numbers,
-    and none at all: such a rank adds nothing to the gradients, but has to take part in their reduction.
+    Every rank of the topology calls this with the same arguments except for the micro-batches; ranks of one
+    pipeline and context-parallel group with the same micro-batches. Data-parallel ranks may have different
+    numbers of micro-batches, or none: such a rank adds nothing to the gradients, but must take part in their
+    reduction.
 
     Args:
         chunks: this rank's model chunks, wrapped for training or bare.
         micro_batches: on the rank's device.
-        step: `(model, hidden_TD, index) -> (loss, output)`, called on the last stage with the last
+        step: `(model, hidden_TD, index) -> (loss, output)`, called on the last stage with the final
             hidden states of micro-batch `index`; the loss is None when `forward_only`.
         topology: layout and groups.
         forward_only: no gradients, nothing kept for backward.
-        postponed: takes the schedule's attempt, so that no stage waits for the others at its end; before
-            its results are used, or another kind of schedule runs, the caller lets the ranks agree.
+        deferred: receives the schedule's guard, so that no stage waits for the others at its end; the caller
+            calls `raise_if_failed` before it uses the results or runs another kind of schedule.
 
     Raises:
-        OutOfMemory: on every rank of the schedule where memory ran out on one; `fitting` runs it again.
-        ValueError: memory ran out where that cannot be, see `out_of_memory`.
+        OutOfMemory: on every rank of the schedule if memory ran out on one; `oom_retry` repeats it.
+        ValueError: memory ran out and the schedule cannot be repeated, see `oom`.
     """
     return run_models(
         [chunks],
@@ -75,7 +76,7 @@ def run_micro_batches(
         step,
         topology=topology,
         forward_only=forward_only,
-        postponed=postponed,
+        deferred=deferred,
     )
 
 
@@ -86,46 +87,51 @@ def run_models(
     *,
     topology: Topology,
     forward_only: bool,
-    postponed: list[OomGuard] | None = None,
+    deferred: list[OomGuard] | None = None,
     times: PassTimes | None = None,
 ) -> list[Output]:
-    """Return what `run_micro_batches` does, of several models whose micro-batches share one schedule.
+    """Return the result of `run_micro_batches` for several models whose micro-batches share one schedule.
 
-    Stages wait once for the pipeline to fill and to drain, and not once a model.
+    The pipeline fills and drains once, and not once per model.
 
     Args:
-        models: this rank's chunks of each. Shapes may differ, the dtype and whether gradients are reduced
-            during backward may not.
-        micro_batches: of each model, which go through the schedule in this order.
-        step: called with the index over all models' micro-batches, as results are ordered.
-        topology, forward_only, postponed: as for `run_micro_batches`.
-        times: is told each model's passes, by its role, which are spans of that name then too.
+        models: this rank's chunks of each. Shapes may differ; the dtype, and whether gradients are reduced
+            during backward, must not.
+        micro_batches: of each model, in the order of the schedule.
+        step: called with the index over all models' micro-batches, in the order of the results.
+        topology, forward_only, deferred: as for `run_micro_batches`.
+        times: records each model's passes, by its role; the passes are spans of that name too.
 
     Raises:
         OutOfMemory: as `run_micro_batches`; its index counts over all models' micro-batches.
-        ValueError: likewise; or the models' dtypes differ.
+        ValueError: as `run_micro_batches`; or the models' dtypes differ.
     """
     if forward_only and not any(micro_batches):
         return []
     layout = topology.layout
     shares = [
-        [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp) for packed in own]
-        for own in micro_batches
+        [share(packed, cp_rank=topology.cp_rank, cp_size=layout.cp) for packed in model_batches]
+        for model_batches in micro_batches
     ]
-    # What communicates, or changes weights, where backward ends.
     is_final = not forward_only and any(map(communicates_in_backward, models))
-    turns = scheduled_micro_batches(shares, _filler(topology), layout, is_final=is_final)
-    attempt = OomGuard(turns, topology, is_final=is_final)
-    passes = _Passes(attempt=attempt, times=times)
+    scheduled = scheduled_micro_batches(shares, _padding(topology), layout, is_final=is_final)
+    oom = OomGuard(scheduled, topology, is_final=is_final)
+    passes = _Passes(oom=oom, times=times)
+    # Why `MultiModelChunk`: Megatron-core's schedule knows one model, whose gradients it reduces at the last
+    # micro-batch. Here several models share a schedule, so the chunk selects the model per micro-batch, and
+    # `_own_backward` recomputes Megatron's order to know which model's backward is next. Every rank must run
+    # all micro-batches in this order, also after an out-of-memory error: a rank that stops early leaves its
+    # pipeline neighbours waiting in a receive. So a failed rank sends zeros until the end of the schedule,
+    # where all ranks raise.
     config = shared_config(models)
     chunks = [MultiModelChunk(group, config) for group in zip(*models, strict=True)]
     run = partial(
         schedules.get_forward_backward_func(),
-        **_communication(config, models, turns, topology),
+        **_communication(config, models, scheduled, topology),
         forward_step_func=partial(_forward_step, step, passes),
-        data_iterator=[iter(enumerate(turns)) for _ in chunks],
+        data_iterator=[iter(enumerate(scheduled)) for _ in chunks],
         model=chunks,
-        num_microbatches=len(turns),
+        num_microbatches=len(scheduled),
         seq_length=0,  # every micro-batch has its own shape, see stage_link
         micro_batch_size=1,
         forward_only=forward_only,
@@ -134,13 +140,14 @@ def run_models(
         with torch.no_grad():
             outputs = run(collect_non_loss_data=True)
     else:
-        with _own_backward(models, turns, passes, topology):
+        with _own_backward(models, scheduled, passes, topology):
             outputs = run()
-    if postponed is None:
-        attempt.agree(forward_only=forward_only)
+    if deferred is None:
+        oom.raise_if_failed(forward_only=forward_only)
     else:
-        postponed.append(attempt)
-    return [output for output, turn in zip(outputs, turns, strict=bool(outputs)) if turn.index is not None]
+        deferred.append(oom)
+    pairs = zip(outputs, scheduled, strict=bool(outputs))
+    return [output for output, micro_batch in pairs if micro_batch.index is not None]
 
 
 def collect_rows(
@@ -153,13 +160,13 @@ def collect_rows(
     """Return per-row results of the last stage as whole streams, on every rank of the pipeline.
 
     Args:
-        outputs: fp32 `[T / cp, num_columns]` a micro-batch on the last stage; unused elsewhere.
+        outputs: per micro-batch fp32 `[T / cp, num_columns]` on the last stage; unused elsewhere.
         micro_batches: the streams.
-        num_columns: results a row.
+        num_columns: results per row.
         topology: the context-parallel group gathers, the pipeline group broadcasts: one collective each.
 
     Returns:
-        fp32 `[T, num_columns]` a micro-batch.
+        Per micro-batch fp32 `[T, num_columns]`.
     """
     lengths = [packed.num_tokens for packed in micro_batches]
     if topology.is_last_stage:
@@ -174,7 +181,7 @@ def collect_rows(
 def _in_stream_order(
     local: torch.Tensor, micro_batches: Sequence[PackedTokens], topology: Topology
 ) -> torch.Tensor:
-    """Gather each context-parallel rank's rows of all micro-batches and put them in their streams' order."""
+    """Return the rows of all micro-batches, gathered from context-parallel ranks, in stream order."""
     cp = topology.layout.cp
     if cp == 1:
         return local
@@ -190,13 +197,13 @@ def _in_stream_order(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Passes:
-    """What passes of a schedule run in."""
+    """The context of all passes of a schedule."""
 
-    attempt: OomGuard
+    oom: OomGuard
     times: PassTimes | None
 
     @contextlib.contextmanager
-    def one(self, model: GLMModel, name: str) -> Iterator[None]:
+    def timed(self, model: GLMModel, name: str) -> Iterator[None]:
         """Run a pass through a chunk, or a part of one, as a span."""
         with contextlib.ExitStack() as stack:
             if self.times is not None:
@@ -210,15 +217,15 @@ def _forward_step(
     step: Step, passes: _Passes, data: Iterator[tuple[int, ScheduledMicroBatch]], chunks: MultiModelChunk
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     heartbeat()
-    place, turn = next(data)
-    chunk = chunks.take(turn)
+    position, micro_batch = next(data)
+    chunk = chunks.select(micro_batch)
     hidden = None
-    if not passes.attempt.has_failed:
-        with passes.attempt.guard(place), passes.one(unwrap(chunk), "forward"):
-            hidden = chunk(turn.share)
+    if not passes.oom.has_failed:
+        with passes.oom.guard(position), passes.timed(unwrap(chunk), "forward"):
+            hidden = chunk(micro_batch.share)
     if hidden is None:
-        hidden = zero_output(unwrap(chunk), turn.share)
-    return hidden, partial(_apply, step, unwrap(chunk), turn.index, passes)
+        hidden = zero_output(unwrap(chunk), micro_batch.share)
+    return hidden, partial(_apply, step, unwrap(chunk), micro_batch.index, passes)
 
 
 def _apply(
@@ -229,44 +236,44 @@ def _apply(
     hidden_TD: torch.Tensor,
     non_loss_data: bool = False,
 ) -> Any:
-    """Answer Megatron-core's schedule: an output, or (loss, tokens, of which there are none, output)."""
+    """Return what Megatron-core's schedule expects: an output, or (loss, number of tokens, output)."""
     loss, output = None, None
-    if index is not None and not passes.attempt.has_failed:
-        with passes.attempt.guard(), passes.one(model, "head"):
+    if index is not None and not passes.oom.has_failed:
+        with passes.oom.guard(), passes.timed(model, "head"):
             loss, output = step(model, hidden_TD, index)
     if non_loss_data:
         return output
     if loss is None or not loss.requires_grad:
         loss = _zero_loss(model, hidden_TD)
-    # A loss that is not finite gets a gradient of NaN: an optimizer in backward sees the gradient alone.
-    # And a copy, because the schedule empties the tensor in its hands, and the output may share its memory.
+    # A non-finite loss gets a gradient of NaN: an optimizer in backward sees the gradient alone. The product
+    # is also a copy: the schedule frees the loss tensor's storage, which the output may share.
     is_finite = loss.detach().isfinite()
     return loss * torch.where(is_finite, 1.0, torch.nan), _no_tokens(hidden_TD), output
 
 
 def _own_backward(
-    models: Sequence[Chunks], turns: Sequence[ScheduledMicroBatch], passes: _Passes, topology: Topology
+    models: Sequence[Chunks], scheduled: Sequence[ScheduledMicroBatch], passes: _Passes, topology: Topology
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which each backward pass is a span that may run out of memory."""
-    order = stage_order(topology.layout, len(turns), stage=topology.pp_rank)
-    coming = (turns[one.micro_batch] for one in order if one.kind == "backward")
+    """Return a context in which each backward is a span with an out-of-memory guard and its model's `no_sync`."""
+    order = stage_order(topology.layout, len(scheduled), stage=topology.pp_rank)
+    upcoming = (scheduled[item.micro_batch] for item in order if item.kind == "backward")
 
-    def spanned(model: GLMModel, backward_step: BackwardStep, *given: Any) -> Any:
-        with passes.one(model, "backward"):
-            return backward_step(*given)
+    def timed_step(model: GLMModel, backward_step: BackwardStep, *args: Any) -> Any:
+        with passes.timed(model, "backward"):
+            return backward_step(*args)
 
-    def in_turn(backward_step: BackwardStep, *given: Any) -> Any:
-        turn = next(coming)
-        chunks = models[turn.model]
-        with backward_of(chunks, is_last=turn.is_last):
-            step = partial(spanned, unwrap(chunks[0]), backward_step)
-            return backward_or_zeros(passes.attempt, step, *given)
+    def guarded_step(backward_step: BackwardStep, *args: Any) -> Any:
+        micro_batch = next(upcoming)
+        chunks = models[micro_batch.model]
+        with backward_of(chunks, is_last=micro_batch.is_last):
+            step = partial(timed_step, unwrap(chunks[0]), backward_step)
+            return backward_or_zeros(passes.oom, step, *args)
 
-    return around_backward_steps(in_turn)
+    return around_backward_steps(guarded_step)
 
 
 def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:
-    """Return 0 with a gradient of zero for the hidden states and the head, since other ranks wait for it."""
+    """Return 0 with a gradient of zero for the hidden states and the head, so that collectives still run."""
     tensors = [hidden_TD, *model.head_weights()]
     return sum(tensor[:0].sum(dtype=torch.float32) for tensor in tensors)
 
@@ -274,7 +281,7 @@ def _zero_loss(model: GLMModel, hidden_TD: torch.Tensor) -> torch.Tensor:
 def _communication(
     config: TransformerConfig,
     models: Sequence[Chunks],
-    turns: Sequence[ScheduledMicroBatch],
+    scheduled: Sequence[ScheduledMicroBatch],
     topology: Topology,
 ) -> dict[str, Any]:
     layout = topology.layout
@@ -282,7 +289,7 @@ def _communication(
         return {}
     split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     sizes = [unwrap(chunks[0]).config.hidden_size for chunks in models]
-    shapes = [[turn.share.packed.num_tokens // split, 1, sizes[turn.model]] for turn in turns]
+    shapes = [[item.share.packed.num_tokens // split, 1, sizes[item.model]] for item in scheduled]
     link = stage_link(config, topology, shapes, layout.vpp)
     return {"p2p_communicator": link, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
@@ -291,8 +298,8 @@ def _no_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int, device=tensor.device)
 
 
-def _filler(topology: Topology) -> ContextShard:
-    """Return empty work: at least one micro-batch is needed, and interleaved a multiple of pp."""
+def _padding(topology: Topology) -> ContextShard:
+    """Return a padding micro-batch: a schedule needs at least one, an interleaved one a multiple of pp."""
     layout = topology.layout
     token = torch.zeros(1, dtype=torch.int64, device=topology.device)
     packed = pack([token], multiple=layout.token_multiple)

@@ -1,4 +1,4 @@
-"""What a sharded model says of given tokens, without gradients: logprobs of a policy, scalars of a critic."""
+"""Scores of given tokens by a sharded model, without gradients: logprobs of a policy, scalars of a critic."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,26 +22,24 @@ def score_tokens(
     wanted: Sequence[torch.Tensor] | None = None,
     temperature: float = 1.0,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return log p(token t | tokens before t) and the entropy of the distribution it was drawn from.
+    """Return log p(token t | tokens before t) and the entropy of the distribution at that position.
 
     All ranks that share these micro-batches (the pipeline, tensor- and context-parallel groups) call
-    this together; data-parallel ranks need not.
+    this together; data-parallel ranks need not. If memory runs out in a micro-batch, it is split.
 
     Args:
         chunks: this rank's chunks of a policy or reference.
-        micro_batches: whole sequences, on the rank's device; none is answered with none.
+        micro_batches: whole sequences, on the rank's device; may be empty.
         topology: layout and groups.
-        wanted: bool [T] a micro-batch: whose results are wanted; the others cost no head and are 0. All
-            but each sequence's first when None.
+        wanted: per micro-batch bool [T], tokens to score; the others skip the head and are 0. All but each
+            sequence's first when None.
         temperature: divides the logits.
 
-    Where memory runs out in a micro-batch its sequences go through the model in parts.
-
     Returns:
-        A micro-batch: (logprobs [T], entropy [T]) fp32, the same on every rank that called.
+        Per micro-batch: (logprobs [T], entropy [T]) fp32, equal on all calling ranks.
 
     Raises:
-        ValueError: there is no room for one sequence.
+        ValueError: a single sequence does not fit in memory.
     """
     if not micro_batches:
         return []
@@ -53,18 +51,18 @@ def score_tokens(
 def score_rows(
     chunks: Sequence[GLMModel], micro_batches: Sequence[PackedTokens], *, topology: Topology
 ) -> list[torch.Tensor]:
-    """Return the scalar that a critic or reward model reads off the hidden state after each token.
+    """Return the scalar of a critic or reward model for the hidden state after each token.
 
     A reward model's score of a sequence is the row of its last token. A critic's value of the state in
-    which token t is chosen is row t - 1: `heads.shift_to_tokens` gives it to token t.
+    which token t is chosen is row t - 1: `token_outputs.shift_to_tokens` moves it to token t.
 
     All ranks that share these micro-batches call this together.
 
     Returns:
-        fp32 [T] a micro-batch, the same on every rank that called.
+        Per micro-batch fp32 [T], equal on all calling ranks.
 
     Raises:
-        ValueError: the model has no scalar head, or there is no room for one sequence.
+        ValueError: the model has no scalar head, or a single sequence does not fit in memory.
     """
     if not micro_batches:
         return []
@@ -73,52 +71,52 @@ def score_rows(
 
 
 class DeferredScores:
-    """Owns what the last stage has found of micro-batches that went one by one, until all ranks are told.
+    """Owns the last stage's results for micro-batches scored one by one, until all ranks collect them.
 
-    No stage waits for those behind it before `collect_tokens` or `collect_rows`.
+    No stage waits for later stages before `collect_tokens` or `collect_rows`.
     """
 
     def __init__(self, chunks: Sequence[GLMModel], *, topology: Topology) -> None:
-        """Take this rank's chunks of a model."""
+        """Start without micro-batches, with this rank's chunks of a model."""
         self._chunks, self._topology = chunks, topology
         self._micro_batches: list[PackedTokens] = []
         self._outputs: list[torch.Tensor] = []
-        self._attempts: list[OomGuard] = []
+        self._guards: list[OomGuard] = []
 
     def add_tokens(self, packed: PackedTokens, wanted_T: torch.Tensor, *, temperature: float) -> None:
-        """Send a micro-batch through the model for `collect_tokens`; ranks as for `score_tokens`."""
+        """Run a micro-batch through the model for `collect_tokens`; ranks as for `score_tokens`."""
         self._add(_token_step(self._topology, temperature), packed, wanted_T)
 
     def add_rows(self, packed: PackedTokens) -> None:
-        """Send a micro-batch through the model for `collect_rows`; ranks as for `score_rows`."""
+        """Run a micro-batch through the model for `collect_rows`; ranks as for `score_rows`."""
         self._add(_row_step, packed, None)
 
     def collect_tokens(self) -> list[torch.Tensor] | None:
-        """Return the logprobs of `score_tokens`, on every rank; None where memory has run out in one."""
-        rows = self._told(2)
+        """Return the logprobs of `score_tokens`, on every rank; None if memory ran out in a micro-batch."""
+        rows = self._collect(2)
         return rows and [shift_to_tokens(row[:, 0]) for row in rows]
 
     def collect_rows(self) -> list[torch.Tensor] | None:
-        """Return the results of `score_rows`, on every rank; None where memory has run out in one."""
-        rows = self._told(1)
+        """Return the results of `score_rows`, on every rank; None if memory ran out in a micro-batch."""
+        rows = self._collect(1)
         return rows and [row[:, 0] for row in rows]
 
     def _add(self, step: "_Step", packed: PackedTokens, wanted_T: torch.Tensor | None) -> None:
-        part = _Part(packed=packed, wanted_T=wanted_T, place=0)
+        part = _Part(packed=packed, wanted_T=wanted_T, micro_batch=0)
         self._outputs += run_micro_batches(
             self._chunks,
             [packed],
             lambda model, hidden_TD, _: (None, step(model, hidden_TD, part)),
             topology=self._topology,
             forward_only=True,
-            postponed=self._attempts,
+            deferred=self._guards,
         )
         self._micro_batches.append(packed)
 
-    def _told(self, num_columns: int) -> list[torch.Tensor] | None:
+    def _collect(self, num_columns: int) -> list[torch.Tensor] | None:
         try:
-            for attempt in self._attempts:
-                attempt.agree(forward_only=True)
+            for oom in self._guards:
+                oom.raise_if_failed(forward_only=True)
         except OutOfMemory:
             return None
         if not self._micro_batches:
@@ -133,23 +131,23 @@ class _Part:
     packed: PackedTokens
     """Their tokens."""
     wanted_T: torch.Tensor | None
-    """Bool [T]: whose results are wanted; None for all."""
-    place: int
-    """Which micro-batch they are of."""
+    """Bool [T], tokens to score; None for all."""
+    micro_batch: int
+    """Index of their micro-batch."""
 
     def split_in_two(self, multiple: int) -> tuple["_Part", ...]:
-        """Return the sequences in two parts, or these where there is one."""
+        """Return the sequences in two parts; this part if it cannot be split."""
         parts = []
         for packed, tokens, _ in self.packed.split_in_two(multiple):
             wanted_T = self.wanted_T
             if wanted_T is not None:
                 wanted_T = torch.nn.functional.pad(wanted_T[tokens], (0, packed.num_padding))
-            parts.append(_Part(packed=packed, wanted_T=wanted_T, place=self.place))
+            parts.append(_Part(packed=packed, wanted_T=wanted_T, micro_batch=self.micro_batch))
         return tuple(parts) or (self,)
 
 
 _Step = Callable[[GLMModel, torch.Tensor, _Part], torch.Tensor]
-"""Makes of the last hidden states what is wanted, a row a token."""
+"""Returns the results for the final hidden states, one row per token."""
 
 
 def _token_step(topology: Topology, temperature: float) -> _Step:
@@ -174,7 +172,7 @@ def _score(
     num_columns: int,
     topology: Topology,
 ) -> list[torch.Tensor]:
-    """Return what `step` gives for the rows of each micro-batch, fp32 [T, num_columns], on every rank."""
+    """Return the results of `step` for the rows of each micro-batch, fp32 [T, num_columns], on every rank."""
 
     def run(parts: Sequence[_Part]) -> list[torch.Tensor]:
         outputs = run_micro_batches(
@@ -186,19 +184,21 @@ def _score(
         )
         return collect_rows(outputs, [part.packed for part in parts], num_columns, topology=topology)
 
-    given = [
-        _Part(packed=packed, wanted_T=wanted_T, place=place)
-        for place, (packed, wanted_T) in enumerate(zip(micro_batches, wanted, strict=True))
+    batches = [
+        _Part(packed=packed, wanted_T=wanted_T, micro_batch=index)
+        for index, (packed, wanted_T) in enumerate(zip(micro_batches, wanted, strict=True))
     ]
     rows, parts = run_with_oom_retry(
-        run, given, lambda _: "one sequence", models=[chunks], topology=topology, forward_only=True
+        run, batches, lambda _: "one sequence", models=[chunks], topology=topology, forward_only=True
     )
-    whole = []
-    for place, packed in enumerate(micro_batches):
-        own = [(part.packed, row) for part, row in zip(parts, rows, strict=True) if part.place == place]
-        if len(own) > 1:
-            pieces = [row[: part.boundaries[-1]] for part, row in own]
-            whole.append(torch.nn.functional.pad(torch.cat(pieces), (0, 0, 0, packed.num_padding)))
+    per_batch = []
+    for index, packed in enumerate(micro_batches):
+        scored = [
+            (part.packed, row) for part, row in zip(parts, rows, strict=True) if part.micro_batch == index
+        ]
+        if len(scored) > 1:
+            pieces = [row[: part.boundaries[-1]] for part, row in scored]
+            per_batch.append(torch.nn.functional.pad(torch.cat(pieces), (0, 0, 0, packed.num_padding)))
         else:
-            whole.append(own[0][1])
-    return whole
+            per_batch.append(scored[0][1])
+    return per_batch

@@ -1,4 +1,4 @@
-"""A fault that one rank finds ends every rank alike, instead of leaving the others to wait for it."""
+"""Exceptions of one rank are raised on all ranks, so that no rank waits for one that has failed."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,74 +10,74 @@ import torch.distributed as dist
 def raise_on_all_ranks(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block whose exception on any rank is raised on all of them.
 
-    The block itself must not communicate. At its end one small all-gather of `group` (the world when
-    None) compares notes, so every rank of the group must come there.
+    The block itself must not communicate. At its end all ranks of `group` (the world when None) take part in
+    one small all-gather.
 
     Args:
-        work: what the block does, for the message of the ranks that found nothing wrong.
-        group: who has to agree.
+        work: what the block does, for the message on ranks without an exception.
+        group: the ranks that run the block.
 
     Raises:
-        Exception: this rank's own, as it is.
-        ValueError: the first rank's that has one, in its words, where it is a ValueError or OSError.
-        RuntimeError: the first rank's that has one, where it is of another kind.
+        Exception: this rank's own, unchanged.
+        ValueError: on ranks without an exception; the lowest failed rank's is a ValueError or OSError.
+        RuntimeError: on ranks without an exception; the lowest failed rank's is of another type.
     """
     error: Exception | None = None
     try:
         yield
-    except Exception as found:
-        error = found
+    except Exception as raised:
+        error = raised
     if not dist.is_initialized():
         if error is not None:
             raise error
         return
-    faults: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(faults, None if error is None else _in_words(error), group=group)
+    failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, None if error is None else _describe(error), group=group)
     if error is not None:
         raise error
-    for rank, fault in enumerate(faults):
-        if fault is not None:
-            is_users, words = fault
-            raise (ValueError if is_users else RuntimeError)(f"{work} failed on rank {rank}: {words}")
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            is_user_error, message = failure
+            raise (ValueError if is_user_error else RuntimeError)(f"{work} failed on rank {rank}: {message}")
 
 
 @contextlib.contextmanager
 def failure_barriers(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[Callable[[], None]]:
-    """Return, as a context manager, a barrier for a block in which ranks work apart.
+    """Return, as a context manager, a barrier for a block in which ranks work independently.
 
-    A rank that fails between two barriers tells the others at their next one, or at the end of the block,
-    where all meet once more. All ranks of `group` pass the barrier equally often and communicate in no
-    other way.
+    The exception of a rank is raised on the other ranks at their next barrier, or at the end of the block,
+    which is a barrier too. All ranks of `group` call the barrier equally often and communicate in no other
+    way.
 
     Args:
-        work: what the block does, for the message of the ranks that found nothing wrong.
-        group: who has to agree; the world when None.
+        work: what the block does, for the message on ranks without an exception.
+        group: the ranks that run the block; the world when None.
 
     Raises:
-        Exception: as `agreed`, in the barrier or at the end.
+        Exception: as `raise_on_all_ranks`, in the barrier or at the end.
     """
-    is_over = False
+    has_failed_in_barrier = False
 
     def barrier() -> None:
-        nonlocal is_over
-        is_over = True
+        nonlocal has_failed_in_barrier
+        has_failed_in_barrier = True
         with raise_on_all_ranks(work, group=group):
             pass
-        is_over = False
+        has_failed_in_barrier = False
 
     error: Exception | None = None
     try:
         yield barrier
-    except Exception as found:
-        error = found
-        if is_over:  # another rank's fault, or the meeting itself failed: nobody comes any more
+    except Exception as raised:
+        error = raised
+        if has_failed_in_barrier:  # all ranks have raised, or the barrier itself failed: none enters another
             raise
     with raise_on_all_ranks(work, group=group):
         if error is not None:
             raise error
 
 
-def _in_words(error: Exception) -> tuple[bool, str]:
-    """Return whether an exception is the user's to mend, and what it says."""
-    is_users = isinstance(error, ValueError | OSError)
-    return is_users, str(error) if is_users else f"{type(error).__name__}: {error}"
+def _describe(error: Exception) -> tuple[bool, str]:
+    """Return whether an exception is a user's error, and its message."""
+    is_user_error = isinstance(error, ValueError | OSError)
+    return is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""A wish to save and leave, which a signal brings to any rank and on which all ranks act at one place."""
+"""Preemption: a signal asks any rank to save and exit, and all ranks act on it at the same step."""
 
 import contextlib
 import signal
@@ -9,73 +9,73 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a rank to leave; the second signal of a kind does what it did before."""
+"""Signals that request preemption; the second signal of a kind runs the previous handler."""
 
-_is_heeded = False
-_is_wished = False
-_handlers_before: dict[int, Any] = {}
+_is_enabled = False
+_is_requested = False
+_previous_handlers: dict[int, Any] = {}
 
 
 class Preempted(Exception):
-    """Raised on all ranks where they leave what they were doing, since one of them was asked to."""
+    """Raised on all ranks at the step at which they act on a preemption signal to one of them."""
 
 
 @contextlib.contextmanager
 def handle_preemption_signals() -> Iterator[None]:
-    """Take `SIGNALS` as a wish to leave while the block runs; every rank enters, on its main thread.
+    """Handle `SIGNALS` as preemption requests during the block; every rank enters, on its main thread.
 
-    Where the block raises, a first signal still ends nothing until `restore_handlers`: as soon as one rank
-    is gone the launcher sends SIGTERM to the others, which have not said yet where they failed.
+    When the block raises, the handlers stay until `restore_handlers`: the launcher sends SIGTERM to all ranks
+    as soon as one has exited, and the others must first report where they failed.
     """
-    global _is_heeded, _is_wished
+    global _is_enabled, _is_requested
     restore_handlers()
     for number in SIGNALS:
-        _handlers_before[number] = signal.signal(number, _wish)
-    _is_heeded = True
+        _previous_handlers[number] = signal.signal(number, _request)
+    _is_enabled = True
     try:
         yield
         restore_handlers()
     finally:
-        _is_heeded = _is_wished = False
+        _is_enabled = _is_requested = False
 
 
 def restore_handlers() -> None:
-    """Have signals do again what they did before they were heeded."""
-    while _handlers_before:
-        signal.signal(*_handlers_before.popitem())
+    """Restore the signal handlers from before `handle_preemption_signals`."""
+    while _previous_handlers:
+        signal.signal(*_previous_handlers.popitem())
 
 
-def _wish(number: int, _frame: object) -> None:
-    global _is_wished
-    _is_wished = True
-    signal.signal(number, _handlers_before.pop(number))
+def _request(number: int, _frame: object) -> None:
+    global _is_requested
+    _is_requested = True
+    signal.signal(number, _previous_handlers.pop(number))
 
 
 @contextlib.contextmanager
 def defer_preemption() -> Iterator[None]:
-    """Let the block end before a wish is heeded; every rank enters."""
-    global _is_heeded
-    before, _is_heeded = _is_heeded, False
+    """Run a block that no preemption request interrupts; every rank enters."""
+    global _is_enabled
+    before, _is_enabled = _is_enabled, False
     try:
         yield
     finally:
-        _is_heeded = before
+        _is_enabled = before
 
 
-def preemption_requested(*places: tuple[dist.ProcessGroup | None, torch.device]) -> bool:
-    """Return whether any rank was asked to leave, the same on all ranks of the groups.
+def preemption_requested(*groups: tuple[dist.ProcessGroup | None, torch.device]) -> bool:
+    """Return whether preemption was requested on any rank, the same on all ranks of the groups.
 
-    All ranks of the groups call it together: 8 bytes are all-reduced in each, one after the other. Where
-    signals are not heeded nothing is communicated.
+    All ranks of the groups call it together: 8 bytes are all-reduced in each, one after the other. Nothing
+    communicates outside `handle_preemption_signals` or inside `defer_preemption`.
 
     Args:
-        places: groups, None for the world, with the device that their collectives take.
+        groups: process groups, None for the world, each with the device of its collectives.
     """
-    if not _is_heeded:
+    if not _is_enabled:
         return False
-    answer = int(_is_wished)
-    for group, device in places:
-        wish = torch.tensor([answer], device=device)
-        dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=group)
-        answer = int(wish)
-    return bool(answer)
+    is_requested = int(_is_requested)
+    for group, device in groups:
+        flag = torch.tensor([is_requested], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        is_requested = int(flag)
+    return bool(is_requested)

@@ -1,11 +1,10 @@
-"""What this rank does from when to when, told to a recorder while there is one.
+"""Named, timed spans of this rank's work, passed to a recorder if there is one.
 
-Which spans are open, and when the last one began or ended, is known at any time: a watchdog and messages of
-faults name them. With a recorder, the rank's waits for others are spans too, named
-`wait`: the time that the host stands in `Work.wait` of torch.distributed, in which every synchronous
-collective, object collective and barrier ends, and every send and receive of the pipeline. On a CPU that is
-the wait for the other ranks together with the transfer; on CUDA a wait does not hold the host, and is not
-seen.
+The open spans, and the time at which the last one began or ended, are known at any time: the watchdog and
+error messages use them. With a recorder, waits for other ranks are spans too, named `wait`: the time of the
+host in `Work.wait` of torch.distributed, which ends every synchronous collective, object collective, barrier,
+and pipeline send or receive. On a CPU this is the wait for the other ranks plus the transfer; on CUDA a wait
+does not block the host and is not recorded.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from glm_rlhf.parallel.megatron_compat.timed_waits import around_waits
 WAIT = "wait"
 
 Recorder = Callable[[str, float, float], None]
-"""Takes a span's name, and its begin and end in seconds of `time.perf_counter`."""
+"""Called with a span's name, and its begin and end in seconds of `time.perf_counter`."""
 
 _recorder: Recorder | None = None
 _open: list[str] = []
@@ -28,29 +27,29 @@ _main_thread = threading.main_thread()
 
 
 def open_spans() -> tuple[str, ...]:
-    """Return the names of the spans that the main thread is in, outermost first."""
+    """Return the names of the main thread's open spans, outermost first."""
     return tuple(_open)
 
 
 def progress_time() -> float:
-    """Return when this rank last got on, in seconds of `time.monotonic`."""
+    """Return the time of this rank's last progress, in seconds of `time.monotonic`."""
     return _progress_time
 
 
 def heartbeat() -> None:
-    """Say that this rank gets on, in the middle of a span."""
+    """Record progress within a span."""
     global _progress_time
     _progress_time = time.monotonic()
 
 
 def phase_of(error: BaseException) -> str:
-    """Return the spans, outermost first, in which an exception was raised; empty where it was in none."""
+    """Return the spans, outermost first, in which an exception was raised; empty if there were none."""
     return getattr(error, "_spans", "")
 
 
 @contextlib.contextmanager
 def span(name: str) -> Iterator[None]:
-    """Run a block as a span; for a recorder one that raises is none."""
+    """Run a block as a span; a block that raises is not recorded."""
     is_main = threading.current_thread() is _main_thread
     if is_main:
         _open.append(name)
@@ -72,14 +71,14 @@ def span(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Tell a recorder the spans and waits of this process while the block runs.
+    """Pass the spans and waits of this process to a recorder during the block.
 
     Raises:
-        RuntimeError: there is a recorder already.
+        RuntimeError: another recorder is active.
     """
     global _recorder
     if _recorder is not None:
-        raise RuntimeError("spans are recorded already: one recorder at a time")
+        raise RuntimeError("spans are already recorded: one recorder at a time")
     _recorder = recorder
     try:
         with around_waits(partial(span, WAIT)):

@@ -1,4 +1,4 @@
-"""From a launch (torchrun, a larger stack, or one process) to Megatron-core's process groups."""
+"""Process groups of Megatron-core for a launch by torchrun, by a larger stack, or of one process."""
 
 import contextlib
 import functools
@@ -24,28 +24,28 @@ _world_numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """This rank's place in the layout, and the groups it talks in."""
+    """This rank's position in the layout, and its process groups."""
 
     layout: Layout
     """Sizes of the model axes."""
     world_size: int
     """All ranks of the run."""
     rank: int
-    """This process among them."""
+    """Rank of this process."""
     dp: int
     """Data-parallel size: copies of the model."""
     device: torch.device
-    """Where this rank computes."""
+    """Device of this rank."""
     tp_group: dist.ProcessGroup
-    """Ranks that share this rank's layers."""
+    """Ranks that split the matrices of this rank's layers."""
     pp_group: dist.ProcessGroup
     """Ranks of this rank's pipeline, first stage first."""
     pp_host_group: dist.ProcessGroup
-    """The same ranks over gloo, for small tensors that the host reads anyway; `pp_group` itself on a CPU."""
+    """The same ranks over gloo, for small tensors that the host reads; `pp_group` itself on a CPU."""
     cp_group: dist.ProcessGroup
-    """Ranks that share this rank's micro-batches."""
+    """Ranks that split this rank's micro-batches."""
     dp_group: dist.ProcessGroup
-    """Ranks with the same shard and other micro-batches."""
+    """Ranks with the same shard and different micro-batches."""
     dp_cp_group: dist.ProcessGroup
     """Ranks whose gradients of this shard are summed."""
 
@@ -81,7 +81,7 @@ class Topology:
 
     @property
     def is_main_rank(self) -> bool:
-        """Whether this rank speaks to the user: the first of the world."""
+        """Whether this rank writes to the terminal and to files: rank 0."""
         return self.rank == 0
 
 
@@ -89,11 +89,11 @@ class Topology:
 def open_topology(
     layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int = 1234
 ) -> Iterator[Topology]:
-    """Return, as a context manager, this rank's place in `layout`; every rank of the world must enter.
+    """Return, as a context manager, this rank's topology; every rank of the world must enter.
 
-    A world that exists already (a larger stack made it) is used and left alone. Otherwise it is made
-    from torchrun's environment, or of this single process, and torn down at exit. NCCL carries CUDA
-    tensors, gloo CPU tensors.
+    An existing process group (of a larger stack) is used and not destroyed. Otherwise one is created from
+    torchrun's environment, or for this single process, and destroyed at exit. NCCL is used for CUDA
+    tensors, gloo for CPU tensors.
 
     Args:
         layout: sizes of the model axes.
@@ -105,22 +105,22 @@ def open_topology(
             ranks than CUDA devices.
     """
     if parallel_state.model_parallel_is_initialized():
-        raise ValueError("a topology is active already in this process: leave it before entering another")
+        raise ValueError("a topology is already active in this process: close it before opening another")
     # Megatron-core overlaps the reductions of tensor parallelism by the order in which kernels are queued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # read when the driver starts
     cpu_patches.install()
-    is_ours = not dist.is_initialized()
-    if is_ours:
+    creates_world = not dist.is_initialized()
+    if creates_world:
         layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
         _start_world(timeout_s)
     topology = None
     try:
-        topology = _enter(layout, timeout_s, seed)
+        topology = _create_groups(layout, timeout_s, seed)
         yield topology
-        dist.barrier()  # nobody closes a connection that another rank still reads from
+        dist.barrier()  # no rank closes a connection that another rank still reads from
     finally:
-        _leave(topology)
-        if is_ours:
+        _destroy_groups(topology)
+        if creates_world:
             dist.destroy_process_group()
 
 
@@ -132,56 +132,56 @@ def _start_world(timeout_s: float) -> None:
         if local_rank >= num_devices:
             raise ValueError(
                 f"LOCAL_RANK is {local_rank} on a host with {num_devices} CUDA devices: start at most that "
-                "many ranks a host (torchrun --nproc-per-node)"
+                "many ranks per host (torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(local_rank)
     store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = _rendezvous(timeout_s)
         store.set_timeout(timeout)
-    # The store outlives a world and remembers where its ranks were: each world has names of its own.
+    # The store outlives a world and keeps the addresses of its ranks: each world uses its own prefix.
     store = dist.PrefixStore(f"world_{next(_world_numbers)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 @functools.cache
 def _rendezvous(timeout_s: float) -> tuple[dist.Store, int, int]:
-    """Return a store in the launcher's that nobody used before, this process's rank, and the world's size."""
+    """Return a fresh prefix of the launcher's store, this process's rank, and the world size."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     store.set_timeout(timedelta(seconds=timeout_s))
     return dist.PrefixStore(fresh_name(store, rank, world_size, timeout_s), store), rank, world_size
 
 
 def fresh_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return a name that no earlier ranks of the store have had; every rank calls this, and gets the same.
+    """Return a name that the store has not seen before; every rank calls this, and gets the same.
 
-    A launcher that starts ranks again keeps its store, and in it what the ranks before them wrote, such as
-    where they were. Rank 0 draws the name. Each other rank asks for it under a word of its own, since an
-    answer that is there already may be an old one; rank 0 answers until all have taken it.
+    A launcher that restarts ranks keeps its store with all entries of the previous ranks, such as their
+    addresses. Rank 0 draws the name. Each other rank requests it under a random key, because an existing
+    entry may be from a previous start; rank 0 answers until all ranks have the name.
 
     Raises:
-        TimeoutError: a rank did not come in time.
+        TimeoutError: a rank did not request the name in time.
     """
     if rank:
-        word = uuid.uuid4().hex
-        store.set(f"word/{rank}", word)
-        name = store.get(f"name/{word}").decode()
+        key = uuid.uuid4().hex
+        store.set(f"key/{rank}", key)
+        name = store.get(f"name/{key}").decode()
         store.set(f"taken/{name}/{rank}", "")
         return name
     name, missing = uuid.uuid4().hex, set(range(1, world_size))
     deadline = time.monotonic() + timeout_s
     while missing:
         for other in sorted(missing):
-            if store.check([f"word/{other}"]):
-                store.set(f"name/{store.get(f'word/{other}').decode()}", name)
+            if store.check([f"key/{other}"]):
+                store.set(f"name/{store.get(f'key/{other}').decode()}", name)
         missing -= {other for other in missing if store.check([f"taken/{name}/{other}"])}
         if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"rank {min(missing)} of {world_size} did not come within {timeout_s:g} s")
+            raise TimeoutError(f"rank {min(missing)} of {world_size} did not connect within {timeout_s:g} s")
         time.sleep(0.01 if missing else 0)
     return name
 
 
-def _enter(layout: Layout, timeout_s: float, seed: int) -> Topology:
+def _create_groups(layout: Layout, timeout_s: float, seed: int) -> Topology:
     dp = layout.dp(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -213,18 +213,18 @@ def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup
     """Return a gloo group of the same ranks; every rank of the world calls this."""
     if cpu_patches.is_needed():
         return group
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
+    all_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(all_ranks, dist.get_process_group_ranks(group))
     mine, _ = dist.new_subgroups_by_enumeration(
-        sorted(map(list, {tuple(ranks) for ranks in everyone})),
+        sorted(map(list, {tuple(ranks) for ranks in all_ranks})),
         timeout=timedelta(seconds=timeout_s),
         backend="gloo",
     )
     return mine
 
 
-def _leave(topology: Topology | None) -> None:
-    """Forget Megatron-core's groups, and destroy those that this process is in."""
+def _destroy_groups(topology: Topology | None) -> None:
+    """Reset Megatron-core's global state, and destroy the groups of this process."""
     groups = process_groups.created_groups()
     parallel_state.destroy_model_parallel()
     if topology is not None and topology.pp_host_group is not topology.pp_group:

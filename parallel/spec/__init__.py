@@ -1,4 +1,4 @@
-"""What a model and a layout are: shapes, names of weights, which rank holds which slice, orders of work.
+"""Model shapes, layouts, names of weights, shards and their transfers, the order of a pipeline.
 
 Pure Python on numbers. Imports neither torch.distributed nor Megatron-core, and no other sub-package.
 """

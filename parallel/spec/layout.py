@@ -1,4 +1,4 @@
-"""How a model is laid out over ranks, and which layouts a world and a model allow."""
+"""The layout of a model over ranks, and the checks that a world and a model allow it."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel axes; data parallelism takes what they leave of the world."""
+    """Sizes of the parallel axes; the data-parallel size is the world size over their product."""
 
     tp: int = 1
-    """Tensor parallelism: ranks that share every layer's matrices."""
+    """Tensor parallelism: ranks that split every layer's matrices."""
     pp: int = 1
     """Pipeline parallelism: stages that hold consecutive layers."""
     vpp: int = 1
-    """Model chunks per pipeline stage, interleaved; 1 is the plain pipeline."""
+    """Model chunks per pipeline stage, interleaved; 1 does not interleave."""
     cp: int = 1
-    """Context parallelism: ranks that share the tokens of a micro-batch."""
+    """Context parallelism: ranks that split the tokens of a micro-batch."""
     sequence_parallel: bool = False
     """Whether norms and residuals between tensor-parallel regions are split over tokens."""
 
@@ -31,12 +31,12 @@ class Layout:
 
     @property
     def num_model_ranks(self) -> int:
-        """Ranks that together hold one copy of the model and work on one micro-batch."""
+        """Ranks that hold one copy of the model and process one micro-batch."""
         return self.tp * self.pp * self.cp
 
     @property
     def token_multiple(self) -> int:
-        """Packed micro-batches are filled up to a multiple of this many tokens."""
+        """Packed micro-batches are padded to a multiple of this many tokens."""
         chunks = 2 * self.cp if self.cp > 1 else 1
         return chunks * (self.tp if self.sequence_parallel else 1)
 
@@ -66,10 +66,10 @@ class Layout:
             ("ffn_size", config.ffn_size, "tp", self.tp),
             ("vocab_size", config.vocab_size, "tp", self.tp),
         ]
-        for what, amount, axis, size in divisions:
+        for dimension, amount, axis, size in divisions:
             if amount % size:
                 raise ValueError(
-                    f"{what} {amount} of the model is not a multiple of {axis} {size}: "
+                    f"{dimension} {amount} of the model is not a multiple of {axis} {size}: "
                     f"give a divisor of {amount}"
                 )
         if config.num_kv_heads % self.tp and self.tp % config.num_kv_heads:

@@ -1,4 +1,4 @@
-"""The shape of a GLM model, apart from how it is sharded or where its weights come from."""
+"""The shape of a GLM model, independent of sharding and of the source of its weights."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ class GLMConfig:
     """A dense GLM decoder: RMSNorm, SwiGLU, grouped-query attention, partial interleaved RoPE."""
 
     family: Family
-    """Source form: `chatglm` (remote code), `glm` (`GlmForCausalLM`), `glm4` (`Glm4ForCausalLM`)."""
+    """Hugging Face form: `chatglm` (remote code), `glm` (`GlmForCausalLM`), `glm4` (`Glm4ForCausalLM`)."""
     num_layers: int
     """Transformer layers."""
     hidden_size: int
@@ -25,23 +25,23 @@ class GLMConfig:
     ffn_size: int
     """Width of the gated MLP after the gate."""
     vocab_size: int
-    """V, rows of the embedding: at least the tokenizer's ids, often more."""
+    """V, rows of the embedding: at least the number of token ids, often more."""
     norm_epsilon: float
     """Added to the mean square inside RMSNorm."""
     rope_theta: float
-    """Base of the rotary frequencies, the source's `rope_ratio` already multiplied in."""
+    """Base of the rotary frequencies, already multiplied by the source's `rope_ratio`."""
     rotary_fraction: float = 0.5
-    """Share of each head that is rotated; interleaved pairs, first part of the head."""
+    """Fraction of each head that is rotated: interleaved pairs at the start of the head."""
     has_qkv_bias: bool = True
     """Whether query, key and value projections carry a bias."""
     has_sandwich_norms: bool = False
-    """Whether attention and MLP outputs are normed before the residual add (GLM-4-0414)."""
+    """Whether attention and MLP outputs are normalised before the residual add (GLM-4-0414)."""
     has_tied_head: bool = False
     """Whether the vocabulary head shares the embedding's weight."""
     max_positions: int = 8192
-    """Longest sequence the model was made for, in tokens."""
+    """Longest sequence that the model supports, in tokens."""
     init_std: float = 0.02
-    """Standard deviation of randomly created weights."""
+    """Standard deviation of randomly initialised weights."""
 
     @property
     def rotary_size(self) -> int:

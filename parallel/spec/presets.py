@@ -1,7 +1,7 @@
 """The shapes of the published models, and tiny ones of every family for tests.
 
 Source: each model's `config.json` on the Hugging Face hub. glm-4-9b is the base model; the chat model has the
-same weights' shapes and a larger rotary base (rope_ratio 500). `glm-4-9b-chat-1m` is not listed: it has 4 KV
+same weight shapes and a larger rotary base (rope_ratio 500). `glm-4-9b-chat-1m` is not listed: it has 4 KV
 heads and rope_ratio 10000.
 """
 
@@ -77,11 +77,11 @@ def preset(name: str) -> GLMConfig:
     """Return the shape of the model called `name`.
 
     Raises:
-        ValueError: there is none of that name; the message gives the nearest.
+        ValueError: no preset has that name; the message gives the nearest.
     """
     if name not in PRESETS:
-        near = get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.0)
+        nearest = get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.0)
         raise ValueError(
-            f"there is no preset {name!r}; did you mean {near[0]!r}? Known: {', '.join(PRESETS)}"
+            f"there is no preset {name!r}; did you mean {nearest[0]!r}? Known: {', '.join(PRESETS)}"
         )
     return PRESETS[name]

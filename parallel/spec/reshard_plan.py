@@ -1,8 +1,8 @@
-"""Which rank sends which rows of which weight to whom when a policy changes its layout.
+"""The transfers that move a policy's weights from one layout to another.
 
-Both layouts say which pieces of the source's tensors each rank holds (`sharding.shards_of`); where a wanted
-piece and a held one overlap, rows or columns move. The plan follows from the two layouts alone: every rank
-works it out for itself, once.
+`sharding.shards_of` gives the pieces of each Hugging Face tensor that a rank holds in a layout. Where a
+target piece and a source piece overlap, rows or columns move. The plan depends on the two layouts alone:
+every rank computes all of it once.
 """
 
 from collections import defaultdict
@@ -17,19 +17,19 @@ from glm_rlhf.parallel.spec.sharding import ParamShard, shards_of
 from glm_rlhf.parallel.spec.weight_map import weights_of
 
 _CHUNKS_IN_BUFFER = 4
-"""A large weight moves in parts of a quarter of the buffer, so that a rank can serve several at once."""
+"""A large weight moves in parts of a quarter of the buffer, so that a rank can send several in a round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Rows (dim 0) or columns (dim 1) of one rank's parameter that become part of another's."""
+    """Rows (dim 0) or columns (dim 1) of one rank's parameter that become part of another rank's."""
 
     source_rank: int
     target_rank: int
     source_name: str
-    """Our name of the parameter on the source rank."""
+    """Megatron-core name of the parameter on the source rank."""
     target_name: str
-    """Our name of the parameter on the target rank."""
+    """Megatron-core name of the parameter on the target rank."""
     dim: int
     """The dimension that is cut."""
     source_start: int
@@ -39,40 +39,40 @@ class Transfer:
     length: int
     """Rows or columns."""
     num_elements: int
-    """Numbers that move."""
+    """Elements that move."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReshardPlan:
-    """All that happens on all ranks."""
+    """The transfers of all ranks."""
 
     shapes: tuple[dict[str, tuple[int, ...]], ...]
-    """Of each rank: our names and shapes of its parameters in the new layout, in the model's order."""
+    """Per rank: names and shapes of its parameters in the target layout, in the model's order."""
     kept: tuple[frozenset[str], ...]
-    """Of each rank: names of parameters that are the same in both layouts."""
+    """Per rank: names of parameters that are equal in both layouts."""
     copies: tuple[Transfer, ...]
-    """Moves within a rank."""
+    """Transfers within a rank."""
     rounds: tuple[tuple[Transfer, ...], ...]
-    """Moves between ranks, layer by layer; in a round no rank sends or receives more than a buffer holds."""
+    """Transfers between ranks, layer by layer; per round no rank sends or receives more than a buffer."""
 
 
 def plan_reshard(
     config: GLMConfig, source: Layout, target: Layout, *, world_size: int, buffer_elements: int
 ) -> ReshardPlan:
-    """Return the moves that turn a policy's parameters in one layout into those of another.
+    """Return the transfers from a policy's parameters in one layout to those in another.
 
-    A rank takes what it has from itself, the rest from one of the ranks that hold it, different targets
-    from different ones.
+    A rank copies what it holds itself. Of several source ranks that hold the same piece, target ranks use
+    different ones.
 
     Args:
         config: the whole model.
-        source: the layout that holds the parameters.
-        target: the layout that wants them.
+        source: layout of the parameters.
+        target: layout to produce.
         world_size: ranks, the same in both layouts.
-        buffer_elements: the most numbers that a rank sends in a round, and the most that it receives.
+        buffer_elements: most elements that a rank sends, and most that it receives, per round.
 
     Raises:
-        ValueError: a layout fits neither the model nor the world, or a single row is larger than the buffer.
+        ValueError: a layout does not fit the model or the world, or a single row is larger than the buffer.
     """
     held = [_shards_on(rank, config, source, world_size) for rank in range(world_size)]
     wanted = [_shards_on(rank, config, target, world_size) for rank in range(world_size)]
@@ -82,17 +82,17 @@ def plan_reshard(
         for rank in range(world_size)
     ]
     copies: list[Transfer] = []
-    by_rank: list[list[list[Transfer]]] = []  # of each rank, of each of its parameters
+    by_rank: list[list[list[Transfer]]] = []  # per rank and parameter
     for rank in range(world_size):
         changed = [shard for name, shard in wanted[rank].items() if name not in kept[rank]]
         moves = [list(_moves_to(rank, shard, holders)) for shard in changed]
-        copies += [move for of_one in moves for move in of_one if move.source_rank == rank]
-        by_rank.append([[move for move in of_one if move.source_rank != rank] for of_one in moves])
+        copies += [move for param_moves in moves for move in param_moves if move.source_rank == rank]
+        by_rank.append([[move for move in param_moves if move.source_rank != rank] for param_moves in moves])
     return ReshardPlan(
         shapes=tuple({name: shard.shape for name, shard in shards.items()} for shards in wanted),
         kept=tuple(kept),
         copies=tuple(copies),
-        rounds=tuple(_rounds(_in_turns(by_rank, buffer_elements), buffer_elements)),
+        rounds=tuple(_rounds(_interleaved(by_rank, buffer_elements), buffer_elements)),
     )
 
 
@@ -105,7 +105,7 @@ def layers_of_stage(config: GLMConfig, layout: Layout, stage: int) -> list[range
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Holding:
-    """A piece of one of their tensors, and where it stands."""
+    """A piece of a Hugging Face tensor, the ranks that hold it, and its offset in their parameter."""
 
     ranks: tuple[int, ...]
     start: int
@@ -115,7 +115,7 @@ class _Holding:
 
 
 def _shards_on(rank: int, config: GLMConfig, layout: Layout, world_size: int) -> dict[str, ParamShard]:
-    """Return a rank's parameters by our name, in the model's order."""
+    """Return a rank's parameters by name, in the model's order."""
     layout.check_model(config)
     layout.dp(world_size)
     stage = rank // (world_size // layout.pp)
@@ -134,7 +134,7 @@ def _shards_on(rank: int, config: GLMConfig, layout: Layout, world_size: int) ->
 
 
 def _holders(held: list[dict[str, ParamShard]]) -> dict[str, list[_Holding]]:
-    """Return by their names who holds which pieces; ranks that hold the same one together."""
+    """Return the holders of each Hugging Face tensor; ranks that hold the same piece share an entry."""
     ranks: dict[tuple[str, int, int, str, int], list[int]] = defaultdict(list)
     for rank, shards in enumerate(held):
         for shard in shards.values():
@@ -143,27 +143,27 @@ def _holders(held: list[dict[str, ParamShard]]) -> dict[str, list[_Holding]]:
                 ranks[piece.name, piece.start, piece.stop, shard.name, offset].append(rank)
                 offset += piece.length
     holders = defaultdict(list)
-    for (name, start, stop, ours, offset), of_piece in ranks.items():
-        holders[name].append(
-            _Holding(ranks=tuple(of_piece), start=start, stop=stop, name=ours, offset=offset)
+    for (hf_name, start, stop, name, offset), piece_ranks in ranks.items():
+        holders[hf_name].append(
+            _Holding(ranks=tuple(piece_ranks), start=start, stop=stop, name=name, offset=offset)
         )
     return holders
 
 
 def _moves_to(rank: int, shard: ParamShard, holders: dict[str, list[_Holding]]) -> Iterator[Transfer]:
-    """Yield what makes up one parameter of a rank."""
+    """Yield the transfers that fill one parameter of a rank."""
     dim = shard.pieces[0].dim
     elements_per_index = prod(shard.shape) // shard.shape[dim]
     target_start = 0
     for piece in shard.pieces:
         position = piece.start
         while position < piece.stop:
-            at_hand = [held for held in holders[piece.name] if held.start <= position < held.stop]
-            own = [held for held in at_hand if rank in held.ranks]
-            chosen = own[0] if own else at_hand[rank % len(at_hand)]
+            available = [held for held in holders[piece.name] if held.start <= position < held.stop]
+            local = [held for held in available if rank in held.ranks]
+            chosen = local[0] if local else available[rank % len(available)]
             length = min(piece.stop, chosen.stop) - position
             yield Transfer(
-                source_rank=rank if own else chosen.ranks[rank % len(chosen.ranks)],
+                source_rank=rank if local else chosen.ranks[rank % len(chosen.ranks)],
                 target_rank=rank,
                 source_name=chosen.name,
                 target_name=shard.name,
@@ -178,12 +178,12 @@ def _moves_to(rank: int, shard: ParamShard, holders: dict[str, list[_Holding]]) 
 
 
 def _split(move: Transfer, buffer_elements: int) -> Iterator[Transfer]:
-    """Yield a move in parts that are small beside the buffer, or single rows."""
+    """Yield a transfer in parts of at most a quarter of the buffer, or in single rows."""
     elements_per_index = move.num_elements // move.length
     if elements_per_index > buffer_elements:
         raise ValueError(
-            f"the buffer holds {buffer_elements} numbers, one row or column of {move.target_name} has "
-            f"{elements_per_index}: give it more"
+            f"the buffer holds {buffer_elements} elements, one row or column of {move.target_name} has "
+            f"{elements_per_index}: give a larger buffer"
         )
     step = max(1, buffer_elements // _CHUNKS_IN_BUFFER // elements_per_index)
     for start in range(0, move.length, step):
@@ -197,19 +197,19 @@ def _split(move: Transfer, buffer_elements: int) -> Iterator[Transfer]:
         )
 
 
-def _in_turns(by_rank: list[list[list[Transfer]]], buffer_elements: int) -> Iterator[Transfer]:
-    """Yield moves in parts: every rank's first parameter, every rank's second one, and so on.
+def _interleaved(by_rank: list[list[list[Transfer]]], buffer_elements: int) -> Iterator[Transfer]:
+    """Yield transfers in parts: every rank's first parameter, then every rank's second, and so on.
 
-    Within these the ranks take turns, so that all stages move at once and none waits for another's share.
+    Within one parameter the ranks alternate, so that all stages transfer at the same time.
     """
-    for of_all_ranks in zip_longest(*by_rank, fillvalue=()):
-        parts = [[part for move in moves for part in _split(move, buffer_elements)] for moves in of_all_ranks]
-        for turn in zip_longest(*parts):
-            yield from (part for part in turn if part is not None)
+    for rank_moves in zip_longest(*by_rank, fillvalue=()):
+        parts = [[part for move in moves for part in _split(move, buffer_elements)] for moves in rank_moves]
+        for parts_per_rank in zip_longest(*parts):
+            yield from (part for part in parts_per_rank if part is not None)
 
 
 def _rounds(moves: Iterable[Transfer], buffer_elements: int) -> Iterator[tuple[Transfer, ...]]:
-    """Yield the moves in order, as many at once as fit every rank's buffers."""
+    """Yield the transfers in order, grouped into rounds that fit every rank's buffers."""
     current: list[Transfer] = []
     sent: dict[int, int] = defaultdict(int)
     received: dict[int, int] = defaultdict(int)

@@ -1,6 +1,6 @@
-"""How many elements of a model one rank holds, by the table that import and export follow.
+"""The number of elements of a model on one rank, from the table that import and export use.
 
-Nothing is built and no rank is asked, so that a layout can be judged before it is launched.
+No model is built and nothing communicates, so that a layout can be evaluated before a launch.
 """
 
 import functools
@@ -15,17 +15,17 @@ from glm_rlhf.parallel.spec.weight_map import Role, Weight, weights_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSizes:
-    """Elements of each parameter of one model chunk on one rank; its tensor-parallel ranks are alike."""
+    """Elements of each parameter of one model chunk on one rank, equal on all tensor-parallel ranks."""
 
-    plain: tuple[int, ...]
-    """Those in the model's dtype."""
+    model_dtype: tuple[int, ...]
+    """Parameters in the model's dtype."""
     fp32: tuple[int, ...]
-    """Those of a scalar head, always fp32."""
+    """Parameters of a scalar head, always fp32."""
 
     @property
-    def num_plain(self) -> int:
+    def num_model_dtype(self) -> int:
         """Elements in the model's dtype."""
-        return sum(self.plain)
+        return sum(self.model_dtype)
 
     @property
     def num_fp32(self) -> int:
@@ -36,7 +36,7 @@ class ChunkSizes:
 def chunk_sizes(
     config: GLMConfig, layout: Layout, *, has_scalar_head: bool, stage: int, chunk: int
 ) -> ChunkSizes:
-    """Return the sizes of what `glm.build_model` allocates for chunk `chunk` of pipeline stage `stage`.
+    """Return the sizes of what `build_model` allocates for chunk `chunk` of pipeline stage `stage`.
 
     Args:
         config: the whole model.
@@ -65,15 +65,15 @@ def _sizes(
 ) -> ChunkSizes:
     role: Role = "critic" if has_scalar_head else "policy"
     rows = weights_of(config, layers=[0], has_embedding=is_first, has_head=is_last, role=role)
-    plain: list[int] = []
+    model_dtype: list[int] = []
     fp32: list[int] = []
     for row in rows:
         sizes = _shard_sizes(row, config, tp)
         if row.section == "value_head":
             fp32 += sizes
         else:
-            plain += sizes * (num_layers if row.section == "layer" else 1)
-    return ChunkSizes(plain=tuple(plain), fp32=tuple(fp32))
+            model_dtype += sizes * (num_layers if row.section == "layer" else 1)
+    return ChunkSizes(model_dtype=tuple(model_dtype), fp32=tuple(fp32))
 
 
 def _shard_sizes(row: Weight, config: GLMConfig, tp: int) -> list[int]:
@@ -81,6 +81,6 @@ def _shard_sizes(row: Weight, config: GLMConfig, tp: int) -> list[int]:
 
 
 def num_parameters(config: GLMConfig, *, has_scalar_head: bool = False) -> int:
-    """Return the parameters of the whole model."""
+    """Return the number of parameters of the whole model."""
     whole = _sizes(config, 1, config.num_layers, has_scalar_head, True, True)
-    return whole.num_plain + whole.num_fp32
+    return whole.num_model_dtype + whole.num_fp32

@@ -1,7 +1,7 @@
 """Which rows or columns of a Hugging Face tensor make up a tensor-parallel shard.
 
-One function, `shards_of`, says it as a list of pieces; `read_shard` follows the list one way, `place_shard`
-the other. So import and export cannot disagree.
+`shards_of` returns them as a list of pieces. Import (`read_shard`) and export (`place_shard`) use the same
+list, so they cannot disagree.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from glm_rlhf.parallel.spec.weight_map import Weight, names_within, sizes
 
 @dataclass(frozen=True, slots=True)
 class HfSlice:
-    """Rows (dim 0) or columns (dim 1) from `start` to `stop` of one of their tensors."""
+    """Rows (dim 0) or columns (dim 1) [start, stop) of a Hugging Face tensor."""
 
     name: str
-    """Their name."""
+    """Name of the tensor."""
     dim: int
-    """The dimension that is cut."""
+    """The dimension that is sliced."""
     start: int
-    """First index of the piece."""
+    """First index of the slice."""
     stop: int
-    """Index behind the last."""
+    """One past the last index."""
 
     @property
     def length(self) -> int:
@@ -35,28 +35,28 @@ class HfSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamShard:
-    """One rank's parameter: its pieces stacked in order."""
+    """One rank's parameter: its pieces concatenated in order."""
 
     name: str
-    """Our name of the parameter."""
+    """Megatron-core name of the parameter."""
     shape: tuple[int, ...]
     """Shape of the parameter on this rank."""
     pieces: tuple[HfSlice, ...]
-    """Where its rows, or its columns, come from."""
+    """Sources of its rows, or of its columns."""
 
 
 def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) -> list[ParamShard]:
-    """Return the parameters in which a rank holds its part of a weight.
+    """Return the parameters that hold a rank's part of a weight.
 
-    It is one parameter, except for query, key and value where there are more ranks than KV heads: then the
-    queries of `linear_q` are split and `linear_kv` holds the key head and the value head that they need, the
-    same on tp / K ranks.
+    One parameter, except for query, key and value with more ranks than KV heads: then `linear_q` holds
+    this rank's queries, and `linear_kv` the key head and the value head that they use, replicated on tp / K
+    ranks.
 
     Args:
         weight: a row of the table with its layer index filled in.
         config: the whole model.
         tp_rank: 0 ≤ rank < tp_size.
-        tp_size: ranks that share the weight.
+        tp_size: ranks that split the weight.
 
     Raises:
         ValueError: the model cannot be split over so many ranks; the message names both numbers.
@@ -64,10 +64,10 @@ def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) 
     Layout(tp=tp_size).check_model(config)
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"tp_rank is {tp_rank}; with tp {tp_size} it must be 0 to {tp_size - 1}")
-    theirs = names_within(weight, config)
+    hf_shapes = names_within(weight, config)
     if weight.split == "qkv":
         return _qkv_shards(weight, config, tp_rank, tp_size)
-    (name, shape), *_ = theirs.items()
+    (name, shape), *_ = hf_shapes.items()
     if weight.split == "replicated":
         pieces = [HfSlice(name, 0, 0, shape[0])]
     elif weight.split == "rows":
@@ -81,7 +81,7 @@ def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) 
 
 
 def owner_rank(weight: Weight, shard: ParamShard, config: GLMConfig, *, tp_rank: int, tp_size: int) -> int:
-    """Return the lowest tensor-parallel rank that holds the same pieces as `shard` of rank `tp_rank`."""
+    """Return the lowest tensor-parallel rank that holds the same pieces as rank `tp_rank` in `shard`."""
     for rank in range(tp_rank):
         if shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
             return rank
@@ -113,7 +113,7 @@ def _qkv_shards(weight: Weight, config: GLMConfig, tp_rank: int, tp_size: int) -
 
 
 def _sections(weight: Weight, config: GLMConfig) -> list[tuple[str, int]]:
-    """Name and first row of query, key and value: three tensors, or three parts of one."""
+    """Return name and first row of query, key and value: three tensors, or three parts of one."""
     if len(weight.hf_names) == 3:
         return [(name, 0) for name in weight.hf_names]
     size, (name,) = sizes(config), weight.hf_names
@@ -125,10 +125,10 @@ def _nth_part(name: str, dim: int, base: int, length: int, rank: int, num_ranks:
     return HfSlice(name, dim, base + rank * part, base + (rank + 1) * part)
 
 
-def _shard(ours: str, pieces: list[HfSlice], whole_shape: tuple[int, ...]) -> ParamShard:
+def _shard(name: str, pieces: list[HfSlice], whole_shape: tuple[int, ...]) -> ParamShard:
     shape = list(whole_shape)
     shape[pieces[0].dim] = sum(piece.length for piece in pieces)
-    return ParamShard(name=ours, shape=tuple(shape), pieces=tuple(pieces))
+    return ParamShard(name=name, shape=tuple(shape), pieces=tuple(pieces))
 
 
 def read_shard(
@@ -137,8 +137,8 @@ def read_shard(
     """Return a rank's parameter, a new CPU tensor of `shard.shape`.
 
     Args:
-        shard: which pieces.
-        read: fills the tensor that it is given with one piece.
+        shard: the parameter and its pieces.
+        read: reads one piece into a tensor.
         dtype: of the result.
     """
     out = torch.empty(shard.shape, dtype=dtype)
@@ -149,25 +149,23 @@ def read_shard(
 def read_shard_into(
     shard: ParamShard, read: Callable[[HfSlice, torch.Tensor], None], out: torch.Tensor
 ) -> None:
-    """Fill a rank's parameter, or another tensor of its shape.
+    """Fill `out`, a rank's parameter or another tensor of its shape.
 
     Raises:
-        ValueError: `out` has another shape than the layout says.
+        ValueError: `out` does not have the shape of the shard.
     """
     for piece, part in place_shard(shard, out):
         read(piece, part)
 
 
 def place_shard(shard: ParamShard, tensor: torch.Tensor) -> list[tuple[HfSlice, torch.Tensor]]:
-    """Return views of a rank's parameter beside the pieces of their tensors where they belong.
+    """Return each piece of a rank's parameter with the view of the parameter that holds it.
 
     Raises:
-        ValueError: the parameter has another shape than the layout says.
+        ValueError: `tensor` does not have the shape of the shard.
     """
     if tuple(tensor.shape) != shard.shape:
-        raise ValueError(
-            f"{shard.name} has the shape {list(tensor.shape)} where {list(shard.shape)} is required"
-        )
+        raise ValueError(f"{shard.name} has the shape {list(tensor.shape)}, required is {list(shard.shape)}")
     return list(zip(shard.pieces, _parts(shard, tensor), strict=True))
 
 

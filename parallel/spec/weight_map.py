@@ -1,17 +1,17 @@
 """The table of weight names per family, read both ways.
 
-A row says what a weight is called here, what it is called in the family's Hugging Face folder, what shape it
-has there, and how tensor parallelism splits it. Import reads the table from right to left, export from left
-to right, and conversion between families joins two tables on our names.
+A row gives a weight's Megatron-core name, its names in the family's Hugging Face folder, its shape there, and
+how tensor parallelism splits it. Import and export read the same rows; conversion between families joins two
+tables on the Megatron-core names.
 
-Theirs, where it is not obvious:
-  - `chatglm` keeps query, key and value in one tensor, all queries, then all keys, then all values;
-    `glm` and `glm4` keep three.
+Hugging Face conventions that are not obvious:
+  - `chatglm` stores query, key and value in one tensor, all queries, then all keys, then all values;
+    `glm` and `glm4` store three.
   - The gated MLP's first matrix is [gate rows; up rows] in every family.
   - A critic or reward model ends in a scalar head, [1, D] and a bias [1]. In `glm` and `glm4` it is `score`,
-    as in transformers' `…ForSequenceClassification`, which has no bias: a folder without one is fine, and one
-    of ours loads there with the bias left out, which shifts every score by the same amount. In `chatglm` it
-    is `classifier_head`, as in the remote code's class, which has the bias.
+    as in transformers' `…ForSequenceClassification`, which has no bias. Import accepts a folder without a
+    bias; transformers ignores the bias of an exported folder, which shifts every score by the same amount.
+    In `chatglm` it is `classifier_head`, as in the remote code's class, which has the bias.
 """
 
 import re
@@ -36,15 +36,15 @@ class Weight:
     """One row of the table; `{i}` in names stands for the layer's index in the whole model."""
 
     name: str
-    """Our name. A `qkv` weight becomes two modules where tensor parallelism exceeds the KV heads."""
+    """Megatron-core name. A `qkv` weight becomes two modules where tp exceeds the number of KV heads."""
     hf_names: tuple[str, ...]
-    """Their names: one tensor, or query, key and value apart."""
+    """Hugging Face names: one tensor, or separate query, key and value."""
     shape: tuple[str, ...]
     """Dimensions of the whole weight, as keys of `sizes`."""
     split: Split
-    """How tensor-parallel ranks share it."""
+    """How tensor-parallel ranks split it."""
     section: Section
-    """Which part of the model holds it."""
+    """The part of the model that holds it."""
 
 
 def _table(
@@ -57,11 +57,11 @@ def _table(
     within_layer: tuple[_LayerRow, ...],
 ) -> tuple[Weight, ...]:
     rows = [Weight("embedding.word_embeddings.weight", (embedding,), ("V", "D"), "rows", "embedding")]
-    for ours, theirs, shape, split in within_layer:
-        names = (theirs,) if isinstance(theirs, str) else theirs
+    for name, hf_names, shape, split in within_layer:
+        hf_names = (hf_names,) if isinstance(hf_names, str) else hf_names
         rows.append(
             Weight(
-                f"decoder.layers.{{i}}.{ours}", tuple(layer + name for name in names), shape, split, "layer"
+                f"decoder.layers.{{i}}.{name}", tuple(layer + hf for hf in hf_names), shape, split, "layer"
             )
         )
     rows.append(Weight("decoder.final_layernorm.weight", (final_norm,), ("D",), "replicated", "final_norm"))
@@ -123,8 +123,8 @@ NOT_WEIGHTS: dict[Family, re.Pattern[str]] = {
     "glm": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     "glm4": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
 }
-"""Tensors that follow from the config. Import skips them; an export to the same family as its source copies
-ChatGLM's, which the remote code registers as part of the model, and writes none of the others."""
+"""Tensors that the config determines. Import skips them. An export to the same family as its source copies
+ChatGLM's, since the remote code registers it as part of the model; no other export writes them."""
 
 
 def sizes(config: GLMConfig) -> dict[str, int]:
@@ -152,26 +152,26 @@ def weights_of(
 ) -> list[Weight]:
     """Return the rows, layer indices filled in, of the part of a model that one pipeline stage holds.
 
-    A tied head has no weight of its own, but a stage that holds the head and not the embedding needs a copy:
+    A tied head uses the embedding's weight. A stage that holds the head and not the embedding needs a copy:
     there `output_layer.weight` is a row that reads the embedding.
 
     Args:
         config: the whole model.
-        layers: indices in the whole model; the stage's chunks in any order.
+        layers: indices in the whole model, in any order.
         has_embedding: whether the stage embeds tokens.
         has_head: whether the stage has the final norm and the role's head.
         role: `policy` ends in the vocabulary head, `critic` and `reward` in the value head.
 
     Raises:
-        ValueError: the role is unknown, a layer is not one of the model's, or the config's norms are not
-            its family's.
+        ValueError: the role is unknown, a layer is outside the model, or the config's norms are not those of
+            its family.
     """
     if role not in ("policy", "critic", "reward"):
         raise ValueError(f"role is {role!r}; it must be policy, critic or reward")
     if config.has_sandwich_norms != (config.family == "glm4"):
         raise ValueError(
             f"has_sandwich_norms is {config.has_sandwich_norms} for the family {config.family}; "
-            "glm4 has them, chatglm and glm have not"
+            "glm4 has them, chatglm and glm do not"
         )
     rows = TABLES[config.family]
     chosen = [row for row in rows if row.section == "embedding" and has_embedding]
@@ -186,7 +186,7 @@ def weights_of(
 
 
 def names_within(weight: Weight, config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    """Return their tensors that make up a weight, with the shape that each must have."""
+    """Return the Hugging Face tensors that make up a weight, each with its required shape."""
     size = sizes(config)
     shape = tuple(size[letter] for letter in weight.shape)
     if len(weight.hf_names) == 1:
@@ -200,14 +200,14 @@ def _is_in_layer(row: Weight, config: GLMConfig) -> bool:
 
 
 def _at_layer(row: Weight, index: int) -> Weight:
-    theirs = tuple(name.format(i=index) for name in row.hf_names)
-    return Weight(row.name.format(i=index), theirs, row.shape, row.split, row.section)
+    hf_names = tuple(name.format(i=index) for name in row.hf_names)
+    return Weight(row.name.format(i=index), hf_names, row.shape, row.split, row.section)
 
 
 def _head_of(config: GLMConfig, role: Role, has_embedding: bool) -> list[Weight]:
     rows = TABLES[config.family]
-    place = "vocabulary_head" if role == "policy" else "value_head"
-    heads = [row for row in rows if row.section == place]
+    section = "vocabulary_head" if role == "policy" else "value_head"
+    heads = [row for row in rows if row.section == section]
     if role != "policy" or not config.has_tied_head:
         return heads
     if has_embedding:

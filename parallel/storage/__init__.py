@@ -1,4 +1,4 @@
-"""Bytes on a disk: file formats, durable writes, model folders, manifests of checkpoints.
+"""Files on disk: formats, durable writes, model folders, checkpoint manifests.
 
 Imports `spec`; never torch.distributed.
 """

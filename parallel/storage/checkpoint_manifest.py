@@ -1,14 +1,14 @@
-"""What a checkpoint says of itself: `manifest.json`, checked before anything is believed.
+"""The manifest of a checkpoint, `manifest.json`, validated before it is used.
 
 A checkpoint is a folder:
 
-    manifest.json            layout, config, versions, the engine's state, size and SHA-256 of all else
+    manifest.json            layout, config, versions, the engine's state, size and SHA-256 of all other files
     rank_00000.safetensors   what rank 0 owned: parts of flattened parameters, and tensors of the rank itself
     …
-    config.json, tokenizer…  of the first model, so that the folder serves wherever a model folder does
+    config.json, tokenizer…  of the first model, so that the folder can be used as a model folder
 
-Nothing in it is ever run: JSON and safetensors are data. A tensor `policy/exp_avg/decoder.layers.0.…` holds
-some consecutive elements of rank r's flattened parameter, the first of which `starts` gives.
+Nothing in it is ever executed: JSON and safetensors are data. A tensor `policy/exp_avg/decoder.layers.0.…`
+holds consecutive elements of rank r's flattened parameter, from the element given in `starts`.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ FILE_NAME = "manifest.json"
 FORMAT = 1
 _MAX_BYTES = 2**28
 _LARGEST_LAYERS, _LARGEST_SIZE = 1024, 2**24
-"""Far above any model, so that a damaged number is not believed."""
+"""Far above any model, so that a damaged number is refused."""
 _CHECKSUM = "checksum"
 _EXTRA_FILES = "companions"  # its name in files of format 1
 
 WEIGHT = "weight"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Kinds of tensors: weights, and Adam's running mean of the gradient and of its square."""
+"""Kinds of tensors: weights, and the first and second Adam moment."""
 
 
 class CheckpointError(ModelFolderError):
@@ -47,12 +47,12 @@ class CheckpointError(ModelFolderError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileInfo:
-    """What a file must be."""
+    """Size and checksum of a file."""
 
     num_bytes: int
-    """Its size."""
+    """Size."""
     sha256: str
-    """Checksum of its content, hexadecimal."""
+    """Checksum of the content, hexadecimal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +62,9 @@ class RankFile:
     facts: FileInfo
     """Size and checksum."""
     tp_rank: int
-    """The rank's place on the tensor-parallel axis."""
+    """The rank's position on the tensor-parallel axis."""
     starts: dict[str, dict[str, int]]
-    """Of each model, of each parameter that has elements in the file: the first of them."""
+    """Per model and parameter with elements in the file: the first of these elements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,35 +72,35 @@ class ModelInfo:
     """One model of the checkpoint."""
 
     role: Role
-    """What it ends in."""
+    """Role, which determines the head."""
     config: GLMConfig
-    """Its shape."""
+    """Shape."""
     dtype: str
-    """The format's name of the type of its weights in training, such as `BF16`; they are stored in fp32."""
+    """Type of its weights in training, as safetensors names it, such as `BF16`; they are stored in fp32."""
     num_steps: int
     """Optimizer steps taken."""
     frozen: tuple[str, ...]
-    """Our names of the weights that are not trained, and have no moments."""
+    """Names of the frozen weights, which have no moments."""
     gradient_squares: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(
         default_factory=dict
     )
-    """Squared norms of parts of the last gradient, by what names of weights begin with; of an optimizer in
-    backward, which clips by them."""
+    """Squared norms of the last gradient per bucket, by the bucket's name; an optimizer in backward clips its
+    next step by them."""
 
     @property
     def has_moments(self) -> bool:
-        """Whether Adam's moments are stored; an optimizer in backward has them before its first step."""
+        """Whether Adam moments are stored; an optimizer in backward has them before its first step."""
         return self.num_steps > 0 or bool(self.gradient_squares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All of it."""
+    """The manifest."""
 
     format: int
-    """Version of this form."""
+    """Version of the format."""
     step: int
-    """Steps of the run behind it."""
+    """Completed steps of the run."""
     layout: Layout
     """Of the run that wrote it."""
     world_size: int
@@ -108,21 +108,21 @@ class Manifest:
     versions: dict[str, str]
     """Of the project, Python, torch and Megatron-core."""
     models: dict[str, ModelInfo]
-    """The models by name; the first one is what the folder is as a model folder."""
+    """The models by name; used as a model folder, the checkpoint is the first one."""
     ranks: tuple[RankFile, ...]
-    """The files, rank by rank."""
+    """The file of each rank, in order."""
     extra_files: Annotated[dict[str, FileInfo], Field(alias=_EXTRA_FILES)]
     """Other files."""
     config: dict[str, Any]
     """Settings of the run, as JSON values."""
     state: dict[str, Any]
-    """What else the engine needs to go on, as JSON values."""
+    """Further state that the engine needs to resume, as JSON values."""
 
     @property
     def files(self) -> dict[str, FileInfo]:
-        """Every file but the manifest by name."""
-        of_ranks = {rank_file_name(rank): file.facts for rank, file in enumerate(self.ranks)}
-        return of_ranks | self.extra_files
+        """Every file except the manifest, by name."""
+        rank_files = {rank_file_name(rank): file.facts for rank, file in enumerate(self.ranks)}
+        return rank_files | self.extra_files
 
 
 _ADAPTER = TypeAdapter(Manifest)
@@ -134,7 +134,7 @@ def rank_file_name(rank: int) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder claims to be a checkpoint of ours, sound or not."""
+    """Return whether a folder has a checkpoint's manifest, valid or not."""
     return (folder / FILE_NAME).exists()
 
 
@@ -147,7 +147,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return a checkpoint's manifest, its own checksum and the form of every value checked.
+    """Return a checkpoint's manifest, after checking its own checksum and the type of every value.
 
     Raises:
         CheckpointError: it is missing, a link, damaged, or of another version.
@@ -160,8 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
             )
         text = path.read_bytes().decode("utf-8")
         values = parse_json_object(text, what=str(path))
-        found = values.pop(_CHECKSUM, None)
-        if found != _checksum(values):
+        checksum = values.pop(_CHECKSUM, None)
+        if checksum != _checksum(values):
             raise CheckpointError(f"{path} is damaged: its checksum differs from its content")
         if values.get("format") != FORMAT:
             raise CheckpointError(
@@ -172,10 +172,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{folder / FILE_NAME}: {place}: {first['msg']}") from None
+        location = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{folder / FILE_NAME}: {location}: {first['msg']}") from None
     except (ModelFolderError, OSError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint: {error}") from None
+        raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from None
     _check(manifest, folder)
     return manifest
 
@@ -188,22 +188,22 @@ def _check(manifest: Manifest, folder: Path) -> None:
         raise CheckpointError(
             f"{path} lists {len(manifest.ranks)} files of ranks for a world of {manifest.world_size}"
         )
-    for model, facts in manifest.models.items():
-        if facts.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{path}: the weights of {model} have the unknown type {facts.dtype!r}")
-        counts = [value for value in asdict(facts.config).values() if isinstance(value, int)]
-        if facts.config.num_layers > _LARGEST_LAYERS or max(counts) > _LARGEST_SIZE:
-            raise CheckpointError(f"{path}: the shape of {model} is beyond any model's: {facts.config}")
+    for model, info in manifest.models.items():
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{path}: the weights of {model} have the unknown type {info.dtype!r}")
+        counts = [value for value in asdict(info.config).values() if isinstance(value, int)]
+        if info.config.num_layers > _LARGEST_LAYERS or max(counts) > _LARGEST_SIZE:
+            raise CheckpointError(f"{path}: the shape of {model} is beyond any model's: {info.config}")
     try:
         manifest.layout.dp(manifest.world_size)
-        for facts in manifest.models.values():
-            manifest.layout.check_model(facts.config)
+        for info in manifest.models.values():
+            manifest.layout.check_model(info.config)
     except ValueError as error:
         raise CheckpointError(f"{path} describes no possible run: {error}") from None
 
 
 def current_versions() -> dict[str, str]:
-    """Return the versions that a manifest notes."""
+    """Return the versions that a manifest records."""
     versions = {"python": platform.python_version()}
     for name in ("glm-rlhf", "torch", "megatron-core"):
         try:

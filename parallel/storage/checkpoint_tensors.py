@@ -1,8 +1,8 @@
-"""The whole tensors of a checkpoint, put together by the slice from the parts that its ranks wrote.
+"""The whole tensors of a checkpoint, whose slices are assembled from the parts that its ranks wrote.
 
-Both ends follow `sharding.shards_of`: it says which rows or columns of a whole tensor a tensor-parallel rank
-of the run that wrote held, and in which order; parts are stretches of these, flattened. So a slice is found
-for any layout.
+Writer and reader use `sharding.shards_of`: it gives the rows or columns of a whole tensor that a
+tensor-parallel rank of the writing run held, in order; parts are ranges of these, flattened. So any slice can
+be read in any layout.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class StoredPart:
     start: int
     """First element."""
     stop: int
-    """Element behind the last."""
+    """One past the last element."""
     dtype: torch.dtype
     """Type in the file."""
     offset: int
@@ -51,12 +51,12 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredShard:
-    """One rank's parameter, of all parts."""
+    """One rank's parameter, from all its parts."""
 
     shard: ParamShard
-    """Which pieces of whole tensors it holds."""
+    """The pieces of whole tensors that it holds."""
     parts: tuple[StoredPart, ...]
-    """Its elements in order, without a hole."""
+    """Its elements in order, without gaps."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,22 +76,22 @@ class StoredShard:
                     file.fileno(),
                     part.offset + (first - part.start) * size,
                     content[(first - start) * size : (last - start) * size],
-                    what=f"{part.path} was cut short while {self.shard.name} was read",
+                    what=f"{part.path} was truncated while {self.shard.name} was read",
                 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardedTensor:
-    """A whole tensor that stands in the parts of several ranks; read like one of a Hugging Face folder."""
+    """A whole tensor stored in parts of several ranks, with the interface of one of a Hugging Face folder."""
 
     path: Path
     """The checkpoint."""
     name: str
-    """Its name in the family's Hugging Face form."""
+    """Name in the family's Hugging Face form."""
     dtype: torch.dtype
-    """The type that it has in training; the files may hold more digits."""
+    """Type in training; the files may hold more precision."""
     dtype_name: str
-    """The same, as the format calls it."""
+    """The same, as safetensors names it."""
     shape: tuple[int, ...]
     """Row-major dimensions."""
     holders: tuple[tuple[HfSlice, int, StoredShard], ...]
@@ -101,7 +101,7 @@ class ShardedTensor:
         """Fill `out` with rows (dim 0) or columns (dim 1), cast to its type.
 
         Raises:
-            ModelFolderError: a file has become shorter.
+            ModelFolderError: a file was truncated.
         """
         wanted = [[0, size] for size in (*self.shape, 1)[:2]]
         wanted[dim] = [start, stop]
@@ -120,7 +120,7 @@ class ShardedTensor:
 def _read_block(
     stored: StoredShard, rows: tuple[int, int], columns: tuple[int, int], out_RC: torch.Tensor
 ) -> None:
-    """Fill `out_RC` with a rectangle of a shard: whole rows are read, some at a time, and cut."""
+    """Fill `out_RC` with a rectangle of a shard: reads blocks of whole rows and slices them."""
     width = (*stored.shard.shape, 1)[1]
     step = max(1, _BLOCK_BYTES // (width * stored.dtype.itemsize))
     for start in range(rows[0], rows[1], step):
@@ -132,48 +132,50 @@ def _read_block(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose manifest and headers are sound; `check_files` says whether its bytes are."""
+    """A checkpoint with valid manifest and headers; `check_files` verifies its content."""
 
     folder: Path
-    """Where it is."""
+    """Its folder."""
     manifest: Manifest
-    """What it says of itself."""
+    """Its manifest."""
     headers: Mapping[int, Mapping[str, HeaderEntry]]
-    """What stands where in the file of each rank."""
+    """The header of each rank's file."""
 
     def shards(self, model: str, kind: str) -> dict[tuple[str, int], StoredShard]:
-        """Return one kind of tensors of a model, by our name and tensor-parallel rank of the writers.
+        """Return one kind of tensors of a model, by name and tensor-parallel rank of the writing run.
 
-        Ranks with the same pieces count as the first of them.
+        Of ranks with equal pieces only the lowest is included.
 
         Raises:
-            CheckpointError: an element is missing, or stands there twice.
+            CheckpointError: an element is missing or stored twice.
         """
-        facts, tp = self.manifest.models[model], self.manifest.layout.tp
-        found: dict[tuple[str, int], list[StoredPart]] = defaultdict(list)
+        info, tp = self.manifest.models[model], self.manifest.layout.tp
+        stored: dict[tuple[str, int], list[StoredPart]] = defaultdict(list)
         for rank, file in enumerate(self.manifest.ranks):
-            for ours, start in file.starts.get(model, {}).items():
-                entry = self.headers[rank].get(tensor_name(model, kind, ours))
+            for name, start in file.starts.get(model, {}).items():
+                entry = self.headers[rank].get(tensor_name(model, kind, name))
                 if entry is not None:
-                    found[ours, file.tp_rank].append(self._part(rank, entry, start))
+                    stored[name, file.tp_rank].append(self._part(rank, entry, start))
         shards = {}
-        for weight in _stored_weights(facts, kind):
+        for weight in _stored_weights(info, kind):
             for tp_rank in range(tp):
-                for shard in shards_of(weight, facts.config, tp_rank=tp_rank, tp_size=tp):
-                    if owner_rank(weight, shard, facts.config, tp_rank=tp_rank, tp_size=tp) == tp_rank:
-                        parts = found.pop((shard.name, tp_rank), [])
+                for shard in shards_of(weight, info.config, tp_rank=tp_rank, tp_size=tp):
+                    if owner_rank(weight, shard, info.config, tp_rank=tp_rank, tp_size=tp) == tp_rank:
+                        parts = stored.pop((shard.name, tp_rank), [])
                         shards[shard.name, tp_rank] = self._whole(shard, parts, f"{model}/{kind}")
-        if found:
-            raise CheckpointError(f"{self.folder} holds {next(iter(found))} of {model}, which it cannot have")
+        if stored:
+            raise CheckpointError(
+                f"{self.folder} holds {next(iter(stored))} of {model}, which it cannot have"
+            )
         return shards
 
     def tensors(self, model: str, kind: str = WEIGHT) -> dict[str, ShardedTensor]:
-        """Return the whole tensors of one kind of a model, by their names.
+        """Return the whole tensors of one kind of a model, by Hugging Face name.
 
         Raises:
-            CheckpointError: an element is missing, or stands there twice.
+            CheckpointError: an element is missing or stored twice.
         """
-        facts = self.manifest.models[model]
+        info = self.manifest.models[model]
         holders: dict[str, list[tuple[HfSlice, int, StoredShard]]] = defaultdict(list)
         for stored in self.shards(model, kind).values():
             offset = 0
@@ -181,14 +183,14 @@ class Checkpoint:
                 holders[piece.name].append((piece, offset, stored))
                 offset += piece.length
         tensors = {}
-        for weight in _stored_weights(facts, kind):
+        for weight in _stored_weights(info, kind):
             is_fp32 = kind != WEIGHT or weight.section == "value_head"
-            for name, shape in names_within(weight, facts.config).items():
+            for name, shape in names_within(weight, info.config).items():
                 tensors[name] = ShardedTensor(
                     path=self.folder,
                     name=name,
-                    dtype=STORED_DTYPES["F32" if is_fp32 else facts.dtype],
-                    dtype_name="F32" if is_fp32 else facts.dtype,
+                    dtype=STORED_DTYPES["F32" if is_fp32 else info.dtype],
+                    dtype_name="F32" if is_fp32 else info.dtype,
                     shape=shape,
                     holders=tuple(holders[name]),
                 )
@@ -196,7 +198,7 @@ class Checkpoint:
 
     def rank_tensors(self, rank: int) -> dict[str, torch.Tensor]:
         """Return the tensors of a rank itself, such as states of its random generators, by name."""
-        prefix, found = tensor_name("rank", "", ""), {}
+        prefix, tensors = tensor_name("rank", "", ""), {}
         path = self.folder / rank_file_name(rank)
         for name, entry in self.headers[rank].items():
             if not name.startswith(prefix):
@@ -204,22 +206,22 @@ class Checkpoint:
             out = torch.empty(entry.shape, dtype=STORED_DTYPES[entry.dtype])
             with path.open("rb", buffering=0) as file:
                 content = memoryview(out.view(-1).view(torch.uint8).numpy())
-                read_all(file.fileno(), entry.offset, content, what=f"{path} was cut short")
-            found[name.removeprefix(prefix)] = out
-        return found
+                read_all(file.fileno(), entry.offset, content, what=f"{path} was truncated")
+            tensors[name.removeprefix(prefix)] = out
+        return tensors
 
     def check_files(self, *, rank: int = 0, world_size: int = 1) -> None:
-        """Compare the checksums of a share of the files.
+        """Verify the checksums of every `world_size`-th file, from file `rank` on.
 
         Raises:
-            CheckpointError: a file is not what was written.
+            CheckpointError: a file differs from what was written.
         """
-        for name, facts in list(self.manifest.files.items())[rank::world_size]:
-            found = _sha256(self.folder / name)
-            if found != facts.sha256:
+        for name, info in list(self.manifest.files.items())[rank::world_size]:
+            checksum = _sha256(self.folder / name)
+            if checksum != info.sha256:
                 raise CheckpointError(
-                    f"{self.folder / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says "
-                    f"{facts.sha256[:12]}…"
+                    f"{self.folder / name} is damaged: its SHA-256 is {checksum[:12]}…, the manifest says "
+                    f"{info.sha256[:12]}…"
                 )
 
     def _part(self, rank: int, entry: HeaderEntry, start: int) -> StoredPart:
@@ -246,7 +248,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Return a checkpoint; its manifest is checked, and that each file is there, whole by size and header.
+    """Return a checkpoint after checking its manifest, and existence, size and header of each file.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
@@ -255,10 +257,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     manifest = read_manifest(folder)
     headers = {}
     try:
-        for name, facts in manifest.files.items():
+        for name, info in manifest.files.items():
             num_bytes = plain_file(folder, name).stat().st_size
-            if num_bytes != facts.num_bytes:
-                raise CheckpointError(f"{folder / name} has {num_bytes} bytes of {facts.num_bytes}")
+            if num_bytes != info.num_bytes:
+                raise CheckpointError(f"{folder / name} has {num_bytes} bytes of {info.num_bytes}")
         for rank in range(manifest.world_size):
             path = folder / rank_file_name(rank)
             headers[rank] = read_header(path)
@@ -269,33 +271,33 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from None
     _check_names(folder, manifest, headers)
     checkpoint = Checkpoint(folder=folder, manifest=manifest, headers=headers)
-    for model, facts in manifest.models.items():
-        for kind in (WEIGHT, *(ADAM_MOMENTS if facts.has_moments else ())):
+    for model, info in manifest.models.items():
+        for kind in (WEIGHT, *(ADAM_MOMENTS if info.has_moments else ())):
             checkpoint.shards(model, kind)
     return checkpoint
 
 
 def _check_names(folder: Path, manifest: Manifest, headers: Mapping[int, Mapping[str, HeaderEntry]]) -> None:
-    """Check that the manifest and each rank's file name the same parameters, and nothing else is there."""
+    """Check that the manifest lists exactly the parameters in each rank's file."""
     for rank, file in enumerate(manifest.ranks):
         path = folder / rank_file_name(rank)
-        listed = {(model, ours) for model, starts in file.starts.items() for ours in starts}
-        for model, ours in listed:
-            if model not in manifest.models or tensor_name(model, WEIGHT, ours) not in headers[rank]:
-                raise CheckpointError(f"{path} has no weight {ours} of {model}, which the manifest lists")
-        for name in headers[rank]:
-            owner, kind, ours = (*name.split("/", 2), "", "")[:3]
-            if owner != "rank" and ((owner, ours) not in listed or kind not in (WEIGHT, *ADAM_MOMENTS)):
-                raise CheckpointError(f"{path} holds {name!r}, which the manifest does not list")
+        listed = {(model, name) for model, starts in file.starts.items() for name in starts}
+        for model, name in listed:
+            if model not in manifest.models or tensor_name(model, WEIGHT, name) not in headers[rank]:
+                raise CheckpointError(f"{path} has no weight {name} of {model}, which the manifest lists")
+        for stored_name in headers[rank]:
+            owner, kind, name = (*stored_name.split("/", 2), "", "")[:3]
+            if owner != "rank" and ((owner, name) not in listed or kind not in (WEIGHT, *ADAM_MOMENTS)):
+                raise CheckpointError(f"{path} holds {stored_name!r}, which the manifest does not list")
 
 
 def tensor_name(owner: str, kind: str, name: str) -> str:
-    """Return what a tensor is called in a rank's file; `owner` is a model, or `rank` for the rank's own."""
+    """Return a tensor's name in a rank's file; `owner` is a model, or `rank` for the rank's own tensors."""
     return f"{owner}/{kind}/{name}"
 
 
 def list_checkpoint(folder: Path) -> dict[str, ShardedTensor]:
-    """Return the tensors of a checkpoint's first model by their names, as those of a model folder.
+    """Return the tensors of a checkpoint's first model by Hugging Face name, as for a model folder.
 
     Raises:
         CheckpointError: it is damaged.
@@ -304,9 +306,9 @@ def list_checkpoint(folder: Path) -> dict[str, ShardedTensor]:
     return checkpoint.tensors(next(iter(checkpoint.manifest.models)))
 
 
-def _stored_weights(facts: ModelInfo, kind: str) -> list[Weight]:
-    weights = weights_of(facts.config, layers=range(facts.config.num_layers), role=facts.role)
-    return [weight for weight in weights if kind == WEIGHT or weight.name not in facts.frozen]
+def _stored_weights(info: ModelInfo, kind: str) -> list[Weight]:
+    weights = weights_of(info.config, layers=range(info.config.num_layers), role=info.role)
+    return [weight for weight in weights if kind == WEIGHT or weight.name not in info.frozen]
 
 
 def _sha256(path: Path) -> str:

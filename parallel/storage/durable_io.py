@@ -1,4 +1,4 @@
-"""Bytes that are surely on the disk, and files that change from old to new in one step."""
+"""Durable writes with fsync, and atomic replacement of files."""
 
 import os
 from collections.abc import Callable
@@ -12,13 +12,13 @@ _BLOCK_BYTES = 16 * 2**20
 def write_all(
     file: int, content: memoryview, position: int, *, on_block: Callable[[memoryview], object] | None = None
 ) -> None:
-    """Write all of `content` into an open file, block by block; `on_block` sees each block before it goes."""
+    """Write all of `content` to an open file, block by block; `on_block` is called before each block."""
     for start in range(0, len(content), _BLOCK_BYTES):
         block = content[start : start + _BLOCK_BYTES]
         if on_block is not None:
             on_block(block)
         done = 0
-        while done < len(block):  # one call may write less than it is given
+        while done < len(block):  # one call may write only a part
             done += os.pwrite(file, block[done:], position + start + done)
 
 
@@ -26,7 +26,7 @@ def read_all(file: int, position: int, buffer: memoryview, *, what: str) -> None
     """Fill `buffer` from an open file.
 
     Raises:
-        ModelFolderError: `what`, when the file ends before.
+        ModelFolderError: with the message `what`, if the file ends early.
     """
     done = 0
     while done < len(buffer):  # one call reads 2 GB at most
@@ -37,7 +37,7 @@ def read_all(file: int, position: int, buffer: memoryview, *, what: str) -> None
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the list of names in a folder, is on the disk."""
+    """Fsync a file, or the entries of a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,7 +46,7 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file; it is on the disk when this returns, its name when its folder is synced."""
+    """Write and fsync a new file; its name is durable once its folder is synced."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
@@ -54,9 +54,9 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content: whoever reads it, also after a kill, finds all old or all new."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    write_synced(beside, content)
-    os.replace(beside, path)
+    """Replace the content of a file atomically: a reader, also after a kill, sees all old or all new."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    write_synced(temporary, content)
+    os.replace(temporary, path)
     sync(path.parent)

@@ -1,10 +1,10 @@
-"""A folder of safetensors files that appears when it is whole.
+"""A folder of safetensors files that appears atomically when it is complete.
 
-Its files are planned from names, shapes and types, so that every header is written first and a tensor goes to
-its place whenever it comes. Until then everything stands in a hidden folder beside the target.
+The files are planned from names, shapes and types, so that headers are written first and tensors in any
+order. Until the end everything is in a hidden folder next to the target.
 
-Several processes can write at once: each file has one writer, since two clients of a network file system must
-not write into one file, and a barrier stands between the steps.
+Several processes can write at once: each file has one writer, because two clients of a network file system
+must not write to one file, and barriers separate the stages.
 """
 
 import json
@@ -24,12 +24,12 @@ from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
 
 
 def _no_barrier() -> None:
-    """One writer waits for nobody."""
+    """Do nothing: a single writer does not wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writers:
-    """Who writes which layers, where several processes share the work on one file system."""
+    """The assignment of layers to processes that write to one file system."""
 
     rank: int = 0
     """This process among the writers."""
@@ -49,7 +49,7 @@ class Writers:
             raise ValueError(f"{self.count} writers need a barrier, such as torch.distributed.barrier")
 
     def of_layer(self, layer: int, num_layers: int) -> int:
-        """Return the writer of a layer; the first layer's has the embedding, the last one's norm and head."""
+        """Return the writer of a layer; the first layer's writes the embedding, the last's norm and head."""
         if self.writer_of_layer is not None:
             return self.writer_of_layer[layer]
         return layer * self.count // num_layers
@@ -60,13 +60,13 @@ class PlannedTensor:
     """One tensor of the folder."""
 
     name: str
-    """Its name in the file."""
+    """Name in the file."""
     dtype: torch.dtype
-    """Its type in the file."""
+    """Type in the file."""
     shape: tuple[int, ...]
-    """Its whole shape."""
+    """Whole shape."""
     writer: int
-    """Which process writes it."""
+    """Process that writes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +76,11 @@ class PlannedFile:
     name: str
     """File name."""
     writer: int
-    """Which process writes it."""
+    """Process that writes it."""
     prefix: bytes
     """Length prefix and header."""
     entries: Mapping[str, HeaderEntry]
-    """Where each tensor goes."""
+    """Position of each tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -96,11 +96,11 @@ class PlannedFile:
 def plan_files(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[PlannedFile]:
     """Return the files that hold `tensors` in order.
 
-    A new file begins where the writer changes and where `max_shard_bytes` would be exceeded; a larger tensor
-    has a file of its own. One file is called `model.safetensors`, several are numbered, as transformers does.
+    A new file begins when the writer changes or `max_shard_bytes` would be exceeded; a larger tensor gets its
+    own file. A single file is named `model.safetensors`, several are numbered as in transformers.
 
     Args:
-        tensors: the whole folder's tensors, the same list on every writer.
+        tensors: all tensors of the folder, the same list on every writer.
         max_shard_bytes: largest sum of tensor bytes in a file.
 
     Raises:
@@ -157,19 +157,19 @@ class TensorFiles:
 
 @contextmanager
 def new_folder(target: Path, files: Sequence[PlannedFile], writers: Writers) -> Iterator[Path]:
-    """Give a hidden folder to write into; it becomes `target` when the block ends without an error.
+    """Yield a hidden folder to write into; it becomes `target` when the block ends without an error.
 
-    All writers enter and leave it together: `writers.barrier` is passed three times. A single writer removes
-    what is left of a failure; of several, the next attempt does.
+    All writers enter and exit together: each calls `writers.barrier` three times. After a failure a single
+    writer removes the hidden folder; with several writers the next attempt does.
 
     Args:
         target: must not exist, or be an empty folder.
         files: the whole plan, the same on every writer.
-        writers: how processes share the work.
+        writers: the processes that write.
 
     Raises:
-        ModelFolderError: the target exists, its parent does not, the disk has too little room, or a file is
-            not of its planned size in the end.
+        ModelFolderError: the target exists, its parent does not, the disk has too little space, or a file
+            does not have its planned size at the end.
     """
     num_bytes = sum(file.num_bytes for file in files)
     _check_target(target, num_bytes)
@@ -207,10 +207,10 @@ def _check_target(target: Path, num_bytes: int) -> None:
 def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
     for file in files:
         path = folder / file.name
-        there = path.stat().st_size if path.exists() else 0
-        if there != file.num_bytes:
+        num_bytes = path.stat().st_size if path.exists() else 0
+        if num_bytes != file.num_bytes:
             raise ModelFolderError(
-                f"{path} has {there} bytes of {file.num_bytes}; writer {file.writer} failed"
+                f"{path} has {num_bytes} bytes of {file.num_bytes}; writer {file.writer} failed"
             )
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in file.entries}

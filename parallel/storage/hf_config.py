@@ -1,14 +1,13 @@
-"""A Hugging Face `config.json`, read as a `GLMConfig` or written from one.
+"""Conversion between a Hugging Face `config.json` and `GLMConfig`.
 
-Rotary positions, where the forms differ:
-  - `glm` and `glm4` give the base outright, at the top (transformers 4) or under `rope_parameters`
-    (transformers 5). Both are read, and both are written: a reader that knows one of them would otherwise
-    fall back to its default without a word.
+Differences of rotary positions:
+  - `glm` and `glm4` give the base itself, at the top level (transformers 4) or under `rope_parameters`
+    (transformers 5). Both are read, and both are written: a reader that knows only one of them would
+    silently use its default.
   - `chatglm` gives `rope_ratio`, and the base is 10000 · rope_ratio (ChatGLM3, GLM-4).
-  - ChatGLM2-6B-32K uses the same key for something else: it divides positions by it. Such a folder is
-    refused, known by its name in `_name_or_path` or by that division in the modelling code beside it, which
-    is searched as text and never run. Without either sign the ratio scales the base. At ratio 1 both are the
-    same.
+  - ChatGLM2-6B-32K divides positions by the same key. Such a folder is refused; it is recognised by its name
+    in `_name_or_path`, or by that division in its modelling code, which is searched as text and never
+    executed. Otherwise the ratio scales the base. At ratio 1 both are the same.
 """
 
 import json
@@ -54,7 +53,7 @@ _KEYS["glm4"] = _KEYS["glm"]
 
 _LARGEST = {"num_layers": 1024}
 _LARGEST_SIZE = 2**24
-"""Bounds on counts, far above any model, so that a damaged number is not believed."""
+"""Bounds on counts, far above any model, so that a damaged number is refused."""
 
 _FIXED: dict[Family, dict[str, object]] = {
     "chatglm": {
@@ -68,7 +67,7 @@ _FIXED: dict[Family, dict[str, object]] = {
     "glm": {"hidden_act": "silu"},
     "glm4": {"hidden_act": "silu"},
 }
-"""Switches with the one value that is supported; absent means that value."""
+"""Switches and their only supported value, which is also the default."""
 
 _ABSENT = ("quantization_config", "quantization_bit", "pre_seq_len", "vision_config")
 """Keys of model kinds that are not supported; they must be absent, null or 0."""
@@ -94,8 +93,8 @@ def read_config(folder: str | Path) -> GLMConfig:
         folder: Hugging Face model folder.
 
     Raises:
-        ModelFolderError: no such folder or file, not JSON, a model that is not supported, a key that is
-            missing or a number that makes no sense; one sentence that names it.
+        ModelFolderError: no such folder or file, not JSON, an unsupported model, a missing key or an invalid
+            number; one sentence that names it.
     """
     path = plain_file(open_folder(folder), "config.json")
     source = read_json(path)
@@ -157,7 +156,7 @@ def _family_of(source: Mapping, path: Path) -> Family:
 
 
 def _rotary_of(source: Mapping, family: Family, path: Path) -> tuple[float, float]:
-    """Base and rotated share of each head."""
+    """Return the rotary base and the rotated fraction of each head."""
     if family == "chatglm":
         ratio = _number(source, "rope_ratio", path, upper=1e9, default=1.0)
         if ratio != 1 and _divides_positions(source, path.parent):
@@ -230,19 +229,19 @@ def write_config(
     dtype: torch.dtype | None = None,
     has_value_head: bool = False,
 ) -> None:
-    """Write `config.json` such that `read_config` gives `config` again and transformers loads the folder.
+    """Write `config.json` so that `read_config` returns `config` and transformers loads the folder.
 
     Args:
         config: the model.
         folder: an existing folder; a `config.json` in it is replaced.
-        source: folder of the model that this one comes from. Of the same family all its other keys are kept;
-            of another family only special token ids, dropout and cache use.
-        dtype: of the weights; `None` leaves the source's entry.
-        has_value_head: whether the model ends in a scalar head, which names the class and `num_labels` 1.
+        source: folder of the original model. From the same family all its other keys are kept, from another
+            family only special token ids, dropout and cache use.
+        dtype: of the weights; `None` keeps the source's entry.
+        has_value_head: whether the model ends in a scalar head, which sets the class and `num_labels` 1.
 
     Raises:
         ModelFolderError: the source has no readable `config.json`.
-        ValueError: the family's form cannot say this config.
+        ValueError: the family's form cannot express this config.
     """
     family = config.family
     values = _kept(source, family)
@@ -253,7 +252,7 @@ def write_config(
     else:
         rotary = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_fraction}
         values |= {**_FIXED[family], **rotary, "rope_parameters": {"rope_type": "default", **rotary}}
-        values.setdefault("pad_token_id", None)  # the class's own default may lie beyond the vocabulary
+        values.setdefault("pad_token_id", None)  # the default of the class may be outside the vocabulary
     values |= {"tie_word_embeddings": config.has_tied_head, "initializer_range": config.init_std}
     for key in ("id2label", "label2id", "num_labels"):
         values.pop(key, None)
@@ -283,7 +282,7 @@ def _kept(source: str | Path | None, family: Family) -> dict:
 
 
 def _chatglm_values(config: GLMConfig) -> dict[str, object]:
-    """What the remote code needs besides sizes, with what it cannot express refused."""
+    """Return further keys that the remote code needs; raise ValueError if it cannot express the config."""
     if config.has_tied_head:
         raise ValueError("has_tied_head is True; the chatglm form always has a head of its own")
     if config.rotary_fraction != 0.5:

@@ -1,4 +1,4 @@
-"""Files of a model folder, opened only when they are what they claim to be."""
+"""Files of a model folder, checked before they are opened."""
 
 import json
 import re
@@ -8,14 +8,14 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class ModelFolderError(ValueError):
-    """A model folder cannot be used; the message names the file, what is there and what is required."""
+    """A model folder cannot be used; the message names the file, what it holds and what is required."""
 
 
 def open_folder(folder: str | Path) -> Path:
-    """Return `folder` as a path that is known to be a directory.
+    """Return the path of `folder` after checking that it is a directory.
 
     Raises:
-        ModelFolderError: nothing is there, or it is a file.
+        ModelFolderError: it does not exist, or is a file.
     """
     path = Path(folder)
     if not path.exists():
@@ -32,10 +32,10 @@ def open_folder(folder: str | Path) -> Path:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """Return the path of `name` in `folder`, which must be a regular file of that very folder.
+    """Return the path of `name` in `folder`, which must be a regular file directly in that folder.
 
-    A name with a directory in it and a link out of the folder are refused: an index is data from others and
-    must not choose which files of this machine are read. The one link that is followed is the hub cache's own
+    Names with a directory, and links out of the folder, are refused: an index is untrusted data and must not
+    choose which files of this machine are read. Only links of the hub cache are followed
     (`models--X/snapshots/REVISION/file` → `models--X/blobs/HASH`).
 
     Raises:
@@ -47,7 +47,7 @@ def plain_file(folder: Path, name: str) -> Path:
     if path.is_symlink() and not _is_hub_cache_link(path):
         raise ModelFolderError(f"{path} is a link; copy the file it points to into the folder")
     if not path.exists():
-        raise ModelFolderError(f"{path} is missing; fetch the folder again, or mend what refers to it")
+        raise ModelFolderError(f"{path} is missing; fetch the folder again, or fix the reference to it")
     if not path.is_file():
         raise ModelFolderError(f"{path} is not a regular file")
     return path
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict:
     """Return the JSON object in `path`.
 
     Raises:
-        ModelFolderError: not UTF-8, not JSON, a key twice, or not an object; the message gives the line.
+        ModelFolderError: not UTF-8, not JSON, a duplicate key, or not an object; the message gives the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -77,7 +77,7 @@ def parse_json_object(text: str, *, what: str) -> dict:
     """Return `text` as a dict; `what` names it in messages.
 
     Raises:
-        ModelFolderError: not JSON, nested too deep, a key twice, or not an object.
+        ModelFolderError: not JSON, nested too deeply, a duplicate key, or not an object.
     """
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)

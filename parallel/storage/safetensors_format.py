@@ -1,8 +1,7 @@
-"""The header of a safetensors file, which says where each tensor's bytes stand.
+"""The header of a safetensors file, which gives the position of each tensor.
 
-Headers are checked to the byte before anything is read by them: a file is taken only when its tensors fill it
-without a hole, an overlap or a byte left over. Source: the format's description in the safetensors
-repository.
+Headers are checked to the byte before any tensor is read: a file is accepted only if its tensors fill it
+without gaps, overlaps or trailing bytes. Source: the format's description in the safetensors repository.
 """
 
 import json
@@ -28,7 +27,7 @@ STORED_DTYPES = FLOAT_DTYPES | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types that any tensor of ours may have: counters, masks and states of generators are no floats."""
+"""Types that tensors of a checkpoint may have: counters, masks and generator states are not floats."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 """The same, from torch's type to the format's name."""
@@ -39,10 +38,10 @@ _ELEMENT_BYTES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8}
 
 
 def check_float(dtype: torch.dtype) -> torch.dtype:
-    """Return `dtype`, known to be one that weights are stored in.
+    """Return `dtype` after checking that weights can be stored in it.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: they cannot.
     """
     if dtype not in FLOAT_DTYPES.values():
         known = ", ".join(str(known) for known in FLOAT_DTYPES.values())
@@ -52,7 +51,7 @@ def check_float(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
-    """Where one tensor stands in its file."""
+    """Position of one tensor in its file."""
 
     dtype: str
     """The format's name of the type, such as `BF16`."""
@@ -142,7 +141,7 @@ def _check_filled(path: Path, entries: dict[str, HeaderEntry], data_start: int, 
 def plan_file(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, HeaderEntry]]:
-    """Return the first bytes of a safetensors file that is to hold `tensors`, and where each one goes.
+    """Return the first bytes of a safetensors file for `tensors`, and the position of each tensor.
 
     Wider types come first, so that every tensor is aligned to its own type, as readers expect.
 

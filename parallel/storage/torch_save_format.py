@@ -1,9 +1,9 @@
-"""Where the tensors of a `torch.save` file stand in it, found without running any code of it.
+"""The positions of the tensors in a `torch.save` file, without executing any of its code.
 
-Such a file is an uncompressed zip archive: a pickle that describes the tensors, and one record of bytes for
-each storage. The pickle is opened by torch with `weights_only=True`, which builds tensors and nothing else,
-over a mapping of the file, so no tensor is read. The positions of the storages in that mapping are their
-positions in the file; they are checked against the archive's own list of records.
+Such a file is an uncompressed zip archive: a pickle that describes the tensors, and one record of bytes per
+storage. torch opens the pickle with `weights_only=True`, which builds only tensors, over a mapping of the
+file, so that no tensor is read. The positions of the storages in that mapping are their positions in the
+file; they are checked against the archive's list of records.
 """
 
 import pickle

@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face folder, found by their headers and read by the slice.
+"""The tensors of a Hugging Face folder, listed from headers and read slice by slice.
 
-Nothing is mapped or kept open: a slice is read straight into the tensor that will hold it, so the memory in
-use is that tensor alone. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
+Nothing is mapped or kept open: a slice is read directly into its target tensor, so that no other memory is
+used. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
 """
 
 import os
@@ -29,11 +29,11 @@ class StoredTensor:
     path: Path
     """The file."""
     name: str
-    """Its name in the file."""
+    """Name in the file."""
     dtype: torch.dtype | None
-    """Its type, `None` where it is none of the floating-point types of weights."""
+    """Type; `None` if it is not a floating-point type of weights."""
     dtype_name: str
-    """The type as the file calls it."""
+    """The type as the file names it."""
     shape: tuple[int, ...]
     """Row-major dimensions."""
     offset: int
@@ -43,7 +43,7 @@ class StoredTensor:
         """Fill a contiguous tensor of the stored type with rows (dim 0) or columns (dim 1)."""
         row_bytes = prod(self.shape[1:]) * out.element_size()
         content = memoryview(out.flatten().view(torch.uint8).numpy())
-        what = f"{self.path} was cut short while {self.name} was read"
+        what = f"{self.path} was truncated while {self.name} was read"
         with self.path.open("rb", buffering=0) as file:
             if dim == 0:
                 read_all(file.fileno(), self.offset + start * row_bytes, content, what=what)
@@ -59,8 +59,8 @@ class StoredTensor:
 def list_tensors(folder: Path) -> dict[str, StoredTensor] | dict[str, ShardedTensor]:
     """Return every tensor of a folder by name, from headers alone.
 
-    `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index. A
-    checkpoint of ours gives its first model's.
+    `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index. For
+    a training checkpoint, the tensors are those of its first model.
 
     Raises:
         ModelFolderError: there are no weights, a file is missing, damaged or unsafe, or the index and the
@@ -78,7 +78,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor] | dict[str, ShardedTen
 
 
 def has_weights(folder: Path) -> bool:
-    """Return whether a folder holds weights at all, sound or not: one with a tokenizer alone does not."""
+    """Return whether a folder holds weights, valid or not; a folder with only a tokenizer does not."""
     if is_checkpoint(folder):
         return True
     return any(os.path.lexists(folder / f"{single}{end}") for single in _FORMS for end in ("", ".index.json"))
@@ -131,9 +131,9 @@ def read_slice(
 
     Args:
         stored: a tensor of one or two dimensions.
-        dim: which dimension is cut.
+        dim: the dimension that is sliced.
         start: first index.
-        stop: index behind the last.
+        stop: one past the last index.
         out: CPU tensor of the slice's shape; may be a view.
 
     Raises:
@@ -169,6 +169,6 @@ def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:
 
 
 def _prefetch(file: int, position: int, num_bytes: int) -> None:
-    """Ask for the whole tensor at once: short strided reads alone would wait for the disk at every row."""
+    """Request the whole tensor at once: otherwise strided reads wait for the disk at every row."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, position, num_bytes, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""A model folder into the shards of all ranks, and back.
+"""Import of a model folder into the shards of all ranks, and export.
 
-Imports what `model` may, and `model`; not `optim`.
+Imports `model` and everything that `model` may import; not `optim`.
 """

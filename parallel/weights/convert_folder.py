@@ -1,11 +1,10 @@
-"""Hugging Face folder to Hugging Face folder: another family's form, another type, other files.
+"""Conversion of a Hugging Face folder to another family's form, another type, or other file sizes.
 
-`chatglm` and `glm` are two forms of one architecture and convert both ways. `glm4` has norms that the others
-have not, so it converts to nothing but itself. Same family and same type give the same bytes, tensor by
-tensor.
+`chatglm` and `glm` are two forms of one architecture and convert both ways. `glm4` has additional norms, so
+it converts only to itself. With the same family and type, every tensor keeps its bytes.
 
-The chatglm form runs on code that lies in the model's folder; a folder converted from `glm` has the config
-that names this code (`configuration_chatglm.py`, `modeling_chatglm.py`), and the files must be added to it.
+The chatglm form needs the remote code in the model's folder; a folder converted from `glm` has a config that
+names this code (`configuration_chatglm.py`, `modeling_chatglm.py`), and the files must be added.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from glm_rlhf.parallel.weights.hf_reader import ShardStream, iterate_shard
 from glm_rlhf.parallel.weights.hf_writer import export_tensors, writer_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Types that a conversion can ask for, besides `same`."""
+"""Target types of a conversion, in addition to `same`."""
 
 
 def convert_folder(
@@ -39,10 +38,10 @@ def convert_folder(
     world: int = 1,
     barrier: Callable[[], None] | None = None,
 ) -> None:
-    """Convert a model folder; the new one appears under its name when it is whole.
+    """Convert a model folder; the new one appears atomically when it is complete.
 
-    It runs in one process, or in several on one file system, each of which converts its share of the layers;
-    then all of them call it and pass `barrier` three times. A bar on a terminal shows rank 0's progress.
+    Runs in one process, or in several on one file system, each of which converts a part of the layers; then
+    all of them call this, and each calls `barrier` three times. On a terminal a bar shows rank 0's progress.
 
     Args:
         source: Hugging Face folder of any supported form: safetensors or `.bin`, one file or many, a language
@@ -50,11 +49,11 @@ def convert_folder(
         target: the new folder; it must not exist, or be empty.
         family: form of the new folder; `None` keeps the source's.
         dtype: `same`, `bf16`, `fp16` or `fp32`. Float32 to 16 bits rounds; a value that would become infinite
-            is an error. A value head is float32 always.
-        max_shard_bytes: largest file, apart from single tensors that are larger.
-        rank: this process among those that convert.
-        world: how many they are.
-        barrier: returns when all of them have called it; needed when there are several.
+            is an error. A value head is always float32.
+        max_shard_bytes: largest file, except for single larger tensors.
+        rank: this process among the converting ones.
+        world: number of converting processes.
+        barrier: returns when all of them have called it; required with several processes.
 
     Raises:
         ModelFolderError: the source is damaged or not such a model, or the target exists.
@@ -93,26 +92,26 @@ def _in_family(config: GLMConfig, family: Family) -> GLMConfig:
     if "glm4" in (family, config.family) and family != config.family:
         raise ValueError(
             f"a {config.family} model cannot become {family}: glm4 norms the output of attention and MLP, "
-            "the others do not, and no renaming makes up for that"
+            "the others do not; convert to the same family"
         )
     return replace(config, family=family)
 
 
 def role_of(folder: Path, config: GLMConfig) -> Role:
-    """Return which head a folder holds: a policy's, or the scalar one of a reward model or critic.
+    """Return the role for a folder's head: policy, or reward for the scalar head of a reward model or critic.
 
     Raises:
-        ModelFolderError: it holds both.
+        ModelFolderError: it holds both heads.
     """
-    there = list_tensors(folder)
+    stored = list_tensors(folder)
     heads = {
         row.section: row.hf_names[0]
         for row in TABLES[config.family]
-        if row.name in ("output_layer.weight", "value_head.weight") and row.hf_names[0] in there
+        if row.name in ("output_layer.weight", "value_head.weight") and row.hf_names[0] in stored
     }
     if len(heads) > 1:
         raise ModelFolderError(
-            f"{folder} holds both {' and '.join(heads.values())}; remove one head of the two"
+            f"{folder} holds both {' and '.join(heads.values())}; remove one of the two heads"
         )
     return "reward" if "value_head" in heads else "policy"
 
@@ -131,7 +130,7 @@ def _dtypes_as_stored(
 
 
 def _with_progress(stream: ShardStream, rank: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    disable = True if rank else None  # None: no bar where the output is no terminal
+    disable = True if rank else None  # None: no bar unless the output is a terminal
     for name, tensor in tqdm(
         stream, total=len(stream.shards), desc="convert", unit="tensor", disable=disable
     ):

@@ -1,4 +1,4 @@
-"""A sharded model written as a Hugging Face folder, straight from the ranks that hold it."""
+"""Export of a sharded model to a Hugging Face folder, directly from the ranks that hold it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,19 +23,18 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
-    """Write the model's family folder; it appears under its name when it is whole.
+    """Write a folder in the form of the model's family; it appears atomically when it is complete.
 
-    Every rank of the topology calls this and leaves when the folder is there. One copy of the model
-    writes: each of its stages its own layers, put together on its first tensor-parallel rank, one
-    parameter in memory at a time.
+    Every rank of the topology calls this and returns when the folder exists. One copy of the model writes:
+    each stage its own layers, assembled on its first tensor-parallel rank, one parameter in memory at a time.
 
     Args:
         chunks: this rank's chunks, bare (not wrapped for training).
         target: the new folder; it must not exist, or be empty.
         topology: layout and groups.
-        source: folder whose tokenizer and other files are carried over.
+        source: folder whose tokenizer and other files are copied.
         dtype: of the weights; None keeps the model's. A scalar head is fp32.
-        max_shard_bytes: largest file, single larger tensors apart.
+        max_shard_bytes: largest file, except for single larger tensors.
 
     Raises:
         ValueError: the target exists, or a stage could not write; on every rank.
@@ -43,13 +42,13 @@ def export_model(
     error: Exception | None = None
     if topology.dp_cp_group.rank() == 0:
         error = _write(chunks, Path(target), topology, source, dtype, max_shard_bytes)
-    faults: list[str | None] = [None] * topology.world_size
-    dist.all_gather_object(faults, None if error is None else str(error))
+    messages: list[str | None] = [None] * topology.world_size
+    dist.all_gather_object(messages, None if error is None else str(error))
     if error is not None:
         raise error
-    fault = next((fault for fault in faults if fault is not None), None)
-    if fault is not None:
-        raise ValueError(f"writing {target} failed: {fault}")
+    message = next((text for text in messages if text is not None), None)
+    if message is not None:
+        raise ValueError(f"writing {target} failed: {message}")
 
 
 def _write(
@@ -60,11 +59,11 @@ def _write(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> Exception | None:
-    """Write this stage's part, and come to every meeting of its groups whatever happens."""
+    """Write this stage's part; takes part in every collective of its groups, also after a failure."""
     gathered = _gathered(chunks, topology)
     error: Exception | None = None
     if topology.tp_rank == 0:
-        meeting = _Meeting(topology)
+        barrier = _StageBarrier(topology)
         try:
             export_tensors(
                 target,
@@ -78,45 +77,45 @@ def _write(
                 writers=Writers(
                     rank=topology.pp_rank,
                     count=topology.layout.pp,
-                    barrier=meeting,
+                    barrier=barrier,
                     writer_of_layer=_stage_of_layer(chunks[0]),
                 ),
             )
-        except (ValueError, OSError) as found:
-            error = found
-            meeting.leave()
-    for _ in gathered:  # the other tensor-parallel ranks give their parts, also after a fault
+        except (ValueError, OSError) as raised:
+            error = raised
+            barrier.fail()
+    for _ in gathered:  # the other tensor-parallel ranks send their parts, also after a failure
         pass
     return error
 
 
-class _Meeting:
-    """A barrier of the stages that write, at which a stage that failed tells the others."""
+class _StageBarrier:
+    """A barrier of the writing stages, at which a failed stage makes the others raise."""
 
     def __init__(self, topology: Topology) -> None:
         self._group = topology.pp_group
         self._device = topology.device
-        self._is_over = False
+        self._has_failed = False
 
     def __call__(self) -> None:
-        self._compare(has_failed=False)
+        self._exchange(has_failed=False)
 
-    def leave(self) -> None:
-        """Tell the others, once, that this stage failed."""
-        if not self._is_over:
-            self._compare(has_failed=True)
+    def fail(self) -> None:
+        """Report to the others, once, that this stage failed."""
+        if not self._has_failed:
+            self._exchange(has_failed=True)
 
-    def _compare(self, *, has_failed: bool) -> None:
+    def _exchange(self, *, has_failed: bool) -> None:
         num_failed = torch.tensor([int(has_failed)], device=self._device)
         dist.all_reduce(num_failed, group=self._group)
         if int(num_failed):
-            self._is_over = True
+            self._has_failed = True
             if not has_failed:
                 raise ValueError("another pipeline stage could not write its part")
 
 
 def _gathered(chunks: Sequence[GLMModel], topology: Topology) -> Iterator[tuple[str, Sequence[torch.Tensor]]]:
-    """Yield every parameter of this stage with all its tensor-parallel parts, on the first of these ranks."""
+    """Yield every parameter of this stage; on the first tensor-parallel rank with all its parts."""
     group, tp = topology.tp_group, topology.layout.tp
     first = dist.get_global_rank(group, 0)
     for chunk in chunks:

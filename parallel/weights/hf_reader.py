@@ -1,12 +1,12 @@
-"""One rank's weights, streamed out of a Hugging Face folder.
+"""One rank's weights, streamed from a Hugging Face folder.
 
     stream = iterate_shard(folder, config, tp_rank=0, tp_size=2, layers=range(28), dtype=torch.bfloat16)
     stream.read_into(parameters)
-    for name in stream.missing:  # a scalar head that the folder has not: create it
+    for name in stream.missing:  # a scalar head that is missing in the folder: initialise it
         ...
 
-Everything is checked on headers before the first tensor is read. Bytes are read straight into a parameter in
-host memory of the stored type; otherwise only the tensor at hand is in memory, besides what the caller keeps.
+All headers are checked before the first tensor is read. Parameters in host memory of the stored type are
+read in place; otherwise only the current tensor is in memory, in addition to those that the caller keeps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,29 +26,29 @@ from glm_rlhf.parallel.storage.weight_files import StoredTensor, list_tensors, r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStream:
-    """One rank's parameters in a folder; iterating reads them, as often as wanted."""
+    """One rank's parameters in a folder; each iteration reads them again."""
 
     shards: tuple[ParamShard, ...]
-    """Parameters that the folder provides, in the order in which they come."""
+    """Parameters that the folder provides, in order."""
     missing: tuple[str, ...]
-    """Our names that the folder does not provide, for the caller to create: only of the value head."""
+    """Names of parameters that the caller must initialise: only those of the value head can be missing."""
     dtypes: Mapping[str, torch.dtype]
-    """Type of each parameter by our name."""
+    """Type of each parameter by name."""
     tensors: Mapping[str, StoredTensor]
-    """Their tensors by name."""
+    """Tensors by Hugging Face name."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (our name, new CPU tensor)."""
+        """Yield (name, new CPU tensor)."""
         for shard in self.shards:
             yield shard.name, read_shard(shard, self._read, dtype=self.dtypes[shard.name])
 
     def read_into(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Fill one tensor a shard, given by our name, on any device; each may be of another type.
+        """Fill one tensor per shard, by name, on any device and of any type.
 
         Raises:
-            KeyError: a shard's parameter is not among them.
-            ModelFolderError: a file has become shorter since its header was read.
-            ValueError: a parameter has another shape, or a value does not fit its type.
+            KeyError: a shard's parameter is missing.
+            ModelFolderError: a file was truncated since its header was read.
+            ValueError: a parameter has a wrong shape, or a value does not fit its type.
         """
         staging = torch.empty(0, dtype=torch.uint8)
         for shard in self.shards:
@@ -80,25 +80,25 @@ def iterate_shard(
     role: Role = "policy",
     dtype: torch.dtype | None = None,
 ) -> ShardStream:
-    """Return a stream of (our name, tensor) of what one rank holds; it reads only those slices.
+    """Return a stream of (name, tensor) of one rank's parameters; it reads only their slices.
 
-    No communication: every rank calls it with its own place. The whole folder is checked on every rank, so
-    that a fault is found by all of them alike.
+    No communication: every rank calls it with its own position. The whole folder is checked on every rank, so
+    that all ranks find the same errors.
 
     Args:
         folder: Hugging Face model folder of the config's family.
-        config: as `read_config` gives it.
-        tp_rank: this rank's place among those that share each layer.
-        tp_size: how many they are.
+        config: result of `read_config`.
+        tp_rank: tensor-parallel rank.
+        tp_size: tensor-parallel size.
         layers: this rank's layers, as indices in the whole model.
         has_embedding: whether this rank embeds tokens.
         has_head: whether this rank has the final norm and the role's head.
-        role: `policy` reads the vocabulary head; `critic` and `reward` the value head where there is one.
+        role: `policy` reads the vocabulary head; `critic` and `reward` the value head if there is one.
         dtype: of the tensors; `None` keeps the folder's. The value head is always float32.
 
     Raises:
-        ModelFolderError: the folder is damaged, or is not such a model; the message names the tensor.
-        ValueError: the model cannot be split so.
+        ModelFolderError: the folder is damaged, or holds another model; the message names the tensor.
+        ValueError: the model cannot be split this way.
     """
     if dtype is not None:
         check_float(dtype)
@@ -117,19 +117,18 @@ def iterate_shard(
 
 
 def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, StoredTensor]:
-    """Return the folder's tensors, known to be those of the model: all there, of the right shapes, none
-    besides.
+    """Return the folder's tensors after checking that they are exactly those of the model.
 
-    Tensors that the role does not use, such as the vocabulary head under a critic, are allowed and may be
-    absent; so are the family's tensors that are no weights.
+    Tensors that the role does not use, such as the vocabulary head of a critic, are optional; so are the
+    family's tensors that are no weights.
 
     Args:
         folder: Hugging Face model folder.
         config: the model.
-        role: which head must be there; a value head may always be absent.
+        role: determines the required head; a value head is always optional.
 
     Raises:
-        ModelFolderError: names the tensor, what is there and what is required.
+        ModelFolderError: names the tensor, what the folder holds and what is required.
     """
     tensors = list_tensors(folder)
     weights = weights_of(config, layers=range(config.num_layers), role=role)
@@ -176,7 +175,7 @@ def _expected(config: GLMConfig, weights: list[Weight]) -> dict[str, tuple[int, 
 
 
 def _of_other_roles(config: GLMConfig) -> list[Weight]:
-    """Heads of every role; a tied one too, which some folders store a second time."""
+    """Return the heads of every role; also a tied one, which some folders store a second time."""
     heads = weights_of(config, layers=(), has_embedding=False, role="reward")
     vocabulary = weights_of(
         replace(config, has_tied_head=False), layers=(), has_embedding=False, role="policy"

@@ -1,11 +1,10 @@
-"""A Hugging Face folder, written tensor by tensor from tensor-parallel shards.
+"""Export of tensor-parallel shards to a Hugging Face folder, tensor by tensor.
 
-What is written:
-  - weights under the family's names, the value head in float32; a tied
-    head is not stored a second time;
-  - `config.json`, and from a source folder the tokenizer, generation settings and licence, and of the same
+The folder contains:
+  - weights under the family's names, the value head in float32; a tied head is stored once;
+  - `config.json`, and from a source folder the tokenizer, generation settings and licence, and from the same
     family the remote code;
-  - ChatGLM's `inv_freq` where a source of the same family has it: it is no weight, but the remote code counts
+  - ChatGLM's `inv_freq` if a source of the same family has it: it is no weight, but the remote code registers
     it.
 """
 
@@ -45,7 +44,7 @@ from glm_rlhf.parallel.storage.weight_files import (
     read_slice,
 )
 
-_COMPANIONS = (
+_EXTRA_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -57,7 +56,7 @@ _COMPANIONS = (
     "LICENSE*",
     "MODEL_LICENSE*",
 )
-_COMPANIONS_WITHIN_FAMILY = ("configuration_*.py", "modeling_*.py", "quantization.py")
+_EXTRA_FILES_WITHIN_FAMILY = ("configuration_*.py", "modeling_*.py", "quantization.py")
 
 
 def export_tensors(
@@ -73,34 +72,34 @@ def export_tensors(
     source: str | Path | None = None,
     writers: Writers | None = None,
 ) -> None:
-    """Write a Hugging Face folder of the config's family; it appears under its name when it is whole.
+    """Write a Hugging Face folder of the config's family; it appears atomically when it is complete.
 
-    Every writer calls it, with the tensors of its own layers; nothing else may call. Memory holds the tensor
-    at hand and the one that is put together from it. The barrier of `writers` is passed three times.
+    Every writer calls it with the tensors of its own layers, and no other process. Memory holds the current
+    parameter and the tensor assembled from it. Each writer calls the barrier of `writers` three times.
 
     Args:
         target: the new folder; it must not exist, or be empty.
         config: the model.
-        tensors: (our name, one tensor a tensor-parallel rank, in order), each parameter once, in any order,
-            on any device. Of replicated parameters the first rank's copy counts; a warning names those that
-            differ. A tied head's copy on the last pipeline stage is left out.
-        tp_size: number of tensors that come with each name.
-        dtype: of the files; a mapping gives one by their name. The value head is float32.
-        role: what ends the model.
-        without: our names that are neither given nor written: a value head's bias that there never was.
-        max_shard_bytes: largest file, apart from single tensors that are larger.
-        source: folder whose tokenizer, settings and other config keys are carried over.
-        writers: how processes share the work; `None` is this one alone.
+        tensors: (name, one tensor per tensor-parallel rank, in order), each parameter once, in any order, on
+            any device. Of replicated parameters the first rank's copy is written; a warning names those that
+            differ. A tied head's copy on the last pipeline stage is skipped.
+        tp_size: number of tensors per parameter.
+        dtype: of the files; a mapping gives it per Hugging Face name. The value head is float32.
+        role: determines the head.
+        without: names that are neither passed nor written: the bias of a value head without one.
+        max_shard_bytes: largest file, except for single larger tensors.
+        source: folder whose tokenizer, settings and other config keys are copied.
+        writers: the processes that write; `None` for this one alone.
 
     Raises:
-        ModelFolderError: the target exists, the source is unusable, or the disk has too little room.
-        ValueError: a parameter is missing, unknown, given twice, of another shape, or does not fit the type.
+        ModelFolderError: the target exists, the source is unusable, or the disk has too little space.
+        ValueError: a parameter is missing, unknown, passed twice, of a wrong shape, or does not fit the type.
     """
     writers = writers or Writers()
     weights = weights_of(config, layers=range(config.num_layers), role=role)
     weights = [weight for weight in weights if weight.name not in without]
     plan = _plan(weights, config, dtype, writers)
-    extras = _tensors_besides_weights(source, config)
+    extras = _non_weight_tensors(source, config)
     last_writer = writers.of_layer(config.num_layers - 1, config.num_layers)
     for stored in extras:
         plan.append(
@@ -110,7 +109,7 @@ def export_tensors(
     own = [weight for weight in weights if writer_of(weight.name, config, writers) == writers.rank]
     with new_folder(Path(target), files, writers) as folder:
         if writers.rank == 0:
-            _copy_companions(source, folder, config)
+            _copy_extra_files(source, folder, config)
             write_config(config, folder, source, dtype=plan[0].dtype, has_value_head=role != "policy")
         output = TensorFiles(folder, [file for file in files if file.writer == writers.rank])
         for stored in extras if last_writer == writers.rank else ():
@@ -142,53 +141,55 @@ def _plan(
     return plan
 
 
-def writer_of(ours: str, config: GLMConfig, writers: Writers) -> int:
-    """Return which writer exports a parameter: its layer's; the embedding goes with the first layer, the
-    final norm and the head with the last."""
+def writer_of(name: str, config: GLMConfig, writers: Writers) -> int:
+    """Return the writer that exports a parameter: that of its layer.
+
+    The embedding belongs to the first layer, the final norm and the head to the last.
+    """
     layer = config.num_layers - 1
-    if ours.startswith("embedding."):
+    if name.startswith("embedding."):
         layer = 0
-    elif ours.startswith("decoder.layers."):
-        layer = int(ours.split(".")[2])
+    elif name.startswith("decoder.layers."):
+        layer = int(name.split(".")[2])
     return writers.of_layer(layer, config.num_layers)
 
 
-def _tensors_besides_weights(source: str | Path | None, config: GLMConfig) -> list[StoredTensor]:
+def _non_weight_tensors(source: str | Path | None, config: GLMConfig) -> list[StoredTensor]:
     if source is None or config.family != "chatglm" or read_config(source).family != "chatglm":
         return []
     stored = list_tensors(Path(source)).values() if has_weights(Path(source)) else ()
     return [item for item in stored if item.dtype and NOT_WEIGHTS["chatglm"].fullmatch(item.name)]
 
 
-def _copy_companions(source: str | Path | None, folder: Path, config: GLMConfig) -> None:
+def _copy_extra_files(source: str | Path | None, folder: Path, config: GLMConfig) -> None:
     if source is None:
         return
     origin = open_folder(source)
-    patterns = _COMPANIONS
+    patterns = _EXTRA_FILES
     if read_config(origin).family == config.family:
-        patterns += _COMPANIONS_WITHIN_FAMILY
+        patterns += _EXTRA_FILES_WITHIN_FAMILY
     for name in sorted({path.name for pattern in patterns for path in origin.glob(pattern)}):
         if not (origin / name).is_dir():
             shutil.copyfile(plain_file(origin, name), folder / name)
 
 
-def companion_files(
+def read_extra_files(
     source: str | Path, config: GLMConfig, *, dtype: torch.dtype, role: Role
 ) -> dict[str, bytes]:
-    """Return config, tokenizer and other files of a model folder beside its weights, by name.
+    """Return config, tokenizer and other files of a model folder except its weights, by name.
 
     Raises:
         ModelFolderError: the source is unusable.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _copy_companions(source, folder, config)
+        _copy_extra_files(source, folder, config)
         write_config(config, folder, source, dtype=dtype, has_value_head=role in SCALAR_ROLES)
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 class _Assembly:
-    """Their tensors, from the first of their pieces to the last."""
+    """Assembly of Hugging Face tensors from their pieces; each is written when complete."""
 
     def __init__(
         self, config: GLMConfig, weights: Sequence[Weight], tp_size: int, output: TensorFiles
@@ -206,7 +207,7 @@ class _Assembly:
                         self._open.setdefault(piece.name, set()).add(piece)
 
     def add(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Take one parameter of all ranks; write every tensor that it completes."""
+        """Add one parameter of all ranks; write every tensor that it completes."""
         if name not in self._expected:
             raise ValueError(f"{name} is not a parameter that this writer exports, or it was given before")
         if len(tensors) != self._tp_size:
@@ -218,12 +219,12 @@ class _Assembly:
             for piece, value in place_shard(shard, tensor.detach()):
                 self._put(piece, value, parameter=name, rank=rank)
                 touched.append(piece.name)
-        for theirs in dict.fromkeys(touched):
-            if not self._open[theirs]:
-                self._output.write(theirs, self._tensors.pop(theirs))
+        for hf_name in dict.fromkeys(touched):
+            if not self._open[hf_name]:
+                self._output.write(hf_name, self._tensors.pop(hf_name))
 
     def finish(self) -> None:
-        """Check that every parameter has come."""
+        """Check that every parameter was added."""
         if self._expected:
             names = ", ".join(list(self._expected)[:3])
             raise ValueError(f"{len(self._expected)} parameters were not given for the export, first {names}")
@@ -234,7 +235,7 @@ class _Assembly:
         is_replica = piece not in self._open[piece.name]
         is_whole = piece.length == entry.shape[piece.dim]
         if is_whole and not is_replica and value.dtype == dtype:
-            self._tensors[piece.name] = value.to("cpu").contiguous()  # no second copy of a whole tensor
+            self._tensors[piece.name] = value.to("cpu").contiguous()  # avoids a copy of a whole tensor
         else:
             if piece.name not in self._tensors:
                 self._tensors[piece.name] = torch.empty(entry.shape, dtype=dtype)

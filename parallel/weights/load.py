@@ -1,4 +1,4 @@
-"""A model from its folder, ready on this rank; and values for its weights, from the folder or at random."""
+"""Loading of a model from its folder, and initialisation of its weights from a folder or at random."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -28,24 +28,24 @@ def load_model(
     seed: int = 1234,
     recompute_layers: bool = False,
 ) -> tuple[list[GLMModel], tuple[str, ...]]:
-    """Return this rank's chunks of the model in a Hugging Face folder, weights in place.
+    """Return this rank's chunks of the model in a Hugging Face folder, with its weights.
 
-    Every rank of the topology calls this; a fault on one is raised on all.
+    Every rank of the topology calls this; an error on one is raised on all.
 
     Args:
         folder: Hugging Face folder.
         topology: layout and groups.
         role: which head the model ends in.
         dtype: of the weights; a scalar head is fp32.
-        seed: of a scalar head that the folder does not hold.
-        recompute_layers: keep only each layer's input for backward, and run the layer again there.
+        seed: of a scalar head that is missing in the folder.
+        recompute_layers: keep only each layer's input for backward, and recompute the layer there.
 
     Returns:
-        (chunks, our names of weights that were created at random because the folder has none; the same on
-        every rank).
+        (chunks, names of weights that were initialised at random because the folder has none; equal on all
+        ranks).
 
     Raises:
-        ValueError: not a model folder, damaged, or not to be split in this layout.
+        ValueError: not a model folder, damaged, or the layout cannot split the model.
     """
     with raise_on_all_ranks(f"reading {folder}"):
         config = read_config(folder)
@@ -59,16 +59,16 @@ def load_model(
 def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 1234) -> tuple[str, ...]:
     """Fill this rank's chunks from a Hugging Face folder, reading only their slices.
 
-    Every rank of the topology calls this; a fault on one is raised on all.
+    Every rank of the topology calls this; an error on one is raised on all.
 
     Args:
-        chunks: as `build_model` gives them.
-        folder: Hugging Face folder of the model's family, or a checkpoint of ours.
-        seed: of a scalar head that the folder does not hold; every rank draws the same.
+        chunks: result of `build_model`.
+        folder: Hugging Face folder of the model's family, or a training checkpoint.
+        seed: of a scalar head that is missing in the folder; every rank draws the same.
 
     Returns:
-        Our names of the weights that were created because the folder has none, on any stage: only of a
-        scalar head. A head without a bias, such as transformers' classes have, is not: its bias is zero.
+        Names of the weights that were initialised at random because the folder has none, on any stage: only a
+        scalar head can be missing. A head without a bias, as in transformers, is not reported: its bias is 0.
 
     Raises:
         ModelFolderError: the folder is damaged or of another model; a ValueError.
@@ -102,10 +102,10 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
 
 @torch.no_grad()
 def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
-    """Fill this rank's chunks at random, with values that depend on the seed but not on the layout.
+    """Initialise this rank's chunks at random, with values that depend on the seed but not on the layout.
 
-    Matrices are normal with the config's standard deviation, norms one, biases zero. Nothing is
-    communicated: each rank draws whole tensors, one at a time, and keeps its part.
+    Matrices are normal with the config's standard deviation, norms one, biases zero. No communication: each
+    rank draws whole tensors, one at a time, and keeps its part.
     """
     for chunk in chunks:
         glm, topology = chunk.glm, chunk.topology
@@ -122,14 +122,14 @@ def randomize_weights(chunks: Sequence[GLMModel], *, seed: int) -> None:
 
 
 def _on_any_stage(names: list[str], topology: Topology) -> tuple[str, ...]:
-    """Join lists of the stages of a pipeline: the last one has the head, the first one speaks to the user."""
+    """Return the names of all pipeline stages, on every stage: the last has the head, the first reports."""
     lists: list[list[str]] = [[] for _ in range(topology.layout.pp)]
     dist.all_gather_object(lists, names, group=topology.pp_group)
     return tuple(name for part in lists for name in part)
 
 
 def part_of(chunk: GLMModel) -> dict[str, Any]:
-    """Return which part of the whole model a chunk is, as the tables of names want it."""
+    """Return the part of the whole model that a chunk holds, as arguments of `weights_of`."""
     return {
         "layers": range(chunk.first_layer, chunk.first_layer + len(chunk.decoder.layers)),
         "has_embedding": chunk.pre_process,
@@ -141,7 +141,7 @@ def part_of(chunk: GLMModel) -> dict[str, Any]:
 def _drawing(
     shapes: dict[str, tuple[int, ...]], std: float, seed: int
 ) -> Callable[[HfSlice, torch.Tensor], None]:
-    """Return what fills a shard's pieces: each of their tensors has random numbers of its own."""
+    """Return a function that fills a piece at random, with a separate generator per Hugging Face tensor."""
 
     def draw(piece: HfSlice, out: torch.Tensor) -> None:
         shape = shapes[piece.name]
@@ -155,7 +155,7 @@ def _drawing(
 
 
 def _create_head(name: str, parameter: torch.Tensor, seed: int) -> None:
-    """Draw a scalar head so small that first scores are near zero: normal, standard deviation 1/(D + 1)."""
+    """Initialise a scalar head with small values, so that first scores are near 0: normal, std 1/(D + 1)."""
     if name.endswith("bias"):
         parameter.zero_()
         return

@@ -172,7 +172,7 @@ def test_the_kernels_choice_is_the_launchers(monkeypatch: pytest.MonkeyPatch, cu
     monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, "reference")
     path = _found()["Triton kernels"]
     assert (path.is_active, path.used_instead) == (False, "the fp32 torch reference")
-    assert path.reason == "GLM_RLHF_KERNELS=reference asks for the reference"
+    assert path.reason == "GLM_RLHF_KERNELS=reference selects the reference"
     monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, "fast")
     with pytest.raises(ValueError, match="unknown choice 'fast'"):
         probe()

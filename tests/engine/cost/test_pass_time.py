@@ -78,7 +78,7 @@ def seconds(choice: Choice, num_gpus: int, **changes) -> dict[str, float]:
 
 
 def test_a_layer_has_the_matrices_of_the_model():
-    whole = chunk_sizes(MODEL, Layout(), has_scalar_head=False, stage=0, chunk=0).num_plain
+    whole = chunk_sizes(MODEL, Layout(), has_scalar_head=False, stage=0, chunk=0).num_model_dtype
     vectors = MODEL.num_layers * (2 * 64 + (8 + 2 * 2) * 16) + 64
     matrices = MODEL.num_layers * layer_matrix_elements(MODEL, Layout())
     assert whole == matrices + 2 * 128 * 64 + vectors
@@ -112,7 +112,7 @@ def test_the_vocabulary_head_takes_three_products_where_it_learns():
 
 def test_an_optimizer_step_sums_gradients_and_gathers_weights():
     choice = Choice(layout=Layout(), micro_batch_tokens=256, recompute_layers=False)
-    count = chunk_sizes(MODEL, Layout(), has_scalar_head=False, stage=0, chunk=0).num_plain
+    count = chunk_sizes(MODEL, Layout(), has_scalar_head=False, stage=0, chunk=0).num_model_dtype
     step = optimizer_step(MODEL, cluster(4), choice, itemsize=2, has_scalar_head=False)
     assert step.communication_s == pytest.approx(6 * count * 3 / 4 / 1e6)
     assert optimizer_step(MODEL, cluster(1), choice, itemsize=2, has_scalar_head=False).communication_s == 0

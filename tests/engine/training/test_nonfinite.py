@@ -87,7 +87,7 @@ def test_no_model_with_a_nan_on_one_rank_makes_experience(ranks, folder):
     said, is_same = json.loads(answer)
     assert is_same
     words = {
-        "policy": "rows have no token that could be drawn",
+        "policy": "rows have no token that can be sampled",
         "reference": "the reference's logprobs of answers 0, 1, 2 and 13 more",
         "critic": "the critic's values of answers 0, 1, 2 and 13 more",
     }

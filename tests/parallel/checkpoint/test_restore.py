@@ -1,4 +1,4 @@
-"""Checkpoints across layouts: weights bit for bit, and training goes on as if it had never stopped."""
+"""Checkpoints across layouts: weights bit for bit, and training continues as without an interruption."""
 
 from dataclasses import replace
 
@@ -110,7 +110,7 @@ def weights_here(state):
 
 
 def saved_and_loaded(folder, case, source, target, later=None):
-    """On each rank: weights and further losses of a run, and of one that goes on from its checkpoint.
+    """On each rank: weights and further losses of a run, and of one that resumes from its checkpoint.
 
     The second is of the case `later`, the same if there is none.
     """
@@ -157,7 +157,7 @@ QUICK = (0, 3, 5, 7, 11, 16, 17, 24)
     [pair if i in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for i, pair in enumerate(PAIRS)],
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_another_layout_has_the_same_bits_and_goes_on(ranks, tmp_path, name, source, target):
+def test_another_layout_has_the_same_bits_and_resumes(ranks, tmp_path, name, source, target):
     case = CASES[name]
     answers = ranks.run(saved_and_loaded, tmp_path, case, source, target)
     (before, _), (loaded, copies) = (assemble([answer[i] for answer in answers]) for i in (0, 1))
@@ -176,7 +176,7 @@ def test_another_layout_has_the_same_bits_and_goes_on(ranks, tmp_path, name, sou
 @pytest.mark.parametrize(
     "name, axes", [*SAME[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in SAME[3:])], ids=str
 )
-def test_the_same_layout_goes_on_bit_for_bit(ranks, tmp_path, name, axes):
+def test_the_same_layout_resumes_bit_for_bit(ranks, tmp_path, name, axes):
     for _, _, losses, others, after, later in ranks.run(saved_and_loaded, tmp_path, CASES[name], axes, axes):
         assert others == losses
         for expected, found in zip(after, later, strict=True):
@@ -197,7 +197,7 @@ OPTIMIZERS = [
     [OPTIMIZERS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in OPTIMIZERS[1:])],
     ids=str,
 )
-def test_either_optimizer_goes_on_from_the_others_checkpoint(ranks, tmp_path, name, source, later, target):
+def test_either_optimizer_resumes_from_the_others_checkpoint(ranks, tmp_path, name, source, later, target):
     answers = ranks.run(saved_and_loaded, tmp_path, CASES[name], source, target, CASES[later])
     (before, _), (loaded, _) = (assemble([answer[i] for answer in answers]) for i in (0, 1))
     for weight, expected in before.items():
@@ -207,7 +207,7 @@ def test_either_optimizer_goes_on_from_the_others_checkpoint(ranks, tmp_path, na
         assert others == pytest.approx(losses, rel=1e-6)  # fp32, in another order
 
 
-def go_on_after_a_step_that_ended_half_way(folder):
+def resume_after_a_partial_step(folder):
     """Changes of two steps more, and what they clip by: of a run, and of one from its checkpoint."""
     case = CASES["clipped bf16"]
     with open_topology(Layout()) as topology:
@@ -229,8 +229,8 @@ def go_on_after_a_step_that_ended_half_way(folder):
         return found
 
 
-def test_moments_of_a_first_step_that_ended_half_way_are_kept(tmp_path):
-    (expected, squares), (found, others) = go_on_after_a_step_that_ended_half_way(tmp_path)
+def test_moments_of_a_partial_first_step_are_kept(tmp_path):
+    (expected, squares), (found, others) = resume_after_a_partial_step(tmp_path)
     assert others == squares
     assert sum(squares.values()) > CLIPPED.clip_grad**2
     for one, other in zip(expected, found, strict=True):
@@ -277,7 +277,7 @@ def load_another(folder, case):
 
 def test_another_model_is_refused(tmp_path):
     saved_and_loaded(tmp_path, CASES["policy"], {}, {})
-    with pytest.raises(ValueError, match="resume with the model that it was trained from"):
+    with pytest.raises(ValueError, match="resume with the model of the checkpoint"):
         load_another(tmp_path / "step_2", replace(CASES["policy"], changes={"rope_theta": 2e4}))
     with pytest.raises(ValueError, match="resume with the model"):
         load_another(tmp_path / "step_2", CASES["critic"])

@@ -1,4 +1,4 @@
-"""A save is whole or not there: kills at every moment, full disks, failing writers, and what is kept."""
+"""A save is complete or absent: kills at every moment, full disks, failing writers, and what is kept."""
 
 import json
 import os
@@ -43,11 +43,11 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
     assert len(moments) == NUM_KILLS
     renamed = calls.index("rename")
     loaded = {moment: newest(tmp_path / f"run_{moment}").manifest.step for moment in moments}
-    # The new one counts from its rename on; until then the old one does.
+    # The new one is valid from its rename on; until then the old one.
     assert loaded == {moment: 4 if moment > 2 * renamed else 2 for moment in moments}
     partial = tmp_path / f"run_{2 * renamed}"
     assert (partial / ".step_4.partial").exists()
-    save_steps(partial, {}, [4])  # the next run removes what the kill left
+    save_steps(partial, {}, [4])  # the next run removes leftovers of the kill
     assert sorted(path.name for path in partial.iterdir()) == [TRACKER, "step_2", "step_4"]
     assert (partial / TRACKER).read_text() == "step_4\n"
 
@@ -75,7 +75,7 @@ def test_an_asynchronous_save_has_the_bytes_of_a_synchronous_one(ranks, tmp_path
 
 
 def failing_save(folder, rank):
-    """One rank's disk fails; the others hear of it at the same step."""
+    """One rank's disk fails; the others raise at the same step."""
     said = []
     with tiny_run(folder, {"tp": 2}) as run:
         run.save(2)
@@ -98,11 +98,11 @@ def failing_save(folder, rank):
         finally:
             if run.topology.rank == rank:
                 save.write_all = original
-        run.save(6)  # the run may go on
+        run.save(6)  # the run may continue
     return said
 
 
-def test_a_failing_writer_is_told_at_the_next_step_on_all_ranks(ranks, tmp_path):
+def test_a_failing_writer_is_reported_at_the_next_step_on_all_ranks(ranks, tmp_path):
     answers = ranks.run(failing_save, tmp_path, 2)
     assert len({step for step, _ in answers}) == 1
     for rank, (_, said) in enumerate(answers):
@@ -129,12 +129,12 @@ def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
     folder = tiny_disk / "run"
     save_steps(folder, {}, [2])
     before = files_of(folder / "step_2")
-    padding = tiny_disk / "filler"
-    padding.write_bytes(bytes(2**20 - sum(map(len, before.values())) - 100_000))
+    blocker = tiny_disk / "blocker"
+    blocker.write_bytes(bytes(2**20 - sum(map(len, before.values())) - 100_000))
     with pytest.raises(ValueError, match=r"step 4 was not written: .*No space left on device"):
         save_steps(folder, {}, [4])
     assert sorted(path.name for path in folder.iterdir()) == [TRACKER, "step_2"]
-    padding.unlink()
+    blocker.unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     with pytest.raises(ValueError, match=r"step 4 was not written: .*Read-only file system"):
         save_steps(folder, {}, [4])
@@ -145,7 +145,7 @@ def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
     assert newest(folder).manifest.step == 4
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         save_steps(tmp_path / "file" / "run", {}, [1])

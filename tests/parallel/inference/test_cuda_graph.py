@@ -1,4 +1,4 @@
-"""Recorded decode steps: filled up, replayed on the weights of the moment, gone with the phase."""
+"""Recorded decode steps: padded, replayed on the current weights, freed with the phase."""
 
 import gc
 import weakref
@@ -29,7 +29,7 @@ MADE = []
 
 
 class StandIn:
-    """Records as a CUDA graph does: a replay takes no arguments and writes the output of the recording."""
+    """Records like a CUDA graph: a replay takes no arguments and overwrites the recording's output."""
 
     def __init__(self, work, _pool):
         self._work, self.output, self.num_replays = work, work(), 0
@@ -41,7 +41,7 @@ class StandIn:
 
 
 def alive():
-    """Recordings that somebody still holds."""
+    """Recordings that are still referenced."""
     return [recording for made in MADE if (recording := made()) is not None]
 
 
@@ -106,7 +106,7 @@ def test_a_recorded_step_draws_what_an_eager_one_draws(topology, case, lengths):
         limit = 1e-5 if case.dtype == torch.float32 else 0.05
         assert found[1] == pytest.approx(expected[1], abs=limit)
         assert found[2] == pytest.approx(expected[2], abs=limit)
-    # Rows that fill up the batch, in the recording and in each replay, wrote no key: all else is as it was.
+    # Padding rows, in the recording and in each replay, wrote no key: all else is unchanged.
     assert torch.allclose(cache._pools, eager_cache._pools, atol=1e-5 if limit == 1e-5 else 0.05)
     written = {(work.pages[-1], work.start % 4) for work in plan.decodes}
     same = (cache._pools == make_stage(chunks, record=None)[1]._pools).all(dim=(0, 1, 4, 5))
@@ -184,7 +184,7 @@ def recorded_and_eager(axes):
 
 
 class NoWaits(TorchDispatchMode):
-    """Fails on operations for which the host waits where the tensors are on a device."""
+    """Fails on operations for which the host would wait for a device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
@@ -210,16 +210,16 @@ def test_no_decode_step_waits_for_the_device(topology, sampling):
         )
         before = cache._pools.clone()
         with NoWaits():
-            drawn = stage._compute(0, batch, None)
+            samples = stage._compute(0, batch, None)
         assert not torch.equal(cache._pools, before)
     with torch.inference_mode():
         stage, _ = make_stage(chunks, record=None, sampling=sampling)
         expected = stage._compute(0, batch, None)
-        # The check itself bites: on a CPU the lengths are looked at.
+        # The check fails when it should: the CPU path reads the lengths.
         with pytest.raises(AssertionError, match="waits"), NoWaits():
             stage._compute(0, batch, None)
-    assert torch.equal(drawn[:, 0], expected[:, 0])
-    assert torch.allclose(drawn, expected, atol=1e-5)  # fp32, other order of sums
+    assert torch.equal(samples[:, 0], expected[:, 0])
+    assert torch.allclose(samples, expected, atol=1e-5)  # fp32, other order of sums
 
 
 def test_steps_that_do_not_fit_run_eagerly():
@@ -233,11 +233,11 @@ def test_steps_that_do_not_fit_run_eagerly():
         record=StandIn,
     )
     decodes = works((12, 3))
-    assert graphs.takes(StepPlan(copies=(), decodes=decodes, prefills=()))
-    assert not graphs.takes(StepPlan(copies=(), decodes=decodes, prefills=decodes[:1]))
-    assert not graphs.takes(StepPlan(copies=(), decodes=works((12, 13)), prefills=()))
-    assert not graphs.takes(StepPlan(copies=(), decodes=works((1,) * 513), prefills=()))
-    numbers = graphs.numbers(works((1,) * 400))
+    assert graphs.can_replay(StepPlan(copies=(), decodes=decodes, prefills=()))
+    assert not graphs.can_replay(StepPlan(copies=(), decodes=decodes, prefills=decodes[:1]))
+    assert not graphs.can_replay(StepPlan(copies=(), decodes=works((12, 13)), prefills=()))
+    assert not graphs.can_replay(StepPlan(copies=(), decodes=works((1,) * 513), prefills=()))
+    numbers = graphs.inputs(works((1,) * 400))
     assert [len(array) for array in numbers.arrays] == [512] * 7
     assert numbers.arrays[2][400:].tolist() == [-1] * 112
     assert not numbers.arrays[5][400:].any()

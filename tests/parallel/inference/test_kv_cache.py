@@ -1,4 +1,4 @@
-"""Pages of keys and values: as many as a budget holds, copied in every layer, gone with their owner."""
+"""Pages of keys and values: as many as fit a budget, copied in every layer, freed with their owner."""
 
 import gc
 import weakref
@@ -22,7 +22,7 @@ PAGE_BYTES = 2048
     [
         ({}, PAGE_BYTES),
         ({"tp": 2}, PAGE_BYTES // 2),
-        ({"tp": 4}, PAGE_BYTES // 2),  # one head a rank, each twice
+        ({"tp": 4}, PAGE_BYTES // 2),  # one head per rank, each on two ranks
         ({"pp": 4}, PAGE_BYTES // 4),
         ({"tp": 2, "pp": 2, "vpp": 2}, PAGE_BYTES // 4),
     ],

@@ -1,4 +1,4 @@
-"""Bare torch and the kernels do the same between a layer's matrix products."""
+"""Torch and kernel operations between a layer's matrix products agree."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ EPSILON = 1e-5
 
 
 def make_batch(lengths, num_padding_micro_batches):
-    """Decoding sequences on pages of their own, and rows that fill up."""
+    """Decoding sequences on separate pages, and padding rows."""
     width = max(-(-length // PAGE_SIZE) for length in lengths)
     numbers = PinnedInputs(decode_shapes(len(lengths) + num_padding_micro_batches, width))
     tokens, positions, slots, _, _, held, table = numbers.arrays
@@ -29,7 +29,7 @@ def make_batch(lengths, num_padding_micro_batches):
 
 
 def outputs(batch, dtype, implementation):
-    """What every operation gives, by name."""
+    """The result of every operation, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):

@@ -1,4 +1,4 @@
-"""The order in which groups take turns, and how a run ends."""
+"""The order in which groups run, and how a run ends."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from glm_rlhf.parallel.inference.pipelined_loop import TickCount, run_queue
 
 
 class Log:
-    """A stage and a queue in one, which write down what is asked of them."""
+    """A stage and a queue in one, which record their calls."""
 
     def __init__(self, *, num_groups, pp=1, num_chunks=1, steps=2, fails=None):
         self.topology = SimpleNamespace(layout=SimpleNamespace(pp=pp))
@@ -63,7 +63,7 @@ def test_groups_rotate_and_chunks_follow_each_other():
     assert ticks.idle_fraction == pytest.approx(1 / 3)
 
 
-def test_idle_turns_are_used_before_the_next_round():
+def test_idle_steps_are_used_before_the_next_round():
     log = Log(num_groups=2, pp=2, steps=2)
     log._left, log._total = [3, 1], 4
     list(run_queue(log, log, num_groups=2, when_idle=lambda: log.calls.append("idle turn")))
@@ -76,11 +76,11 @@ def test_idle_turns_are_used_before_the_next_round():
     ]
 
 
-def test_a_failure_takes_all_turns_to_their_end():
+def test_a_failure_completes_all_steps():
     log = Log(num_groups=3, pp=2, num_chunks=2, steps=5, fails="1.3")
     with pytest.raises(FloatingPointError, match=r"1\.3"):
         list(run_queue(log, log, num_groups=3))
-    # In the third round group 0 has begun a turn, group 1 fails, group 2 has its turn of the second.
+    # In the third round group 0 has begun a step, group 1 fails, group 2 has its step of the second round.
     assert log.calls[-4:] == ["chunk 1 of 0.2", "drawn 2.3", "drawn 0.2", "finish"]
 
 

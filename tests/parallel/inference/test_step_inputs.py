@@ -1,4 +1,4 @@
-"""A step's rows: where every token stands, where its key goes, what is drawn."""
+"""A step's rows: the position of every token, the slot of its key, the sampled rows."""
 
 from types import SimpleNamespace
 
@@ -109,7 +109,7 @@ def test_numbers_of_both_types_lie_end_to_end(sizes):
     for number, array in enumerate(numbers.arrays, 1):
         assert not array.any()
         array[:] = -number
-    # In other memory the views find the same numbers: one copy carries them all.
+    # In other memory the views have the same values: one copy moves all of them.
     for number, (view, (shape, dtype)) in enumerate(
         zip(numbers.views(numbers.words.clone()), shapes, strict=True), 1
     ):

@@ -22,7 +22,7 @@ from glm_rlhf.parallel.weights.load import load_weights
 
 LENGTHS = [(5, 1, 9), (17,), (3, 12, 2), (6, 7)]
 
-# Over four ranks; what a layout leaves of them is data parallel.
+# Over four ranks; the other ranks are data parallel.
 LAYOUTS = {
     "dp4": {},
     "tp2": {"tp": 2},

@@ -1,4 +1,4 @@
-"""Layers: run again in backward they give the same gradients, and without gradients they keep nothing."""
+"""Layers: recomputed in backward they give the same gradients, and without gradients they keep nothing."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Packing: streams, their filler, and the shares of context-parallel ranks."""
+"""Packing: streams, their padding, and the shards of context-parallel ranks."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def visible_keys(token_share):
 
 
 def test_a_stream_by_hand():
-    packed = pack(sequences_of([3, 0, 2]), multiple=4, filler_token=7)
+    packed = pack(sequences_of([3, 0, 2]), multiple=4, padding_token=7)
     assert packed.tokens_T.tolist() == [0, 1, 2, 200, 201, 7, 7, 7]
     assert packed.boundaries == [0, 3, 3, 5]
     assert packed.spans == [(0, 3), (3, 5), (5, 8)]

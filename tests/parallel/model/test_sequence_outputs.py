@@ -1,4 +1,4 @@
-"""Numbers of sequences, and their gradients, are the same however the rows are shared."""
+"""Per-sequence outputs and their gradients are the same for any split of the rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention over packed sequences equals softmax attention of each, and fast paths are asked for it."""
+"""Attention over packed sequences equals softmax attention per sequence, and fast paths get its arguments."""
 
 import inspect
 import sys
@@ -85,7 +85,7 @@ def test_bf16_on_a_cpu_keeps_its_type_and_rounds_once_or_twice():
 
 @pytest.fixture
 def fresh_choice(monkeypatch):
-    """What this process has found so far is forgotten, before and after."""
+    """Clears the cached implementation, before and after."""
     caches = [member for member in vars(varlen_attention).values() if hasattr(member, "cache_clear")]
     assert len(caches) == 4
     for cache in caches:
@@ -120,7 +120,7 @@ def calls_of_varlen(monkeypatch, function):
 
 
 def bottom_right_causal(query, key, value, cu_seq_q, cu_seq_k):
-    """What a variable-length kernel computes: the last query of each sequence sees its last key."""
+    """The definition of a variable-length kernel: the last query of each sequence sees its last key."""
     output = torch.zeros_like(query)
     for i in range(len(cu_seq_q) - 1):
         (a, b), (c, d) = cu_seq_q[i : i + 2].tolist(), cu_seq_k[i : i + 2].tolist()

@@ -1,4 +1,4 @@
-"""Shards of the vocabulary over 2 and 4 gloo ranks give what one rank with all of it gives."""
+"""Vocabulary shards on 2 and 4 gloo ranks give the results of one rank with the whole vocabulary."""
 
 import io
 from dataclasses import dataclass
@@ -74,14 +74,14 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
 
 def evaluate(case: Case, group: dist.ProcessGroup | None, rank: int, shards: int) -> dict[str, torch.Tensor]:
     """Run one case on one shard; `group=None, rank=0, shards=1` is the single-rank run."""
-    given = inputs(case)
+    tensors = inputs(case)
     if case.op == "linear":
-        hidden_TD = given["hidden_TD"].requires_grad_()
-        leaf = given["weight_VD"].chunk(shards, dim=0)[rank].clone().requires_grad_()
+        hidden_TD = tensors["hidden_TD"].requires_grad_()
+        leaf = tensors["weight_VD"].chunk(shards, dim=0)[rank].clone().requires_grad_()
         logprobs_T, entropy_T = vocab_parallel_logprob.linear_logprob(
             hidden_TD,
             leaf,
-            given["targets_T"],
+            tensors["targets_T"],
             group=group,
             temperature=case.temperature,
             vocab_size=case.vocab_size,
@@ -89,13 +89,13 @@ def evaluate(case: Case, group: dist.ProcessGroup | None, rank: int, shards: int
         )
     else:
         hidden_TD = None
-        leaf = given["logits_TV"].chunk(shards, dim=1)[rank].clone().requires_grad_()
+        leaf = tensors["logits_TV"].chunk(shards, dim=1)[rank].clone().requires_grad_()
         logprobs_T, entropy_T = vocab_parallel_logprob.logprobs_from_logits(
-            leaf, given["targets_T"], group=group, temperature=case.temperature, vocab_size=case.vocab_size
+            leaf, tensors["targets_T"], group=group, temperature=case.temperature, vocab_size=case.vocab_size
         )
     torch.autograd.backward(
         [logprobs_T, entropy_T],
-        [given["dlogprobs_T"].to(logprobs_T.dtype), given["dentropy_T"].to(entropy_T.dtype)],
+        [tensors["dlogprobs_T"].to(logprobs_T.dtype), tensors["dentropy_T"].to(entropy_T.dtype)],
     )
     result = {"logprobs_T": logprobs_T.detach(), "entropy_T": entropy_T.detach(), "shard": leaf.grad}
     if hidden_TD is not None:

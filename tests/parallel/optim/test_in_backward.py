@@ -1,4 +1,4 @@
-"""Optimizer in backward: the ordinary one's weights in every layout, and one bucket of gradient at a time."""
+"""Optimizer in backward: weights of the distributed optimizer in every layout, one gradient bucket alive."""
 
 import gc
 import math
@@ -51,7 +51,7 @@ CASES = [
 
 
 def run_both_ways(axes):
-    """Each case with the optimizer in backward, and with the ordinary one."""
+    """Each case with the optimizer in backward, and with the distributed one."""
     return run_cases(axes, CASES), run_cases(axes, [replace(case, in_backward=False) for case in CASES])
 
 
@@ -86,7 +86,7 @@ def test_bf16_weights_follow_fp32_masters(lengths):
 
 
 class LiveGradients:
-    """Bytes of all gradients that any parameter was given and that are still allocated."""
+    """Bytes of all parameter gradients that are still allocated."""
 
     def __init__(self, chunks) -> None:
         self.peak, self._storages = 0, {}
@@ -132,7 +132,7 @@ def test_at_most_one_bucket_of_gradient_is_alive(ranks, axes):
 
 
 def test_gradients_of_earlier_micro_batches_and_of_a_tied_head_wait(ranks):
-    """What the promise of one bucket excludes is as large as said, and gone after the step."""
+    """The exceptions to one bucket of gradients have the documented size, and are freed after the step."""
     for peak, after, _, whole in ranks.run(live_bytes, {"tp": 2}, LENGTHS, True, {}):
         assert whole <= peak <= 1.5 * whole  # the sums of all, and a bucket's arrivals
         assert after == 0
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(ranks):
         assert good[1] == good[2]
 
 
-def test_a_state_lets_go_of_its_model_and_the_model_of_it():
+def test_a_state_and_its_model_do_not_keep_each_other_alive():
     def train() -> weakref.ref:
         with open_topology(Layout()) as topology:
             case = Case()
@@ -240,7 +240,7 @@ def test_a_state_lets_go_of_its_model_and_the_model_of_it():
             return weakref.ref(chunks[0])
 
     gc.collect()
-    gc.disable()  # at once, not when a collector comes by
+    gc.disable()  # at once, not when the garbage collector runs
     try:
         assert train()() is None
     finally:
@@ -269,7 +269,7 @@ def test_whoever_reads_the_weights_is_waited_for_before_they_change():
 def test_what_cannot_be_combined_is_refused():
     with open_topology(Layout()) as topology:
         chunks = make_chunks(Case(), topology)
-        with pytest.raises(ValueError, match=r"overlap_communication has to be off"):
+        with pytest.raises(ValueError, match=r"set overlap_communication to false"):
             training_state(chunks, SETTINGS, topology=topology, overlap_communication=True, in_backward=True)
         chunks = make_chunks(Case(dtype=torch.float16), topology)
         with pytest.raises(ValueError, match=r"float16 cannot be trained"):

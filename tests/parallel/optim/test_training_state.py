@@ -63,7 +63,7 @@ STEPS = {"settings": SMALL_STEPS, "num_steps": 2}
 OVERLAPPED = [
     Case(overlaps=True, **STEPS),
     Case(overlaps=True, role="critic", **STEPS),
-    # Three micro-batches on two interleaved stages: one more is a filler without a head.
+    # Three micro-batches on two interleaved stages: one more is padding without a head.
     Case(overlaps=True, lengths=LENGTHS[:3], changes={"has_tied_head": True}, **STEPS),
 ]
 
@@ -212,7 +212,7 @@ def test_frozen_weights_stay_and_the_others_learn_as_on_one_rank(ranks, axes):
                 assert (steps - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max(), name
     learned = {name for name, steps in assemble([alone[0]["pieces"]])[0].items() if steps.any()}
     assert learned == {"score.weight", "score.bias"}
-    # Layers that run again in backward learn although nothing before them does.
+    # Recomputed layers learn although nothing before them does.
     whole, _ = assemble([rank[2]["pieces"] for rank in found])
     assert not whole["model.embed_tokens.weight"].any()
     assert whole["model.layers.0.mlp.down_proj.weight"].any()
@@ -239,8 +239,8 @@ def test_float16_is_not_trained():
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_training_state_lets_go_of_its_model(overlaps):
-    """Else weights, gradients and process groups of every run would stay until the process ends."""
+def test_a_training_state_does_not_keep_its_model_alive(overlaps):
+    """Otherwise weights, gradients and process groups of every run stay until the process ends."""
 
     def train() -> weakref.ref:
         with open_topology(Layout()) as topology:
@@ -257,7 +257,7 @@ def test_a_training_state_lets_go_of_its_model(overlaps):
             return weakref.ref(chunks[0])
 
     gc.collect()
-    gc.disable()  # at once, not when a collector comes by
+    gc.disable()  # at once, not when the garbage collector runs
     try:
         assert train()() is None
     finally:

@@ -1,4 +1,4 @@
-"""Models in one schedule: the gradients and weights of a schedule each, in every layout; and one bubble."""
+"""Several models in one schedule: gradients and weights equal separate schedules in every layout."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def train(pair: tuple[Case, ...], topology, *, together: bool, num_steps: int = 
     states = [training_state(c, SETTINGS, topology=topology, **way) for c in models]
     own = [make_batches(case, topology)[topology.dp_rank :: topology.dp] for case in pair]
     owners = [(case, batch) for case, batches in zip(pair, own, strict=True) for batch in batches]
-    told = []
+    numbers = []
     for _ in range(num_steps):
         for state in states:
             state.zero_grad()
@@ -75,14 +75,14 @@ def train(pair: tuple[Case, ...], topology, *, together: bool, num_steps: int = 
                 )
                 results.append(state.step())
         assert all(result.is_applied for result in results)
-        told += [*(float(loss) for loss in losses), *(result.grad_norm for result in results)]
+        numbers += [*(float(loss) for loss in losses), *(result.grad_norm for result in results)]
     for state in states:
         state.gather_weights()
-    return told, [p.detach().clone() for chunks in models for chunk in chunks for p in chunk.parameters()]
+    return numbers, [p.detach().clone() for chunks in models for chunk in chunks for p in chunk.parameters()]
 
 
 def distances(axes) -> dict[str, tuple[float, float, float]]:
-    """By pair: of weights, of what is told, and how far the weights moved."""
+    """By pair: distance of weights, of reported numbers, and how far the weights moved."""
     found = {}
     with open_topology(Layout(**axes)) as topology:
         for name, way in WAYS:
@@ -93,11 +93,11 @@ def distances(axes) -> dict[str, tuple[float, float, float]]:
                 for c in make_chunks(case, topology)
                 for p in c.parameters()
             ]
-            told, weights = train(pair, topology, together=True, **way)
+            numbers, weights = train(pair, topology, together=True, **way)
             wanted, expected = train(pair, topology, together=False, **way)
             found[name] = (
                 max(float((a - b).abs().max()) for a, b in zip(weights, expected, strict=True)),
-                max((abs(a - b) for a, b in zip(told, wanted, strict=True)), default=0.0),
+                max((abs(a - b) for a, b in zip(numbers, wanted, strict=True)), default=0.0),
                 max(float((a - b).abs().max()) for a, b in zip(weights, starts, strict=True)),
             )
     return found
@@ -107,9 +107,9 @@ def distances(axes) -> dict[str, tuple[float, float, float]]:
 def test_weights_losses_and_norms_are_those_of_a_schedule_each(ranks, axes):
     for answer in ranks.run(distances, axes):
         assert answer.keys() == PAIRS.keys()
-        for case, (of_weights, of_told, moved) in answer.items():
+        for case, (of_weights, of_numbers, moved) in answer.items():
             assert of_weights <= 1e-6, (case, of_weights)
-            assert of_told <= 1e-6, (case, of_told)
+            assert of_numbers <= 1e-6, (case, of_numbers)
             assert moved > 1e-3, case
 
 
@@ -122,28 +122,28 @@ def test_models_of_different_types_are_refused():
             )
 
 
-def turns(counts, layout, *, is_final):
+def scheduled(counts, layout, *, is_final):
     with world_of_one_rank(0, layout.pp), open_topology(layout) as topology:
         shares = [[share(pack([torch.zeros(n + 2).long()])) for n in range(count)] for count in counts]
         padding = share(pack([torch.zeros(1).long()]))
         found = scheduled_micro_batches(shares, padding, topology.layout, is_final=is_final)
-    for turn in found:
-        assert (turn.share is padding) == (turn.index is None)
-    return [(turn.model, turn.index, turn.is_last) for turn in found]
+    for item in found:
+        assert (item.share is padding) == (item.index is None)
+    return [(item.model, item.index, item.is_last) for item in found]
 
 
-def test_turns_follow_each_other_with_fillers_first():
-    assert turns((2, 1), Layout(pp=2), is_final=False) == [(0, 0, False), (0, 1, True), (1, 2, True)]
+def test_models_follow_each_other_with_padding_first():
+    assert scheduled((2, 1), Layout(pp=2), is_final=False) == [(0, 0, False), (0, 1, True), (1, 2, True)]
     interleaved = Layout(pp=2, vpp=2)
-    assert turns((2, 1), interleaved, is_final=False) == [
+    assert scheduled((2, 1), interleaved, is_final=False) == [
         (0, None, False),
         (0, 0, False),
         (0, 1, True),
         (1, 2, True),
     ]
-    assert turns((0, 2), interleaved, is_final=False) == [(1, 0, False), (1, 1, True)]
-    # Who communicates in backward has whole groups of each model, and a turn of each.
-    assert turns((0, 3), interleaved, is_final=True) == [
+    assert scheduled((0, 2), interleaved, is_final=False) == [(1, 0, False), (1, 1, True)]
+    # With communication in backward: whole groups per model, and at least one micro-batch of each.
+    assert scheduled((0, 3), interleaved, is_final=True) == [
         (0, None, False),
         (0, None, True),
         (1, None, False),

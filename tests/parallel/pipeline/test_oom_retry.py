@@ -1,4 +1,4 @@
-"""Where memory runs out, the same gradient and the same scores come of smaller micro-batches."""
+"""After an out-of-memory error, smaller micro-batches give the same gradient and the same scores."""
 
 import contextlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 CASE = Case(lengths=((5, 1, 9), (8, 9), (3, 12, 2), (6, 7)))
-ROOM = 12  # tokens: every micro-batch has to be cut, no sequence has
+ROOM = 12  # tokens: every micro-batch must be split, no sequence exceeds it
 LAYOUTS = (
     {"pp": 2, "vpp": 2},
     {"tp": 2, "pp": 2, "sequence_parallel": True},
@@ -35,7 +35,7 @@ class Part:
 
 
 def gradient(state, topology) -> tuple[torch.Tensor, int]:
-    """This rank's shard of the gradient of one step, and how many micro-batches it took in the end."""
+    """This rank's shard of the gradient of one step, and the final number of micro-batches."""
     mine = [Part(packed) for packed in make_batches(CASE, topology)][topology.dp_rank :: topology.dp]
 
     def begin(parts):
@@ -57,7 +57,7 @@ def gradient(state, topology) -> tuple[torch.Tensor, int]:
 
 
 def run_out(axes):
-    """With little memory in one place, forward and backward: distance of the gradient, and what was met."""
+    """With little memory on one stage, in forward and backward: distance of the gradient."""
     results = []
     with open_topology(Layout(**axes)) as topology:
         # One stage of one copy of the model; its tensor-parallel ranks together.
@@ -69,10 +69,10 @@ def run_out(axes):
             with memory if has_little else contextlib.nullcontext([]) as met:
                 found, num_after = gradient(state, topology)
                 num_met = len(met)
-                again, _ = gradient(state, topology)  # by what the model remembers
+                again, _ = gradient(state, topology)  # with the limit that the model keeps
             assert num_after > num_before
             assert (num_met > 0) == has_little
-            assert len(met) == num_met  # the first time taught the model what fits
+            assert len(met) == num_met  # the model has kept the limit
             results += [float((one - wanted).norm() / wanted.norm()) for one in (found, again)]
     return results
 
@@ -85,7 +85,7 @@ def test_the_gradient_is_that_of_the_whole_micro_batches(ranks, axes):
 
 
 def scores(axes):
-    """Logprobs, entropies and values with room for all, and where one stage has little memory."""
+    """Logprobs, entropies and values with enough memory, and with little memory on one stage."""
     with open_topology(Layout(**axes)) as topology:
         policy = make_chunks(CASE, topology)
         critic = make_chunks(Case(role="critic", lengths=CASE.lengths), topology)
@@ -103,11 +103,11 @@ def scores(axes):
                 for chunks in (policy, critic):
                     stack.enter_context(little_memory(chunks[0], ROOM))
             found = score()
-        num_filler = [batch.num_padding for batch in batches] * 2
-        assert any(num_filler) == (topology.layout.token_multiple > 1)
+        num_padding = [batch.num_padding for batch in batches] * 2
+        assert any(num_padding) == (topology.layout.token_multiple > 1)
         return max(
             float((a - b)[..., : a.shape[-1] - n].abs().max())
-            for a, b, n in zip(found, expected, num_filler, strict=True)
+            for a, b, n in zip(found, expected, num_padding, strict=True)
         )
 
 
@@ -117,7 +117,7 @@ def test_scores_are_those_of_the_whole_micro_batches(ranks):
 
 
 def refusal(axes):
-    """What is said where one rank has no room for the sequences that it meets."""
+    """The message if a sequence does not fit in one rank's memory."""
     with open_topology(Layout(**axes)) as topology:
         state = TrainingState(make_chunks(CASE, topology), READS_GRADIENT, topology=topology)
         with little_memory(state.bare_chunks[0], 4) if topology.rank == 1 else contextlib.nullcontext():

@@ -10,7 +10,7 @@ from glm_rlhf.parallel.pipeline.schedule import collect_rows, run_micro_batches
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
-# Lengths of nine micro-batches, none like another; the last sequence of some is one token.
+# Lengths of nine different micro-batches; the last sequence of some has one token.
 UNEQUAL = tuple((3 * n % 7 + 2, n + 1, 1) if n % 2 else (2 * n + 1,) for n in range(1, 10))
 EIGHT_LAYERS = {"num_layers": 8}
 
@@ -28,8 +28,8 @@ def test_unequal_micro_batches_equal_one_rank(ranks, axes, num_micro_batches):
     assert_equal([rank[0] for rank in found], expected)
 
 
-def test_streams_of_one_token_and_shares_of_filler_alone_equal_one_rank(ranks):
-    # With 16 chunks of a stream, most shares of these hold nothing but filler.
+def test_streams_of_one_token_and_shards_of_padding_alone_equal_one_rank(ranks):
+    # With 16 chunks per stream, most shards of these hold only padding.
     case = Case(lengths=((1, 2), (3,), (1, 1, 1, 2)))
     (expected,) = run_cases({}, [case])
     for axes in ({"cp": 4}, {"tp": 2, "cp": 2, "sequence_parallel": True}):
@@ -64,7 +64,7 @@ def test_outputs_come_in_order_on_the_last_stage_and_stay_what_they_are(ranks):
     _, expected, _, _ = outputs_of({})
     for axes in ({"pp": 2}, {"pp": 4}, {"pp": 2, "vpp": 2}):
         for is_last, losses, seen, none in ranks.run(outputs_of, axes):
-            # The schedule frees a loss after its backward; the output is still the number it was.
+            # The schedule frees a loss after its backward; the output is unchanged.
             assert losses == (pytest.approx(expected, rel=1e-6) if is_last else [])
             wanted = [(0, 15, False), (1, 17, False), (2, 17, False), (3, 13, False)]
             assert seen == (wanted if is_last else [])

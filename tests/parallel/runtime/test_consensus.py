@@ -1,4 +1,4 @@
-"""Agreement: what one rank finds ends all of them at the same place, and they go on together."""
+"""An exception on one rank is raised on all ranks at the same place, and all can continue together."""
 
 import pytest
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from glm_rlhf.parallel.runtime.consensus import failure_barriers, raise_on_all_r
 
 
 class Unforeseen(Exception):
-    """Neither the user's nor the machine's."""
+    """An error that is neither a ValueError nor an OSError."""
 
 
 def raised(action) -> tuple[str, str] | None:
@@ -19,7 +19,7 @@ def raised(action) -> tuple[str, str] | None:
 
 
 def faults_on(failing, error):
-    """What each rank meets when `error` is raised on the ranks `failing`; and all still communicate."""
+    """The exception on each rank when `error` is raised on the ranks `failing`; all can still communicate."""
 
     def work():
         with raise_on_all_ranks("reading"):
@@ -41,22 +41,22 @@ def faults_on(failing, error):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_fault_on_one_rank_is_raised_on_all(ranks, error, elsewhere, words):
+def test_an_exception_on_one_rank_is_raised_on_all(ranks, error, elsewhere, words):
     answers = ranks.run(faults_on, [2], error)
     assert answers[2] == (type(error).__name__, str(error))
     assert [answers[rank] for rank in (0, 1, 3)] == [(elsewhere, f"reading failed on rank 2: {words}")] * 3
 
 
-def test_several_faults_are_each_ones_own_and_the_first_for_the_rest(ranks):
+def test_failing_ranks_raise_their_own_exception_and_the_others_the_first(ranks):
     answers = ranks.run(faults_on, [1, 3], ValueError("mine"))
     assert answers == [("ValueError", said) for said in ("reading failed on rank 1: mine", "mine")] * 2
 
 
-def test_nothing_happens_where_nothing_is_wrong(ranks):
+def test_nothing_is_raised_without_an_exception(ranks):
     assert ranks.run(faults_on, [], ValueError("never")) == [None] * 4
 
 
-def test_alone_an_exception_is_as_it_is():
+def test_without_a_process_group_an_exception_is_unchanged():
     with pytest.raises(ValueError, match=r"^only here$"), raise_on_all_ranks("reading"):
         raise ValueError("only here")
     assert meet_alone() == ("Unforeseen", "")
@@ -72,7 +72,7 @@ def meet_alone():
 
 
 def meet(num_barriers, failing, after):
-    """Steps that each rank gets through when some fail after their `after`-th barrier, and what they meet."""
+    """Steps of each rank before some fail after their `after`-th barrier, and the exceptions raised."""
     passed = []
 
     def work():
@@ -97,5 +97,5 @@ def test_a_rank_that_fails_between_barriers_stops_all_at_the_next(ranks, after):
     assert [answers[rank] for rank in (0, 2, 3)] == [(after, ("ValueError", said))] * 3
 
 
-def test_meetings_without_a_fault_let_everyone_through(ranks):
+def test_barriers_without_an_exception_let_all_ranks_pass(ranks):
     assert ranks.run(meet, 3, [], 0) == [(3, None)] * 4

@@ -1,4 +1,4 @@
-"""A second layout has groups of its own, and leaves the first one's alone."""
+"""A generation layout has separate groups, and does not change those of training."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def ranks_of(topology):
 
 
 def enter(first_axes, second_axes):
-    """On each rank: groups of the first and of the second topology, and what is left of them."""
+    """On each rank: groups of the training and the generation topology, and those left afterwards."""
     with open_topology(Layout(**first_axes)) as first:
         before, num_groups = ranks_of(first), len(dist.distributed_c10d._world.pg_map)
         with generation_topology(Layout(**second_axes), first) as second:

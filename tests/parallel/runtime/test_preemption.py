@@ -1,4 +1,4 @@
-"""A signal to one rank is a wish that all ranks see at the same place, and only while it is heeded."""
+"""A signal to one rank is a preemption request that all ranks see at the same step, while handled."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from glm_rlhf.parallel.runtime.preemption import (
 )
 
 
-def wishes_seen(number: int) -> list[bool]:
+def requests_seen(number: int) -> list[bool]:
     world = (None, torch.device("cpu"))
     seen, before = [preemption_requested(world)], signal.getsignal(number)
     with handle_preemption_signals():
@@ -30,12 +30,12 @@ def wishes_seen(number: int) -> list[bool]:
     return seen
 
 
-def test_all_ranks_see_the_wish_of_one_while_it_is_heeded(ranks):
+def test_all_ranks_see_a_request_to_one_while_signals_are_handled(ranks):
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        assert ranks.run(wishes_seen, number) == [[False, False, False, True, False]] * 4
+        assert ranks.run(requests_seen, number) == [[False, False, False, True, False]] * 4
 
 
-def test_a_rank_that_failed_outlives_one_signal_until_it_has_said_so():
+def test_a_failed_rank_survives_one_signal_until_it_has_reported():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="lost"), handle_preemption_signals():
         raise RuntimeError("a peer is lost")
@@ -45,7 +45,7 @@ def test_a_rank_that_failed_outlives_one_signal_until_it_has_said_so():
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_handlers_do_not_pile_up_over_blocks_that_raise():
+def test_handlers_do_not_accumulate_over_blocks_that_raise():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     for _ in range(3):
         with pytest.raises(RuntimeError), handle_preemption_signals():

@@ -1,4 +1,4 @@
-"""Spans and waits: told while there is a recorder, and not otherwise."""
+"""Spans and waits are recorded while there is a recorder."""
 
 import time
 
@@ -9,19 +9,19 @@ import torch.distributed as dist
 from glm_rlhf.parallel.runtime.spans import WAIT, open_spans, phase_of, recording, span
 
 
-def test_spans_are_told_in_the_order_in_which_they_end():
-    told = []
-    with recording(lambda *event: told.append(event)):
+def test_spans_are_recorded_in_the_order_in_which_they_end():
+    recorded = []
+    with recording(lambda *event: recorded.append(event)):
         with span("outer"):
             with span("inner"):
                 time.sleep(0.01)
-    (inner, inner_start, inner_end), (outer, outer_start, outer_end) = told
+    (inner, inner_start, inner_end), (outer, outer_start, outer_end) = recorded
     assert (inner, outer) == ("inner", "outer")
     assert outer_start <= inner_start < inner_end <= outer_end
     assert inner_end - inner_start >= 0.01
     with span("after"):
         pass
-    assert len(told) == 2
+    assert len(recorded) == 2
 
 
 def test_one_recorder_at_a_time_and_none_is_left_behind():
@@ -57,12 +57,12 @@ def wait_for_a_late_rank() -> dict[str, list[float]]:
     waited = {}
     for name, communicate in kinds.items():
         dist.barrier()
-        told = []
-        with recording(lambda *event, told=told: told.append(event)):
+        recorded = []
+        with recording(lambda *event, recorded=recorded: recorded.append(event)):
             if rank == 0:
                 time.sleep(0.4)
             communicate()
-        waited[name] = [end - start for what, start, end in told if what == WAIT]
+        waited[name] = [end - start for what, start, end in recorded if what == WAIT]
     return waited
 
 

@@ -1,4 +1,4 @@
-"""Topologies: groups for every layout, in a world that exists or one of their own, and gone afterwards."""
+"""Topologies: groups for every layout, in an existing or a new world, and destroyed afterwards."""
 
 import subprocess
 import sys
@@ -82,7 +82,7 @@ def test_every_layout_in_turn_inside_one_world(ranks):
 
 
 def fail_inside_and_outside():
-    """What is said of topologies that cannot be, each followed by one that can."""
+    """Messages for impossible topologies, each followed by a valid one."""
     said = []
 
     def attempt(*layouts, error=None):
@@ -96,7 +96,7 @@ def fail_inside_and_outside():
             said.append(f"{type(found).__name__}: {found}")
 
     attempt(Layout(tp=3))
-    attempt(Layout(tp=2), Layout(pp=2))  # the outer one goes on
+    attempt(Layout(tp=2), Layout(pp=2))  # the outer one continues
     attempt(Layout(cp=4), error=KeyError("of the block"))
     assert not parallel_state.model_parallel_is_initialized()
     groups_in_turn([{"tp": 4}])
@@ -112,7 +112,7 @@ def test_a_topology_that_cannot_be_says_why_and_leaves_nothing_behind(ranks):
 
 
 def wait_for_a_rank_that_does_not_come(timeout_s):
-    """Seconds until a collective of the topology's groups gives up."""
+    """Seconds until a collective of the topology's groups fails."""
     import time
 
     with open_topology(Layout(tp=4), timeout_s=timeout_s) as topology:
@@ -126,10 +126,10 @@ def wait_for_a_rank_that_does_not_come(timeout_s):
         return waited
 
 
-def test_a_rank_that_never_comes_is_given_up_after_the_timeout(ranks):
+def test_a_missing_rank_fails_a_collective_after_the_timeout(ranks):
     *waited, absent = ranks.run(wait_for_a_rank_that_does_not_come, 2.0)
     assert absent is None
-    # One rank waits its two seconds, the others until it hangs up on them; a loaded machine adds some.
+    # One rank waits for its two seconds, the others until it closes; a loaded machine adds some time.
     assert all(seconds is not None and seconds < 30 for seconds in waited), waited
     assert max(waited) >= 1.5
 
@@ -203,7 +203,7 @@ def names_of(store, count: int) -> list[str]:
 
 def test_ranks_that_are_started_again_meet_under_a_name_of_their_own():
     store = dist.HashStore()
-    store.set("word/2", "of a rank that ended before it had an answer")
+    store.set("key/2", "of a rank that ended before it had an answer")
     found = [names_of(store, 3), names_of(store, 3), names_of(store, 1), names_of(store, 2)]
     assert [len(set(names)) for names in found] == [1] * 4
     assert len({names[0] for names in found}) == 4

@@ -1,4 +1,4 @@
-"""Layouts: sizes that fit, and one sentence with the numbers for those that do not."""
+"""Layouts: valid sizes, and one sentence with the numbers for invalid ones."""
 
 from dataclasses import replace
 

@@ -14,21 +14,21 @@ from glm_rlhf.parallel.spec.pipeline_order import Pass, num_in_flight, num_paddi
 
 
 def recorded(layout: Layout, stage: int, num_micro_batches: int, *, forward_only: bool) -> list[Pass]:
-    """Passes of a real stage: micro-batches are told apart by how long their streams are."""
+    """Passes of a real stage: micro-batches are distinguished by the lengths of their streams."""
     found: list[Pass] = []
-    fillers = num_padding_micro_batches(layout, num_micro_batches)
+    num_padding = num_padding_micro_batches(layout, num_micro_batches)
     with world_of_one_rank(stage, layout.pp), open_topology(layout) as topology:
         chunks = make_chunks(Case(), topology)
         state = TrainingState(chunks, AdamSettings(lr=0.0), topology=topology)
         batches = [pack([torch.zeros(index + 2, dtype=torch.int64)]) for index in range(num_micro_batches)]
-        seen_fillers = [0] * len(chunks)
+        seen_padding = [0] * len(chunks)
 
         def watch(number):
             def note(_module, arguments, output):
                 length = arguments[0].packed.num_tokens
-                index = fillers + length - 2
+                index = num_padding + length - 2
                 if length == 1:
-                    index, seen_fillers[number] = seen_fillers[number], seen_fillers[number] + 1
+                    index, seen_padding[number] = seen_padding[number], seen_padding[number] + 1
                 found.append(Pass("forward", index, number))
                 if output.requires_grad:
                     output.register_hook(lambda _: found.append(Pass("backward", index, number)))
@@ -69,7 +69,7 @@ def test_the_order_without_gradients():
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=4), Layout(pp=2, vpp=2), Layout(pp=4, vpp=3)])
 @pytest.mark.parametrize("count", [0, 1, 3, 12])
-def test_every_pass_is_run_once_and_waits_no_longer_than_told(layout, count):
+def test_every_pass_runs_once_and_waits_no_longer_than_stated(layout, count):
     total = count + num_padding_micro_batches(layout, count)
     for stage in range(layout.pp):
         order = stage_order(layout, count, stage=stage)

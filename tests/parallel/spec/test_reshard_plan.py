@@ -1,4 +1,4 @@
-"""A plan between two layouts: every number arrives once, from a rank that has it, through small buffers."""
+"""A reshard plan: every element arrives once, from a rank that holds it, through small buffers."""
 
 from collections import Counter
 from dataclasses import replace
@@ -36,7 +36,7 @@ PAIRS = [
 
 
 def parameters_of(config, layout, world_size, wholes):
-    """Of each rank: its parameters by our name, cut out of the whole tensors one by one."""
+    """Per rank: its parameters by name, sliced from the whole tensors one by one."""
     by_rank = []
     for rank in range(world_size):
         stage, tp_rank = rank // (world_size // layout.pp), rank % layout.tp
@@ -63,7 +63,7 @@ def parameters_of(config, layout, world_size, wholes):
 
 
 def whole_tensors(config):
-    """Every tensor of the model, no number twice."""
+    """Every tensor of the model, all elements distinct."""
     wholes, first = {}, 0
     for weight in weights_of(config, layers=range(config.num_layers)):
         for name, shape in names_within(weight, config).items():
@@ -141,7 +141,7 @@ def test_stages_move_at_the_same_time():
 
 
 def test_a_buffer_below_one_row_is_refused():
-    with pytest.raises(ValueError, match=r"buffer holds 31 numbers, one row or column of .* has"):
+    with pytest.raises(ValueError, match=r"buffer holds 31 elements, one row or column of .* has"):
         plan_reshard(CONFIG, Layout(tp=2), Layout(), world_size=2, buffer_elements=31)
 
 

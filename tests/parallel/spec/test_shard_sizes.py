@@ -1,4 +1,4 @@
-"""Sizes by arithmetic are those of the model that is built, in every layout, on every stage."""
+"""Computed sizes equal those of the built model in every layout, on every stage."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def test_sizes_are_those_of_the_model_that_is_built(config, axes, role):
                     stage=topology.pp_rank,
                     chunk=index,
                 )
-                for dtype, sizes in ((torch.bfloat16, found.plain), (torch.float32, found.fp32)):
+                for dtype, sizes in ((torch.bfloat16, found.model_dtype), (torch.float32, found.fp32)):
                     built = sorted(p.numel() for p in chunk.parameters() if p.dtype is dtype)
                     assert sorted(sizes) == built, (rank, index, dtype)
 

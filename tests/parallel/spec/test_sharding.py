@@ -1,4 +1,4 @@
-"""Tensor-parallel shards cut every weight where the layers expect it."""
+"""Tensor-parallel shards split every weight as the layers expect."""
 
 from dataclasses import replace
 
@@ -138,5 +138,7 @@ def test_an_impossible_split_names_the_numbers():
 def test_a_shard_of_another_shape_is_refused():
     config = preset("tiny-glm")
     (shard,) = shards_of(weight_of(config, "linear_fc2.weight"), config, tp_rank=0, tp_size=2)
-    with pytest.raises(ValueError, match=r"linear_fc2.weight has the shape \[64, 96\] where \[64, 48\]"):
+    with pytest.raises(
+        ValueError, match=r"linear_fc2.weight has the shape \[64, 96\], required is \[64, 48\]"
+    ):
         place_shard(shard, torch.zeros(64, 96))

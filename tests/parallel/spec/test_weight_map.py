@@ -1,4 +1,4 @@
-"""The table of names is that of the published folders, and picks what each pipeline stage holds."""
+"""The table of names matches the published folders, and selects the weights of each pipeline stage."""
 
 import json
 import re

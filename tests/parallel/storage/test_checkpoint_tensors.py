@@ -1,4 +1,4 @@
-"""Damaged and malicious checkpoints: refused with a reason, never run, and the one before is taken."""
+"""Damaged and malicious checkpoints: refused with a reason, never executed, the previous one used."""
 
 import copy
 import hashlib
@@ -225,13 +225,13 @@ def damaged_copy(saved: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_refused_with_a_reason_and_the_step_before_taken(saved, topology, tmp_path, capsys, name):
+def test_damage_is_refused_with_a_reason_and_the_previous_step_used(saved, topology, tmp_path, capsys, name):
     DAMAGES[name](damaged_copy(saved, tmp_path / "run"))
     assert newest_checkpoint(tmp_path / "run", topology=topology).manifest.step == 2
     said = capsys.readouterr().err
     assert said.startswith("refused: ")
     assert "step_4" in said.splitlines()[0]
-    assert "the newest whole checkpoint is step_2" in said
+    assert "resuming from the newest complete checkpoint, step_2" in said
     assert "Traceback" not in said
 
 
@@ -240,20 +240,20 @@ def test_there_are_enough_kinds_of_damage():
 
 
 @pytest.mark.parametrize("content", [b"step_9\n", b"", b"../../etc", b"\xff\xfe", b"step_2\n", None], ids=str)
-def test_a_stale_tracker_is_told_and_misleads_nobody(saved, topology, tmp_path, capsys, content):
+def test_a_stale_tracker_is_reported_and_ignored(saved, topology, tmp_path, capsys, content):
     damaged_copy(saved, tmp_path / "run")
     (tmp_path / "run" / "latest").unlink()
     if content is not None:
         (tmp_path / "run" / "latest").write_bytes(content)
     assert newest_checkpoint(tmp_path / "run", topology=topology).manifest.step == 4
-    assert "the newest whole checkpoint is step_4" in capsys.readouterr().err
+    assert "resuming from the newest complete checkpoint, step_4" in capsys.readouterr().err
 
 
-def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_none(saved, topology, tmp_path):
+def test_no_complete_checkpoint_is_an_error_and_none_at_all_is_none(saved, topology, tmp_path):
     damaged_copy(saved, tmp_path / "run")
     for step in (2, 4):
         (tmp_path / "run" / f"step_{step}" / RANK).unlink()
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint: .*step_4.*step_2"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint: .*step_4.*step_2"):
         newest_checkpoint(tmp_path / "run", topology=topology)
     assert newest_checkpoint(tmp_path / "nothing", topology=topology) is None
 

@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all."""
+"""A folder appears complete or not at all."""
 
 import json
 import os

@@ -56,10 +56,10 @@ def test_a_config_of_transformers_is_read(folders, family):
 def test_transformers_reads_what_is_written(folders, tmp_path, family):
     config = replace(read_config(folders[family]), rope_theta=123456.0, rotary_fraction=0.25, vocab_size=192)
     write_config(config, tmp_path, folders[family], dtype=torch.bfloat16)
-    theirs = AutoConfig.from_pretrained(tmp_path)
-    assert theirs.rope_parameters["rope_theta"] == 123456.0
-    assert theirs.rope_parameters["partial_rotary_factor"] == 0.25
-    assert (theirs.vocab_size, theirs.dtype, theirs.eos_token_id) == (192, torch.bfloat16, 2)
+    hf_config = AutoConfig.from_pretrained(tmp_path)
+    assert hf_config.rope_parameters["rope_theta"] == 123456.0
+    assert hf_config.rope_parameters["partial_rotary_factor"] == 0.25
+    assert (hf_config.vocab_size, hf_config.dtype, hf_config.eos_token_id) == (192, torch.bfloat16, 2)
 
 
 def test_both_places_of_the_rotary_base_are_read(config_file):

@@ -1,4 +1,4 @@
-"""A safetensors header is believed only when it is sound to the byte."""
+"""A safetensors header is accepted only if it is valid to the byte."""
 
 import json
 import struct

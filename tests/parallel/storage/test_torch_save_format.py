@@ -1,4 +1,4 @@
-"""A file of torch.save is listed without running or reading it, and damage to it is found or harmless."""
+"""A file of torch.save is listed without executing or reading it, and damage is found or harmless."""
 
 import random
 import warnings

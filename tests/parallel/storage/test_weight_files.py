@@ -1,4 +1,4 @@
-"""A folder's tensors are found and read by the slice in every form, and nothing in it is run."""
+"""A folder's tensors are listed and read by slice in every form, and nothing in it is executed."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(folder, tmp_path, hidden_in):
         ModelFolderError, match=r"\.bin (holds something other than tensors|is truncated or)"
     ) as e:
         list_tensors(folder)
-    assert "weights_only" not in str(e.value), "nobody is told how to run it"
+    assert "weights_only" not in str(e.value), "the message does not say how to run it"
     assert not (tmp_path / "was-run").exists()
     with open(tmp_path / "plain.pkl", "wb") as file:
         pickle.dump(trap, file)
@@ -261,7 +261,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(folder):
     stored = list_tensors(folder)
     last = max(stored.values(), key=lambda s: s.offset)
     cut(folder / "model.safetensors", 3)
-    with pytest.raises(ModelFolderError, match=f"was cut short while {last.name} was read"):
+    with pytest.raises(ModelFolderError, match=f"was truncated while {last.name} was read"):
         read_slice(last, 0, 0, last.shape[0], torch.empty(last.shape))
 
 

@@ -1,4 +1,4 @@
-"""Shards go back into the very bytes that they came from."""
+"""Shards are exported to the bytes that they were imported from."""
 
 import json
 import random
@@ -136,17 +136,17 @@ def test_a_critic_goes_out_and_in(folders, tmp_path, family):
 def test_transformers_scores_with_an_exported_reward_model(folders, tmp_path):
     gathered = gather(folders["glm"], 1, role="reward") | scalar_head(1)
     target = export(folders["glm"], tmp_path / "out", gathered, role="reward", source=folders["glm"])
-    theirs = GlmForSequenceClassification.from_pretrained(target).eval()
-    assert theirs.num_labels == 1
+    hf_model = GlmForSequenceClassification.from_pretrained(target).eval()
+    assert hf_model.num_labels == 1
     assert json.loads((target / "config.json").read_text())["architectures"] == [
         "GlmForSequenceClassification"
     ]
     tokens = torch.randint(3, 96, (1, 12))
     hidden = make_model("glm").model(tokens).last_hidden_state[0, -1]
     (weight,), (bias,) = scalar_head(1).values()
-    ours = hidden @ weight[0] + bias
-    # float32, the order of summation differs; the bias is what their class has no place for
-    assert torch.allclose(theirs(tokens).logits[0, 0] + bias, ours, atol=1e-5)
+    score = hidden @ weight[0] + bias
+    # float32, the order of summation differs; transformers ignores the bias
+    assert torch.allclose(hf_model(tokens).logits[0, 0] + bias, score, atol=1e-5)
 
 
 def test_copies_that_differ_are_named_and_the_first_one_counts(folders, tmp_path):
@@ -178,7 +178,7 @@ BAD = {
     "unknown": (lambda g: g | {"adapter.weight": [torch.ones(1)] * 2}, "adapter.weight is not a parameter"),
     "shape": (
         lambda g: g | {"decoder.final_layernorm.weight": [torch.ones(47)] * 2},
-        r"final_layernorm\.weight has the shape \[47\] where \[48\] is required",
+        r"final_layernorm\.weight has the shape \[47\], required is \[48\]",
     ),
     "ranks": (
         lambda g: g | {"decoder.final_layernorm.weight": [torch.ones(48)]},

@@ -1,4 +1,4 @@
-"""Weights: random ones are the same in every layout; a created head is known on every rank."""
+"""Weights: random ones are the same in every layout; an initialised head is reported on every rank."""
 
 import pytest
 import torch
