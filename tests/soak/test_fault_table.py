@@ -3,6 +3,7 @@
 import pytest
 from fault_table import CASES, PHASES
 from faulty_run import FAULTS
+from promises import ROOT, ROWS
 
 
 @pytest.mark.soak
@@ -18,3 +19,11 @@ def test_the_table_has_every_kind_and_every_rank_in_every_phase():
     assert {kind for kind, *_ in tried} == set(FAULTS)
     for kind in ("kill", "SIGTERM"):
         assert {(kind, phase, rank) for phase in PHASES for rank in (0, 1)} <= tried
+
+
+def test_every_promise_names_tests_that_exist():
+    for row in ROWS:
+        for test in row.tests:
+            path, _, name = test.partition("::")
+            assert (ROOT / path).is_file(), test
+            assert not name or f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), test

@@ -60,7 +60,7 @@ def write_report(rows: list[dict], cases: list[Outcome], elapsed_s: float) -> No
         | {
             "row": one.case.row,
             "settings": [setting for setting in one.case.settings if "{" not in setting],
-            "promise": one.case.promise.words,
+            "promise": one.case.promise.promise,
             "seconds": None if math.isnan(one.seconds) else round(one.seconds, 1),
             "failure": one.failure[:300],
         }

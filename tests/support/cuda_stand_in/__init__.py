@@ -1,11 +1,10 @@
-"""A CUDA device for processes that have none: host memory and the CPU's operators, under the name cuda:0.
+"""A CUDA device for processes without one: host memory and CPU operators under the name cuda:0.
 
-What it shows: that a program on CUDA tensors runs at all, that no operator or kernel is given tensors of both
-devices, that recorded steps hold nothing that cannot be recorded, and that the numbers are right. What it
-does not: anything about time, about streams that overlap, or about kernels as a compiler makes them (they run
-in Triton's interpreter).
+It shows that a program on CUDA tensors runs, that no operator or kernel gets tensors of both devices, that
+recorded steps contain nothing that cannot be recorded, and that results are right. It shows nothing about
+time, overlapping streams, or compiled kernels (they run in Triton's interpreter).
 
-A process has it when `environment` is its environment.
+A process uses it if it is started with `environment`.
 """
 
 import importlib.util
@@ -19,10 +18,10 @@ LIBRARY = "CUDA_STAND_IN"
 
 
 def build(folder: Path) -> Path:
-    """Return the device, compiled into `folder`; needs g++, takes 15 seconds.
+    """Compile the device into `folder` and return its path; needs g++, takes 15 seconds.
 
     Raises:
-        RuntimeError: it does not compile.
+        RuntimeError: the compilation fails.
     """
     torch, source, library = torch_folder(), HERE / "device.cpp", folder / "cuda_stand_in.so"
     command = ["g++", "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{torch / 'include'}", source]
@@ -34,7 +33,7 @@ def build(folder: Path) -> Path:
 
 
 def environment(library: Path) -> dict[str, str]:
-    """Return an environment in which Python starts with the device."""
+    """Return an environment that makes Python start with the device."""
     # Python imports a module `sitecustomize` when it starts.
     paths = [str(HERE / "start"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
@@ -42,10 +41,10 @@ def environment(library: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # nothing can be compiled for a device that is none
+        "TORCHDYNAMO_DISABLE": "1",  # nothing can be compiled for this device
     }
 
 
 def torch_folder() -> Path:
-    """Return where torch is, without importing it."""
+    """Return the folder of torch, without importing it."""
     return Path(importlib.util.find_spec("torch").origin).parent

@@ -1,4 +1,4 @@
-"""FlashAttention's operators over packed sequences, as torch's variable-length attention calls them."""
+"""FlashAttention's operators over packed sequences, as called by torch's variable-length attention."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -97,7 +97,7 @@ def _parts(query, key, value, query_cu, key_cu, looks_back: bool, scale: float |
 
 
 def _looks_back(others: tuple[object, ...], options: dict[str, object]) -> bool:
-    """Return whether a row sees no later key; both operators are given longest rows, dropout and this."""
+    """Return whether attention is causal; the arguments are the same for both operators."""
     _, _, _, is_causal, *_ = others
     return bool(is_causal) or options.get("window_size_right") == 0
 
@@ -107,7 +107,7 @@ def _host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check(query: torch.Tensor, *others: torch.Tensor) -> None:
-    """Refuse what the real operators refuse."""
+    """Raise for arguments that the real operators refuse."""
     if not all(tensor.is_cuda for tensor in (query, *others)):
         raise RuntimeError("flash attention: a tensor is not on the device")
     if query.dtype is not torch.bfloat16:

@@ -1,4 +1,4 @@
-"""CUDA graphs: operators and kernels are written down as they run, and run again on the same memory."""
+"""CUDA graphs: operators and kernels are recorded as they run, and replayed on the same memory."""
 
 import atexit
 import contextlib
@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import GridExecutor
 
 NEEDS_THE_HOST = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "aten::equal")
-"""Parts of the names of operators whose answer, or its size, the host must know."""
+"""Parts of the names of operators whose result, or its size, the host must know."""
 
 _open: list["_Recorder"] = []
 counts = {"recorded": 0, "replayed": 0}
-"""Graphs of this process; said at its end where there are any and `CUDA_STAND_IN_COUNTS` is set."""
+"""Number of graphs of this process; printed at its end if `CUDA_STAND_IN_COUNTS` is set."""
 
 
 class Graph:
@@ -34,7 +34,7 @@ class Graph:
 
 @contextlib.contextmanager
 def recording(graph: Graph, *_: object, **__: object) -> Iterator[None]:
-    """As `torch.cuda.graph`, but what is recorded runs as well."""
+    """As `torch.cuda.graph`, but recorded operators also run."""
     counts["recorded"] += 1
     _open.append(graph.recorder)
     try:
@@ -45,7 +45,7 @@ def recording(graph: Graph, *_: object, **__: object) -> Iterator[None]:
 
 
 def watch_kernels() -> None:
-    """Have Triton's interpreter refuse the host's tensors, and its launches recorded."""
+    """Make Triton's interpreter refuse host tensors, and record its launches."""
     launch = GridExecutor.__call__
 
     def watched(self: GridExecutor, *args: object, **options: object) -> None:
@@ -62,7 +62,7 @@ def watch_kernels() -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down what runs inside it; refuses what a stream that is being recorded refuses."""
+    """Records what runs inside it; raises for what a capturing stream refuses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _again(operator: Any, args: tuple, kwargs: dict, recorded: Any) -> None:
-    """Run an operator once more, into the memory that its output had when it was recorded."""
+    """Run an operator again, into the memory of its recorded output."""
     output = operator(*args, **kwargs)
     for target, fresh in zip(pytree.tree_leaves(recorded), pytree.tree_leaves(output), strict=True):
         if isinstance(target, torch.Tensor):
@@ -102,12 +102,12 @@ def _crosses(name: str, args: tuple, kwargs: dict) -> bool:
 
 
 def _picks_by_mask(name: str, args: tuple) -> bool:
-    """Return whether an operator takes the elements where a mask is true, whose number the host must know."""
+    """Return whether an operator selects elements by a mask, whose count the host must know."""
     return name == "aten::index.Tensor" and any(tensor.dtype is torch.bool for tensor in _tensors(args[1]))
 
 
 def _does_nothing(name: str, output: Any, args: tuple, kwargs: dict) -> bool:
-    """Return whether an operator only makes room, or only names memory of its arguments anew."""
+    """Return whether an operator only allocates memory, or only makes a view of its arguments."""
     if name.startswith(("aten::empty", "aten::new_empty")):
         return True
     if not name.startswith("aten::"):  # a collective returns what it wrote to

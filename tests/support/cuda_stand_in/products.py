@@ -1,4 +1,4 @@
-"""Matrix products that only CUDA has: bf16 factors, fp32 sums that are not rounded."""
+"""Matrix products that only CUDA supports: bf16 factors with fp32 results."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""`torch.cuda` and NCCL as the stand-in has them; to be imported before torch is."""
+"""`torch.cuda` and NCCL of the stand-in; to be imported before torch."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,7 @@ import time
 
 from cuda_stand_in import LIBRARY, torch_folder
 
-# torch asks once, when it is imported, which devices there are.
+# torch determines the available devices once, at its import.
 for name in ("libc10.so", "libtorch_cpu.so"):
     ctypes.CDLL(str(torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
 ctypes.CDLL(os.environ[LIBRARY])
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 class Stream:
-    """The one stream: what it is given is done at once."""
+    """The only stream; work on it is synchronous."""
 
     device = torch.device("cuda", 0)
     cuda_stream = 0
@@ -50,7 +50,7 @@ class Stream:
 
 
 class Event:
-    """A moment."""
+    """A point in time."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.at_s: float | None = None
@@ -72,7 +72,7 @@ class Event:
 
 
 class Properties:
-    """Of a device such as kernels are tuned for."""
+    """Properties of a device that kernels are tuned for."""
 
     name = "stand-in"
     major, minor = 9, 0
@@ -83,7 +83,7 @@ class Properties:
 
 
 def always(answer: object):
-    """Return a function that answers so, whatever it is asked."""
+    """Return a function with a constant result."""
     return lambda *_, **__: answer
 
 
@@ -144,7 +144,7 @@ _resize_on_host = torch.UntypedStorage.resize_
 
 
 def resize_(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
-    """As `UntypedStorage.resize_`, which without CUDA refuses such storages."""
+    """As `UntypedStorage.resize_`, which refuses such storages without CUDA."""
     if storage.device.type != "cuda":
         return _resize_on_host(storage, num_bytes)
     whole = torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage)
@@ -156,7 +156,7 @@ torch.UntypedStorage.resize_ = resize_
 
 
 def with_gloo(function):
-    """Return a function that makes process groups of gloo where NCCL is asked for."""
+    """Return a function that creates gloo process groups where NCCL is requested."""
 
     @functools.wraps(function)
     def call(*args: object, **options: object):

@@ -1,4 +1,4 @@
-"""A model without weights whose every token depends on all it reads through the page tables."""
+"""A model without weights, each token of which depends on everything read through the page tables."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,20 +17,20 @@ VOCABULARY = 40
 
 
 def next_token(entries: Sequence[tuple[int, int] | None], seed: int, step: int) -> int:
-    """Return the token after `entries`: (position, token) as read at each place, None if never written."""
+    """Return the token after `entries`: (position, token) as read at each position, None if never written."""
     # Python hashes integers and tuples of them the same in every process.
     return hash((*((-1, -1) if entry is None else entry for entry in entries), seed, step)) % VOCABULARY
 
 
 def draw_logprobs(token: int, seed: int, step: int) -> tuple[float, float]:
-    """Return two numbers that stand for the logprobs of a draw."""
+    """Return two numbers in place of the logprobs of a sample."""
     return -float(hash((token, seed, step)) % 97), -float(hash((seed, token, step)) % 89)
 
 
 def answer_alone(
     request: GenerationRequest, sample: int, stop_check: Callable[[Sequence[int]], bool] | None = None
 ) -> Completion:
-    """Return the answer that a sample has when nothing else runs and nothing is paged."""
+    """Return the answer of a sample that runs alone and without paging."""
     seed, tokens, logprobs = sample_seed(request.seed, sample), [], []
     reason = None
     while reason is None:
@@ -54,7 +54,7 @@ def answer_alone(
 
 @dataclass
 class PagedMemory:
-    """The cache: what was last written to each (page, offset)."""
+    """The cache: the last entry written to each (page, offset)."""
 
     page_size: int
     slots: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
@@ -70,15 +70,15 @@ class PagedMemory:
                 self.slots[self._slot(work, position)] = (position, token)
 
     def draw(self, step: StepPlan) -> tuple[list[int], list[float], list[float]]:
-        """Return token, logprob and plain logprob of each sequence that samples, in the queue's order."""
-        drawn = []
+        """Return token, logprob and untempered logprob of each sampling sequence, in queue order."""
+        samples = []
         for work in (*step.decodes, *step.prefills):
             if work.samples:
                 length = work.start + len(work.tokens)
                 entries = [self.slots.get(self._slot(work, position)) for position in range(length)]
                 token = next_token(entries, work.seed, work.num_generated)
-                drawn.append((token, *draw_logprobs(token, work.seed, work.num_generated)))
-        return tuple([row[i] for row in drawn] for i in range(3))
+                samples.append((token, *draw_logprobs(token, work.seed, work.num_generated)))
+        return tuple([row[i] for row in samples] for i in range(3))
 
     def _slot(self, work: SequenceWork, position: int) -> tuple[int, int]:
         return work.pages[position // self.page_size], position % self.page_size
@@ -94,7 +94,7 @@ class Simulation:
     max_step_tokens: int
     num_groups: int = 1
     order: Random = field(default_factory=lambda: Random(0))
-    """Decides how late a step is computed: any time from its copies until it is taken."""
+    """Decides when a step is computed: at any time between its copies and `take`."""
     steps: list[tuple[int, StepPlan]] = field(default_factory=list)
     """(group, step) in the order in which they were given."""
 
@@ -104,7 +104,7 @@ class Simulation:
         self.not_computed: set[int] = set()  # groups
 
     def rounds(self) -> Iterator[list[Completion]]:
-        """Yield what completes in each round of all groups, until nothing is left."""
+        """Yield the completions of each round of all groups, until the queue is finished."""
         while not self.queue.is_finished:
             completions, has_moved = [], any(self.in_flight)
             for group in range(self.num_groups):

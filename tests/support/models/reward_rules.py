@@ -16,5 +16,5 @@ def low_id_tokens(requests) -> list[list[float]]:
 
 
 def nan_after_long_prompts(requests) -> list[float]:
-    """0.5, but no number for prompts of more than 6 tokens."""
+    """0.5, but NaN for prompts of more than 6 tokens."""
     return [0.5 if len(r.prompt_tokens) <= 6 else float("nan") for r in requests]

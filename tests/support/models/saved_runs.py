@@ -1,4 +1,4 @@
-"""Checkpoints of a tiny model in training, for tests of what reads and writes them."""
+"""Checkpoints of a tiny model in training, for tests of their readers and writers."""
 
 import contextlib
 from pathlib import Path
@@ -49,7 +49,7 @@ def tiny_run(folder: Path, axes: dict | None = None, **options):
 
 
 def save_steps(folder: Path, axes: dict, steps: list[int]) -> None:
-    """Leave checkpoints after one update each; called on every rank."""
+    """Write checkpoints after one update each; called on every rank."""
     with tiny_run(folder, axes) as run:
         for step in steps:
             run.step()

@@ -1,4 +1,4 @@
-"""Files of records and the stores made of them, for tests."""
+"""Files of records, and token stores built from them."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ ANSWER_NAMES = {"prompts": (), "demonstrations": ("response",), "pairs": ("chose
 
 
 def write_lines(path: Path, *records: dict) -> Path:
-    """Return `path`, with the records written one a line."""
+    """Write the records to `path`, one per line, and return it."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
 def ids(num_prompt: int, *num_answers: int) -> dict:
-    """Return a record that is ids: a prompt and no answer, a response, or a pair."""
+    """Return a record of token ids: a prompt alone, with a response, or with a pair."""
     names = ANSWER_NAMES[("prompts", "demonstrations", "pairs")[len(num_answers)]]
     lengths = zip(("prompt", *names), (num_prompt, *num_answers), strict=True)
     return {f"{name}_tokens": list(range(1, length + 1)) for name, length in lengths}

@@ -1,4 +1,4 @@
-"""Requests to a tiny policy, and what a generation phase answers."""
+"""Requests to a tiny policy, and the completions of a generation phase."""
 
 import random
 
@@ -11,7 +11,7 @@ from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
 
-# A batch smaller than the requests, parts of prompts, and pages that run short.
+# A batch smaller than the number of requests, chunked prompts, and too few pages.
 TIGHT = {"max_batch": 6, "max_step_tokens": 9, "page_size": 4}
 SAMPLED = SamplingSettings()
 
@@ -33,7 +33,7 @@ def make_requests(num_requests=8, *, vocab_size=64, new_tokens=12, longest_promp
 
 
 def make_phase(chunks, topology, requests, *, num_pages=None, record=None, **batch):
-    """A phase on pages for two of the longest sequences, or as many as are asked for."""
+    """A phase with pages for two of the longest sequences, or with the given number."""
     settings = TIGHT | batch
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     phase = GenerationPhase(

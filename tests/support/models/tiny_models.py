@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, with what transformers computes from them."""
+"""Tiny random checkpoints of every family, with the results of transformers."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ SHAPE = {
 
 
 def make_model(family: str, seed: int = 0, *, has_score: bool = False, **changes):
-    """Return a random fp32 transformers model; norms and biases are random too, so that a mix-up shows.
+    """Return a random fp32 transformers model; norms and biases are random too, so that swaps are found.
 
     With `has_score` it is of the family's class for sequence classification, `num_labels` 1 unless changed.
     """
@@ -61,7 +61,7 @@ def save_folder(folder: Path, family: str, model=None, **save_options) -> Path:
 
 
 def in_family(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors of `GlmForCausalLM` in the family's own naming: ChatGLM joins query, key and value."""
+    """Return tensors of `GlmForCausalLM` under the family's names: ChatGLM joins query, key and value."""
     if family != "chatglm":
         return tensors
     renamed = {}
@@ -108,7 +108,7 @@ def _as_chatglm(folder: Path) -> None:
 
 
 def _chatglm_name(name: str) -> str:
-    for theirs, legacy in (
+    for part, legacy in (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
         ("lm_head", "transformer.output_layer"),
         ("model.norm", "transformer.encoder.final_layernorm"),
@@ -118,7 +118,7 @@ def _chatglm_name(name: str) -> str:
         ("mlp.gate_up_proj", "mlp.dense_h_to_4h"),
         ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ):
-        name = name.replace(theirs, legacy)
+        name = name.replace(part, legacy)
     return name
 
 

@@ -8,7 +8,7 @@ def ppo_line(model: Path, folder: Path) -> list[str]:
     """Write prompts into `folder`; return the arguments of a run of three iterations, without an output."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt_tokens": [3 + n, 4]}) + "\n" for n in range(8)))
-    given = {
+    arguments = {
         "model.path": model,
         "data.path": prompts,
         "reward.function": "reward_rules:share_of_low_ids",
@@ -20,4 +20,4 @@ def ppo_line(model: Path, folder: Path) -> list[str]:
         "optimizer.lr": 1e-3,
         "observe.tensorboard": "false",
     }
-    return ["ppo", *(f"{key}={value}" for key, value in given.items())]
+    return ["ppo", *(f"{key}={value}" for key, value in arguments.items())]

@@ -1,4 +1,4 @@
-"""Training steps of a tiny sharded model, and its weights put together again from all ranks."""
+"""Training steps of a tiny sharded model, and its weights assembled from all ranks."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,13 +44,13 @@ SMALL_STEPS = AdamSettings(lr=0.1, betas=(0.0, 0.0), epsilon=1.0, clip_grad=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model, its data and how it is trained."""
+    """One model, its data and its training settings."""
 
     role: str = "policy"
     lengths: tuple[tuple[int, ...], ...] = LENGTHS
     """Tokens of each sequence of each micro-batch of the whole run."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of `CONFIG` that are different."""
+    """Fields that differ from `CONFIG`."""
     dtype: torch.dtype = torch.float32
     settings: AdamSettings = READS_GRADIENT
     num_steps: int = 1
@@ -58,7 +58,7 @@ class Case:
     in_backward: bool = False
     recomputes: bool = False
     frozen: tuple[str, ...] = ()
-    """Weights whose names begin so are not trained."""
+    """Weights whose names have one of these prefixes are frozen."""
 
     @property
     def config(self) -> GLMConfig:
@@ -172,7 +172,7 @@ def loss_of(case: Case, model, hidden_TD, batch):
 
 
 def pieces_of(chunks, tensors: dict[str, torch.Tensor]) -> list[tuple[str, int, int, torch.Tensor]]:
-    """Parts of the whole model's tensors, (their name, dim, start, part), that this rank's `tensors` hold."""
+    """Parts of the whole model's tensors, (Hugging Face name, dim, start, part), in this rank's `tensors`."""
     pieces = []
     for chunk in chunks:
         topology = chunk.topology
@@ -204,7 +204,7 @@ def assemble(pieces_by_rank) -> tuple[dict[str, torch.Tensor], float]:
         tensor = torch.full(shape, torch.nan)
         for _, start, part in found:
             place = tensor.narrow(dim, start, part.shape[dim])
-            difference = (place - part).abs().nan_to_num(0.0)  # NaN where nothing stands yet
+            difference = (place - part).abs().nan_to_num(0.0)  # NaN where no part was copied yet
             disagreement = max(disagreement, float(difference.max()))
             place.copy_(part)
         assert not tensor.isnan().any(), name
@@ -227,7 +227,7 @@ def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def differences(found: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, float]:
-    """How far all ranks' results of one case (`READS_GRADIENT`, one step) are from another layout's."""
+    """Distance of all ranks' results of one case (`READS_GRADIENT`, one step) from another layout's."""
     (whole, copies), (wanted, _) = (assemble([r["pieces"] for r in ranks]) for ranks in (found, [expected]))
     outputs = [zip(rank["outputs"], expected["outputs"], strict=True) for rank in found]
     return {
@@ -240,7 +240,7 @@ def differences(found: list[dict[str, Any]], expected: dict[str, Any]) -> dict[s
 
 
 def assert_same_training(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Check that several `SMALL_STEPS` of a case go on all ranks of a layout, in fp32, as on one rank."""
+    """Check that several `SMALL_STEPS` of a case equal one rank on all ranks of a layout, in fp32."""
     assert len(expected["losses"]) > 1
     for rank in found:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)  # fp32 in another order
@@ -252,7 +252,7 @@ def assert_same_training(found: list[dict[str, Any]], expected: dict[str, Any]) 
 
 
 def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Check that a case gives on all ranks of a layout, in fp32, what it gives on one rank."""
+    """Check that a case equals one rank on all ranks of a layout, in fp32."""
     far = differences(found, expected)
     # Sums of some dozen fp32 products in another order, about 1e-6; a wrong shard or sum gives 1e-1.
     assert far["output"] <= 1e-5, far

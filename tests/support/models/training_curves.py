@@ -1,4 +1,4 @@
-"""Training commands run in several layouts, and the numbers that they write compared."""
+"""Training commands in several layouts, and comparison of the metrics that they write."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ LAYOUTS = {
     "pp2 vpp2 dp2": "parallel.pp=2 parallel.vpp=2",
     "cp2 dp2": "parallel.cp=2",
 }
-"""Over four ranks; what a layout leaves of them is data parallel."""
+"""Over four ranks; the other ranks are data parallel."""
 
 
 def token_ids(generator: torch.Generator, low: int, high: int) -> list[int]:
@@ -60,7 +60,7 @@ def write_lines(path: Path, records: list[dict]) -> Path:
 
 
 def run_main(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of a command line, and what it says last."""
+    """The exit code of a command line, and its last line of output."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = main(arguments)

@@ -1,4 +1,4 @@
-"""Hugging Face folders rewritten in every form that a weight folder comes in, and read back whole."""
+"""Hugging Face folders in every supported form of weight files, and reading of whole folders."""
 
 import json
 from dataclasses import replace

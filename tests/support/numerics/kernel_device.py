@@ -1,6 +1,6 @@
-"""Where the kernels of this suite run."""
+"""The device on which the tests run kernels."""
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""CUDA where there is one, else the CPU with Triton's interpreter; draw on the CPU, then move here."""
+"""CUDA if available, else the CPU with Triton's interpreter; draw on the CPU, then move here."""

@@ -1,4 +1,4 @@
-"""Layouts as parameters of a test, the dear ones of them for `make slow` alone."""
+"""Layouts as parameters of a test; slow ones run only in `make slow`."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def layout_params(layouts: Mapping[str, Any], *, slow: Collection[str] = ()) -> list[Any]:
-    """Return a parameter a layout, named; those in `slow` run with `make slow`."""
+    """Return one named parameter per layout; those in `slow` run only in `make slow`."""
     unknown = set(slow) - layouts.keys()
     assert not unknown, f"no such layouts: {unknown}"
     return [

@@ -1,4 +1,4 @@
-"""A model whose memory runs out: more than so many tokens in a micro-batch raise what torch raises."""
+"""A model with little memory: too many tokens in a micro-batch raise torch's out-of-memory error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ def little_memory(
             met.append(num_tokens)
             raise torch.OutOfMemoryError(f"injected: no memory for {num_tokens} tokens")
 
-    def after(chunk: torch.nn.Module, given: tuple, output: torch.Tensor) -> None:
+    def after(chunk: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
         if not isinstance(chunk, GLMModel):
             return
-        num_tokens = given[0].packed.num_tokens
+        num_tokens = args[0].packed.num_tokens
         if not in_backward:
             run_out(num_tokens)
         elif output.requires_grad:

@@ -1,4 +1,4 @@
-"""Triton's interpreter cuts float32 to bf16 off; devices round to nearest. This makes it round."""
+"""Triton's interpreter truncates float32 to bf16; devices round to nearest. This makes it round."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from triton.runtime import interpreter
 
 
 def install(monkeypatch) -> None:
-    """Let the interpreter's conversions to bf16 round to nearest even until the test ends."""
+    """Make the interpreter's conversions to bf16 round to nearest even until the test ends."""
     plain = interpreter._convert_float
 
     def convert(values, source, destination, rounding_mode):

@@ -1,4 +1,4 @@
-"""The most bytes of tensors that a function holds at once, counted at torch's allocator."""
+"""The peak memory of tensors during a function, measured at torch's allocator."""
 
 from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""Inputs of a policy loss, and its value and gradients by the sweep and by the definition."""
+"""Inputs of a policy loss, and its value and gradients by the kernel and by the definition."""
 
 import functools
 

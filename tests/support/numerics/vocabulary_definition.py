@@ -1,4 +1,4 @@
-"""The float64 definition of logprob and entropy, written with torch's own softmax, and how far off one is."""
+"""The float64 definition of logprob and entropy with torch's softmax, and distances from it."""
 
 import torch
 from kernel_device import DEVICE

@@ -7,7 +7,7 @@ from glm_rlhf.kernels.lm_head import vocab_head
 
 
 def install(monkeypatch):
-    """Make tiles wide and low under the interpreter, which takes its time per tile."""
+    """Use wide tiles of few rows under the interpreter, whose time is per tile."""
     wide = dataclasses.replace(vocab_head.HOPPER, rows=16, columns=4096, width=16)
     if is_interpreting():
         monkeypatch.setattr(vocab_head, "tile_shape", lambda hidden, weight: wide)

@@ -1,9 +1,9 @@
-"""Which settings a command's code reads: found in the sources, along what its function can reach.
+"""The settings that a command's code reads, found in the sources reachable from its function.
 
 From a command's function on, every name that stands for a function, class or constant of the engine is
 followed. Reads are attributes of a section: `config.train.steps`, of a local name for one
 (`train = config.train`), of a parameter annotated with a section's class, or of an attribute that holds one.
-Checks of a config by itself (`__post_init__`) are no reads, nor is writing it down as a whole.
+Checks within a config (`__post_init__`) and writing it as a whole do not count as reads.
 """
 
 import ast
@@ -14,14 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "glm_rlhf.engine"
 Place = tuple[str, str]
-"""A module and a name at its top."""
+"""A module and a top-level name."""
 
 
 def reads_of(function: str, sections: dict[str, type]) -> set[tuple[str, str]]:
     """Return (section, key) for every key that is read from `module:function` on.
 
     Args:
-        function: where a command begins.
+        function: entry point of a command.
         sections: of its config, by name.
     """
     names = {section.__name__ for section in sections.values()}
@@ -51,7 +51,7 @@ def _reached(start: Place) -> Iterator[tuple[Place, ast.AST]]:
 
 
 class _Module:
-    """What stands at the top of one module, and what its names mean."""
+    """The top-level definitions of one module, and the meaning of its names."""
 
     def __init__(self, tree: ast.Module, name: str) -> None:
         self.definitions: dict[str, ast.AST] = {}
@@ -78,7 +78,7 @@ def _module(name: str) -> _Module:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield a definition's nodes but for those of `__post_init__`."""
+    """Yield a definition's nodes except those of `__post_init__`."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not (isinstance(child, ast.FunctionDef) and child.name == "__post_init__"):

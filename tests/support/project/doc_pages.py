@@ -1,4 +1,4 @@
-"""The documentation as a test reads it: pages, links, headings, code blocks, commands, inline code."""
+"""Parsing of the documentation for tests: pages, links, headings, code blocks, commands, inline code."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ class Block:
 
     @property
     def title(self) -> str:
-        """What its first line says it is, such as `run: kernels` or `file: own_reward.py`; empty for none."""
+        """The label of its first line, such as `run: kernels` or `file: own_reward.py`; empty without one."""
         match = re.match(r"# ((?:run|file): .*)\n", self.text)
         return match[1] if match else ""
 

@@ -1,4 +1,4 @@
-"""Which fault, in which phase, on which rank leads to what: cases of a PPO run, and how each is tried."""
+"""The fault table: faults per phase and rank of a PPO run, what each must lead to, and how it is tried."""
 
 import json
 import math
@@ -26,82 +26,85 @@ PHASES = ("generate", "reward", "old_logprobs", "critic", "policy")
 class Promise:
     """What a fault must lead to."""
 
-    words: str
+    promise: str
     """For the report."""
     is_success: bool = False
     """Whether torchrun returns 0."""
     deadline_s: float = math.inf
     """From the fault to the end of every process."""
     said: tuple[str, ...] = ()
-    """What stderr has to say, regular expressions; `{rank}` is the one at fault, `{other}` the other."""
+    """Required in stderr, regular expressions; `{rank}` is the failing rank, `{other}` the other one."""
     has_same_bits: bool = False
     """Whether the final weights are those of the unfaulted run."""
     has_same_gradients: bool = False
     """Whether the second iteration's gradient norms are the unfaulted run's, to 1e-6 of them."""
-    goes_on: bool = False
-    """Whether the same command is given once more, and goes on."""
+    resumes: bool = False
+    """Whether the same command is run once more, and resumes."""
     num_restarts: int = 0
     """Of torchrun."""
 
 
 ENDED = Promise(
-    words="all ranks dead, the rank named, the phase told in which the other lost it",
+    promise="all ranks dead, the rank named, the phase reported in which the other lost it",
     deadline_s=DEADLINE_S,
     said=(r"rank +: {rank} ", r"\[rank {other}\] glm-rlhf ppo: failed in phase \S+: "),
 )
-TOLD = Promise(
-    words="all ranks dead, the rank told by one line", deadline_s=DEADLINE_S, said=(r"rank {rank}\D",)
+REPORTED = Promise(
+    promise="all ranks dead, the rank reported in one line", deadline_s=DEADLINE_S, said=(r"rank {rank}\D",)
 )
 FOUND = Promise(
-    words=f"found by the watchdog ({WATCHDOG_S:g} s), stacks dumped",
+    promise=f"found by the watchdog ({WATCHDOG_S:g} s), stacks dumped",
     deadline_s=WATCHDOG_S + 10,
     said=(r"\[rank \d\] hung for \d+ s in phase .*(?s:.)*most recent call first",),
 )
 STOPPED = Promise(
-    words=f"found by the other rank's watchdog ({WATCHDOG_S:g} s), which names and kills the stopped one",
+    promise=f"found by the other rank's watchdog ({WATCHDOG_S:g} s), which names and kills the stopped one",
     deadline_s=WATCHDOG_S + 10,
     said=(*FOUND.said, r"\[rank {other}\] rank {rank} is stopped"),
 )
 LEFT = Promise(
-    words="saved and left, exit 0; the same command goes on to the unfaulted run's bits",
+    promise="saved and exited with 0; the same command resumes to the unfaulted run's bits",
     is_success=True,
     said=("as a signal asked",),
     has_same_bits=True,
-    goes_on=True,
+    resumes=True,
 )
-DONE = Promise(words="the run goes on to the unfaulted run's bits", is_success=True, has_same_bits=True)
+DONE = Promise(promise="the run continues to the unfaulted run's bits", is_success=True, has_same_bits=True)
 SPLIT = Promise(
-    words="micro-batches split on all ranks, gradient norms the unfaulted run's within 1e-6, the run goes on",
+    promise="micro-batches split on all ranks, gradient norms equal within 1e-6, the run continues",
     is_success=True,
     said=(r"\[rank {rank}\] out of memory in a micro-batch of \d+ tokens, [\w ]+, (training|forward)",),
     has_same_gradients=True,
 )
 ALONE = Promise(
-    words="of two ranks that share layers: all dead, the rank and what to lower named",
+    promise="of two ranks that share layers: all dead, the rank and what to lower named",
     deadline_s=DEADLINE_S,
-    said=(r"out of memory on rank {rank} .* but not on the ranks that share its layers.*micro_batch_tokens",),
+    said=(
+        r"out of memory on rank {rank} .* but not on its tensor- and context-parallel peers"
+        r".*micro_batch_tokens",
+    ),
 )
 SKIPPED = Promise(
-    words="no step on any rank, the rank and its answers named, the run goes on",
+    promise="no step on any rank, the rank and its answers named, the run continues",
     is_success=True,
     said=(r"iteration 2 was given up .* on rank {rank} the critic's loss on answers \d",),
 )
 RESTARTED = Promise(
-    words="torchrun --max-restarts=1 goes on from the last checkpoint to the unfaulted run's bits",
+    promise="torchrun --max-restarts=1 resumes from the last checkpoint to the unfaulted run's bits",
     is_success=True,
     said=("going on from .*step_1",),
     has_same_bits=True,
     num_restarts=1,
 )
 FELL_BACK = Promise(
-    words="started again, the run refuses the damaged checkpoint and goes on from the one before, same bits",
+    promise="restarted, the run refuses the damaged checkpoint and resumes from the previous one, same bits",
     is_success=True,
     said=("step_2", "going on from .*step_1"),
     has_same_bits=True,
     num_restarts=1,
 )
 REFUSED = Promise(
-    words="asked again, then all ranks end and the answers without a reward are named",
+    promise="asked again, then all ranks end and the answers without a reward are named",
     deadline_s=DEADLINE_S,
     said=(r"gave none in \d attempts, at last: ConnectionRefusedError", r"rank {rank}\D"),
 )
@@ -112,11 +115,11 @@ class Case:
     """A fault, and what it must lead to."""
 
     row: int
-    """Of the table of promises."""
+    """In the reliability table."""
     fault: Fault
-    """What is met."""
+    """The fault."""
     promise: Promise
-    """What it leads to."""
+    """Its required consequence."""
     settings: tuple[str, ...] = ()
     """More arguments of the command."""
 
@@ -135,8 +138,8 @@ CASES = (
     _case(9, "segfault", "generate", 1, ENDED),
     _case(9, "abort", "policy", 1, ENDED),
     _case(9, "exit", "values", 1, ENDED),
-    _case(9, "exception", "reference", 1, TOLD),
-    _case(9, "bad value", "reward", 0, TOLD),
+    _case(9, "exception", "reference", 1, REPORTED),
+    _case(9, "bad value", "reward", 0, REPORTED),
     _case(10, "hang", "generate", 1, FOUND),
     _case(10, "hang", "policy", 0, FOUND),
     _case(10, "stop", "critic", 1, STOPPED),
@@ -146,32 +149,32 @@ CASES = (
     *(_case(12, "SIGTERM", phase, rank, LEFT) for phase in PHASES for rank in (0, 1)),
     _case(12, "SIGUSR1", "generate", 0, LEFT),
     _case(12, "SIGUSR1", "save", 1, LEFT),
-    _case(7, "disk full", "save", 0, TOLD),
+    _case(7, "disk full", "save", 0, REPORTED),
     _case(7, "slow disk", "save", 1, DONE, "train.save_every=1"),
     _case(5, "corrupt file", "policy", 0, FELL_BACK, time=3),
     _case(13, "NaN", "critic", 1, SKIPPED),
     _case(14, "little memory", "values", 1, SPLIT),
     _case(14, "little memory", "policy", 0, SPLIT),
     _case(14, "little memory", "policy", 1, ALONE, "parallel.tp=2"),
-    _case(14, "out of memory", "save", 1, TOLD),
+    _case(14, "out of memory", "save", 1, REPORTED),
     _case(15, "lost reward server", "generate", 1, REFUSED, SERVER),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a case came to."""
+    """The outcome of a case."""
 
     case: Case
-    """What was tried."""
+    """The case."""
     seconds: float
     """From the fault to the end of torchrun and its ranks."""
     failure: str
-    """What did not hold; empty where all did."""
+    """The unmet requirement; empty if all hold."""
 
 
 def try_all(folder: Path) -> list[Outcome]:
-    """Return what each case comes to, in runs under `folder`."""
+    """Return the outcome of each case, in runs under `folder`."""
     line = ppo_line(save_folder(folder / "model", "glm", make_model("glm")), folder)
     server = make_server(share_of_low_ids, port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -191,25 +194,25 @@ def try_all(folder: Path) -> list[Outcome]:
 
 def _try(launch: WarmLaunches, case: Case, line: list[str], output: Path, wanted: Path) -> tuple[float, str]:
     fault, promise = case.fault, case.promise
-    given = [*line, f"run.output={output}", f"run.watchdog_s={WATCHDOG_S}"]
+    arguments = [*line, f"run.output={output}", f"run.watchdog_s={WATCHDOG_S}"]
     if promise.num_restarts:
-        given += ["train.save_every=1", "train.async_save=false"]
+        arguments += ["train.save_every=1", "train.async_save=false"]
     try:
-        code, said, seconds = launch(fault, given, timeout_s=100, num_restarts=promise.num_restarts)
+        code, said, seconds = launch(fault, arguments, timeout_s=100, num_restarts=promise.num_restarts)
         if math.isnan(seconds):
-            return seconds, "the fault was never met"
+            return seconds, "the fault never occurred"
         if (code == 0) != promise.is_success:
             return seconds, f"torchrun returned {code}: {said[-3000:]}"
         if seconds > promise.deadline_s:
             return seconds, f"later than {promise.deadline_s:g} s"
-        for words in promise.said:
-            words = words.replace("{rank}", str(fault.rank)).replace("{other}", str(1 - fault.rank))
-            if not re.search(words, said):
-                return seconds, f"not said: {words}: {said[-3000:]}"
-        if promise.goes_on:
-            code, said, _ = launch(Fault(), given, timeout_s=100)
+        for pattern in promise.said:
+            pattern = pattern.replace("{rank}", str(fault.rank)).replace("{other}", str(1 - fault.rank))
+            if not re.search(pattern, said):
+                return seconds, f"not said: {pattern}: {said[-3000:]}"
+        if promise.resumes:
+            code, said, _ = launch(Fault(), arguments, timeout_s=100)
             if code != 0:
-                return seconds, f"going on returned {code}: {said[-3000:]}"
+                return seconds, f"resuming returned {code}: {said[-3000:]}"
     except (AssertionError, TimeoutError) as error:
         return math.nan, str(error)[-3000:]
     if promise.has_same_bits and not _have_same_bits(_weights(output), _weights(wanted)):

@@ -1,4 +1,4 @@
-"""What must not break: each promise with its tests, and a run of all of these tests."""
+"""The reliability table: each promise with its tests, and a run of all these tests."""
 
 import contextlib
 import signal
@@ -17,17 +17,17 @@ class Row:
     """A promise."""
 
     number: int
-    """As the report counts."""
+    """Its number in the report."""
     promise: str
     """What must not break."""
     wanted: str
     """The figure that shows it."""
     tests: tuple[str, ...]
-    """Files or tests that show it, beside the cases of the table of faults."""
+    """Files or tests that show it, in addition to the cases of the fault table."""
     least: int = 1
-    """Tests and cases that the figure needs at least."""
+    """Least number of tests and cases for the figure."""
     missing: str = ""
-    """What of the promise is not shown."""
+    """The part of the promise that no test shows."""
 
 
 def _row(number: int, promise: str, wanted: str, *tests: str, least: int = 1, missing: str = "") -> Row:
@@ -53,10 +53,10 @@ ROWS = (
         "resume is bitwise",
         "0 differing bits",
         RUNS,
-        f"{READER}::test_the_same_layout_goes_on_bit_for_bit",
+        f"{READER}::test_the_same_layout_resumes_bit_for_bit",
         f"{ENGINE}/rl/test_partial_update.py",
         f"{ENGINE}/rl/test_checkpoint.py",
-        missing="an iteration of PPO that was left between two epochs goes on in the same layout only",
+        missing="an iteration of PPO interrupted between two epochs resumes in the same layout only",
     ),
     _row(
         3,
@@ -69,17 +69,17 @@ ROWS = (
         4,
         "a checkpoint loads under another tp, pp, dp",
         "at least 12 pairs of layouts, weights bit-equal, next loss within 1e-6",
-        f"{READER}::test_another_layout_has_the_same_bits_and_goes_on",
+        f"{READER}::test_another_layout_has_the_same_bits_and_resumes",
         f"{READER}::test_one_rank_and_four_load_each_others",
-        f"{READER}::test_either_optimizer_goes_on_from_the_others_checkpoint",
+        f"{READER}::test_either_optimizer_resumes_from_the_others_checkpoint",
         least=12,
     ),
     _row(
         5,
-        "corruption is found, and the checkpoint before is taken",
+        "corruption is found, and the previous checkpoint is used",
         "at least 30 mutations, all refused",
-        f"{TENSORS}::test_damage_is_refused_with_a_reason_and_the_step_before_taken",
-        f"{TENSORS}::test_a_stale_tracker_is_told_and_misleads_nobody",
+        f"{TENSORS}::test_damage_is_refused_with_a_reason_and_the_previous_step_used",
+        f"{TENSORS}::test_a_stale_tracker_is_reported_and_ignored",
         f"{TENSORS}::test_random_manifests_and_headers_give_typed_errors_or_load",
         least=30,
     ),
@@ -95,15 +95,15 @@ ROWS = (
         "disk full, read-only, no permission: the old checkpoint stays, the error is clear",
         "all",
         f"{WRITER}::test_a_full_and_a_read_only_disk_leave_the_old_checkpoint",
-        f"{WRITER}::test_a_folder_that_cannot_be_made_is_said",
+        f"{WRITER}::test_a_folder_that_cannot_be_created_is_reported",
         f"{PARALLEL}/storage/test_folder_writer.py",
     ),
     _row(
         8,
-        "an asynchronous save equals a synchronous one, its failure is told by the next step",
+        "an asynchronous save equals a synchronous one, its failure is reported by the next step",
         "equal bytes",
         f"{WRITER}::test_an_asynchronous_save_has_the_bytes_of_a_synchronous_one",
-        f"{WRITER}::test_a_failing_writer_is_told_at_the_next_step_on_all_ranks",
+        f"{WRITER}::test_a_failing_writer_is_reported_at_the_next_step_on_all_ranks",
     ),
     _row(
         9,
@@ -119,13 +119,13 @@ ROWS = (
     ),
     _row(
         11,
-        "torchrun --max-restarts goes on",
+        "torchrun --max-restarts resumes",
         "final weights equal the unfaulted run's",
         f"{PARALLEL}/runtime/test_topology.py::test_ranks_that_are_started_again_meet_under_a_name_of_their_own",
     ),
     _row(
         12,
-        "SIGTERM and SIGUSR1 save and leave",
+        "SIGTERM and SIGUSR1 save and exit",
         "SIGTERM to each rank in each phase: 10 of 10, exit 0",
         f"{PARALLEL}/runtime/test_preemption.py",
         least=10,
@@ -144,10 +144,9 @@ ROWS = (
         f"{ENGINE}/rollout/test_generation_memory.py",
         f"{ENGINE}/training/test_step.py",
         f"{ROLES}::test_little_memory_gives_the_metrics_of_enough",
-        missing="with tp or cp it holds where memory runs out on all ranks that share layers, at the same "
-        "collective; on one alone, whose peers wait inside a layer for sums that it can no longer give, with "
-        "optimizer.in_backward or train.overlap_communication, or while generating with pp, the run ends and "
-        "says what to lower",
+        missing="with tp or cp it holds if memory runs out on all tensor- and context-parallel ranks at the "
+        "same collective; on one alone, with optimizer.in_backward or train.overlap_communication, or in "
+        "generation with pp, the run ends and its message says what to lower",
     ),
     _row(
         15,
@@ -173,7 +172,7 @@ ROWS = (
         "determinism",
         "the same bits in the same layout, within 1e-6 in fp32 across layouts",
         f"{ROLES}::test_five_iterations_have_their_stored_metrics_in_every_layout",
-        f"{READER}::test_the_same_layout_goes_on_bit_for_bit",
+        f"{READER}::test_the_same_layout_resumes_bit_for_bit",
         f"{ENGINE}/commands/test_sft.py::test_the_loss_curve_is_that_of_one_rank",
         missing="across layouts metrics of PPO agree within 1e-5, after five iterations of two epochs",
     ),
@@ -186,25 +185,25 @@ ROWS = (
     ),
 )
 
-LEFT_OUT = tuple(
+DESELECTED = tuple(
     f"{ROLES}::test_five_iterations_have_their_stored_metrics_in_every_layout[{layout}]"
     for layout in ("tp4 sp", "pp2 vpp2", "cp2")
 )
-"""Layouts for which the others stand here too, since each takes as long as three of them."""
+"""Layouts that the others cover here: each takes as long as three of them."""
 
 
 @contextlib.contextmanager
 def running_tests(folder: Path) -> Iterator[Callable[[], dict[str, str]]]:
-    """Run the tests of all promises beside the block, the dear ones too but for `LEFT_OUT`.
+    """Run the tests of all promises in parallel with the block, also slow ones, except `DESELECTED`.
 
     Yields:
-        What waits for them, and returns what became of each, by node id.
+        A function that waits for them and returns the outcome of each, by node id.
     """
-    told, said = folder / "told.xml", folder / "said.txt"
-    options = ["-q", "-m", "wide or not soak", f"--junitxml={told}", "-o", "junit_family=xunit1"]
-    options += [f"--deselect={test}" for test in LEFT_OUT]
+    report, log = folder / "report.xml", folder / "log.txt"
+    options = ["-q", "-m", "slow or not soak", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    options += [f"--deselect={test}" for test in DESELECTED]
     targets = sorted({test for row in ROWS for test in row.tests})
-    with said.open("wb") as file:
+    with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *targets],
             cwd=ROOT,
@@ -214,9 +213,9 @@ def running_tests(folder: Path) -> Iterator[Callable[[], dict[str, str]]]:
 
     def outcomes() -> dict[str, str]:
         code = process.wait()
-        assert code in (0, 1), said.read_text()[-6000:]
+        assert code in (0, 1), log.read_text()[-6000:]
         found = {}
-        for case in ElementTree.parse(told).iter("testcase"):
+        for case in ElementTree.parse(report).iter("testcase"):
             kinds = {child.tag for child in case}
             outcome = "failed" if kinds & {"failure", "error"} else "passed"
             outcome = "skipped" if "skipped" in kinds else outcome
@@ -226,5 +225,5 @@ def running_tests(folder: Path) -> Iterator[Callable[[], dict[str, str]]]:
     try:
         yield outcomes
     finally:
-        process.send_signal(signal.SIGINT)  # nothing, where it is over; else it ends its ranks
+        process.send_signal(signal.SIGINT)  # stops its ranks; no effect if it has finished
         process.wait()

@@ -1,4 +1,4 @@
-"""A command in which one rank meets a fault in a phase: which faults there are, and how it meets them.
+"""A command with a fault on one rank in one phase: the faults, and how they are injected.
 
 As a script under torchrun it is one rank of such a command.
 """
@@ -28,7 +28,7 @@ def _out_of_memory() -> None:
 
 
 def _little_memory() -> None:
-    """Have memory for the shortest micro-batches only from now on."""
+    """Leave memory only for the shortest micro-batches from now on."""
     from little_memory import little_memory
 
     _lasting.enter_context(little_memory(None, 30))
@@ -41,7 +41,7 @@ def _slow_disk() -> None:
 
 
 def _flip_a_byte() -> None:
-    """Hurt the newest checkpoint, in the folder that the command's arguments name, and end."""
+    """Damage the newest checkpoint of the run, and exit."""
     output = next(one.partition("=")[2] for one in sys.argv if one.startswith("run.output="))
     newest = max((Path(output) / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name[5:]))
     largest = max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size)
@@ -68,7 +68,7 @@ def _nan() -> None:
 
 
 def _lose_reward_server() -> None:
-    """Find nobody at any address any more."""
+    """Make every connection fail from now on."""
     import urllib.request
 
     def refuse(*_args, **_options):
@@ -101,20 +101,20 @@ FAULTS: dict[str, Callable[[], object]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What one rank meets, and when."""
+    """A fault of one rank, and its time."""
 
     kind: str = "slow"
     """Of `FAULTS`."""
     phase: str = NO_PHASE
-    """A span; the fault springs as it begins."""
+    """A span; the fault occurs when it begins."""
     rank: int = 0
-    """Who meets it."""
+    """The failing rank."""
     time: int = 2
-    """For which time the phase begins: at the second the run has got on before."""
+    """Which occurrence of the phase; before the second one the run has made progress."""
 
 
 class Trap(list):
-    """The open spans of a rank, one of which springs a fault when it opens."""
+    """The open spans of a rank, one of which triggers a fault when it opens."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Trap(list):
 
 
 def run_with_fault(fault: Fault, line: list[str], this_rank: int) -> int:
-    """Return the exit code of a command in which a rank meets a fault; a restarted rank meets none."""
+    """Return the exit code of a command with a fault on one rank; a restarted rank has none."""
     from glm_rlhf.engine.cli import main
     from glm_rlhf.parallel.runtime import spans
 
@@ -145,7 +145,7 @@ def run_with_fault(fault: Fault, line: list[str], this_rank: int) -> int:
 
 
 def seconds_since_fault(said: str) -> float:
-    """Return the seconds from the fault that stderr tells until now; NaN where it tells none."""
+    """Return the seconds since the fault that stderr reports; NaN if it reports none."""
     at = next((float(one.split()[-1]) for one in said.splitlines() if one.startswith("fault at ")), None)
     return float("nan") if at is None else time.time() - at
 
@@ -153,9 +153,9 @@ def seconds_since_fault(said: str) -> float:
 def launch(fault: Fault, line: list[str], *, timeout_s: float) -> tuple[int, str, float]:
     """Return exit code, stderr, and seconds from the fault to the end, of two ranks under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    given = [fault.kind, fault.phase, str(fault.rank), str(fault.time)]
+    arguments = [fault.kind, fault.phase, str(fault.rank), str(fault.time)]
     process = subprocess.Popen(
-        [*torchrun, __file__, *given, *line],
+        [*torchrun, __file__, *arguments, *line],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -1,8 +1,8 @@
-"""Saves that end by SIGKILL at seeded calls to the system; run as a script: `FOLDER NUM_KILLS`.
+"""Saves killed by SIGKILL at seeded system calls; run as a script: `FOLDER NUM_KILLS`.
 
-The process imports all and runs nothing, so that it can fork: each child saves step 4 into a copy of FOLDER.
-The first one does so undisturbed; of the moments before and after each of its calls some are drawn, the
-rename of the folder and the replacement of the tracker among them. What was done is printed as JSON.
+The process only imports, so that it can fork: each child saves step 4 into a copy of FOLDER. The first one is
+not killed; the kills of the others are sampled from the moments before and after each of its calls, always
+with the rename of the folder and the replacement of the tracker. The result is printed as JSON.
 """
 
 import json
@@ -19,12 +19,12 @@ import torch._dynamo  # noqa: F401, what torch's optimizers load when one is mad
 from saved_runs import tiny_run
 
 WATCHED = ("pwrite", "fsync", "rename", "replace")
-"""Calls that change what a kill would leave."""
+"""Calls that change what a kill leaves behind."""
 TIMEOUT_S = 30.0
 
 
 def watch(log: Path, kill_at: int | None) -> None:
-    """Write down each watched call; die before call n at `kill_at` 2 n, just after it at 2 n + 1."""
+    """Record each watched call; die before call n if `kill_at` is 2 n, just after it if 2 n + 1."""
     calls, lock = [], threading.Lock()
     file = log.open("w", buffering=1)
 
@@ -69,7 +69,7 @@ def save_in_child(folder: Path, kill_at: int | None) -> None:
 
 
 def main(source: Path, num_kills: int) -> None:
-    """Leave `source.name + _MOMENT` beside the folder for each moment."""
+    """Write `source.name + _MOMENT` next to the folder for each moment."""
     whole = source.with_name(f"{source.name}_whole")
     shutil.copytree(source, whole)
     save_in_child(whole, None)

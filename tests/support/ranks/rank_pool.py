@@ -1,7 +1,7 @@
-"""Four ranks that stay alive over many tests: starting them costs more than most tests do.
+"""Four ranks that stay alive over many tests, because starting them costs more than most tests.
 
-Run as a script it is one rank: it joins the world over a file, then runs the functions that the pool
-sends, each named by the file it stands in.
+Run as a script it is one rank: it joins the world over a file, then runs the functions that the pool sends,
+each named by its file.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class RankPool:
             connection.send_bytes(pickle.dumps((path, function.__qualname__, args)))
         try:
             answers = self._collect(timeout_s)
-        except BaseException:  # interrupted: what the ranks still send must not be the next call's answer
+        except BaseException:  # interrupted: late answers must not reach the next call
             self.close()
             raise
         failures = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if answer[0] != "ok"]
@@ -85,7 +85,7 @@ class RankPool:
         self._connections = [by_rank[rank] for rank in range(WORLD_SIZE)]
 
     def _collect(self, timeout_s: float) -> list[tuple]:
-        """Wait for all ranks; once one has failed the others, likely waiting for it, get little time."""
+        """Wait for all ranks; after a failure the others, probably waiting for it, get little time."""
         deadline = time.monotonic() + timeout_s
         answers: list[tuple | None] = [None] * WORLD_SIZE
         while None in answers and time.monotonic() < deadline:
@@ -112,7 +112,7 @@ def _serve(address: str, rendezvous: str, rank: int) -> None:
         connection.send(rank)
         with contextlib.suppress(EOFError):
             while True:
-                # Not `recv`: torch makes that one share tensors' memory, which these processes cannot.
+                # Not `recv`: with torch it shares the memory of tensors, which these processes cannot do.
                 path, name, args = pickle.loads(connection.recv_bytes())
                 try:
                     if path not in modules:

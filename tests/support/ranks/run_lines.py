@@ -1,4 +1,4 @@
-"""Command lines one after the other on this rank; under torchrun on all of them: run_lines.py FILE."""
+"""Runs command lines one after another on this rank; under torchrun on all ranks: run_lines.py FILE."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run_on_two_ranks(lines: Sequence[Sequence[str]], folder: Path, *, timeout_s: float) -> None:
-    """Run command lines on two gloo ranks under torchrun; each of them must end well."""
+    """Run command lines on two gloo ranks under torchrun; each must succeed."""
     path = folder / "lines.json"
     path.write_text(json.dumps(lines), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -19,7 +19,7 @@ def run_on_two_ranks(lines: Sequence[Sequence[str]], folder: Path, *, timeout_s:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / "models")]  # rules of rewards
+    sys.path[:0] = [str(Path(__file__).parents[1] / "models")]  # reward rules
     from glm_rlhf.engine.cli import main
 
     for line in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

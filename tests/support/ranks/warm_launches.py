@@ -1,8 +1,8 @@
-"""Many faulty runs under torchrun's agent, each forked off one process that has imported everything.
+"""Many faulty runs under torchrun's agent, each forked from one process that has imported everything.
 
-Starting torchrun and its ranks costs more than a tiny run. The agent here is torchrun's own, from its own
-arguments; only its ranks are forked, where torchrun starts interpreters. Run as a script it answers requests
-from its standard input, one at a time.
+Starting torchrun and its ranks costs more than a tiny run. The agent is torchrun's own, with its own
+arguments; but its ranks are forked, where torchrun starts interpreters. Run as a script it answers requests
+from standard input, one at a time.
 """
 
 import contextlib
@@ -46,45 +46,45 @@ class WarmLaunches:
         """Return exit code, stderr, and seconds from the fault to the end, of two ranks.
 
         Raises:
-            TimeoutError: it was not over in time.
-            AssertionError: a process was left behind.
+            TimeoutError: it did not end in time.
+            AssertionError: a process is still running.
         """
-        with tempfile.NamedTemporaryFile() as told:
-            asked = [dataclasses.asdict(fault), line, timeout_s, num_restarts, told.name]
+        with tempfile.NamedTemporaryFile() as stderr:
+            asked = [dataclasses.asdict(fault), line, timeout_s, num_restarts, stderr.name]
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
             code, is_any_left = json.loads(self._process.stdout.readline())
-            said = told.read().decode(errors="replace")
+            said = stderr.read().decode(errors="replace")
         if code is None:
-            raise TimeoutError(f"not over after {timeout_s} s: {said}")
+            raise TimeoutError(f"still running after {timeout_s} s: {said}")
         assert not is_any_left, said
         return code, said, seconds_since_fault(said)
 
 
 def _serve() -> None:
-    # What forks shall not import again; torch's optimizers load Dynamo when one is made.
+    # Imports that forks must not repeat; torch's optimizers load Dynamo when created.
     import torch._dynamo
     import torch.distributed.run  # noqa: F401
 
     import glm_rlhf.engine.commands.ppo  # noqa: F401
 
     for request in sys.stdin:
-        fault, line, timeout_s, num_restarts, told = json.loads(request)
+        fault, line, timeout_s, num_restarts, stderr = json.loads(request)
         child = os.fork()
         if not child:
-            _become_agent(Fault(**fault), line, num_restarts, told)
+            _become_agent(Fault(**fault), line, num_restarts, stderr)
         answer = _wait(child, time.monotonic() + timeout_s)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def _become_agent(fault: Fault, line: list[str], num_restarts: int, told: str) -> None:
-    """Be torchrun, and end."""
+def _become_agent(fault: Fault, line: list[str], num_restarts: int, stderr: str) -> None:
+    """Run as torchrun, and exit."""
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
     os.setsid()
-    for name, descriptor in ((told, 2), (os.devnull, 1), (os.devnull, 0)):
+    for name, descriptor in ((stderr, 2), (os.devnull, 1), (os.devnull, 0)):
         os.dup2(os.open(name, os.O_RDWR), descriptor)
     sys.argv[1:] = line
     code = 1

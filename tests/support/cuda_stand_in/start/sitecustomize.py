@@ -1,3 +1,3 @@
-"""Imported by Python as it starts: the device has to be there before torch asks for one."""
+"""Imported by Python at its start: the device must exist before torch is imported."""
 
 import cuda_stand_in.runtime  # noqa: F401
