@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("rule", help="module:function")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at")
-    given = parser.parse_args()
-    server = make_server(find_rule(given.rule), host=given.host, port=given.port)
-    print(f"{given.rule} at http://{given.host}:{server.server_port}", flush=True)
+    options = parser.parse_args()
+    server = make_server(find_rule(options.rule), host=options.host, port=options.port)
+    print(f"{options.rule} at http://{options.host}:{server.server_port}", flush=True)
     server.serve_forever()
 
 

@@ -112,8 +112,8 @@ def test_ranks_fit_the_config_and_paths_are_mounted(name):
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in worker["template"]["spec"]["volumes"]}
     places = [mount["mountPath"] for mount in mounts.values()]
-    given = (config.model.path, config.reward.path, config.data.path, config.data.sft_path, config.run.output)
-    for path in given:
+    paths = (config.model.path, config.reward.path, config.data.path, config.data.sft_path, config.run.output)
+    for path in paths:
         assert any(path.startswith(f"{place}/") for place in places), path
     written = [mount["mountPath"] for mount in mounts.values() if not mount.get("readOnly")]
     assert any(config.run.output.startswith(f"{place}/") for place in written)

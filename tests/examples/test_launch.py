@@ -59,7 +59,7 @@ def test_what_is_missing_is_said(script, arguments):
     assert said.stderr.startswith("usage: ")
 
 
-def test_a_slurm_job_gives_its_nodes_one_meeting_point(tmp_path):
+def test_a_slurm_job_gives_its_nodes_one_rendezvous(tmp_path):
     """Slurm's own commands are played: one names the nodes, the other runs the script on this machine."""
     for name, body in (
         ("scontrol", 'echo "node3"; echo "node4"'),

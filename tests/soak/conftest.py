@@ -1,4 +1,4 @@
-"""What the soak tests share: everything that is promised, tried once."""
+"""The fixture of the soak tests: all promises and faults, tried once."""
 
 import time
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from promises import running_tests
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """What was tried of the promises."""
+    """Results of all promises and faults."""
 
     faults: list[Outcome]
-    """What became of each case of the table of faults."""
+    """Outcome of each case of the fault table."""
     tests: dict[str, str]
-    """What became of each test of a promise, by node id."""
+    """Outcome of each test of a promise, by node id."""
     elapsed_s: float
-    """Of all that."""
+    """Total time."""
 
 
 @pytest.fixture(scope="session")
 def tried(tmp_path_factory) -> Tried:
-    """The tests of all promises, and the table of faults beside them: either leaves one of two cores idle."""
+    """The tests of all promises, and the fault table in parallel: either leaves one of two cores idle."""
     start = time.monotonic()
     with running_tests(tmp_path_factory.mktemp("promises")) as tests:
         faults = try_all(tmp_path_factory.mktemp("faults"))
