@@ -21,8 +21,8 @@ def around_backward_steps(around: Callable[..., Any]) -> Iterator[None]:
     """
     original: BackwardStep = schedules.backward_step
 
-    def backward_step(*given: Any) -> Any:
-        return around(original, *given)
+    def backward_step(*arguments: Any) -> Any:
+        return around(original, *arguments)
 
     schedules.backward_step = backward_step
     try:

@@ -254,7 +254,7 @@ def _apply(
 def _own_backward(
     models: Sequence[Chunks], scheduled: Sequence[ScheduledMicroBatch], passes: _Passes, topology: Topology
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which each backward is a span with an out-of-memory guard and its model's `no_sync`."""
+    """Return a context in which each backward is a span with an OOM guard and its model's `no_sync`."""
     order = stage_order(topology.layout, len(scheduled), stage=topology.pp_rank)
     upcoming = (scheduled[item.micro_batch] for item in order if item.kind == "backward")
 

@@ -41,10 +41,10 @@ def test_megatron_core_s_modules_alone_see_the_stand_in():
     assert not isinstance(stand_in, types.ModuleType)
     assert isinstance(torch, types.ModuleType)
     for name in cpu_patches._FACTORIES:
-        given = {"empty_like": (torch.ones(2),), "zeros_like": (torch.ones(2),), "full": ([2], 1.0)}.get(
+        arguments = {"empty_like": (torch.ones(2),), "zeros_like": (torch.ones(2),), "full": ([2], 1.0)}.get(
             name, (2,)
         )
-        made = getattr(stand_in, name)(*given, device="cuda")
+        made = getattr(stand_in, name)(*arguments, device="cuda")
         assert made.device.type == "cpu", moved(
             Upstream(patch="cpu_patches.install", symbol=f"torch:{name}"), "makes tensors elsewhere"
         )

@@ -48,7 +48,7 @@ def test_megatron_core_would_keep_one_always(topology):
 
 
 def communication_of_layers() -> list[tuple[bool, bool, bool]]:
-    """On each rank: of Megatron-core's layer and of ours, what they do about a sequence-parallel input."""
+    """On each rank: of Megatron-core's layer and of replacement, what they do about a sequence-parallel input."""
     with open_topology(Layout(tp=4, sequence_parallel=True)) as topology:
         (chunk,) = make_chunks(Case(), topology)
         config = chunk.config
@@ -70,6 +70,8 @@ def communication_of_layers() -> list[tuple[bool, bool, bool]]:
 
 
 def test_the_layer_has_no_communication_of_its_own(ranks):
-    for upstream, ours, of_the_model in ranks.run(communication_of_layers):
+    for upstream, replacement, of_the_model in ranks.run(communication_of_layers):
         assert upstream == (True, False, False), moved(COLUMN, f"says {upstream} of its communication")
-        assert ours == of_the_model == (False, True, False), moved(COLUMN, f"says {ours} of ours")
+        assert replacement == of_the_model == (False, True, False), moved(
+            COLUMN, f"says {replacement} of replacement"
+        )

@@ -18,9 +18,9 @@ def test_each_micro_batch_comes_by_and_the_original_is_put_back(topology):
     state = training_state(make_chunks(case, topology), case.settings, topology=topology)
     original, calls = schedules.backward_step, []
 
-    def around(step, *given):
-        calls.append(len(given))
-        return step(*given)
+    def around(step, *arguments):
+        calls.append(len(arguments))
+        return step(*arguments)
 
     batches = make_batches(case, topology)
     with around_backward_steps(around):
@@ -31,5 +31,5 @@ def test_each_micro_batch_comes_by_and_the_original_is_put_back(topology):
 
 
 def test_what_it_returns_is_what_the_schedule_gets():
-    with around_backward_steps(lambda step, *given: given):
+    with around_backward_steps(lambda step, *arguments: arguments):
         assert schedules.backward_step(1, 2) == (1, 2)

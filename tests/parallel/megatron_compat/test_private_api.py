@@ -134,8 +134,8 @@ class _Module:
             if dotted is None:
                 continue
             kind = _resolve(dotted)
-            theirs = {name for name in dir(kind) if _is_private(name)} | set(names_in(kind))
-            for name in sorted(set(_defined(list(ast.walk(node)))) & theirs):
+            foreign = {name for name in dir(kind) if _is_private(name)} | set(names_in(kind))
+            for name in sorted(set(_defined(list(ast.walk(node)))) & foreign):
                 yield f"{node.name}.{name}", f"{node.name}.{name} is a private name of {dotted} too"
 
     def _filters(self, node: ast.AST, *, is_inside: bool) -> Iterator[tuple[int, str, str]]:

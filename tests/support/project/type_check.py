@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 
 def link_floors() -> None:
-    """Make the folder in which mypy finds the floors as packages of the namespace `glm_rlhf`."""
+    """Make the folder in which mypy finds the layers as packages of the namespace `glm_rlhf`."""
     LINKS.mkdir(parents=True, exist_ok=True)
     for floor in FLOORS:
         if not (LINKS / floor).is_symlink():
