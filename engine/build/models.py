@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -10,10 +10,10 @@ from glm_rlhf.engine.config.sections import (
     GenerationSection,
     ModelSection,
     ParallelSection,
-    PrecisionSection,
     RunSection,
     TokenizerSection,
 )
+from glm_rlhf.engine.config.training import TrainingRunSection
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer.load import has_tokenizer, load_tokenizer
 from glm_rlhf.parallel.model.glm import GLMModel, Role
@@ -27,35 +27,54 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Types by the names that configs use."""
 
 
+class _HasDtype(Protocol):
+    @property
+    def dtype(self) -> Literal["bf16", "fp32"]:
+        """Precision of weights and activations."""
+
+
 class ReadsText(Protocol):
     """A root config of a command whose model may have a tokenizer."""
 
-    tokenizer: TokenizerSection
-    """What the user says about it."""
-    tokenizer_path: Path
-    """Where it is looked for."""
+    @property
+    def tokenizer(self) -> TokenizerSection:
+        """The section that may name it."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where it is looked for."""
 
 
 class LoadsModel(ReadsText, Protocol):
     """A root config of a command on a model."""
 
-    run: RunSection
-    """Names the seed."""
-    model: ModelSection
-    """The model."""
-    train: PrecisionSection
-    """Its precision."""
+    @property
+    def run(self) -> RunSection | TrainingRunSection:
+        """Names the seed."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
+
+    @property
+    def train(self) -> _HasDtype:
+        """Its precision."""
 
 
 class DrawsAnswers(Protocol):
     """A root config of a command whose model answers prompts."""
 
-    run: RunSection
-    """Names the seed of everything."""
-    generation: GenerationSection
-    """May name another for answers, and ids that end them."""
-    model: ModelSection
-    """The model."""
+    @property
+    def run(self) -> RunSection | TrainingRunSection:
+        """Names the seed of everything."""
+
+    @property
+    def generation(self) -> GenerationSection:
+        """May name another for answers, and ids that end them."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
 
 
 def load_main_model(

@@ -54,7 +54,8 @@ def load_run(roles: PPORoles, config: PPOConfig, path: Path, *, topology: Topolo
         identity = identity_of_models(config) if topology.is_main_rank else {}
     progress = restore_run(checkpoint, roles.states, config=config, identity=identity, topology=topology)
     restore_roles(roles, checkpoint, progress)
-    return checkpoint.manifest.state.get("caller", {})
+    caller: dict[str, Any] = checkpoint.manifest.state.get("caller", {})
+    return caller
 
 
 def restore_roles(roles: PPORoles, checkpoint: Checkpoint, progress: Mapping[str, Any]) -> None:
@@ -76,6 +77,6 @@ def restore_roles(roles: PPORoles, checkpoint: Checkpoint, progress: Mapping[str
 def identity_of_models(config: PPOConfig) -> dict[str, str]:
     """Return fingerprints of the models that a run starts from, by key."""
     reference = config.reference.path or config.model.path
-    paths = {"model.path": config.model.path, "reference.path": reference}
+    paths: dict[str, str | None] = {"model.path": config.model.path, "reference.path": reference}
     paths |= {"reward.path": config.reward.path, "critic.path": config.critic.path}
     return {key: model_identity(path) for key, path in paths.items() if path is not None}

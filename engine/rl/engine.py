@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from glm_rlhf.engine.build.answers import answer_settings_of
@@ -147,8 +148,13 @@ class PPOEngine:
     def __enter__(self) -> "PPOEngine":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.__exit__(*exception)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def _as_input(self, prompt: str | Sequence[int] | PromptInput) -> PromptInput:
         if isinstance(prompt, PromptInput):
@@ -167,8 +173,7 @@ def _build(
     """Return the roles with their models loaded, and the tokenizer; `stack` ends what the roles hold."""
     with raise_on_all_ranks("finding the reward function"):
         function = reward_function_of(config.reward)
-    trained = {"recompute_layers": config.train.recompute_layers}
-    policy, _, tokenizer = load_main_model(config, topology, **trained)
+    policy, _, tokenizer = load_main_model(config, topology, recompute_layers=config.train.recompute_layers)
     glm, generation = policy[0].glm, config.generation
     resharded = stack.enter_context(
         generation_layout(

@@ -30,6 +30,7 @@ class PPOEvaluation:
         """
         self._engine, config = engine, engine.config
         given = config.evaluate
+        assert given.path is not None, "evaluate.every comes with evaluate.path"
         self._settings = EvaluationSettings(
             num_samples=given.num_samples, pass_k=given.pass_k, pass_reward=given.pass_reward
         )
@@ -44,7 +45,7 @@ class PPOEvaluation:
             )
         self._against = self._answers(engine.roles.models["reference"], None)
         self._best_file = Path(config.run.output) / "hf" / f"{BEST}.json"
-        self._best_reward = None
+        self._best_reward: float | None = None
 
     def is_due(self, step: int) -> bool:
         """Return whether the policy is to be evaluated after so many iterations."""

@@ -55,7 +55,6 @@ def make_experience(
         FloatingPointError: a reward, logprob or value is not finite; the message, the same on every rank,
             names the role, the ranks and the answers.
     """
-    options = {"max_tokens": micro_batch_tokens, "topology": topology}
     overlapped = overlapped or {}
     phases = Phases()
     with phases.phase("reward"):
@@ -68,7 +67,8 @@ def make_experience(
         batches = batches_of_rollouts(
             rollouts,
             numbers_without(rollouts, known.sequences if known else frozenset()),
-            **options,
+            max_tokens=micro_batch_tokens,
+            topology=topology,
             streams={"mask": mask_T},
         )
         ref_logprobs_T = stream_logprobs(
@@ -76,10 +76,22 @@ def make_experience(
         )
     with phases.phase("old_logprobs"):
         old_logprobs_T, gap = old_logprobs(
-            models["policy"], rollouts, mask_T, **options, max_gap=ppo.max_logprob_gap, seed=sample_seed
+            models["policy"],
+            rollouts,
+            mask_T,
+            max_tokens=micro_batch_tokens,
+            topology=topology,
+            max_gap=ppo.max_logprob_gap,
+            seed=sample_seed,
         )
     with phases.phase("values"):
-        rows_T = stream_rows(models["critic"], rollouts, **options, overlapped=overlapped.get("critic"))
+        rows_T = stream_rows(
+            models["critic"],
+            rollouts,
+            max_tokens=micro_batch_tokens,
+            topology=topology,
+            overlapped=overlapped.get("critic"),
+        )
         values_T = shift_to_tokens(rows_T) * mask_T
     found = {
         "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,8 @@ def run_iterations(
     if evaluation is not None and first == 0:
         with defer_preemption():
             run.write(0, evaluation.run(0))
-    num_skipped, completed = 0, {"step": first} | engine.roles.progress()
+    num_skipped = 0
+    completed: dict[str, Any] = {"step": first} | engine.roles.progress()
     with ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first) as progress:
         for step in range(first, config.train.steps):
             batch = [prompts[number] for number in sampler.batch(step)]
@@ -86,9 +88,7 @@ def run_iterations(
         _write_last_samples(engine, [prompts[number] for number in sampler.batch(0)])
 
 
-def _save_and_exit(
-    engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, float | int]
-) -> None:
+def _save_and_exit(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, Any]) -> None:
     """Save the run as it was after the last whole iteration, or inside one between two epochs."""
     roles, step = engine.roles, completed["step"]
     rank_tensors = roles.rewards.baseline_tensors()

@@ -7,6 +7,7 @@ import torch
 
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, InBackwardState
+from glm_rlhf.parallel.optim.training_state import TrainingState
 from glm_rlhf.parallel.runtime.cpu_offload import CpuOffload
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -42,12 +43,14 @@ class RoleOffload:
             ValueError: `optimizers` are to be offloaded, but change weights during backward.
         """
         self.offloads = frozenset(offloads)
-        self._trained = list(states.values()) if "optimizers" in self.offloads else []
-        if any(isinstance(state, InBackwardState) for state in self._trained):
-            raise ValueError(
-                "an optimizer in backward is not offloaded: leave optimizers out of train.offload, or set "
-                "optimizer.in_backward to false"
-            )
+        self._trained: list[TrainingState] = []
+        for state in states.values() if "optimizers" in self.offloads else ():
+            if isinstance(state, InBackwardState):
+                raise ValueError(
+                    "an optimizer in backward is not offloaded: exclude optimizers from train.offload, or "
+                    "set optimizer.in_backward to false"
+                )
+            self._trained.append(state)
         self._frozen = [
             CpuOffload(partial(_weights_of, chunks), device=topology.device, changes=False)
             for role, chunks in models.items()

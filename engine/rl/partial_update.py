@@ -59,7 +59,8 @@ def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> P
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in facts["rollouts"].items()}
     given["excluded"] = frozenset(given["excluded"])
     given["prompts"] = tuple(PromptInput(tokens=tuple(ids), extra=extra) for ids, extra in given["prompts"])
-    rollouts = Rollouts(**given, **_named(moved, "rollouts."))
+    fields_of_rollouts: dict[str, Any] = {**given, **_named(moved, "rollouts.")}
+    rollouts = Rollouts(**fields_of_rollouts)
     experience = Experience(rollouts=rollouts, **facts["experience"], **_named(moved, "experience."))
     steps = {name: facts[name] for name in ("epoch", "policy_steps", "critic_steps")}
     return PartialUpdate(experience=experience, **steps)

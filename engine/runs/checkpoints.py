@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -34,9 +34,17 @@ IS_INSIDE = "is_inside"
 class SavedRun(Protocol):
     """The part of a command's settings that checkpoints depend on."""
 
-    run: Any
-    train: Any
-    model: Any
+    @property
+    def run(self) -> Any:
+        """Where the run keeps its files."""
+
+    @property
+    def train(self) -> Any:
+        """When it saves and exports."""
+
+    @property
+    def model(self) -> Any:
+        """What it started from."""
 
 
 def open_run_folder(config: SavedRun, topology: Topology) -> Checkpoint | None:
@@ -252,7 +260,7 @@ class RunCheckpoints:
 
 
 def _as_json(config: SavedRun) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(cast(Any, config))))
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:

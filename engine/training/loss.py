@@ -18,6 +18,10 @@ class Statistics(Protocol):
     def sums(self) -> torch.Tensor:
         """[K], in the order of `Loss.sum_names`: added up over micro-batches and ranks."""
 
+    @property
+    def maxima(self) -> torch.Tensor | None:
+        """fp32 [`Loss.num_maxima`], whose largest over micro-batches and ranks counts; None for none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
@@ -26,18 +30,22 @@ class Sums:
     sums: torch.Tensor
     """fp64 [K]."""
 
+    @property
+    def maxima(self) -> None:
+        """None."""
+        return None
+
 
 class Loss(Protocol):
-    """A sum over a global denominator, so that it depends neither on packing nor on the layout.
+    """A sum over a global denominator, so that it depends neither on packing nor on the layout."""
 
-    Statistics may have `maxima` too, fp32 [`num_maxima`], of which the largest over micro-batches and ranks
-    is kept.
-    """
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """Names of the statistics' sums."""
 
-    sum_names: tuple[str, ...]
-    """Names of the statistics' sums."""
-    num_maxima: int
-    """Length of the statistics' maxima; 0 where they have none."""
+    @property
+    def num_maxima(self) -> int:
+        """Length of the statistics' maxima; 0 where they have none."""
 
     def __call__(
         self, model: GLMModel, hidden_TD: torch.Tensor, batch: PackedBatch, denominator: float
@@ -58,8 +66,9 @@ class Loss(Protocol):
 class RecordLoss(Loss, Protocol):
     """A loss on records of a file: what SFT, reward models and DPO minimise."""
 
-    prefix: str
-    """First part of its metrics' names in training, such as `actor`."""
+    @property
+    def prefix(self) -> str:
+        """First part of its metrics' names in training, such as `actor`."""
 
     def streams(self, lengths: Sequence[int], prompt_lengths: Sequence[int], num_tokens: int) -> Streams:
         """Return the per-token tensors that it reads, on the host; see `packed_batches.StreamsOfRecords`."""

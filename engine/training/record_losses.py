@@ -28,7 +28,7 @@ class SFTLoss:
     """
 
     prefix = "actor"
-    sum_names = ("loss", "num_tokens", "nll", "entropy")
+    sum_names: tuple[str, ...] = ("loss", "num_tokens", "nll", "entropy")
     num_maxima = 0
 
     def __init__(self, records: Demonstrations) -> None:
@@ -69,7 +69,7 @@ class RewardModelLoss:
     """
 
     prefix = "reward"
-    sum_names = ("loss", *PAIR_SUMS)
+    sum_names: tuple[str, ...] = ("loss", *PAIR_SUMS)
     num_maxima = 0
 
     def __init__(self, *, l2_coef: float) -> None:
@@ -112,7 +112,7 @@ class DPOLoss:
     """
 
     prefix = "actor"
-    sum_names = (
+    sum_names: tuple[str, ...] = (
         "loss",
         "num_pairs",
         "num_right",

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -104,7 +105,7 @@ def take_step(
     steps = []
     for place, learner in enumerate(learners):
         norm = norms[place] if place < len(norms) else math.nan
-        with phases.shared("apply", lambda seconds, role=learner.role: {role: seconds}):
+        with phases.shared("apply", partial(_all_of, learner.role)):
             if not fault:
                 learner.state.apply(norm)
             terms = [
@@ -125,6 +126,10 @@ def evaluate(
     """
     outputs, _ = _run([(role, chunks, (term,))], topology, forward_only=True)
     return _reduced([found for _, found in outputs], term.loss, topology, torch.float64).by_name(term.loss)
+
+
+def _all_of(role: str, seconds: float) -> dict[str, float]:
+    return {role: seconds}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +206,7 @@ def _run(
     def run(batches: Sequence[_Assigned]) -> list[Statistics]:
         if before is not None:
             before()
-        found = run_models(
+        found: list[Statistics] = run_models(
             [chunks for _, chunks, _ in models],
             [[one.packed for one in batches if one.model == number] for number in range(len(models))],
             lambda model, hidden_TD, index: batches[index].term(model, hidden_TD, batches[index].batch),
@@ -229,7 +234,8 @@ def _run(
 
 def _norm_fault(learners: Sequence[Learner], norms: Sequence[float], assigned: Sequence[_Assigned]) -> str:
     """Return what a message says of gradient norms that are not finite, the same on every rank."""
-    said, findings = [], []
+    said: list[str] = []
+    findings: list[str] = []
     for number, (learner, norm) in enumerate(zip(learners, norms, strict=True)):
         if math.isfinite(norm):
             continue
@@ -256,6 +262,7 @@ def _reduced(
     maxima = torch.full((loss.num_maxima,), -torch.inf, device=topology.device)
     if loss.num_maxima:
         for one in found:
+            assert one.maxima is not None, "the loss says that it has maxima"
             maxima = torch.maximum(maxima, one.maxima.float())
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
     if topology.layout.pp > 1:

@@ -29,6 +29,11 @@ class ValueStatistics:
     sums: torch.Tensor
     """[9] fp32, in the order of `VALUE_SUMS`."""
 
+    @property
+    def maxima(self) -> None:
+        """None: all of its statistics are sums."""
+        return None
+
     def __add__(self, other: "ValueStatistics") -> "ValueStatistics":
         return ValueStatistics(sums=self.sums + other.sums)
 

@@ -15,8 +15,9 @@ from glm_rlhf.parallel.runtime.topology import Topology
 class Divisible(Protocol):
     """A micro-batch of whole records."""
 
-    packed: PackedTokens
-    """Its tokens."""
+    @property
+    def packed(self) -> PackedTokens:
+        """Its tokens."""
 
     def split_in_two(self, multiple: int) -> tuple[Self, ...]:
         """Return two micro-batches with the records of this one, in order; this one if it has one record.

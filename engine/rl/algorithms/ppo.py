@@ -7,13 +7,14 @@ reward, a next-token loss on demonstrations in the policy's steps, and one joint
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.scoring.packed_batches import PackedBatch, batches_of_rollouts
-from glm_rlhf.engine.training.loss import Learner, LossTerm
+from glm_rlhf.engine.training.loss import Learner, Loss, LossTerm
 from glm_rlhf.engine.training.step import RoleStep
 from glm_rlhf.engine.types import Experience
 from glm_rlhf.kernels import ppo_value_loss
@@ -38,8 +39,8 @@ class PolicyLoss:
     """The algorithm's settings."""
     temperature: float
     """Of the rollouts."""
-    sum_names = POLICY_SUMS
-    num_maxima = 2
+    sum_names: ClassVar[tuple[str, ...]] = POLICY_SUMS
+    num_maxima: ClassVar[int] = 2
 
     def __call__(
         self, model: GLMModel, hidden_TD: torch.Tensor, batch: PackedBatch, denominator: float
@@ -73,8 +74,8 @@ class ValueLoss:
 
     value_clip: float | None
     """The critic may move this far from its old value; None does not clip."""
-    sum_names = VALUE_SUMS
-    num_maxima = 0
+    sum_names: ClassVar[tuple[str, ...]] = VALUE_SUMS
+    num_maxima: ClassVar[int] = 0
 
     def __call__(
         self, model: GLMModel, hidden_TD: torch.Tensor, batch: PackedBatch, denominator: float
@@ -168,19 +169,20 @@ def learners(
         demonstrations: the step's demonstrations; None for none.
     """
     rollouts = experience.rollouts
-    given = {
-        "batches": mini_batch.batches,
-        "denominator": mini_batch.num_actions,
-        "name_items": lambda items: f"answers {abbreviate([rollouts.indices[item] for item in items])}",
-    }
-    value_loss = ValueLoss(value_clip=ppo.value_clip)
-    policy_loss = PolicyLoss(ppo=ppo, temperature=rollouts.temperature)
-    more = () if demonstrations is None else (demonstrations,)
-    terms = {
-        "critic": (LossTerm(loss=value_loss, **given),),
-        "policy": (LossTerm(loss=policy_loss, **given), *more),
-    }
-    return {role: Learner(role=role, state=states[role], terms=own) for role, own in terms.items()}
+
+    def term(loss: Loss) -> LossTerm:
+        return LossTerm(
+            loss=loss,
+            batches=mini_batch.batches,
+            denominator=mini_batch.num_actions,
+            name_items=lambda items: f"answers {abbreviate([rollouts.indices[item] for item in items])}",
+        )
+
+    terms = {"critic": [term(ValueLoss(value_clip=ppo.value_clip))]}
+    terms["policy"] = [term(PolicyLoss(ppo=ppo, temperature=rollouts.temperature))]
+    if demonstrations is not None:
+        terms["policy"].append(demonstrations)
+    return {role: Learner(role=role, state=states[role], terms=tuple(own)) for role, own in terms.items()}
 
 
 def policy_metrics(step: RoleStep) -> dict[str, float]:

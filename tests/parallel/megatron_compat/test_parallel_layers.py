@@ -48,7 +48,7 @@ def test_megatron_core_would_keep_one_always(topology):
 
 
 def communication_of_layers() -> list[tuple[bool, bool, bool]]:
-    """On each rank: of Megatron-core's layer and of replacement, what they do about a sequence-parallel input."""
+    """Of Megatron-core's layer and of the replacement, what they do with a sequence-parallel input."""
     with open_topology(Layout(tp=4, sequence_parallel=True)) as topology:
         (chunk,) = make_chunks(Case(), topology)
         config = chunk.config

@@ -10,7 +10,7 @@ import pytest
 from upstream import names_in
 
 ROOT = Path(__file__).resolve().parents[3]
-FLOORS = ("engine", "kernels", "parallel")
+LAYERS = ("engine", "kernels", "parallel")
 ROOM = Path("parallel/megatron_compat")
 
 EXCEPTIONS = {
@@ -50,7 +50,7 @@ UNDOCUMENTED = {
 def violations(root: Path) -> list[tuple[str, str, str]]:
     """Return (file, expression, `line: sentence`) of every use in the three layers, exceptions included."""
     found = []
-    for floor in FLOORS:
+    for floor in LAYERS:
         for path in sorted((root / floor).rglob("*.py")):
             relative = path.relative_to(root)
             if ROOM not in relative.parents:

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-FLOORS = ("engine", "kernels", "parallel")
+LAYERS = ("engine", "kernels", "parallel")
 LINKS = ROOT / ".mypy_packages" / "glm_rlhf"
 HEADER = "[tool.glm-rlhf.mypy_errors]\n"
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 def link_floors() -> None:
     """Make the folder in which mypy finds the layers as packages of the namespace `glm_rlhf`."""
     LINKS.mkdir(parents=True, exist_ok=True)
-    for floor in FLOORS:
+    for floor in LAYERS:
         if not (LINKS / floor).is_symlink():
             (LINKS / floor).symlink_to(Path("..", "..", floor))
 
