@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     pyproject = ROOT / "pyproject.toml"
     text = pyproject.read_text(encoding="utf-8")
     recorded = tomllib.loads(text)["tool"]["glm-rlhf"]["mypy_errors"]
-    link_floors()
+    link_layers()
     errors = errors_by_room(mypy_output())
     if arguments == ["--record"]:
         recorded = lowered(errors, recorded)
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     return 1 if differences else 0
 
 
-def link_floors() -> None:
+def link_layers() -> None:
     """Make the folder in which mypy finds the layers as packages of the namespace `glm_rlhf`."""
     LINKS.mkdir(parents=True, exist_ok=True)
     for floor in LAYERS:
