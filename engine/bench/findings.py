@@ -8,8 +8,8 @@ from statistics import median
 
 from glm_rlhf.engine.bench.parts.ppo import PHASES
 from glm_rlhf.engine.bench.parts.scaling import ScalingPoint, efficiencies
-from glm_rlhf.engine.bench.plots import bar_chart, scaling_chart, stacked_bar
-from glm_rlhf.engine.bench.report import Report, Row, as_markdown, number
+from glm_rlhf.engine.bench.report import Report, Row, as_markdown, number, table, write_files
+from glm_rlhf.engine.observe.svg_charts import bar_chart, scaling_chart, stacked_bar
 
 STEM = "bench"
 
@@ -68,10 +68,7 @@ def write_findings(findings: Findings, folder: Path, *, earlier: dict | None) ->
     )
     sections = [as_markdown(report), *_scaling_lines(findings.scaling)]
     sections += [f"![{name.removesuffix('.svg')}]({name})\n" for name in plots]
-    (folder / f"{STEM}.md").write_text("\n".join(sections), encoding="utf-8")
-    content = asdict(findings) | {"agreement": agreement}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    (folder / f"{STEM}.json").write_text(text + "\n", encoding="utf-8")
+    write_files(folder / STEM, "\n".join(sections), asdict(findings) | {"agreement": agreement})
     lines = [*_table(findings.rows), *_scaling_lines(findings.scaling), *([agreement] if agreement else [])]
     return "\n".join([*lines, f"written to {folder / STEM}.md", ""])
 
@@ -186,22 +183,22 @@ def _scaling_lines(points: Sequence[ScalingPoint]) -> list[str]:
     """Return scaling as a Markdown table."""
     if not points:
         return []
-    found = efficiencies(points)
+    shares = efficiencies(points)
     lines = [
         "",
         f"A training step over data-parallel ranks, {points[0].backend}; {points[0].tokens} tokens a rank "
         "(weak) or in all (strong); median (fastest–slowest) of the steps, as their slowest rank took them.",
         "",
-        "| ranks | weak ms | weak efficiency | strong ms | strong efficiency |",
-        "|---|---|---|---|---|",
     ]
-    for place, point in enumerate(points):
+    rows = []
+    for index, point in enumerate(points):
         cells = [str(point.num_ranks)]
         for name, seconds in (("weak", point.weak_s), ("strong", point.strong_s)):
             low, middle, high = (number(1e3 * s) for s in (min(seconds), median(seconds), max(seconds)))
-            cells += [f"{middle} ({low}–{high})", f"{found[name][place]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+            cells += [f"{middle} ({low}–{high})", f"{shares[name][index]:.2f}"]
+        rows.append(cells)
+    head = ("ranks", "weak ms", "weak efficiency", "strong ms", "strong efficiency")
+    return [*lines, *table(head, rows), ""]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

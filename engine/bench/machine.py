@@ -66,8 +66,11 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> Contender:
     return Contender(name="product", run=lambda: left @ right)
 
 
-def description(device: torch.device) -> dict[str, str]:
-    """Return hardware, versions, commit and date, each under the name that a report prints."""
+def description(device: torch.device, *, has_cuda_columns: bool = True) -> dict[str, str]:
+    """Return hardware, versions, commit and date, each under the name that a report prints.
+
+    Where a report `has_cuda_columns`, it says of a CPU why they are empty.
+    """
     versions = {"python": platform.python_version()}
     versions |= {name: version_of(name) or "not installed" for name in (*PACKAGES, *PEERS)}
     facts = {
@@ -76,7 +79,7 @@ def description(device: torch.device) -> dict[str, str]:
         "device": _device_name(device),
         "processor": f"{_processor_name()}, {os.cpu_count()} cores",
     }
-    if device.type != "cuda":
+    if device.type != "cuda" and has_cuda_columns:
         facts["CUDA"] = "no CUDA device was at hand: every CUDA column is empty"
     return facts | {
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

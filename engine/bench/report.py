@@ -1,9 +1,10 @@
 """Rows of a benchmark as one Markdown file for people and one JSON file for programs."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
 
@@ -44,26 +45,35 @@ class Report:
 
 
 def write(report: Report, stem: Path) -> None:
-    """Write `<stem>.md` and `<stem>.json`."""
+    """Write `<stem>.md` and `<stem>.json`; what was not measured is null or missing there."""
+    write_files(stem, as_markdown(report), asdict(report))
+
+
+def write_files(stem: Path, markdown: str, content: Mapping[str, Any]) -> None:
+    """Write `<stem>.md` for people and `<stem>.json` for programs; the folder is made where it is missing."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
-    stem.with_suffix(".json").write_text(as_json(report), encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
-def as_json(report: Report) -> str:
-    """Return the report with all its numbers; what was not measured is null or missing."""
-    return json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def facts(machine: Mapping[str, str]) -> list[str]:
+    """Return the machine's description as items of a Markdown list."""
+    return [f"- {name}: {text}" for name, text in machine.items()]
 
 
 def as_markdown(report: Report) -> str:
     """Return the report as one table with a line a contender, and the commands below it."""
     lines = [f"# {report.title}", "", report.claim, ""]
-    lines += [f"- {name}: {text}" for name, text in report.machine.items()]
-    lines += [f"- {note}" for note in report.notes]
+    lines += [*facts(report.machine), *(f"- {note}" for note in report.notes), ""]
     columns = _columns(report.rows)
-    lines += ["", _line(columns), _line(["---"] * len(columns))]
-    for row in report.rows:
-        lines += [_line(_cells(row, entry, columns)) for entry in row.entries or [Entry(name="")]]
+    entries = ((row, entry) for row in report.rows for entry in row.entries or [Entry(name="")])
+    lines += table(columns, (_cells(row, entry, columns) for row, entry in entries))
     lines += [
         "",
         "Median of the runs, with the quartiles between which half of them lie. `share of limit` is limit ÷ "
@@ -178,7 +188,3 @@ def number(value: float) -> str:
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else number(seconds * 1e3)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
