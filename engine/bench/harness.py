@@ -18,7 +18,7 @@ from glm_rlhf.engine.bench.memory import peak_bytes
 from glm_rlhf.parallel.megatron_compat.torch_operators import occupy_device
 
 Answer = Sequence[torch.Tensor | None]
-"""What a task yields; None where a contender does not compute one of the tensors."""
+"""The result of a task; None where a contender does not compute one of the tensors."""
 
 WARM_UP_RUNS = 2
 MIN_REPETITIONS = 5
@@ -36,11 +36,11 @@ class Contender:
     name: str
     """What the report calls it."""
     run: Callable[[], Any]
-    """The timed work."""
+    """The timed work; what it returns is checked: tensors, or one tensor alone."""
     prepare: Callable[[], None] | None = None
     """Untimed, before every run: clears gradients, restores what a run overwrites."""
     answer: Callable[[Any], Answer] | None = None
-    """Untimed: makes of what `run` returned the tensors that are checked; None where it is those."""
+    """Untimed: makes of what `run` returned what is checked; None where it is that."""
     absent: str = ""
     """Why it cannot run here; empty when it can."""
 
@@ -109,13 +109,13 @@ def measure(
     counts_memory: bool = False,
     warm_up_runs: int = WARM_UP_RUNS,
 ) -> list[Entry]:
-    """Return one entry a contender, in their order.
+    """Return one entry per contender, in their order.
 
     Args:
         problem: contenders on their inputs.
         device: where they run; on CUDA device time is taken with events behind a cache flush.
         budget_s: about how long all timed runs of the row together may take.
-        counts_memory: add the column `extra MB`: the peak of what a run allocates, less what it must.
+        counts_memory: add the column `extra MB`: the peak of what a run allocates, minus what it must.
         warm_up_runs: untimed runs of each contender, behind the one that is checked.
     """
     expected = None if problem.expected is None else problem.expected()
@@ -170,7 +170,7 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 def _ratio(seconds: Sequence[float], first: Sequence[float]) -> Ratio:
     low, median, high = quantiles(
-        (own / beside for own, beside in zip(seconds, first, strict=True)), n=4, method="inclusive"
+        (own / other for own, other in zip(seconds, first, strict=True)), n=4, method="inclusive"
     )
     return Ratio(median=median, low=low, high=high)
 
@@ -201,6 +201,7 @@ def _checked(
         _prepare(contender)
         answer = contender.run()
         answer = answer if contender.answer is None else contender.answer(answer)
+        answer = [answer] if isinstance(answer, torch.Tensor) else answer
         error = (problem.error or relative_error)(answer, expected)
         if not error <= problem.tolerance:
             status = f"wrong: error {error:.1e}, at most {problem.tolerance:.0e} is allowed"

@@ -4,7 +4,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from glm_rlhf.engine.bench.harness import Answer, Contender
+
+
+def peers(device: torch.device, *contenders: Callable[[], Contender]) -> list[Contender]:
+    """Return the contenders that need CUDA, made there; none on the CPU."""
+    return [make() for make in contenders] if device.type == "cuda" else []
 
 
 def peer(
@@ -19,7 +26,7 @@ def peer(
     """Return a contender that runs `module.symbol`, or one that says why it cannot.
 
     Args:
-        name: what the report calls it.
+        name: in the report.
         module: where the symbol is imported from.
         symbol: function or class.
         make: given the symbol, returns the timed work; called only where the symbol exists.

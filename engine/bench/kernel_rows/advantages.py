@@ -9,21 +9,20 @@ from glm_rlhf.kernels.rl.advantages import ppo_advantages
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 # fp32 against fp64 over thousands of steps of a recurrence whose memory is 1 / (1 - γλ) = 17 tokens.
 TOLERANCE = 1e-5
+_TARGETS_S = {(64, 8192): 15e-6, (512, 4096): 12e-6}
+_NOTES = {(512, 4096): " (the target is for GAE alone, of 12 bytes a token)"}
 
 
 def cases(sizes: dict[str, tuple[int, int]], models: str) -> list[Case]:
-    """Return a row a size (sequences, tokens of each). Limit: three fp32 and a mask read, four written."""
-    targets = {(64, 8192): 15e-6, (512, 4096): 12e-6}
-    notes = {(512, 4096): " (the target is for GAE alone, of 12 bytes a token)"}
+    """Return a row per size (sequences, tokens of each). Limit: three fp32 and a mask read, four written."""
     return [
         Case(
             row=row,
-            what=f"token KL, reward, GAE, returns, whitening sums; one pass{notes.get(size, '')}",
+            what=f"token KL, reward, GAE, returns, whitening sums; one pass{_NOTES.get(size, '')}",
             model=models,
             shape=f"{size[0]} sequences of {size[1]}, fp32",
             num_bytes=29.0 * size[0] * size[1],
-            num_flop=0.0,
-            target_s=targets.get(size),
+            target_s=_TARGETS_S.get(size),
             build=lambda device, size=size: _problem(device, *size),
         )
         for row, size in sizes.items()
@@ -39,20 +38,7 @@ def _problem(device: torch.device, num_sequences: int, length: int) -> Problem:
     rewards_B = random_normal(num_sequences, seed=4, **options)
     cu_seqlens = torch.arange(0, num_tokens + 1, length, dtype=torch.int32, device=device)
     is_action_L = torch.arange(length, device=device) >= prompt
-    action_mask_T = is_action_L.repeat(num_sequences)
-
-    def ours():
-        return ppo_advantages(
-            logprobs_T,
-            ref_logprobs_T,
-            values_T,
-            rewards_B,
-            cu_seqlens,
-            action_mask_T,
-            kl_coef=KL_COEF,
-            gamma=GAMMA,
-            lam=LAM,
-        )
+    inputs = (logprobs_T, ref_logprobs_T, values_T, rewards_B, cu_seqlens, is_action_L.repeat(num_sequences))
 
     def loop(dtype: torch.dtype = torch.float32) -> Answer:
         logprobs_BL, reference_BL, values_BL = (
@@ -78,8 +64,8 @@ def _problem(device: torch.device, num_sequences: int, length: int) -> Problem:
         contenders=[
             Contender(
                 name="ours",
-                run=ours,
-                answer=lambda found: [found.advantages_T, found.returns_T, found.whitening_sums()],
+                run=lambda: ppo_advantages(*inputs, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM),
+                answer=lambda result: [result.advantages_T, result.returns_T, result.whitening_sums()],
             ),
             Contender(name="torch eager, loop over time", run=loop),
         ],

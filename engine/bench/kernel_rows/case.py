@@ -17,23 +17,28 @@ class Case:
     """One task at one shape."""
 
     row: str
-    """Letter and number, as PERFORMANCE.md lists the hot paths."""
+    """Letter and number, unique together with `model`."""
     what: str
     """The task, and which passes are timed."""
     model: str
     """`6B`, `9B`, `6B 9B` where both have this shape, or `small`."""
     shape: str
     """Sizes and dtype, for people."""
-    num_bytes: float
-    """Fewest bytes that have to be read and written."""
-    num_flop: float
-    """Fewest floating-point operations of matrix products."""
     build: Callable[[torch.device], Problem]
     """Makes inputs and contenders."""
+    num_bytes: float
+    """Fewest bytes that have to be read and written."""
+    num_flop: float = 0.0
+    """Fewest floating-point operations of matrix products."""
     target_s: float | None = None
-    """What ours is meant to reach on an H200."""
+    """The goal of ours on an H200."""
     counts_memory: bool = False
     """Whether the memory of a run is a figure of this row."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16`, `float32` and so on."""
+    return str(dtype).removeprefix("torch.")
 
 
 def random_normal(
@@ -53,7 +58,7 @@ def random_ids(num_ids: int, below: int, *, device: torch.device, seed: int = 0)
 
 
 def clearing(*leaves: torch.Tensor) -> Callable[[], None]:
-    """Return what forgets the gradients of `leaves`."""
+    """Return what sets the gradients of `leaves` to None."""
 
     def clear() -> None:
         for leaf in leaves:
@@ -62,11 +67,28 @@ def clearing(*leaves: torch.Tensor) -> Callable[[], None]:
     return clear
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` under torch.compile for fixed shapes; it compiles when it is first called."""
-    return torch.compile(function, dynamic=False)
+def plain(name: str, run: Callable[[], Any]) -> Contender:
+    """Return a contender that is nothing but its work."""
+    return Contender(name=name, run=run)
 
 
-def peers(device: torch.device, contenders: Sequence[Callable[[], Contender]]) -> list[Contender]:
-    """Return the peers' contenders; the CPU has none of them."""
-    return [make() for make in contenders] if device.type == "cuda" else []
+def in_torch(
+    definition: Callable[..., Any],
+    arguments: Sequence[torch.Tensor],
+    *,
+    how: str = "",
+    contender: Callable[[str, Callable[[], Any]], Contender] = plain,
+) -> list[Contender]:
+    """Return the definition in eager torch, and under torch.compile.
+
+    Args:
+        definition: compiled for fixed shapes when it is first called.
+        arguments: of the definition.
+        how: stands behind the names of the two.
+        contender: makes a contender of a name and its work.
+    """
+    compiled = torch.compile(definition, dynamic=False)
+    return [
+        contender(f"torch eager{how}", lambda: definition(*arguments)),
+        contender(f"torch.compile{how}", lambda: compiled(*arguments)),
+    ]

@@ -1,31 +1,32 @@
 """Rows e to g: residual add + RMSNorm, SwiGLU, partial interleaved RoPE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
-from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_normal
-from glm_rlhf.engine.bench.peers import peer
+from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, dtype_name, in_torch, plain, random_normal
+from glm_rlhf.engine.bench.peers import peer, peers
 from glm_rlhf.kernels.layers.rmsnorm import add_rms_norm
 from glm_rlhf.kernels.layers.rope import rope_qkv_in_place, rope_table
 from glm_rlhf.kernels.layers.swiglu import swiglu
 
 EPSILON = 1e-5
-NUM_GROUPS, QUERIES_A_GROUP, HEAD_SIZE, ROTARY_SIZE = 2, 16, 128, 64
+NUM_GROUPS, QUERIES_PER_GROUP, HEAD_SIZE, ROTARY_SIZE = 2, 16, 128, 64
 
 
 def cases(
     num_tokens: int, width: int, ffn_size: int, dtype: torch.dtype, models: str, *, has_targets: bool
 ) -> list[Case]:
     """Return the rows at one shape. Limits: each tensor is read or written once a pass."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     row_bytes = float(num_tokens * width * dtype.itemsize)
     ffn_bytes = float(num_tokens * ffn_size * dtype.itemsize)
-    rotated_bytes = float(num_tokens * NUM_GROUPS * (QUERIES_A_GROUP + 1) * ROTARY_SIZE * dtype.itemsize)
+    rotated_bytes = float(num_tokens * NUM_GROUPS * (QUERIES_PER_GROUP + 1) * ROTARY_SIZE * dtype.itemsize)
     norm, gate = f"T {num_tokens}, D {width}, {name}", f"T {num_tokens}, F {ffn_size}, {name}"
-    rope = f"T {num_tokens}, {NUM_GROUPS} groups of {QUERIES_A_GROUP} + 2 heads of {HEAD_SIZE}, {name}"
+    rope = f"T {num_tokens}, {NUM_GROUPS} groups of {QUERIES_PER_GROUP} + 2 heads of {HEAD_SIZE}, {name}"
     both, tokens = "forward + backward", (dtype, num_tokens)
     add, gated = "residual add + RMSNorm; ", "SwiGLU; "
     gradient = lambda d, **options: _gate_gradient(d, *tokens, ffn_size, **options)
@@ -44,7 +45,6 @@ def cases(
             model=models,
             shape=shape,
             num_bytes=num_bytes,
-            num_flop=0.0,
             target_s=target_s if has_targets else None,
             build=build,
         )
@@ -82,9 +82,36 @@ def _norm_inputs(device: torch.device, dtype: torch.dtype, num_tokens: int, widt
     return [hidden, residual, random_normal(width, device=device, dtype=dtype, seed=3)]
 
 
+def _norms(device: torch.device, inputs: Sequence[torch.Tensor]) -> list[Contender]:
+    """Return the contenders that are differentiable."""
+    hidden_TD, residual_TD, weight_D = inputs
+    return [
+        plain("ours", lambda: add_rms_norm(*inputs, epsilon=EPSILON)),
+        *in_torch(add_norm, inputs),
+        *peers(
+            device,
+            partial(
+                peer,
+                "liger-kernel",
+                "liger_kernel.transformers.functional",
+                "liger_fused_add_rms_norm",
+                lambda liger: partial(liger, *inputs, EPSILON, in_place=False),
+            ),
+            partial(
+                peer,
+                "quack-kernels",
+                "quack.rmsnorm",
+                "rmsnorm",
+                lambda quack: partial(
+                    quack, hidden_TD, weight_D, residual=residual_TD, eps=EPSILON, prenorm=True
+                ),
+            ),
+        ),
+    ]
+
+
 def _norm(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int) -> Problem:
     inputs = _norm_inputs(device, dtype, num_tokens, width)
-    compiled_norm = compiled(add_norm)
     in_place = [tensor.clone() for tensor in inputs[:2]]
 
     def flashinfer(fused: Callable) -> Callable[[], Answer]:
@@ -98,26 +125,9 @@ def _norm(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int)
         for tensor, original in zip(in_place, inputs, strict=False):
             tensor.copy_(original)
 
+    fused = ("flashinfer (in place)", "flashinfer.norm", "fused_add_rmsnorm", flashinfer)
     return Problem(
-        contenders=[
-            Contender(name="ours", run=lambda: add_rms_norm(*inputs, epsilon=EPSILON)),
-            Contender(name="torch eager", run=lambda: add_norm(*inputs)),
-            Contender(name="torch.compile", run=lambda: compiled_norm(*inputs)),
-            *peers(
-                device,
-                [
-                    lambda: _liger_norm(inputs),
-                    lambda: _quack_norm(inputs),
-                    lambda: peer(
-                        "flashinfer (in place)",
-                        "flashinfer.norm",
-                        "fused_add_rmsnorm",
-                        flashinfer,
-                        prepare=restore,
-                    ),
-                ],
-            ),
-        ],
+        contenders=[*_norms(device, inputs), *peers(device, partial(peer, *fused, prepare=restore))],
         expected=lambda: add_norm(*(tensor.float() for tensor in inputs)),
         tolerance=TOLERANCE[dtype],
     )
@@ -126,22 +136,13 @@ def _norm(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int)
 def _norm_both(device: torch.device, dtype: torch.dtype, num_tokens: int, width: int) -> Problem:
     inputs = [t.requires_grad_() for t in _norm_inputs(device, dtype, num_tokens, width)]
     upstream = [random_normal(num_tokens, width, device=device, dtype=dtype, seed=seed) for seed in (4, 5)]
-    compiled_norm = compiled(add_norm)
 
     def expected() -> Answer:
         wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
         return _with_gradients(add_norm(*wide), wide, [tensor.float() for tensor in upstream])
 
     return Problem(
-        contenders=[
-            _with_backward(contender, inputs, upstream)
-            for contender in [
-                Contender(name="ours", run=lambda: add_rms_norm(*inputs, epsilon=EPSILON)),
-                Contender(name="torch eager", run=lambda: add_norm(*inputs)),
-                Contender(name="torch.compile", run=lambda: compiled_norm(*inputs)),
-                *peers(device, [lambda: _liger_norm(inputs), lambda: _quack_norm(inputs)]),
-            ]
-        ],
+        contenders=[_with_backward(contender, inputs, upstream) for contender in _norms(device, inputs)],
         expected=expected,
         tolerance=TOLERANCE[dtype],
     )
@@ -178,46 +179,26 @@ def _with_gradients(
     return [*(output.detach() for output in outputs), *gradients]
 
 
-def _liger_norm(inputs: list[torch.Tensor]) -> Contender:
-    return peer(
-        "liger-kernel",
-        "liger_kernel.transformers.functional",
-        "liger_fused_add_rms_norm",
-        lambda liger: lambda: liger(*inputs, EPSILON, in_place=False),
-    )
-
-
-def _quack_norm(inputs: list[torch.Tensor]) -> Contender:
-    hidden_TD, residual_TD, weight_D = inputs
-    return peer(
-        "quack-kernels",
-        "quack.rmsnorm",
-        "rmsnorm",
-        lambda quack: lambda: quack(hidden_TD, weight_D, residual=residual_TD, eps=EPSILON, prenorm=True),
-    )
-
-
 def _gates(device: torch.device, gate_up_TF2: torch.Tensor) -> list[Contender]:
     """Return the contenders that are differentiable."""
-    compiled_gate = compiled(gate_up)
+    liger = ("liger-kernel", "liger_kernel.transformers.functional", "liger_swiglu")
     return [
-        Contender(name="ours", run=lambda: [swiglu(gate_up_TF2)]),
-        Contender(name="torch eager", run=lambda: [gate_up(gate_up_TF2)]),
-        Contender(name="torch.compile", run=lambda: [compiled_gate(gate_up_TF2)]),
-        *peers(device, [lambda: _liger_gate(gate_up_TF2)]),
+        plain("ours", lambda: [swiglu(gate_up_TF2)]),
+        *in_torch(lambda gate_up_TF2: [gate_up(gate_up_TF2)], (gate_up_TF2,)),
+        *peers(device, partial(peer, *liger, lambda swiglu: lambda: [swiglu(*gate_up_TF2.chunk(2, dim=-1))])),
     ]
 
 
 def _gate(device: torch.device, dtype: torch.dtype, num_tokens: int, ffn_size: int) -> Problem:
     gate_up_TF2 = random_normal(num_tokens, 2 * ffn_size, device=device, dtype=dtype, seed=1)
-    flashinfer = lambda: peer(
-        "flashinfer",
-        "flashinfer.activation",
-        "silu_and_mul",
-        lambda silu_and_mul: lambda: [silu_and_mul(gate_up_TF2)],
-    )
+    flashinfer = ("flashinfer", "flashinfer.activation", "silu_and_mul")
     return Problem(
-        contenders=[*_gates(device, gate_up_TF2), *peers(device, [flashinfer])],
+        contenders=[
+            *_gates(device, gate_up_TF2),
+            *peers(
+                device, partial(peer, *flashinfer, lambda silu_and_mul: partial(silu_and_mul, gate_up_TF2))
+            ),
+        ],
         expected=lambda: [gate_up(gate_up_TF2.float())],
         tolerance=TOLERANCE[dtype],
     )
@@ -242,23 +223,17 @@ def _gate_gradient(
     )
 
 
-def _liger_gate(gate_up_TF2: torch.Tensor) -> Contender:
-    return peer(
-        "liger-kernel",
-        "liger_kernel.transformers.functional",
-        "liger_swiglu",
-        lambda liger: lambda: [liger(*gate_up_TF2.chunk(2, dim=-1))],
-    )
-
-
 def _rope(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Problem:
-    num_heads = QUERIES_A_GROUP + 2
+    num_heads = QUERIES_PER_GROUP + 2
     mixed_TM = random_normal(
         num_tokens, NUM_GROUPS * num_heads * HEAD_SIZE, device=device, dtype=dtype, seed=1
     )
-    heads_TNH = mixed_TM.view(num_tokens, NUM_GROUPS, num_heads, HEAD_SIZE)[:, :, :-1].flatten(1, 2)
+
+    def query_and_key_heads(mixed_TM: torch.Tensor) -> torch.Tensor:
+        return mixed_TM.view(num_tokens, NUM_GROUPS, num_heads, HEAD_SIZE)[:, :, :-1].flatten(1, 2)
+
+    heads_TNH = query_and_key_heads(mixed_TM)
     cos_TR, sin_TR = rope_table(num_tokens, ROTARY_SIZE, 10000.0, device=device)
-    compiled_rotate = compiled(rotate)
     ours_TM = mixed_TM.clone()
     query_TM = heads_TNH[:, :-NUM_GROUPS].flatten(1).clone()
     key_TM = heads_TNH[:, -NUM_GROUPS:].flatten(1).clone()
@@ -268,32 +243,26 @@ def _rope(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Problem:
     def ours() -> torch.Tensor:
         return rope_qkv_in_place(ours_TM, cos_TR, sin_TR, num_groups=NUM_GROUPS, head_size=HEAD_SIZE)
 
-    def rotated_heads(found_TM: torch.Tensor) -> Answer:
-        return [found_TM.view(num_tokens, NUM_GROUPS, num_heads, HEAD_SIZE)[:, :, :-1].flatten(1, 2)]
-
-    def flashinfer(apply: Callable) -> Callable[[], Answer]:
-        def run() -> Answer:
+    def flashinfer(apply: Callable) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
             apply(positions_T, query_TM, key_TM, HEAD_SIZE, cos_sin_TR, is_neox=False)
-            return [torch.cat((query_TM, key_TM), dim=1)]
+            return torch.cat((query_TM, key_TM), dim=1)
 
         return run
 
+    in_place = (
+        "flashinfer (queries and keys apart, in place)",
+        "flashinfer.rope",
+        "apply_rope_with_cos_sin_cache_inplace",
+        flashinfer,
+    )
     return Problem(
         contenders=[
-            Contender(name="ours, in place", run=ours, answer=rotated_heads),
-            Contender(name="torch eager", run=lambda: [rotate(heads_TNH, cos_TR, sin_TR)]),
-            Contender(name="torch.compile", run=lambda: [compiled_rotate(heads_TNH, cos_TR, sin_TR)]),
+            Contender(name="ours, in place", run=ours, answer=query_and_key_heads),
+            *in_torch(rotate, (heads_TNH, cos_TR, sin_TR)),
             *peers(
                 device,
-                [
-                    lambda: peer(
-                        "flashinfer (queries and keys apart, in place)",
-                        "flashinfer.rope",
-                        "apply_rope_with_cos_sin_cache_inplace",
-                        flashinfer,
-                        answer=lambda found: [found[0].view(num_tokens, -1, HEAD_SIZE)],
-                    )
-                ],
+                partial(peer, *in_place, answer=lambda out_TM: out_TM.view(num_tokens, -1, HEAD_SIZE)),
             ),
         ],
         expected=lambda: [rotate(heads_TNH.float(), cos_TR, sin_TR)],

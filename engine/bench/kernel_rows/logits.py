@@ -1,43 +1,49 @@
 """Row b: from logits that exist to logprob and entropy, and their gradient in the logits' memory."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem
-from glm_rlhf.engine.bench.kernel_rows.case import TOLERANCE, Case, compiled, peers, random_ids, random_normal
-from glm_rlhf.engine.bench.peers import peer
+from glm_rlhf.engine.bench.kernel_rows.case import (
+    TOLERANCE,
+    Case,
+    dtype_name,
+    in_torch,
+    plain,
+    random_ids,
+    random_normal,
+)
+from glm_rlhf.engine.bench.peers import peer, peers
 from glm_rlhf.kernels.lm_head.logprob import logprobs_from_logits
 
 # Rows of one slice of the definition: fp32 copies of 1024 × 151552 are 0.6 GB.
 SLICE = 1024
+_TARGETS_S = {("b1", "6B"): 0.28e-3, ("b1", "9B"): 0.65e-3, ("b2", "6B"): 0.60e-3, ("b2", "9B"): 1.4e-3}
+_QUACK = ("quack.cross_entropy", "cross_entropy")
 
 
 def cases(sizes: dict[str, tuple[int, int]], dtype: torch.dtype) -> list[Case]:
     """Return the rows for each model's (tokens, vocabulary). Limits: one read; one read and one write."""
-    targets = {("b1", "6B"): 0.28e-3, ("b1", "9B"): 0.65e-3, ("b2", "6B"): 0.60e-3, ("b2", "9B"): 1.4e-3}
-    found = []
-    for model, size in sizes.items():
-        num_tokens, vocab_size = size
-        logits_bytes = float(num_tokens * vocab_size * dtype.itemsize)
-        for row, what, passes, build in (
-            ("b1", "logits → logprob, entropy; forward", 1, _forward),
-            ("b2", "logits → logprob; forward + backward, gradient over the logits", 2, _in_place),
-        ):
-            found.append(
-                Case(
-                    row=row,
-                    what=what,
-                    model=model,
-                    shape=f"T {num_tokens}, V {vocab_size}, {str(dtype).removeprefix('torch.')}",
-                    num_bytes=passes * logits_bytes,
-                    num_flop=0.0,
-                    target_s=targets.get((row, model)),
-                    build=lambda device, size=size, build=build: build(device, dtype, *size),
-                    counts_memory=row == "b2",
-                )
-            )
-    return found
+    rows = (
+        ("b1", "logits → logprob, entropy; forward", 1, _forward),
+        ("b2", "logits → logprob; forward + backward, gradient over the logits", 2, _in_place),
+    )
+    return [
+        Case(
+            row=row,
+            what=what,
+            model=model,
+            shape=f"T {size[0]}, V {size[1]}, {dtype_name(dtype)}",
+            num_bytes=passes * float(size[0] * size[1] * dtype.itemsize),
+            target_s=_TARGETS_S.get((row, model)),
+            build=lambda device, size=size, build=build: build(device, dtype, *size),
+            counts_memory=row == "b2",
+        )
+        for model, size in sizes.items()
+        for row, what, passes, build in rows
+    ]
 
 
 def definition(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +61,6 @@ def eager_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Te
 def _forward(device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_size: int) -> Problem:
     logits_TV = random_normal(num_tokens, vocab_size, device=device, dtype=dtype, std=2.0, seed=1)
     targets_T = random_ids(num_tokens, vocab_size, device=device, seed=2)
-    compiled_definition = compiled(definition)
 
     def expected() -> Answer:
         slices = zip(logits_TV.split(SLICE), targets_T.split(SLICE), strict=True)
@@ -64,20 +69,17 @@ def _forward(device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_si
 
     return Problem(
         contenders=[
-            Contender(name="ours", run=lambda: logprobs_from_logits(logits_TV, targets_T)),
-            Contender(name="torch eager", run=lambda: definition(logits_TV, targets_T)),
-            Contender(name="torch.compile", run=lambda: compiled_definition(logits_TV, targets_T)),
+            plain("ours", lambda: logprobs_from_logits(logits_TV, targets_T)),
+            *in_torch(definition, (logits_TV, targets_T)),
             *peers(
                 device,
-                [
-                    lambda: peer(
-                        "quack-kernels (no entropy)",
-                        "quack.cross_entropy",
-                        "cross_entropy",
-                        lambda quack: lambda: quack(logits_TV, targets_T, reduction="none"),
-                        answer=lambda loss_T: [-loss_T.float(), None],
-                    ),
-                ],
+                partial(
+                    peer,
+                    "quack-kernels (no entropy)",
+                    *_QUACK,
+                    lambda quack: partial(quack, logits_TV, targets_T, reduction="none"),
+                    answer=lambda loss_T: [-loss_T.float(), None],
+                ),
             ),
         ],
         expected=expected,
@@ -117,29 +119,15 @@ def _in_place(device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_s
     def eager(logits_TV: torch.Tensor) -> torch.Tensor:
         return eager_logprobs(logits_TV, targets_T)
 
-    compiled_eager = compiled(eager)
+    def quack(cross_entropy: Callable) -> Callable[[], Answer]:
+        options = {"reduction": "none", "inplace_backward": True}
+        return contender("", lambda: -cross_entropy(logits_TV, targets_T, **options)).run
+
     return Problem(
         contenders=[
             contender("ours", lambda: logprobs_from_logits(logits_TV, targets_T, inplace_gradient=True)[0]),
-            contender("torch eager", lambda: eager(logits_TV)),
-            contender("torch.compile", lambda: compiled_eager(logits_TV)),
-            *peers(
-                device,
-                [
-                    lambda: peer(
-                        "quack-kernels",
-                        "quack.cross_entropy",
-                        "cross_entropy",
-                        lambda quack: (
-                            contender(
-                                "quack-kernels",
-                                lambda: -quack(logits_TV, targets_T, reduction="none", inplace_backward=True),
-                            ).run
-                        ),
-                        prepare=restore,
-                    ),
-                ],
-            ),
+            *in_torch(eager, (logits_TV,), contender=contender),
+            *peers(device, partial(peer, "quack-kernels", *_QUACK, quack, prepare=restore)),
         ],
         expected=expected,
         tolerance=TOLERANCE[dtype],

@@ -1,45 +1,45 @@
 """Row d: one Adam step on bf16 weights whose fp32 masters are kept."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from glm_rlhf.engine.bench.harness import Contender, Problem
-from glm_rlhf.engine.bench.kernel_rows.case import Case, peers, random_normal
-from glm_rlhf.engine.bench.peers import peer
+from glm_rlhf.engine.bench.kernel_rows.case import Case, random_normal
+from glm_rlhf.engine.bench.peers import peer, peers
 from glm_rlhf.kernels.adam.adamw import AdamWTable, adamw, join_master, split_master
 from glm_rlhf.parallel.megatron_compat.torch_operators import copy_all
 
 # So large an epsilon that the change depends on the gradient's size, so large a rate that the change shows
 # in a bf16 weight.
 LR, BETAS, EPSILON, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-2, 0.1
+_SETTINGS = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
 # Read and written: weight 2 + 2, remainder 2 + 2, moments 4 + 4 each; read: a bf16 gradient.
-BYTES_A_PARAMETER = 26
+BYTES_PER_PARAMETER = 26
 # Of the change of the first step; a contender that shows only bf16 weights rounds it by some 1e-3.
 TOLERANCE = 1e-2
 WEIGHT_STD = 0.02
 
 
 def cases(sizes: dict[str, tuple[list[tuple[int, ...]], float, float | None]]) -> list[Case]:
-    """Return a row a model; a size is (shapes of the tensors, parameters of the model, target for all)."""
-    found = []
-    for model, (shapes, num_all, target_s) in sizes.items():
-        num_own = sum(torch.Size(shape).numel() for shape in shapes)
-        share = f", {num_own / num_all:.3f} of the model, the target in proportion" if target_s else ""
-        found.append(
-            Case(
-                row="d",
-                what="AdamW step, bf16 weights and gradients, fp32 masters and moments",
-                model=model,
-                shape=f"{num_own / 1e6:.1f} M parameters in {len(shapes)} tensors{share}",
-                num_bytes=float(BYTES_A_PARAMETER * num_own),
-                num_flop=0.0,
-                target_s=None if target_s is None else target_s * num_own / num_all,
-                build=lambda device, shapes=shapes: _problem(device, shapes),
-            )
-        )
-    return found
+    """Return a row per model; a size is (shapes of the tensors, parameters of the model, target for all)."""
+    return [_case(model, *size) for model, size in sizes.items()]
+
+
+def _case(model: str, shapes: list[tuple[int, ...]], num_all: float, target_s: float | None) -> Case:
+    num_own = sum(torch.Size(shape).numel() for shape in shapes)
+    share = f", {num_own / num_all:.3f} of the model, the target in proportion" if target_s else ""
+    return Case(
+        row="d",
+        what="AdamW step, bf16 weights and gradients, fp32 masters and moments",
+        model=model,
+        shape=f"{num_own / 1e6:.1f} M parameters in {len(shapes)} tensors{share}",
+        num_bytes=float(BYTES_PER_PARAMETER * num_own),
+        target_s=None if target_s is None else target_s * num_own / num_all,
+        build=lambda device: _problem(device, shapes),
+    )
 
 
 def _problem(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Problem:
@@ -60,25 +60,20 @@ def _problem(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Problem
         # The first step: corrected for their start at zero, the moments are g and g².
         return [-LR * WEIGHT_DECAY * before - LR * gradient / (gradient.abs() + EPSILON)]
 
-    torch_kinds = {"foreach": {"foreach": True}, "fused": {"fused": True}}
     return Problem(
         contenders=[
             _ours(masters(), gradients, change),
-            *(
-                _of_torch(f"torch AdamW {name} + casts", kind, masters(), gradients, change)
-                for name, kind in torch_kinds.items()
-            ),
+            *(_of_torch(kind, masters(), gradients, change) for kind in ("foreach", "fused")),
             *peers(
                 device,
-                [
-                    lambda: peer(
-                        "Transformer Engine FusedAdam",
-                        "transformer_engine.pytorch.optimizers",
-                        "FusedAdam",
-                        lambda adam: _transformer_engine(adam, masters(), gradients),
-                        answer=change,
-                    )
-                ],
+                partial(
+                    peer,
+                    "Transformer Engine FusedAdam",
+                    "transformer_engine.pytorch.optimizers",
+                    "FusedAdam",
+                    lambda adam: _transformer_engine(adam, masters(), gradients),
+                    answer=change,
+                ),
             ),
         ],
         expected=expected,
@@ -99,28 +94,16 @@ def _ours(masters: list[torch.Tensor], gradients: list[torch.Tensor], change: Ca
     def run() -> None:
         nonlocal num_steps
         num_steps += 1
-        adamw(
-            table,
-            gradients,
-            step=num_steps,
-            lr=LR,
-            betas=BETAS,
-            epsilon=EPSILON,
-            weight_decay=WEIGHT_DECAY,
-        )
+        adamw(table, gradients, step=num_steps, epsilon=EPSILON, **_SETTINGS)
 
     return Contender(name="ours", run=run, answer=lambda _: change(join_master(weights[0], remainders[0])))
 
 
 def _of_torch(
-    name: str,
-    kind: dict[str, bool],
-    masters: list[torch.Tensor],
-    gradients: list[torch.Tensor],
-    change: Callable,
+    kind: str, masters: list[torch.Tensor], gradients: list[torch.Tensor], change: Callable
 ) -> Contender:
     weights = [master.bfloat16() for master in masters]
-    optimizer = torch.optim.AdamW(masters, lr=LR, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, **kind)
+    optimizer = torch.optim.AdamW(masters, eps=EPSILON, **_SETTINGS, **{kind: True})
     wide = [torch.empty_like(master) for master in masters]
     for master, gradient in zip(masters, wide, strict=True):
         master.grad = gradient
@@ -130,7 +113,7 @@ def _of_torch(
         optimizer.step()
         copy_all(weights, masters)
 
-    return Contender(name=name, run=run, answer=lambda _: change(masters[0]))
+    return Contender(name=f"torch AdamW {kind} + casts", run=run, answer=lambda _: change(masters[0]))
 
 
 def _transformer_engine(
@@ -139,13 +122,11 @@ def _transformer_engine(
     weights = [torch.nn.Parameter(master.bfloat16()) for master in masters]
     optimizer = adam(
         weights,
-        lr=LR,
-        betas=BETAS,
         eps=EPSILON,
-        weight_decay=WEIGHT_DECAY,
         master_weights=True,
         store_param_remainders=True,
         use_decoupled_grad=True,
+        **_SETTINGS,
     )
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.decoupled_grad = gradient

@@ -1,6 +1,8 @@
 """Rows a1 to a3: from hidden states through the vocabulary to logprobs, entropy and PPO's loss."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -9,18 +11,25 @@ from glm_rlhf.engine.bench.kernel_rows.case import (
     TOLERANCE,
     Case,
     clearing,
-    compiled,
-    peers,
+    dtype_name,
+    in_torch,
+    plain,
     random_ids,
     random_normal,
 )
-from glm_rlhf.engine.bench.peers import peer
+from glm_rlhf.engine.bench.peers import peer, peers
 from glm_rlhf.kernels.lm_head.linear_logprob import linear_logprob
 from glm_rlhf.kernels.lm_head.linear_ppo_loss import linear_ppo_loss
 from glm_rlhf.kernels.rl.policy_loss import ppo_policy_loss
 
 CLIP, KL_COEF = 0.2, 0.05
 CLIPPED_SHARE = 0.25
+_TARGETS_S = {
+    **{("a1", "6B"): 5.8e-3, ("a2", "6B"): 17.5e-3, ("a3", "6B"): 15e-3},
+    **{("a1", "9B"): 13.4e-3, ("a2", "9B"): 41e-3},
+}
+_CUT_CROSS_ENTROPY = ("cut_cross_entropy", "linear_cross_entropy")
+_LIGER = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
 # Rows of one slice of the definition: fp32 logits of 1024 × 151552 are 0.6 GB.
 SLICE = 1024
 
@@ -31,39 +40,28 @@ def cases(sizes: dict[str, tuple[int, int, int]], dtype: torch.dtype) -> list[Ca
     Limits: one product is 2·T·V·D operations; forward takes one, forward + backward three, and of the
     last two only the rows that have a gradient.
     """
-    targets = {
-        ("a1", "6B"): 5.8e-3,
-        ("a1", "9B"): 13.4e-3,
-        ("a2", "6B"): 17.5e-3,
-        ("a2", "9B"): 41e-3,
-        ("a3", "6B"): 15e-3,
-    }
-    found = []
-    for model, (num_tokens, vocab_size, width) in sizes.items():
-        product = 2.0 * num_tokens * vocab_size * width
-        shape = f"T {num_tokens}, V {vocab_size}, D {width}, {str(dtype).removeprefix('torch.')}"
-        weight_bytes = vocab_size * width * dtype.itemsize
-
-        def case(row: str, what: str, products: float, build: Callable, *, counts_memory: bool = False):
-            return Case(
-                row=row,
-                what=what,
-                model=model,  # noqa: B023  (called at once)
-                shape=shape,  # noqa: B023
-                num_bytes=weight_bytes,  # noqa: B023
-                num_flop=products * product,  # noqa: B023
-                target_s=targets.get((row, model)),  # noqa: B023
-                build=lambda device, size=sizes[model]: build(device, dtype, *size),  # noqa: B023
-                counts_memory=counts_memory,
-            )
-
-        found.append(case("a1", "hidden → vocabulary → logprob, entropy; forward", 1, _forward))
-        what = "the same with PPO's loss (clip, k3 KL); forward + backward"
-        found.append(case("a2", what, 3, _ppo, counts_memory=True))
-        if model != "9B":
-            what = f"a2 without KL, {CLIPPED_SHARE:.0%} of the rows clipped; forward + backward"
-            found.append(case("a3", what, 1 + 2 * (1 - CLIPPED_SHARE), _clipped_ppo))
-    return found
+    clipped = f"a2 without KL, {CLIPPED_SHARE:.0%} of the rows clipped; forward + backward"
+    rows = (
+        ("a1", "hidden → vocabulary → logprob, entropy; forward", 1, _forward),
+        ("a2", "the same with PPO's loss (clip, k3 KL); forward + backward", 3, _ppo),
+        ("a3", clipped, 1 + 2 * (1 - CLIPPED_SHARE), _clipped_ppo),
+    )
+    return [
+        Case(
+            row=row,
+            what=what,
+            model=model,
+            shape=f"T {size[0]}, V {size[1]}, D {size[2]}, {dtype_name(dtype)}",
+            num_bytes=size[1] * size[2] * dtype.itemsize,
+            num_flop=num_products * 2.0 * math.prod(size),
+            target_s=_TARGETS_S.get((row, model)),
+            build=lambda device, size=size, build=build: build(device, dtype, *size),
+            counts_memory=row == "a2",
+        )
+        for model, size in sizes.items()
+        for row, what, num_products, build in rows
+        if (row, model) != ("a3", "9B")
+    ]
 
 
 class _Inputs:
@@ -131,30 +129,24 @@ def eager_ppo_loss(
 def _forward(device: torch.device, dtype: torch.dtype, *size: int) -> Problem:
     inputs = _Inputs(device, dtype, *size)
     arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
-    compiled_definition = compiled(definition)
+
+    def without_entropy(name: str, module: str, symbol: str) -> Contender:
+        return peer(
+            f"{name} (no entropy)",
+            module,
+            symbol,
+            lambda cross_entropy: partial(cross_entropy, *arguments, reduction="none"),
+            answer=lambda loss_T: [-loss_T.float(), None],
+        )
+
     return Problem(
         contenders=[
-            Contender(name="ours", run=lambda: linear_logprob(*arguments)),
-            Contender(name="torch eager", run=lambda: definition(*arguments)),
-            Contender(name="torch.compile", run=lambda: compiled_definition(*arguments)),
+            plain("ours", lambda: linear_logprob(*arguments)),
+            *in_torch(definition, arguments),
             *peers(
                 device,
-                [
-                    lambda: peer(
-                        "cut-cross-entropy (no entropy)",
-                        "cut_cross_entropy",
-                        "linear_cross_entropy",
-                        lambda cce: lambda: cce(*arguments, reduction="none"),
-                        answer=lambda loss_T: [-loss_T.float(), None],
-                    ),
-                    lambda: peer(
-                        "liger-kernel (no entropy)",
-                        "liger_kernel.transformers.functional",
-                        "liger_fused_linear_cross_entropy",
-                        lambda liger: lambda: liger(*arguments, reduction="none"),
-                        answer=lambda loss_T: [-loss_T.float(), None],
-                    ),
-                ],
+                partial(without_entropy, "cut-cross-entropy", *_CUT_CROSS_ENTROPY),
+                partial(without_entropy, "liger-kernel", *_LIGER),
             ),
         ],
         expected=lambda: [torch.cat(parts) for parts in zip(*inputs.defined_slices(), strict=True)],
@@ -183,9 +175,9 @@ def _loss_problem(inputs: _Inputs, kl_coef: float) -> Problem:
 
     def contender(name: str, loss: Callable[[], torch.Tensor]) -> Contender:
         def run() -> Answer:
-            found = loss()
-            found.backward()
-            return [found.detach(), hidden_TD.grad, weight_VD.grad]
+            result = loss()
+            result.backward()
+            return [result.detach(), hidden_TD.grad, weight_VD.grad]
 
         return Contender(name=name, run=run, prepare=clearing(hidden_TD, weight_VD))
 
@@ -210,22 +202,15 @@ def _loss_problem(inputs: _Inputs, kl_coef: float) -> Problem:
 
         return peer(name, module, symbol, make, prepare=clearing(hidden_TD, weight_VD))
 
-    compiled_eager = compiled(eager)
-    liger = "liger_kernel.transformers.functional"
     return Problem(
         contenders=[
             contender("ours, gradient in forward", in_forward),
             contender("ours, general (4 products)", general),
-            contender("torch eager", lambda: eager(hidden_TD, weight_VD)),
-            contender("torch.compile", lambda: compiled_eager(hidden_TD, weight_VD)),
+            *in_torch(eager, (hidden_TD, weight_VD), contender=contender),
             *peers(
                 device,
-                [
-                    lambda: through(
-                        "cut-cross-entropy + torch loss", "cut_cross_entropy", "linear_cross_entropy"
-                    ),
-                    lambda: through("liger-kernel + torch loss", liger, "liger_fused_linear_cross_entropy"),
-                ],
+                partial(through, "cut-cross-entropy + torch loss", *_CUT_CROSS_ENTROPY),
+                partial(through, "liger-kernel + torch loss", *_LIGER),
             ),
         ],
         expected=lambda: _defined_loss(inputs, kl_coef),

@@ -1,6 +1,7 @@
 """Rows of the kernels: ours against eager torch and the peers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -57,13 +58,7 @@ def row_of(case: Case, rates: MachineRates, entries: Sequence[Entry], command: s
 
 def with_contenders(problem: Problem, keeps: Callable[[Contender], bool]) -> Problem:
     """Return the problem with those of its contenders that `keeps` says."""
-    return Problem(
-        contenders=[contender for contender in problem.contenders if keeps(contender)],
-        expected=problem.expected,
-        tolerance=problem.tolerance,
-        error=problem.error,
-        besides_bytes=problem.besides_bytes,
-    )
+    return replace(problem, contenders=[one for one in problem.contenders if keeps(one)])
 
 
 def is_not_compiled(contender: Contender) -> bool:
