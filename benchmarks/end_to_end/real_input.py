@@ -6,7 +6,6 @@ Real are the tokenizer, config and names of ChatGLM3-6B, the pairs and dialogues
 AlignBench. The model is narrow and starts at random. The folder must not exist.
 """
 
-import argparse
 import json
 import os
 import re
@@ -18,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import RESULTS
 from benchmarks.end_to_end.checks import MAX_TRANSFORMERS_GAP, Check, check_metrics, check_samples
 from benchmarks.end_to_end.files import RecordFiles, write_narrow_chatglm3, write_records
 from benchmarks.end_to_end.report import write_report
+from benchmarks.harness.command import parse
 from glm_rlhf.engine.bench.machine import ROOT
 from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
 
@@ -70,18 +69,21 @@ ALL = ("train.dtype=fp32", "train.micro_batch_tokens=2048", f"run.seed={SEED}")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, check and report; return the exit status: 1 where a claim does not hold, 0 without real data."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--iterations", type=int, default=10, help="of PPO, default 10")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/real_input"), help="new; of the runs")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "real_input_cpu", help="report, without its suffix"
+    options = parse(
+        arguments,
+        doc=__doc__,
+        options={
+            "iterations": (10, "of PPO"),
+            "folder": (Path("outputs/real_input"), "new; of the runs"),
+        },
+        out="real_input_cpu",
     )
-    options = parser.parse_args(arguments)
     if not DATA.is_dir():
         print(f"skipped: the real data are not beside the checkout, in ../{DATA.relative_to(ROOT.parent)}")
         return 0
     if options.folder.exists():
-        parser.error(f"{options.folder} exists: remove it, or name another --folder")
+        print(f"{options.folder} exists: remove it, or name another --folder", file=sys.stderr)
+        return 2
     facts = run(options.folder.absolute(), options.iterations)
     write_report(facts, options.out)
     failed = [check["claim"] for check in facts["checks"] if not check["holds"]]

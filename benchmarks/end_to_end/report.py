@@ -1,6 +1,5 @@
 """The report of the run on real input: sizes, times, metrics, samples, and what was checked."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.report import number
+from glm_rlhf.engine.bench.report import facts as machine_facts
+from glm_rlhf.engine.bench.report import number, table, write_files
 
 _COLUMNS = {
     "reward, less baseline": "reward/minus_baseline/mean",
@@ -36,15 +36,9 @@ _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 def write_report(facts: Mapping, stem: Path) -> None:
     """Write `<stem>.md` for people and `<stem>.json` with every number."""
-    machine = description(torch.device("cpu"))
-    machine.pop("CUDA", None)  # nothing here is a matter of a GPU
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(as_markdown(facts, machine), encoding="utf-8")
+    machine = description(torch.device("cpu"), has_cuda_columns=False)
     shown = {name: _questions(part) for name, part in facts["samples"].items()}
-    content = {**facts, "samples": shown, "machine": machine}
-    stem.with_suffix(".json").write_text(
-        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_files(stem, as_markdown(facts, machine), {**facts, "samples": shown, "machine": machine})
 
 
 def as_markdown(facts: Mapping, machine: Mapping[str, str]) -> str:
@@ -70,17 +64,17 @@ def as_markdown(facts: Mapping, machine: Mapping[str, str]) -> str:
         f"AlignBench's questions), of which {records['prompts_short_enough']} are short enough",
         f"- SFT: loss {loss[0]:.2f} → {loss[-1]:.2f} nats a token in {len(loss)} steps",
         f"- reward model: accuracy on held-out pairs {accuracy}; an untrained one is at 0.5",
-        *(f"- {name}: {text}" for name, text in machine.items()),
+        *machine_facts(machine),
         "",
-        *_table(("claim", "found", "holds"), [_cells(check) for check in checks]),
+        *table(("claim", "found", "holds"), [_cells(check) for check in checks]),
         "",
         "## PPO, by iteration",
         "",
-        *_table(("iteration", *_COLUMNS), list(_iterations(facts["metrics"]))),
+        *table(("iteration", *_COLUMNS), list(_iterations(facts["metrics"]))),
         "",
         "## Seconds",
         "",
-        *_table(tuple(facts["seconds"]), [tuple(number(value) for value in facts["seconds"].values())]),
+        *table(tuple(facts["seconds"]), [tuple(number(value) for value in facts["seconds"].values())]),
         "",
         "Each command's seconds have the start of its ranks in them. `idle` is the share of an iteration in "
         "which a rank waits in torch.distributed, here four ranks on the machine's cores.",
@@ -109,10 +103,6 @@ def _iterations(metrics: Sequence[Mapping]) -> Iterator[tuple[str, ...]]:
 
 def _cells(check: Mapping) -> tuple[str, ...]:
     return check["claim"], check["figure"], "yes" if check["holds"] else "NO"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
 def _in_line(text: str) -> str:

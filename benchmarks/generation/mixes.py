@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.harness import peer_model
 from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rollout.generation_phase import GenerationPhase
 from glm_rlhf.engine.rollout.scheduling.request_queue import GenerationRequest
@@ -13,17 +14,11 @@ from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.topology import Topology
 
-SHAPE = {
+SHAPE = peer_model.SHAPE | {
     "vocab_size": 512,
-    "hidden_size": 256,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
     "num_attention_heads": 8,
-    "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 1024,
-    "attention_bias": True,
-    "pad_token_id": None,
     "eos_token_id": None,
 }
 MAX_BATCH, PAGE_SIZE = 32, 16
@@ -46,8 +41,8 @@ class Mix:
 class Answered:
     """One prompt's answer."""
 
-    place: int
-    """The prompt's place in the mix."""
+    prompt: int
+    """Index of the prompt in the mix."""
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     """Of each token under the model; None from a contender that does not say."""
@@ -56,15 +51,15 @@ class Answered:
 def mixes() -> list[Mix]:
     """Return what is measured."""
     equal = _prompts([24] * 32)
-    mixed = _prompts([8 + place * 13 % 33 for place in range(64)])
-    tail = [LONGEST_ANSWER if place % 8 == 3 else _geometric(place, 64, mean=16) for place in range(64)]
+    mixed = _prompts([8 + index * 13 % 33 for index in range(64)])
+    tail = [LONGEST_ANSWER if index % 8 == 3 else _geometric(index, 64, mean=16) for index in range(64)]
     return [
         Mix(name="equal, greedy", prompts=equal, lengths=(48,) * 32, temperature=0.0),
         Mix(name="equal, sampled", prompts=equal, lengths=(48,) * 32, temperature=1.0),
         Mix(
             name="uniform, sampled",
             prompts=mixed,
-            lengths=tuple(8 + place * 29 % 64 for place in range(64)),
+            lengths=tuple(8 + index * 29 % 64 for index in range(64)),
             temperature=1.0,
         ),
         Mix(name="long tail, sampled", prompts=mixed, lengths=tuple(tail), temperature=1.0),
@@ -73,13 +68,7 @@ def mixes() -> list[Mix]:
 
 def random_model() -> torch.nn.Module:
     """Return transformers' model that both sides run."""
-    from transformers import GlmConfig, GlmForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    torch.manual_seed(0)
-    model = GlmForCausalLM(GlmConfig(**SHAPE)).float().eval()
+    model = peer_model.random_glm(SHAPE)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # wide enough that greedy answers do not repeat one token
             torch.nn.init.normal_(parameter, 0.0, 0.08)
@@ -97,7 +86,7 @@ def requests_of(mix: Mix, chunks: Sequence[GLMModel], topology: Topology) -> lis
     if min(mix.lengths) == max(mix.lengths):
         return requests
     # A request's answer depends on nothing but itself: this run shows which tokens will come.
-    whole = {answer.topology: answer.tokens for answer in run_of(requests, mix, chunks, topology)()}
+    whole = {answer.prompt: answer.tokens for answer in run_of(requests, mix, chunks, topology)()}
     return [
         replace(request, stop_ids=frozenset({_stop_id(whole[request.index], length)}))
         if length < max(mix.lengths)
@@ -115,7 +104,7 @@ def run_of(
     def run() -> list[Answered]:
         with phase_of(requests, chunks, topology) as phase:
             return [
-                Answered(place=done.request, tokens=done.tokens, logprobs=done.untempered_logprobs)
+                Answered(prompt=done.request, tokens=done.tokens, logprobs=done.untempered_logprobs)
                 for done in phase.run(requests, sampling)
             ]
 
@@ -139,13 +128,13 @@ def _prompts(lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def _geometric(place: int, count: int, *, mean: float) -> int:
-    """Return a quantile of the geometric distribution, each place another: no draw can miss the tail."""
-    quantile = (place * 29 % count + 0.5) / count
+def _geometric(index: int, count: int, *, mean: float) -> int:
+    """Return a quantile of the geometric distribution, another per index: no sample can miss the tail."""
+    quantile = (index * 29 % count + 0.5) / count
     return max(1, math.ceil(math.log1p(-quantile) / math.log1p(-1.0 / mean)))
 
 
 def _stop_id(tokens: Sequence[int], length: int) -> int:
-    """Return the id whose first place is the nearest to the wanted last one."""
+    """Return the id that first comes nearest to the wanted last position."""
     firsts = {token: tokens.index(token) for token in tokens}
     return min(firsts, key=lambda token: abs(firsts[token] + 1 - length))

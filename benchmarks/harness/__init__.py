@@ -1,1 +1,1 @@
-"""What several benchmarks share: fresh processes, a world of one rank, thread counts."""
+"""What several benchmarks share: the command line, fresh processes, pipeline stages, model shapes."""

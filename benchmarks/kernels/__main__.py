@@ -5,15 +5,16 @@ python -m benchmarks.kernels --rows a1 a2          some rows
 python -m benchmarks.kernels --list                what would be measured
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import RESULTS
+from benchmarks.harness.command import DEVICE, device_of, finish, parse
 from glm_rlhf.engine.bench.harness import Entry
 from glm_rlhf.engine.bench.kernel_rows.case import Case
 from glm_rlhf.engine.bench.kernel_rows.table import full_cases, small_cases
@@ -21,12 +22,22 @@ from glm_rlhf.engine.bench.machine import H200, MachineRates, description, measu
 from glm_rlhf.engine.bench.parts.kernels import is_not_compiled, measured_case, row_of
 from glm_rlhf.engine.bench.report import Report, Row, write
 
+_OPTIONS = {
+    "device": DEVICE,
+    "rows": ([], "such as a1 e2; all where there are none", str),
+    "budget_s": (1.0, "seconds of timed runs per row"),
+    "deadline_s": (1e9, "seconds after which no further row begins; a third of it in, nothing is compiled"),
+    "threads": (1, "of the CPU"),
+    "no_compile": (False, "leave torch.compile out"),
+    "list": (False, "print the rows and end"),
+    "out": (None, "report, without its suffix", Path),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the report and return the exit status: 1 where ours was wrong, failed or not timed."""
-    options = _parser().parse_args(arguments)
-    name = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    options = parse(arguments, doc=__doc__, options=_OPTIONS)
+    device = device_of(options.device)
     cases = full_cases() if device.type == "cuda" else small_cases()
     cases = [case for case in cases if not options.rows or case.row in options.rows]
     if options.list:
@@ -47,33 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_line(rows[-1]), flush=True)
         if device.type == "cuda":  # a run that is cut short leaves what it measured
             write(report(rows, device, rates, lists_full_shapes=False), out)
-    write(report(rows, device, rates, lists_full_shapes=is_whole_cpu_run), out)
-    print(f"{out}.md")
-    has_failed = any(row.entries[0].timing is None for row in rows)
-    return 1 if has_failed else 0
+    failed = any(row.entries[0].timing is None for row in rows)
+    return finish(report(rows, device, rates, lists_full_shapes=is_whole_cpu_run), out, has_failed=failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--rows", nargs="+", default=[], help="such as a1 e2; all when left out")
-    parser.add_argument("--budget-s", type=float, default=1.0, help="seconds of timed runs a row, default 1")
-    parser.add_argument(
-        "--deadline-s",
-        type=float,
-        default=1e9,
-        help="seconds after which no further row begins; a third of it in, nothing more is compiled",
-    )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, default 1")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, help="report, without its suffix")
-    parser.add_argument("--list", action="store_true", help="print the rows and end")
-    return parser
-
-
-def _measured(
-    case: Case, device: torch.device, rates: MachineRates, options: argparse.Namespace, deadline: float
-) -> Row:
+def _measured(case: Case, device: torch.device, rates: MachineRates, options: Any, deadline: float) -> Row:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         late = Entry(name="ours", status="not measured: the time was used up")

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.learning.commands import END, answering, answers_of, run_command, train
-from benchmarks.learning.outcome import Claim, Trial, run_experiment
+from benchmarks.learning.outcome import Experiment, Trial, compare
 from benchmarks.learning.planted_pairs import Labelling, draw_pairs, quality_of
 from benchmarks.learning.reward_runs import train_sft_policy, write_records
 
@@ -20,39 +20,33 @@ LABELS = Labelling(quality=8.0, length=0.02)
 NUM_DEMONSTRATIONS, NUM_PAIRS, NUM_PROMPTS, NUM_JUDGED = 2000, 3200, 512, 400
 SFT_STEPS, REWARD_STEPS, DPO_STEPS, PPO_STEPS = 150, 120, 60, 40
 SFT, PPO, DPO = "SFT", "PPO", "DPO"
-CLAIMS = (
-    Claim(text="PPO's answers are better than SFT's", figure="gold", arm=PPO, against=SFT, expects="higher"),
-    Claim(text="DPO's answers are better than SFT's", figure="gold", arm=DPO, against=SFT, expects="higher"),
-    Claim(text="PPO is ahead of DPO", figure="gold", arm=PPO, against=DPO, expects="higher"),
-    Claim(
-        text="DPO's answers are longer than PPO's", figure="tokens", arm=DPO, against=PPO, expects="higher"
+
+
+EXPERIMENT = Experiment(
+    name="against_sft",
+    title="PPO and DPO against SFT, by a gold judge",
+    seeds=SEEDS,
+    claims=(
+        *compare(PPO, SFT, ("PPO's answers are better than SFT's", "gold", "higher")),
+        *compare(DPO, SFT, ("DPO's answers are better than SFT's", "gold", "higher")),
+        *compare(PPO, DPO, ("PPO is ahead of DPO", "gold", "higher")),
+        *compare(DPO, PPO, ("DPO's answers are longer than PPO's", "tokens", "higher")),
+    ),
+    notes=(
+        "gold: an answer's share of good ids. Demonstrations have any share and any length from 4 to "
+        "24 tokens, so that SFT's gold is about a half",
+        f"reward model: {NUM_PAIRS} pairs of such answers; P(a preferred to b) = "
+        f"σ({LABELS.quality:g} · difference of gold + {LABELS.length:g} · difference of tokens), "
+        "lengths balanced; it never sees the gold",
+        f"DPO: {DPO_STEPS} steps on pairs that `label` makes of 4 answers of the SFT policy to each "
+        f"of {NUM_PROMPTS} prompts, by the reward model. PPO: {PPO_STEPS} iterations of 64 answers "
+        "to the same prompts, with the reference baseline, by the same reward model",
+        f"judged: one answer at temperature 1 to each of {NUM_JUDGED} other prompts. `win rate`: "
+        "share of prompts with more gold than SFT's answer, ties half. PPO and DPO "
+        "were not tuned against each other, and stop at different distances from SFT",
+        "all through the commands sft, reward, label, dpo, ppo, generate; a random GLM of 2 layers",
     ),
 )
-
-
-def main() -> int:
-    """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    return run_experiment(
-        "against_sft",
-        trials_of,
-        SEEDS,
-        title="PPO and DPO against SFT, by a gold judge",
-        claims=CLAIMS,
-        notes=(
-            "gold: an answer's share of good ids. Demonstrations have any share and any length from 4 to "
-            "24 tokens, so that SFT's gold is about a half",
-            f"reward model: {NUM_PAIRS} pairs of such answers; P(a preferred to b) = "
-            f"σ({LABELS.quality:g} · difference of gold + {LABELS.length:g} · difference of tokens), "
-            "lengths balanced; it never sees the gold",
-            f"DPO: {DPO_STEPS} steps on pairs that `label` makes of 4 answers of the SFT policy to each "
-            f"of {NUM_PROMPTS} prompts, by the reward model. PPO: {PPO_STEPS} iterations of 64 answers "
-            "to the same prompts, with the reference baseline, by the same reward model",
-            f"judged: one answer at temperature 1 to each of {NUM_JUDGED} other prompts. `win rate`: "
-            "share of prompts with more gold than SFT's answer, ties half. PPO and DPO "
-            "were not tuned against each other, and stop at different distances from SFT",
-            "all through the commands sft, reward, label, dpo, ppo, generate; a random GLM of 2 layers",
-        ),
-    )
 
 
 def trials_of(seed: int) -> list[Trial]:
@@ -135,4 +129,4 @@ def _ended(record: dict[str, Sequence[int]]) -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.run(trials_of))

@@ -4,82 +4,40 @@ python -m benchmarks.learning.critic_warmup
 """
 
 import sys
-import tempfile
-from pathlib import Path
 
-from benchmarks.learning.offset_task import PROMPTS, SAMPLES, crossing, run_ppo
-from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
-from benchmarks.learning.reward_runs import random_policy
+from benchmarks.learning.offset_task import GAINS, PROMPTS, SAMPLES, crossing, faster_claims, points_of
+from benchmarks.learning.outcome import Experiment, Trial, compare
 
 WARMUP, ITERATIONS = 10, 45
-GAINS = (0.2, 0.4)
 ON, OFF = f"{WARMUP} iterations of warm-up", "no warm-up"
 EXPLAINED = "explained variance at the policy's first update"
-CLAIMS = (
-    Claim(
-        text="the policy starts with a critic that knows more",
-        figure=EXPLAINED,
-        arm=ON,
-        against=OFF,
-        expects="higher",
+
+
+EXPERIMENT = Experiment(
+    name="critic_warmup",
+    title="Warming up PPO's critic",
+    claims=(
+        *compare(ON, OFF, ("the policy starts with a critic that knows more", EXPLAINED, "higher")),
+        *faster_claims(ON, OFF, "fewer updates of the policy to the same gold", "policy updates"),
     ),
-    *(
-        Claim(
-            text="less KL at the same gold",
-            figure=f"KL at gold +{gain}",
-            arm=ON,
-            against=OFF,
-            expects="lower",
-        )
-        for gain in GAINS
-    ),
-    *(
-        Claim(
-            text="fewer updates of the policy to the same gold",
-            figure=f"policy updates to gold +{gain}",
-            arm=ON,
-            against=OFF,
-            expects="lower",
-        )
-        for gain in GAINS
+    notes=(
+        "task: an answer's gold is its share of good ids; its reward is the gold plus an offset "
+        "from -1 to 1 that the prompt's first id names, and that the critic can learn",
+        f"PPO through `PPOEngine`: a random GLM of 2 layers, {ITERATIONS} iterations in which "
+        f"the policy learns, of {PROMPTS} new prompts with {SAMPLES} answers each; no reference "
+        "baseline, no whitening; the arms differ in `critic.warmup_iterations` alone",
+        "KL: mean log-ratio to the reference, nats an answer, where the gold (mean of five "
+        "iterations) first is so far above its beginning. Policy updates leave the warm-up's "
+        "iterations out, iterations count them",
     ),
 )
-
-
-def main() -> int:
-    """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    return run_experiment(
-        "critic_warmup",
-        trials_of,
-        SEEDS,
-        title="Warming up PPO's critic",
-        claims=CLAIMS,
-        notes=(
-            "task: an answer's gold is its share of good ids; its reward is the gold plus an offset "
-            "from -1 to 1 that the prompt's first id names, and that the critic can learn",
-            f"PPO through `PPOEngine`: a random GLM of 2 layers, {ITERATIONS} iterations in which "
-            f"the policy learns, of {PROMPTS} new prompts with {SAMPLES} answers each; no reference "
-            "baseline, no whitening; the arms differ in `critic.warmup_iterations` alone",
-            "KL: mean log-ratio to the reference, nats an answer, where the gold (mean of five "
-            "iterations) first is so far above its beginning. Policy updates leave the warm-up's "
-            "iterations out, iterations count them",
-        ),
-    )
 
 
 def trials_of(seed: int) -> list[Trial]:
     """Return both arms of one seed."""
     trials = []
     for arm, warmup in ((OFF, 0), (ON, WARMUP)):
-        with tempfile.TemporaryDirectory() as folder:
-            policy = random_policy(Path(folder) / "policy", seed=seed)
-            points = run_ppo(
-                policy,
-                seed=seed,
-                iterations=warmup + ITERATIONS,
-                reference_baseline=False,
-                critic_warmup=warmup,
-            )
+        points = points_of(seed, warmup + ITERATIONS, reference_baseline=False, critic_warmup=warmup)
         figures = {EXPLAINED: points[warmup].explained_variance}
         for gain in GAINS:
             iterations, kl = crossing(points, gain)
@@ -93,4 +51,4 @@ def trials_of(seed: int) -> list[Trial]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.run(trials_of))

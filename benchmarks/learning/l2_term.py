@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
+from benchmarks.learning.outcome import Experiment, Trial, compare
 from benchmarks.learning.planted_pairs import TRUTH, Labelling, draw_pairs
 from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_records
 
@@ -17,45 +17,29 @@ NUM_PAIRS, NUM_HELD_OUT = 3200, 1000
 STEPS = 120
 COEFFICIENTS = (0.0, 0.01, 0.1)
 ARMS = {coefficient: f"l2_coef {coefficient:g}" for coefficient in COEFFICIENTS}
-CLAIMS = tuple(
-    claim
-    for coefficient in COEFFICIENTS[1:]
-    for claim in (
-        Claim(
-            text="the L2 term shrinks the spread of scores",
-            figure="score_std",
-            arm=ARMS[coefficient],
-            against=ARMS[0.0],
-            expects="lower",
-        ),
-        Claim(
-            text="pair accuracy stays within a point",
-            figure="accuracy",
-            arm=ARMS[coefficient],
-            against=ARMS[0.0],
-            expects="within",
-            margin=0.01,
-        ),
-    )
+
+
+EXPERIMENT = Experiment(
+    name="l2_term",
+    title="The L2 term of the reward model's loss",
+    claims=tuple(
+        claim
+        for coefficient in COEFFICIENTS[1:]
+        for claim in compare(
+            ARMS[coefficient],
+            ARMS[0.0],
+            ("the L2 term shrinks the spread of scores", "score_std", "lower"),
+            ("pair accuracy stays within a point", "accuracy", "within 0.01"),
+        )
+    ),
+    notes=(
+        f"labels: P(a preferred to b) = σ({NOISY.quality:g} · difference of quality); quality is the "
+        "share of good tokens, independent of length",
+        f"held out: {NUM_HELD_OUT} other pairs, which quality decides without error",
+        f"training: the stage `reward` on {NUM_PAIRS} pairs, {STEPS} steps of {BATCH}, a random GLM "
+        "of 2 layers with 64 channels; the arms differ in `reward.l2_coef` alone",
+    ),
 )
-
-
-def main() -> int:
-    """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    return run_experiment(
-        "l2_term",
-        trials_of,
-        SEEDS,
-        title="The L2 term of the reward model's loss",
-        claims=CLAIMS,
-        notes=(
-            f"labels: P(a preferred to b) = σ({NOISY.quality:g} · difference of quality); quality is the "
-            "share of good tokens, independent of length",
-            f"held out: {NUM_HELD_OUT} other pairs, which quality decides without error",
-            f"training: the stage `reward` on {NUM_PAIRS} pairs, {STEPS} steps of {BATCH}, a random GLM "
-            "of 2 layers with 64 channels; the arms differ in `reward.l2_coef` alone",
-        ),
-    )
 
 
 def trials_of(seed: int) -> list[Trial]:
@@ -67,18 +51,13 @@ def trials_of(seed: int) -> list[Trial]:
         pairs = write_records(folder / "pairs.jsonl", draw_pairs(NUM_PAIRS, NOISY, seed=seed))
         held_out = write_records(folder / "held.jsonl", draw_pairs(NUM_HELD_OUT, TRUTH, seed=1000 + seed))
         for coefficient, arm in ARMS.items():
+            output = folder / arm
             figures = train_reward_model(
-                policy,
-                pairs,
-                held_out,
-                folder / arm,
-                steps=STEPS,
-                seed=seed,
-                l2_coef=coefficient,
+                policy, pairs, held_out, output, steps=STEPS, seed=seed, l2_coef=coefficient
             )
             trials.append(Trial(arm=arm, seed=seed, figures=figures))
     return trials
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.run(trials_of))

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.learning.outcome import SEEDS, Claim, Trial, run_experiment
+from benchmarks.learning.outcome import Experiment, Trial, compare
 from benchmarks.learning.planted_pairs import TRUTH, Labelling, draw_pairs
 from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_records
 
@@ -18,59 +18,39 @@ NUM_PAIRS, NUM_HELD_OUT = 3200, 1000
 STEPS = 120
 L2_COEF = 0.01
 
+_TIE = "|corr(score, length)|"
 ALL, FEWER, BALANCED = "all pairs", "as many at random", "balanced"
-CLAIMS = (
-    Claim(
-        text="balancing lowers the tie of score to length",
-        figure="|corr(score, length)|",
-        arm=BALANCED,
-        against=ALL,
-        expects="lower",
+
+
+EXPERIMENT = Experiment(
+    name="length_bias",
+    title="Length balancing with a planted length bias",
+    claims=(
+        *compare(
+            BALANCED,
+            ALL,
+            ("balancing lowers the tie of score to length", _TIE, "lower"),
+            ("it raises accuracy where the shorter answer is better", "accuracy_shorter", "higher"),
+        ),
+        *compare(
+            BALANCED,
+            FEWER,
+            ("the smaller number of pairs does not explain the first", _TIE, "lower"),
+            ("nor the second", "accuracy_shorter", "higher"),
+        ),
     ),
-    Claim(
-        text="it raises accuracy where the shorter answer is better",
-        figure="accuracy_shorter",
-        arm=BALANCED,
-        against=ALL,
-        expects="higher",
-    ),
-    Claim(
-        text="the smaller number of pairs does not explain the first",
-        figure="|corr(score, length)|",
-        arm=BALANCED,
-        against=FEWER,
-        expects="lower",
-    ),
-    Claim(
-        text="nor the second",
-        figure="accuracy_shorter",
-        arm=BALANCED,
-        against=FEWER,
-        expects="higher",
+    notes=(
+        f"labels: P(a preferred to b) = σ({BIASED.quality:g} · difference of quality + "
+        f"{BIASED.length:g} · difference of length in tokens); quality is the share of good tokens, "
+        "independent of length (4 to 24 tokens)",
+        f"held out: {NUM_HELD_OUT} other pairs, which quality alone decides; `accuracy_shorter` is "
+        "accuracy on those whose better answer is the shorter one",
+        f"arms: `{ALL}`: {NUM_PAIRS} pairs as they are; `{BALANCED}`: `data.balances_lengths` on the "
+        f"same pairs; `{FEWER}`: a random choice of as many pairs as balancing leaves",
+        f"training: the stage `reward`, {STEPS} steps of {BATCH} pairs in every arm, l2_coef "
+        f"{L2_COEF}, a random GLM of 2 layers with 64 channels",
     ),
 )
-
-
-def main() -> int:
-    """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    return run_experiment(
-        "length_bias",
-        trials_of,
-        SEEDS,
-        title="Length balancing with a planted length bias",
-        claims=CLAIMS,
-        notes=(
-            f"labels: P(a preferred to b) = σ({BIASED.quality:g} · difference of quality + "
-            f"{BIASED.length:g} · difference of length in tokens); quality is the share of good tokens, "
-            "independent of length (4 to 24 tokens)",
-            f"held out: {NUM_HELD_OUT} other pairs, which quality alone decides; `accuracy_shorter` is "
-            "accuracy on those whose better answer is the shorter one",
-            f"arms: `{ALL}`: {NUM_PAIRS} pairs as they are; `{BALANCED}`: `data.balances_lengths` on the "
-            f"same pairs; `{FEWER}`: a random choice of as many pairs as balancing leaves",
-            f"training: the stage `reward`, {STEPS} steps of {BATCH} pairs in every arm, l2_coef "
-            f"{L2_COEF}, a random GLM of 2 layers with 64 channels",
-        ),
-    )
 
 
 def trials_of(seed: int) -> list[Trial]:
@@ -93,10 +73,10 @@ def trials_of(seed: int) -> list[Trial]:
             BALANCED: balanced,
         }
     return [
-        Trial(arm=arm, seed=seed, figures={"|corr(score, length)|": abs(f["corr_score_length"]), **f})
+        Trial(arm=arm, seed=seed, figures={_TIE: abs(f["corr_score_length"]), **f})
         for arm, f in found.items()
     ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.run(trials_of))

@@ -7,14 +7,18 @@ first token names: the critic can learn it, a reference's answer to the same pro
 import contextlib
 import io
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
+from benchmarks.learning.outcome import Claim, compare
 from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, quality_of
+from benchmarks.learning.reward_runs import random_policy
 from glm_rlhf.engine.config.rl import (
     CriticSection,
     PPOConfig,
@@ -30,9 +34,11 @@ from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.types import Experience, PromptInput
 
 PROMPTS, SAMPLES, ANSWER_TOKENS = 16, 4, 8
-"""Prompts an iteration, answers to each, longest answer in tokens."""
+"""Prompts per iteration, answers to each, longest answer in tokens."""
 LEVELS = 9
 """Offsets go from -1 to 1 in so many steps; a good answer earns at most 1 more than a poor one."""
+GAINS = (0.2, 0.4)
+"""Of the gold above its beginning, at which arms are compared."""
 LR = 1e-3
 KL_COEF = 0.01
 _LEVEL_IDS = range(FIRST_ID + 16, FIRST_ID + 16 + LEVELS)
@@ -48,7 +54,7 @@ class Point:
     kl: float
     """Mean of log π − log π_ref over answers, nats a sequence."""
     reward_mean: float
-    """Mean reward that PPO learned from: less the baseline where there is one."""
+    """Mean reward that PPO learned from: minus the baseline where there is one."""
     reward_spread: float
     """Standard deviation, over prompts, of the mean reward that PPO learned from."""
     explained_variance: float
@@ -63,7 +69,7 @@ def reward(requests: Sequence[RewardRequest]) -> list[float]:
 def run_ppo(
     policy: Path, *, seed: int, iterations: int, reference_baseline: bool, critic_warmup: int = 0
 ) -> list[Point]:
-    """Return one point an iteration of PPO from `policy`, which is its reference too.
+    """Return one point per iteration of PPO from `policy`, which is its reference too.
 
     Args:
         policy: Hugging Face folder.
@@ -91,6 +97,23 @@ def run_ppo(
             metrics = engine.update(experience)
             points.append(_point(experience, metrics["critic/vf_explained_var"]))
     return points
+
+
+def points_of(seed: int, iterations: int, **options: Any) -> list[Point]:
+    """Return the points of `run_ppo` from a policy of random weights, with `options` of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy = random_policy(Path(folder) / "policy", seed=seed)
+        return run_ppo(policy, seed=seed, iterations=iterations, **options)
+
+
+def faster_claims(arm: str, against: str, text: str, figure: str) -> tuple[Claim, ...]:
+    """Return that an arm has less KL at each gain of gold than another, and reaches it sooner by `figure`."""
+    return compare(
+        arm,
+        against,
+        *(("less KL at the same gold", f"KL at gold +{gain}", "lower") for gain in GAINS),
+        *((text, f"{figure} to gold +{gain}", "lower") for gain in GAINS),
+    )
 
 
 def crossing(points: Sequence[Point], gain: float) -> tuple[float, float]:

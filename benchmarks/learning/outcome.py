@@ -1,9 +1,8 @@
 """Trials of an experiment compared seed by seed, as one Markdown and one JSON file."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks import RESULTS
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.report import number
+from glm_rlhf.engine.bench.report import facts, number, table, write_files
 
 # Student's t at 97.5 %, by degrees of freedom: two-sided 95 % intervals of a mean.
 _T_95 = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201}
@@ -83,42 +82,60 @@ class Outcome:
     claims: Sequence[Claim]
     """What it is to show."""
     trials: Sequence[Trial]
-    """All runs, none left out."""
+    """All runs, none excluded."""
     elapsed_s: float
     """Of the whole experiment, on this machine."""
 
 
-def run_experiment(
-    name: str,
-    trials_of: Callable[[int], list[Trial]],
-    seeds: Sequence[int],
-    *,
-    title: str,
-    claims: Sequence[Claim],
-    notes: Sequence[str],
-) -> int:
-    """Run every seed, write `learning_<name>` and return the exit status: 1 where a claim is not shown.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """What is compared over seeds, and what that is to show."""
 
-    Args:
-        name: the module's, in `benchmarks.learning`.
-        trials_of: runs all arms of a seed.
-        seeds: 5 to 12 of them.
-        title, claims, notes: as in `Outcome`.
-    """
-    start = time.monotonic()
-    trials = [trial for seed in tqdm(seeds, unit=" seeds") for trial in trials_of(seed)]
-    outcome = Outcome(
-        title=title,
-        command=f"python -m benchmarks.learning.{name}",
-        notes=notes,
-        claims=claims,
-        trials=trials,
-        elapsed_s=time.monotonic() - start,
+    name: str
+    """The module's, in `benchmarks.learning`."""
+    title: str
+    """Heading of the report."""
+    claims: Sequence[Claim]
+    """What it is to show."""
+    notes: Sequence[str]
+    """How the data were made and what was held equal."""
+    seeds: Sequence[int] = SEEDS
+    """5 to 12 of them."""
+
+    def run(self, trials_of: Callable[[int], list[Trial]]) -> int:
+        """Run every seed, write the report and return the exit status: 1 where a claim is not shown.
+
+        Args:
+            trials_of: runs all arms of a seed.
+        """
+        start = time.monotonic()
+        outcome = Outcome(
+            title=self.title,
+            command=f"python -m benchmarks.learning.{self.name}",
+            notes=self.notes,
+            claims=self.claims,
+            trials=[trial for seed in tqdm(self.seeds, unit=" seeds") for trial in trials_of(seed)],
+            elapsed_s=time.monotonic() - start,
+        )
+        verdicts = write_outcome(outcome, self.name)
+        for verdict in verdicts:
+            print(f"{_shown(verdict)}: {verdict.claim.text}")
+        return 0 if all(verdict.is_shown for verdict in verdicts) else 1
+
+
+def compare(arm: str, against: str, *claims: tuple[str, str, str]) -> tuple[Claim, ...]:
+    """Return claims (text, figure, expected difference) about two arms; `within 0.01` gives the margin."""
+    return tuple(
+        Claim(
+            text=text,
+            figure=figure,
+            arm=arm,
+            against=against,
+            expects=expects.partition(" ")[0],
+            margin=float(expects.partition(" ")[2] or 0),
+        )
+        for text, figure, expects in claims
     )
-    verdicts = write_outcome(outcome, name)
-    for verdict in verdicts:
-        print(f"{'shown' if verdict.is_shown else 'NOT shown'}: {verdict.claim.text}")
-    return 0 if all(verdict.is_shown for verdict in verdicts) else 1
 
 
 def judge(claim: Claim, trials: Sequence[Trial]) -> Verdict:
@@ -158,50 +175,52 @@ def _is_as_expected(claim: Claim, difference: float) -> bool:
 def write_outcome(outcome: Outcome, name: str, folder: Path = RESULTS) -> list[Verdict]:
     """Return the verdicts, and write `<folder>/learning_<name>.md` and `.json`."""
     verdicts = [judge(claim, outcome.trials) for claim in outcome.claims]
-    machine = description(torch.device("cpu"))
-    machine.pop("CUDA", None)  # nothing here is a matter of speed
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"learning_{name}"
-    stem.with_suffix(".md").write_text(as_markdown(outcome, verdicts, machine), encoding="utf-8")
+    machine = description(torch.device("cpu"), has_cuda_columns=False)
     content = asdict(outcome) | {"machine": machine, "verdicts": [asdict(v) for v in verdicts]}
-    stem.with_suffix(".json").write_text(
-        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_files(folder / f"learning_{name}", as_markdown(outcome, verdicts, machine), content)
     return verdicts
 
 
 def as_markdown(outcome: Outcome, verdicts: Sequence[Verdict], machine: dict[str, str]) -> str:
     """Return the claims with their verdicts, then each arm's figures as mean ± standard deviation."""
-    lines = [f"# {outcome.title}", ""]
-    lines += [f"- {note}" for note in outcome.notes]
-    lines += [f"- command: `{outcome.command}`, {outcome.elapsed_s:.0f} s on the machine below"]
-    lines += [f"- {name}: {text}" for name, text in machine.items()]
-    lines += ["", "| claim | figure | difference, 95 % interval | seeds in direction | verdict |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for verdict in verdicts:
-        claim = verdict.claim
-        lines += [
-            f"| {claim.text} | {_cell(claim.figure)}: {claim.arm} − {claim.against} | "
-            f"{verdict.mean_difference:+.3g} ± {verdict.interval:.2g} | "
-            f"{verdict.num_in_direction} of {verdict.num_seeds} | "
-            f"{'shown' if verdict.is_shown else 'NOT shown'} |"
-        ]
+    claims = [
+        (
+            verdict.claim.text,
+            f"{_cell(verdict.claim.figure)}: {verdict.claim.arm} − {verdict.claim.against}",
+            f"{verdict.mean_difference:+.3g} ± {verdict.interval:.2g}",
+            f"{verdict.num_in_direction} of {verdict.num_seeds}",
+            _shown(verdict),
+        )
+        for verdict in verdicts
+    ]
     arms = list(dict.fromkeys(trial.arm for trial in outcome.trials))
-    figures = list(dict.fromkeys(name for trial in outcome.trials for name in trial.figures))
-    lines += ["", f"| figure | {' | '.join(arms)} |", f"| --- |{' --- |' * len(arms)}"]
-    for name in figures:
-        cells = []
-        for arm in arms:
-            found = [t.figures[name] for t in outcome.trials if t.arm == arm and name in t.figures]
-            cells.append(f"{number(fmean(found))} ± {stdev(found):.2g}" if len(found) > 1 else "")
-        lines += [f"| {_cell(name)} | {' | '.join(cells)} |"]
-    lines += [
+    figures = dict.fromkeys(name for trial in outcome.trials for name in trial.figures)
+    lines = [
+        f"# {outcome.title}",
+        "",
+        *(f"- {note}" for note in outcome.notes),
+        f"- command: `{outcome.command}`, {outcome.elapsed_s:.0f} s on the machine below",
+        *facts(machine),
+        "",
+        *table(("claim", "figure", "difference, 95 % interval", "seeds in direction", "verdict"), claims),
+        "",
+        *table(("figure", *arms), [(_cell(name), *_means(outcome.trials, name, arms)) for name in figures]),
         "",
         "Differences are taken seed by seed; a claim is shown when the 95 % interval of their mean, by "
         "Student's t, lies wholly on the claimed side of 0, or wholly within the margin. Figures of arms are "
         "means over seeds ± standard deviation. Every trial is in the JSON file.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _means(trials: Sequence[Trial], name: str, arms: Sequence[str]) -> Iterator[str]:
+    for arm in arms:
+        values = [t.figures[name] for t in trials if t.arm == arm and name in t.figures]
+        yield f"{number(fmean(values))} ± {stdev(values):.2g}" if len(values) > 1 else ""
+
+
+def _shown(verdict: Verdict) -> str:
+    return "shown" if verdict.is_shown else "NOT shown"
 
 
 def _cell(name: str) -> str:

@@ -2,30 +2,27 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.learning.commands import train
 from benchmarks.learning.planted_pairs import NUM_IDS
+from glm_rlhf.engine.bench.sizes import SMALL
 from glm_rlhf.parallel.model.glm import build_model
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.export import export_model
 from glm_rlhf.parallel.weights.load import randomize_weights
 
-SHAPE = GLMConfig(
-    family="glm",
+SHAPE = replace(
+    SMALL,
     num_layers=2,
     hidden_size=64,
-    num_heads=4,
-    num_kv_heads=2,
     head_size=16,
     ffn_size=128,
     vocab_size=NUM_IDS,
-    norm_epsilon=1e-5,
-    rope_theta=10000.0,
     max_positions=64,
     init_std=0.05,
 )

@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.learning.commands import END, answering, answers_of, train
-from benchmarks.learning.outcome import Claim, Trial, run_experiment
+from benchmarks.learning.outcome import Experiment, Trial, compare
 from benchmarks.learning.planted_pairs import FIRST_ID, NUM_IDS, Labelling, draw_pairs, quality_of
 from benchmarks.learning.reward_runs import train_sft_policy, write_records
 from glm_rlhf.engine.rewards.function import RewardRequest
@@ -25,29 +25,6 @@ SFT, WITHOUT = "SFT", "PPO, sft_coef 0"
 WITH = {coefficient: f"PPO, sft_coef {coefficient:g}" for coefficient in COEFFICIENTS}
 _REPEATS = 3
 _MARK = FIRST_ID + 32  # prompts begin with it where the answer is to repeat the next id
-CLAIMS = (
-    Claim(
-        text="without the term PPO forgets",
-        figure="canaries kept",
-        arm=WITHOUT,
-        against=SFT,
-        expects="lower",
-    ),
-    *(
-        Claim(
-            text="with the term it keeps more",
-            figure="canaries kept",
-            arm=arm,
-            against=WITHOUT,
-            expects="higher",
-        )
-        for arm in WITH.values()
-    ),
-    *(
-        Claim(text="and still learns its task", figure="gold", arm=arm, against=SFT, expects="higher")
-        for arm in WITH.values()
-    ),
-)
 
 
 def gold(requests: Sequence[RewardRequest]) -> list[float]:
@@ -55,25 +32,34 @@ def gold(requests: Sequence[RewardRequest]) -> list[float]:
     return [quality_of([t for t in request.response_tokens if t != END]) for request in requests]
 
 
-def main() -> int:
-    """Run all trials, write the report and return the exit status: 1 where a claim is not shown."""
-    return run_experiment(
-        "sft_term",
-        trials_of,
-        SEEDS,
-        title="The SFT term of PPO",
-        claims=CLAIMS,
-        notes=(
-            f"SFT learns two things: free answers of any share of good ids ({NUM_DEMONSTRATIONS} "
-            f"demonstrations), and canaries: after a mark, to say the next id {_REPEATS} times "
-            f"({NUM_CANARIES} demonstrations)",
-            f"PPO: {PPO_STEPS} iterations of 64 answers to prompts without the mark; the reward is the share "
-            "of good ids. `sft_coef` weighs the next-token loss on the demonstrations of SFT in every step",
-            f"canaries kept: share of {NUM_JUDGED} canaries that no stage has seen whose likeliest answer is "
-            f"exactly right. gold: mean over answers, drawn at temperature 1, to {NUM_JUDGED} other prompts "
-            "without the mark",
+EXPERIMENT = Experiment(
+    name="sft_term",
+    title="The SFT term of PPO",
+    seeds=SEEDS,
+    claims=(
+        *compare(WITHOUT, SFT, ("without the term PPO forgets", "canaries kept", "lower")),
+        *(
+            claim
+            for arm in WITH.values()
+            for claim in compare(arm, WITHOUT, ("with the term it keeps more", "canaries kept", "higher"))
         ),
-    )
+        *(
+            claim
+            for arm in WITH.values()
+            for claim in compare(arm, SFT, ("and still learns its task", "gold", "higher"))
+        ),
+    ),
+    notes=(
+        f"SFT learns two things: free answers of any share of good ids ({NUM_DEMONSTRATIONS} "
+        f"demonstrations), and canaries: after a mark, to say the next id {_REPEATS} times "
+        f"({NUM_CANARIES} demonstrations)",
+        f"PPO: {PPO_STEPS} iterations of 64 answers to prompts without the mark; the reward is the share "
+        "of good ids. `sft_coef` weighs the next-token loss on the demonstrations of SFT in every step",
+        f"canaries kept: share of {NUM_JUDGED} canaries that no stage has seen whose likeliest answer is "
+        f"exactly right. gold: mean over answers, drawn at temperature 1, to {NUM_JUDGED} other prompts "
+        "without the mark",
+    ),
+)
 
 
 def trials_of(seed: int) -> list[Trial]:
@@ -152,4 +138,4 @@ def _prompts_of(records: Sequence[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.run(trials_of))

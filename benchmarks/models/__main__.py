@@ -4,7 +4,6 @@ python -m benchmarks.models                         on CUDA at the shapes of 6B 
 python -m benchmarks.models --shapes 6B --rows j,k  some of them
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import RESULTS
+from benchmarks.harness.command import DEVICE, device_of, parse
 from benchmarks.harness.fresh_process import in_fresh_process
 from benchmarks.models.groups import GROUPS, LATE, measured_group, unmeasured_rows
 from benchmarks.models.sizes import PRESETS, ModelSizes, full_sizes, small_sizes
@@ -21,6 +21,15 @@ from glm_rlhf.engine.bench.machine import MachineRates, measured_rates
 from glm_rlhf.engine.bench.report import Row, write
 
 LETTERS = "".join(GROUPS)
+_OPTIONS = {
+    "device": DEVICE,
+    "shapes": (",".join(PRESETS), "on CUDA"),
+    "rows": (",".join(LETTERS), "letters"),
+    "deadline_s": (1e9, "seconds after which nothing further is begun"),
+    "no_peer": (False, "leave transformers out"),
+    "threads": (1, "of the CPU"),
+    "out": (None, "report, without its suffix", Path),
+}
 
 
 def main(arguments: Sequence[str] | None = None, small: ModelSizes | None = None) -> int:
@@ -30,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, small: ModelSizes | None = None
         arguments: of the command line.
         small: the shape on a CPU; None for `small_sizes`.
     """
-    options = _parser().parse_args(arguments)
+    options = parse(arguments, doc=__doc__, options=_OPTIONS)
     shapes, letters = options.shapes.split(","), options.rows.split(",")
     if not set(shapes) <= set(PRESETS) or not set(letters) <= set(LETTERS):
         print(
@@ -39,8 +48,7 @@ def main(arguments: Sequence[str] | None = None, small: ModelSizes | None = None
             file=sys.stderr,
         )
         return 2
-    name = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    device = device_of(options.device)
     is_cuda = device.type == "cuda"
     deadline = time.time() + options.deadline_s
     out = options.out or RESULTS / f"model_rows_{device.type}"
@@ -74,20 +82,6 @@ def _rows(
         return in_fresh_process(measured_group, sizes, letters, rates, has_peer, deadline)
     except RuntimeError as error:  # its process died, or nothing of the group could be begun
         return unmeasured_rows(sizes, letters, f"failed: {str(error)[:200]}", rates)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--shapes", default=",".join(PRESETS), help="on CUDA, default 6B,9B")
-    parser.add_argument("--rows", default=",".join(LETTERS), help="default j,k,l,m,n")
-    parser.add_argument(
-        "--deadline-s", type=float, default=1e9, help="seconds after which nothing further is begun"
-    )
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, default 1")
-    parser.add_argument("--out", type=Path, help="report, without its suffix")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,8 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.models.sizes import ModelSizes, fill_on_device, micro_batch_tokens
 from glm_rlhf.engine.bench.harness import Entry, summary
-from glm_rlhf.engine.bench.parts.ppo import PHASES, iteration_s, make_roles, random_prompts
-from glm_rlhf.engine.cost.workload import Choice, Workload
+from glm_rlhf.engine.bench.parts.ppo import (
+    full_length_work,
+    iteration_s,
+    make_roles,
+    phases_entry,
+    random_prompts,
+)
+from glm_rlhf.engine.cost.workload import Choice
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
 
@@ -43,20 +49,13 @@ def iteration_entry(topology: Topology, sizes: ModelSizes, num_layers: int) -> t
     iteration that is profiled, computes a matrix product or attention while it scores and learns: other
     kernels, and gaps in which the device waits for the host.
     """
-    work = Workload(
-        max_prompt_tokens=sizes.prompt_tokens,
-        max_new_tokens=sizes.answer_tokens,
-        mean_prompt_tokens=sizes.prompt_tokens,
-        mean_new_tokens=sizes.answer_tokens,
+    work = full_length_work(
+        prompt_tokens=sizes.prompt_tokens,
+        new_tokens=sizes.answer_tokens,
         num_prompts=sizes.num_prompts,
-        num_samples=1,
-        max_batch=sizes.num_prompts,
         max_step_tokens=sizes.step_tokens,
-        page_size=sizes.page_size,
         itemsize=sizes.dtype.itemsize,
-        epochs=1,
-        minibatches=1,
-        recomputes_logprobs=False,
+        page_size=sizes.page_size,
     )
     choice = Choice(layout=Layout(), micro_batch_tokens=micro_batch_tokens(sizes), recompute_layers=False)
     model = replace(sizes.model, num_layers=num_layers)
@@ -83,17 +82,19 @@ def kernel_times(work: Callable[[], None], device: torch.device) -> KernelTimes:
         if is_cuda:
             torch.cuda.synchronize(device)
     averages = profiler.key_averages()
-    on_host = {one.key: one.self_cpu_time_total for one in averages if one.device_type == DeviceType.CPU}
+    seconds = {
+        event.key: event.self_cpu_time_total / 1e6
+        for event in averages
+        if event.device_type == DeviceType.CPU
+    }
     if is_cuda:
         # A range that the host names comes back as one of the device; it is no kernel.
-        found = {
-            one.key: one.self_device_time_total
-            for one in averages
-            if one.device_type == DeviceType.CUDA and one.key not in on_host
+        seconds = {
+            event.key: event.self_device_time_total / 1e6
+            for event in averages
+            if event.device_type == DeviceType.CUDA and event.key not in seconds
         }
-    else:
-        found = on_host
-    return classified({name: microseconds / 1e6 for name, microseconds in found.items()})
+    return classified(seconds)
 
 
 def classified(seconds: Mapping[str, float]) -> KernelTimes:
@@ -108,15 +109,14 @@ def classified(seconds: Mapping[str, float]) -> KernelTimes:
 
 
 def _entry(runs: Sequence[dict[str, float]], times: KernelTimes, metrics: Mapping[str, float]) -> Entry:
-    whole = summary([sum(run.values()) for run in runs])
-    phases = {phase: summary([run[phase] for run in runs]).median_s for phase in PHASES}
-    outside_s = whole.median_s - phases["generate"] - times.products_s
-    figures = {f"{phase} ms": 1e3 * seconds for phase, seconds in phases.items()}
-    figures |= {
+    entry = phases_entry(runs)
+    generate_s = summary([run["generate"] for run in runs]).median_s
+    outside_s = entry.timing.median_s - generate_s - times.products_s
+    figures = entry.figures | {
         "products ms": 1e3 * times.products_s,
         "other kernels ms": 1e3 * times.others_s,
-        "outside %": 100 * outside_s / whole.median_s,
+        "outside %": 100 * outside_s / entry.timing.median_s,
     }
     if "rollout/logprob_gap" in metrics:
         figures["logprob gap"] = metrics["rollout/logprob_gap"]
-    return Entry(name="ours", timing=whole, figures=figures)
+    return replace(entry, figures=figures)

@@ -3,12 +3,10 @@
 python -m benchmarks.peers.ppo
 """
 
-import argparse
 import contextlib
 import gc
 import importlib.util
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +17,9 @@ from statistics import fmean, median, stdev
 
 import torch
 
-from benchmarks import RESULTS
-from benchmarks.harness.fresh_process import in_fresh_process
+from benchmarks.harness.command import finish, parse
+from benchmarks.harness.peer_model import shape_text
+from benchmarks.harness.thread_counts import threads_text, with_threads
 from benchmarks.peers.ppo_task import (
     ADAM_BETAS,
     CLIP,
@@ -43,7 +42,7 @@ from benchmarks.peers.ppo_task import (
 from benchmarks.peers.ppo_trl import run_in_turns
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.report import Report, Row
 from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.config.rl import (
     CriticSection,
@@ -80,25 +79,27 @@ class Seed:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the report and return the exit status: 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts, default 1 2")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds a thread count, default 3")
-    parser.add_argument("--iterations", type=int, default=15, help="iterations a seed, default 15")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ppo_peers_cpu", help="report, without suffix")
-    options = parser.parse_args(arguments)
+    options = parse(
+        arguments,
+        doc=__doc__,
+        options={
+            "threads": ([1, 2], "thread counts"),
+            "seeds": (3, "seeds per thread count"),
+            "iterations": (15, "iterations per seed"),
+        },
+        out="ppo_peers_cpu",
+    )
     rows, sentences = [], []
     for threads in options.threads:
-        environment = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        name = f"{threads} thread{'s' * (threads > 1)}"
+        name = threads_text(threads)
         command = f"python -m benchmarks.peers.ppo --threads {threads} --seeds {options.seeds}"
         for task in TASKS:
-            given = (task, options.seeds, options.iterations)
-            seeds = in_fresh_process(measure_seeds, *given, environment=environment)
+            seeds = with_threads(threads, measure_seeds, task, options.seeds, options.iterations)
             rows.append(row_of(name, task, seeds, f"{command} --iterations {options.iterations}"))
             sentences.append(f"{name}, {task.name}: {verdict(seeds)}")
-    write(report(rows, sentences), options.out)
-    print(f"{options.out}.md: {' '.join(sentences)}")
-    return 1 if any("missed" in sentence or "is worse" in sentence for sentence in sentences) else 0
+    verdicts = " ".join(sentences)
+    is_missed = any("missed" in sentence or "is worse" in sentence for sentence in sentences)
+    return finish(report(rows, verdicts), options.out, verdicts, has_failed=is_missed)
 
 
 def measure_seeds(task: PeerTask, num_seeds: int, iterations: int) -> list[Seed]:
@@ -165,17 +166,16 @@ def row_of(name: str, task: PeerTask, seeds: Sequence[Seed], command: str) -> Ro
     )
 
 
-def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
+def report(rows: Sequence[Row], verdicts: str) -> Report:
     """Return the report of all rows."""
-    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
     return Report(
         title="PPO against TRL's, CPU",
         claim=f"Target: an iteration in at most half of TRL's time, the reward per sample no worse (by more "
-        f"than the spread over seeds). Measured: {' '.join(sentences)}",
+        f"than the spread over seeds). Measured: {verdicts}",
         machine=description(torch.device("cpu")),
         rows=rows,
         notes=(
-            f"model: GLM of {sizes}; random weights, the same folders for both",
+            f"model: GLM of {shape_text(SHAPE)}; random weights, the same folders for both",
             f"reward: the share of an answer's ids that are below {LOW_IDS}; {PROMPTS} "
             "random prompts, the same in every iteration",
             "full lengths: no stop id, so that nothing is padded. Answers that stop: at an id which "
@@ -199,7 +199,7 @@ def report(rows: Sequence[Row], sentences: Sequence[str]) -> Report:
 
 
 class _Turn:
-    """One iteration of ours a call, timed."""
+    """One iteration of ours per call, timed."""
 
     def __init__(self, engine: PPOEngine, prompts: Sequence[Sequence[int]]) -> None:
         self._engine = engine
@@ -267,5 +267,4 @@ def _config(folder: Path, task: PeerTask, seed: int) -> PPOConfig:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

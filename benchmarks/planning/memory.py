@@ -7,62 +7,48 @@ made and counted, and no other rank is needed. What other ranks would have sent 
 result is of use, and generation is counted only where a rank holds a whole model.
 """
 
-import argparse
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks import RESULTS
+from benchmarks.harness.command import parse
 from benchmarks.harness.one_rank_world import world_of_one_rank
 from benchmarks.planning.live_storages import live_peak_bytes
 from benchmarks.training.random_experience import random_experience
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.parts.ppo import make_roles
+from glm_rlhf.engine.bench.parts.ppo import full_length_work, make_roles, random_prompts
+from glm_rlhf.engine.bench.report import facts, table, write_files
+from glm_rlhf.engine.bench.sizes import SMALL
 from glm_rlhf.engine.cost.activations import CPU
 from glm_rlhf.engine.cost.memory import RankMemory, rank_memory
 from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.training.step import take_step
-from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.optim.training_state import TrainingState
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 WORLD_SIZE = 4
-_DTYPES = {2: torch.bfloat16, 4: torch.float32}
-_MODEL = GLMConfig(
-    family="glm",
-    num_layers=4,
-    hidden_size=128,
-    num_heads=8,
-    num_kv_heads=2,
-    head_size=16,
-    ffn_size=352,
-    vocab_size=1024,
-    norm_epsilon=1e-5,
-    rope_theta=1e4,
-    max_positions=1024,
+_HEAD = (
+    "configuration",
+    "rank",
+    "held all the time MB, counted / predicted",
+    "fullest phase",
+    "peak MB, counted / predicted",
+    "error",
 )
-_WORK = Workload(
-    max_prompt_tokens=128,
-    max_new_tokens=32,
-    mean_prompt_tokens=128,
-    mean_new_tokens=32,
-    num_prompts=16,
+_MODEL = replace(
+    SMALL, hidden_size=128, num_heads=8, head_size=16, ffn_size=352, vocab_size=1024, max_positions=1024
+)
+_WORK = replace(
+    full_length_work(prompt_tokens=128, new_tokens=32, num_prompts=16, max_step_tokens=1024, itemsize=4),
     num_samples=2,
     max_batch=8,
-    max_step_tokens=1024,
-    page_size=16,
-    itemsize=4,
-    epochs=1,
-    minibatches=1,
-    recomputes_logprobs=False,
 )
 
 
@@ -91,7 +77,7 @@ class MemoryCase:
 
     @property
     def choice(self) -> Choice:
-        """What a plan would decide: four sequences a micro-batch."""
+        """The choice of a plan: four sequences per micro-batch."""
         return Choice(
             layout=Layout(**self.axes),
             micro_batch_tokens=4 * _WORK.longest,
@@ -192,9 +178,7 @@ def count(case: MemoryCase, *, rank: int) -> Counted:
 
 
 def _count_rollout(case: MemoryCase, roles: PPORoles) -> dict[str, int]:
-    size = (case.work.num_prompts, case.work.max_prompt_tokens)
-    ids = torch.randint(0, case.model.vocab_size, size, generator=torch.Generator().manual_seed(2)).tolist()
-    prompts = [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+    prompts = random_prompts(case.model, case.work)
     rollouts: list[Rollouts] = []
     generate = live_peak_bytes(lambda: rollouts.append(roles.generate(prompts)))
     return {"generate": generate, "score": live_peak_bytes(lambda: roles.make_experience(rollouts[0]))}
@@ -241,30 +225,27 @@ def _optimizer_bytes(state: TrainingState) -> int:
     return _bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Count every case on the first and on the last rank, and write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan_memory_cpu", help="stem of the two files")
-    out = parser.parse_args(argv).out
+    out = parse(arguments, doc=__doc__, options={}, out="plan_memory_cpu").out
     rows = [_row(case, rank) for case in CASES for rank in _ranks(case)]
     machine = description(torch.device("cpu"))
     worst = max(abs(row["error"]) for row in rows)
-    title = (
-        f"# Memory: what `plan` predicts and what is counted\n\n"
+    lines = [
+        "# Memory: what `plan` predicts and what is counted",
+        "",
         f"The largest error of a peak is {worst:.1%}, of {len(rows)} ranks in {len(CASES)} configurations: "
-        "4 layers, hidden 128, ffn 352, vocabulary 1024, four roles, four sequences of 160 tokens a "
+        "4 layers, hidden 128, ffn 352, vocabulary 1024, four roles, four sequences of 160 tokens per "
         "micro-batch. A peak is weights, gradients and optimizer of all roles, and the fullest phase. "
         "Counted: storages alive after each operation of the engine's own steps, one process a rank, "
         "collectives that do nothing. On a CPU: the kernels of a GPU hold other temporaries, which was not "
-        "counted.\n"
-    )
-    out.with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    facts = "\n".join(f"- {name}: {text}" for name, text in machine.items())
-    out.with_suffix(".md").write_text(f"{title}\n{facts}\n\n{_table(rows)}", encoding="utf-8")
+        "counted.",
+        "",
+        *facts(machine),
+        "",
+        *table(_HEAD, map(_cells, rows)),
+    ]
+    write_files(out, "\n".join(lines) + "\n", {"machine": machine, "rows": rows})
 
 
 def _ranks(case: MemoryCase) -> tuple[int, ...]:
@@ -287,22 +268,12 @@ def _row(case: MemoryCase, rank: int) -> dict:
     }
 
 
-def _table(rows: Sequence[dict]) -> str:
-    lines = [
-        "| configuration | rank | held all the time MB, counted / predicted | fullest phase "
-        "| peak MB, counted / predicted | error |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    for row in rows:
-        fullest = max(row["phases"], key=lambda name, row=row: row["phases"][name]["counted"])
-        resident, peak = (
-            f"{row[key]['counted'] / 1e6:.2f} / {row[key]['predicted'] / 1e6:.2f}"
-            for key in ("resident", "peak")
-        )
-        lines.append(
-            f"| {row['case']} | {row['rank']} | {resident} | {fullest} | {peak} | {row['error']:+.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+def _cells(row: dict) -> tuple[str, ...]:
+    fullest = max(row["phases"], key=lambda name: row["phases"][name]["counted"])
+    resident, peak = (
+        f"{row[key]['counted'] / 1e6:.2f} / {row[key]['predicted'] / 1e6:.2f}" for key in ("resident", "peak")
+    )
+    return row["case"], str(row["rank"]), resident, fullest, peak, f"{row['error']:+.1%}"
 
 
 if __name__ == "__main__":

@@ -6,57 +6,30 @@ The rates are measured on the same ranks just before: on one and two layers, wit
 parallelism. Each time is the fastest of several runs.
 """
 
-import argparse
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks import RESULTS
+from benchmarks.harness.command import parse
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.parts.ppo import make_roles
+from glm_rlhf.engine.bench.parts.ppo import full_length_work, make_roles, random_prompts
 from glm_rlhf.engine.bench.rates import Size, least_s, rates_of
+from glm_rlhf.engine.bench.report import facts, table, write_files
+from glm_rlhf.engine.bench.sizes import SMALL
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, Rates
 from glm_rlhf.engine.cost.iteration_time import Estimate, estimate
-from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
+from glm_rlhf.engine.cost.workload import Choice, Roles
 from glm_rlhf.engine.rl.roles import PPORoles
-from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
+from glm_rlhf.engine.types import Experience, Rollouts
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.spec.model_config import GLMConfig
 
-_MODEL = GLMConfig(
-    family="glm",
-    num_layers=4,
-    hidden_size=256,
-    num_heads=8,
-    num_kv_heads=2,
-    head_size=32,
-    ffn_size=704,
-    vocab_size=2048,
-    norm_epsilon=1e-5,
-    rope_theta=1e4,
-    max_positions=1024,
-)
-_WORK = Workload(
-    max_prompt_tokens=64,
-    max_new_tokens=32,
-    mean_prompt_tokens=64,
-    mean_new_tokens=32,
-    num_prompts=16,
-    num_samples=1,
-    max_batch=16,
-    max_step_tokens=2048,
-    page_size=16,
-    itemsize=4,
-    epochs=1,
-    minibatches=1,
-    recomputes_logprobs=False,
-)
+_MODEL = replace(SMALL, num_heads=8, head_size=32, vocab_size=2048, max_positions=1024)
+_WORK = full_length_work(prompt_tokens=64, new_tokens=32, num_prompts=16, max_step_tokens=2048, itemsize=4)
 _BATCH_TOKENS = 2 * _WORK.longest
 LAYOUTS = (
     {},
@@ -78,10 +51,7 @@ def measure(axes: dict, *, repetitions: int) -> dict[str, float]:
     choice = _choice(axes)
     with open_topology(choice.layout) as topology:
         roles = make_roles(topology, model=_MODEL, work=_WORK, choice=choice)
-        generator = torch.Generator().manual_seed(2)
-        size = (_WORK.num_prompts, _WORK.max_prompt_tokens)
-        ids = torch.randint(0, _MODEL.vocab_size, size, generator=generator).tolist()
-        prompts = [PromptInput(tokens=tuple(one), extra={}) for one in ids]
+        prompts = random_prompts(_MODEL, _WORK)
         kept: dict[str, Rollouts | Experience] = {}
 
         def generate() -> None:
@@ -111,14 +81,14 @@ def predict(axes: dict, rates: Rates, num_ranks: int) -> dict[str, float]:
     return {"generate": seconds["generate"], "score": seconds["score"], "update": update}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure rates and every layout; the first rank writes the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse(
+        arguments,
+        doc=__doc__,
+        options={"repetitions": (5, "runs of which the fastest counts")},
+        out="plan_time_cpu",
     )
-    parser.add_argument("--repetitions", type=int, default=5, help="runs of which the fastest counts")
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan_time_cpu", help="stem of the two files")
-    options = parser.parse_args(argv)
     dist.init_process_group("gloo")
     size = Size(
         tokens=_BATCH_TOKENS,
@@ -142,8 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(stem: Path, rates: Rates, rows: list[dict], num_ranks: int) -> None:
     machine = description(torch.device("cpu"))
-    report = {"machine": machine, "rates": asdict(rates), "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     num_near = sum(abs(row["error"]) <= 0.2 for row in rows)
     lines = [
         "# Time: what `plan` predicts and what is measured",
@@ -153,17 +121,21 @@ def _write(stem: Path, rates: Rates, rows: list[dict], num_ranks: int) -> None:
         f"sequences of {_WORK.longest} tokens; the rates were measured in the same run. Seconds are the "
         "fastest of several runs, each measured / predicted.",
         "",
-        *(f"- {name}: {text}" for name, text in machine.items()),
+        *facts(machine),
         "",
-        f"| layout | {' | '.join(f'{name} s' for name in _PHASES)} | iteration s | error |",
-        "|---" * (len(_PHASES) + 3) + "|",
+        *table(
+            ("layout", *(f"{name} s" for name in _PHASES), "iteration s", "error"),
+            [_cells(row, num_ranks) for row in rows],
+        ),
     ]
-    for row in rows:
-        name = ", ".join(f"{axis} {size}" for axis, size in row["layout"].items()) or f"dp {num_ranks}"
-        pairs = [f"{row['measured'][phase]:.3f} / {row['predicted'][phase]:.3f}" for phase in _PHASES]
-        total = [f"{sum(row[kind].values()):.3f}" for kind in ("measured", "predicted")]
-        lines.append(f"| {name} | {' | '.join(pairs)} | {' / '.join(total)} | {row['error']:+.0%} |")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_files(stem, "\n".join(lines) + "\n", {"machine": machine, "rates": asdict(rates), "rows": rows})
+
+
+def _cells(row: dict, num_ranks: int) -> tuple[str, ...]:
+    name = ", ".join(f"{axis} {size}" for axis, size in row["layout"].items()) or f"dp {num_ranks}"
+    pairs = (f"{row['measured'][phase]:.3f} / {row['predicted'][phase]:.3f}" for phase in _PHASES)
+    total = " / ".join(f"{sum(row[kind].values()):.3f}" for kind in ("measured", "predicted"))
+    return name, *pairs, total, f"{row['error']:+.0%}"
 
 
 if __name__ == "__main__":

@@ -3,21 +3,17 @@
 python -m benchmarks.training.interleaving
 """
 
-import argparse
 import dataclasses
 import functools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks import RESULTS
 from benchmarks.generation.mixes import (
     LONGEST_ANSWER,
     MAX_BATCH,
@@ -27,10 +23,11 @@ from benchmarks.generation.mixes import (
     mixes,
     random_model,
 )
-from benchmarks.harness.fresh_process import in_fresh_process
+from benchmarks.harness.command import Benchmark, errors_exceed
+from benchmarks.harness.peer_model import shape_text
+from benchmarks.harness.stages import on_stages
 from glm_rlhf.engine.bench.harness import Entry, summary
-from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.observe.phases import Phases
@@ -43,8 +40,7 @@ from glm_rlhf.engine.types import Experience, PromptInput
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
-from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.weights.load import load_model
 
 ANSWER_S, CALL_S, COMPUTED_S = 0.01, 0.3, 0.004
@@ -88,52 +84,29 @@ REWARDS: dict[str, tuple[RewardFunction, str]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the report; the status is 1 where scores differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=8, help="of each contender in a row, default 8")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="pipelines, default 1 2")
-    parser.add_argument("--out", type=Path, default=RESULTS / "interleaving_cpu", help="without suffix")
-    options = parser.parse_args(arguments)
+def measure(options: Any) -> list[Row]:
+    """Return the rows of each pipeline; times are those of its first rank."""
     with tempfile.TemporaryDirectory() as folder:
         random_model().save_pretrained(folder)
-        rows = [row for stages in options.stages for row in _rows(folder, stages, options.iterations)]
-    write(_report(rows), options.out)
-    print(f"{options.out}.md: {_verdict(rows)}")
-    return int(any(entry.error > 1e-4 for row in rows for entry in row.entries))
+        return [
+            row
+            for stages in options.stages
+            for row in on_stages(rows_of, stages, folder, options.iterations)[0]
+        ]
 
 
-def _rows(folder: str, num_stages: int, iterations: int) -> list[Row]:
-    """Return the rows of a pipeline, each stage a process; times are those of its first rank."""
-    with tempfile.TemporaryDirectory() as meeting, ThreadPoolExecutor(num_stages) as pool:
-        places = [(rank, num_stages, folder, f"{meeting}/store", iterations) for rank in range(num_stages)]
-        first, *_ = pool.map(lambda topology: in_fresh_process(measure_stage, *topology), places)
-    return first
-
-
-def measure_stage(rank: int, num_stages: int, folder: str, store: str, iterations: int) -> list[Row]:
+def rows_of(topology: Topology, folder: str, iterations: int) -> list[Row]:
     """Return the rows of one rank; the others run beside it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=num_stages)
-    with open_topology(Layout(pp=num_stages)) as topology:
-        roles = _roles(folder, topology)
-        rows = []
-        layout = "one rank" if num_stages == 1 else f"pp {num_stages}"
-        rewards = REWARDS if num_stages == 1 else {}
-        for name, (function, what) in rewards.items():
-            contenders = {
-                AS_THEY_END: partial(_judged, roles, function, 1),
-                AT_THE_END: partial(_judged, roles, function, 0),
-            }
-            rows.append(_row(f"{name}, {layout}", what, roles, contenders, iterations))
-        contenders = {
-            AS_THEY_END: partial(_scored, roles, True),
-            AT_THE_END: partial(_scored, roles, False),
-        }
-        what = "reference, critic and reward model"
-        rows.append(_row(f"models, {layout}", what, roles, contenders, iterations))
-    dist.destroy_process_group()
-    return rows
+    num_stages = topology.world_size
+    roles = _roles(folder, topology)
+    layout = "one rank" if num_stages == 1 else f"pp {num_stages}"
+    tasks = []
+    for name, (function, what) in REWARDS.items() if num_stages == 1 else ():
+        ways = {AS_THEY_END: 1, AT_THE_END: 0}
+        tasks.append((name, what, {way: partial(_judged, roles, function, n) for way, n in ways.items()}))
+    ways = {AS_THEY_END: partial(_scored, roles, True), AT_THE_END: partial(_scored, roles, False)}
+    tasks.append(("models", "reference, critic and reward model", ways))
+    return [_row(f"{name}, {layout}", what, roles, ways, iterations) for name, what, ways in tasks]
 
 
 def _row(
@@ -148,9 +121,9 @@ def _row(
         for contender in list(contenders) if number % 2 else reversed(contenders):
             contenders[contender]()
             roles.set_progress(progress | {"num_answered": progress["num_answered"] + number})
-            found, experiences[contender] = _iteration(roles)
+            phases_s, experiences[contender] = _iteration(roles)
             if number >= _WARM_UP:
-                seconds[contender].append(found)
+                seconds[contender].append(phases_s)
         for contender, experience in experiences.items():
             error = _distance(experience, experiences[AT_THE_END])
             errors[contender] = max(errors[contender], error)
@@ -162,14 +135,14 @@ def _row(
         entries=[
             Entry(
                 name=contender,
-                timing=summary([sum(one.values()) for one in found]),
+                timing=summary([sum(run.values()) for run in runs]),
                 error=errors[contender],
                 figures={
-                    f"{phase} ms": 1e3 * summary([one[f"timing_s/{phase}"] for one in found]).median_s
+                    f"{phase} ms": 1e3 * summary([run[f"timing_s/{phase}"] for run in runs]).median_s
                     for phase in _PHASES
                 },
             )
-            for contender, found in seconds.items()
+            for contender, runs in seconds.items()
         ],
     )
 
@@ -256,24 +229,27 @@ def _verdict(rows: Sequence[Row]) -> str:
     return "; ".join(said) + "."
 
 
-def _report(rows: Sequence[Row]) -> Report:
-    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
-    return Report(
-        title="Scoring answers as they end, CPU",
-        claim="An iteration in which answers are scored while others are generated, against one that scores "
-        f"them when all have ended, medians: {_verdict(rows)}",
-        machine=description(torch.device("cpu")),
-        rows=rows,
-        notes=(
-            f"all models: GLM of {sizes}; random weights",
-            "both contenders of a row answer alike, from the same random numbers; `error` is the largest "
-            "difference of rewards, reference logprobs and values from those scored at the end",
-            "one epoch, one mini-batch; times of the first rank; one thread a rank",
-            "on one rank models score nothing early: a single stage has no idle turn, so both contenders do "
-            "the same, and the difference is the noise of the measurement",
-        ),
-    )
-
+BENCHMARK = Benchmark(
+    doc=__doc__,
+    name="interleaving_cpu",
+    title="Scoring answers as they end, CPU",
+    options={"iterations": (8, "of each contender in a row"), "stages": ([1, 2], "pipelines")},
+    measure=measure,
+    verdict=_verdict,
+    claim=lambda verdict: (
+        "An iteration in which answers are scored while others are generated, against one that scores "
+        f"them when all have ended, medians: {verdict}"
+    ),
+    notes=(
+        f"all models: GLM of {shape_text(SHAPE)}; random weights",
+        "both contenders of a row answer alike, from the same random numbers; `error` is the largest "
+        "difference of rewards, reference logprobs and values from those scored at the end",
+        "one epoch, one mini-batch; times of the first rank; one thread a rank",
+        "on one rank models score nothing early: a single stage has no idle turn, so both contenders do "
+        "the same, and the difference is the noise of the measurement",
+    ),
+    fails=errors_exceed(1e-4),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    BENCHMARK.run()

@@ -3,26 +3,23 @@
 python -m benchmarks.training.joint_update
 """
 
-import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks import RESULTS
 from benchmarks.generation.mixes import SHAPE, random_model
-from benchmarks.harness.fresh_process import in_fresh_process
+from benchmarks.harness.command import Benchmark, errors_exceed
+from benchmarks.harness.peer_model import shape_text
+from benchmarks.harness.stages import on_stages
 from benchmarks.training.random_experience import random_experience
 from glm_rlhf.engine.bench.harness import Entry, summary
-from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
 from glm_rlhf.engine.training.loss import Learner
@@ -30,8 +27,7 @@ from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.spans import WAIT, recording
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
-from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.weights.load import load_model
 
 TOGETHER, APART = "one schedule", "a schedule each"
@@ -41,39 +37,21 @@ _WARM_UP = 2  # steps of each contender that no time has
 Steps = Callable[[], list[float]]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the report; the status is 1 where gradients differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="of each contender in a row, default 20")
-    parser.add_argument(
-        "--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="of each role a step, default 1 2 4"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "joint_update_cpu", help="without suffix")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_STAGES) as pool:
+def measure(options: Any) -> list[Row]:
+    """Return a row per number of micro-batches."""
+    with tempfile.TemporaryDirectory() as folder:
         random_model().save_pretrained(folder)
-        places = [(rank, folder, f"{folder}/store", options.steps, options.micro_batches) for rank in (0, 1)]
-        one_thread = {"OMP_NUM_THREADS": "1"}
-        stages = pool.map(
-            lambda topology: in_fresh_process(measure_stage, *topology, environment=one_thread), places
-        )
-        rows, *_ = stages
-    write(_report(rows), options.out)
-    print(f"{options.out}.md: {_verdict(rows)}")
-    return int(any(entry.error > 1e-5 for row in rows for entry in row.entries))
-
-
-def measure_stage(rank: int, folder: str, store: str, num_steps: int, counts: Sequence[int]) -> list[Row]:
-    """Return the rows, the same on every rank; the others run beside it."""
-    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=_STAGES)
-    with open_topology(Layout(pp=_STAGES)) as topology:
-        load = partial(load_model, folder, topology, dtype=torch.float32, seed=7)
-        still = AdamSettings(lr=1e-12)  # so that both contenders have the same gradients
-        policy = training_state(load()[0], still, topology=topology)
-        critic = training_state(load(role="critic")[0], still, topology=topology)
-        rows = [_row(count, policy, critic, num_steps, topology) for count in counts]
-    dist.destroy_process_group()
+        rows, *_ = on_stages(rows_of, _STAGES, folder, options.steps, options.micro_batches)
     return rows
+
+
+def rows_of(topology: Topology, folder: str, num_steps: int, counts: Sequence[int]) -> list[Row]:
+    """Return the rows, the same on every rank; the others run beside it."""
+    load = partial(load_model, folder, topology, dtype=torch.float32, seed=7)
+    still = AdamSettings(lr=1e-12)  # so that both contenders have the same gradients
+    policy = training_state(load()[0], still, topology=topology)
+    critic = training_state(load(role="critic")[0], still, topology=topology)
+    return [_row(count, policy, critic, num_steps, topology) for count in counts]
 
 
 def _row(
@@ -159,24 +137,30 @@ def _verdict(rows: Sequence[Row]) -> str:
     return "; ".join(said) + "."
 
 
-def _report(rows: Sequence[Row]) -> Report:
-    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
-    return Report(
-        title="Policy and critic in one pipeline schedule, CPU",
-        claim="A step in which the micro-batches of policy and critic share a schedule, against one in which "
-        f"each has its own, medians: {_verdict(rows)}",
-        machine=description(torch.device("cpu")),
-        rows=rows,
-        notes=(
-            f"both models: GLM of {sizes}; random weights",
-            "two stages without other axes, one thread a rank; optimizer steps are in the time; with stages "
-            "equally busy and m micro-batches a role, 1 / (m + 1) of a schedule each would be idle, and "
-            "1 / (2 m + 1) of the joint one",
-            "`idle` is the mean over ranks of the share of a step in which the host stands in a wait of "
-            "torch.distributed, transfer included; `error` the relative difference of gradient norms",
-        ),
-    )
-
+BENCHMARK = Benchmark(
+    doc=__doc__,
+    name="joint_update_cpu",
+    title="Policy and critic in one pipeline schedule, CPU",
+    options={
+        "steps": (20, "of each contender in a row"),
+        "micro_batches": ([1, 2, 4], "of each role per step"),
+    },
+    measure=measure,
+    verdict=_verdict,
+    claim=lambda verdict: (
+        "A step in which the micro-batches of policy and critic share a schedule, against one in which "
+        f"each has its own, medians: {verdict}"
+    ),
+    notes=(
+        f"both models: GLM of {shape_text(SHAPE)}; random weights",
+        "two stages without other axes, one thread a rank; optimizer steps are in the time; with stages "
+        "equally busy and m micro-batches a role, 1 / (m + 1) of a schedule each would be idle, and "
+        "1 / (2 m + 1) of the joint one",
+        "`idle` is the mean over ranks of the share of a step in which the host stands in a wait of "
+        "torch.distributed, transfer included; `error` the relative difference of gradient norms",
+    ),
+    fails=errors_exceed(1e-5),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    BENCHMARK.run()

@@ -3,93 +3,52 @@
 python -m benchmarks.training.optimizer_memory
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks import RESULTS
-from benchmarks.harness.fresh_process import in_fresh_process
+from benchmarks.harness.command import Benchmark
+from benchmarks.harness.next_token_loss import nll_step
+from benchmarks.harness.thread_counts import with_threads
 from glm_rlhf.engine.bench.harness import Entry
-from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.memory import LiveGradients, held_and_peak_bytes
-from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.report import Row
+from glm_rlhf.engine.bench.sizes import SMALL
 from glm_rlhf.parallel.model.glm import GLMModel, build_model
 from glm_rlhf.parallel.model.packing import PackedTokens, pack
-from glm_rlhf.parallel.model.token_outputs import next_tokens
-from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import randomize_weights
 
-CONFIG = GLMConfig(
-    family="glm",
-    num_layers=8,
-    hidden_size=512,
-    num_heads=8,
-    num_kv_heads=2,
-    head_size=64,
-    ffn_size=1408,
-    vocab_size=4096,
-    norm_epsilon=1e-5,
-    rope_theta=1e4,
-    max_positions=256,
-    init_std=0.02,
+CONFIG = replace(
+    SMALL, num_layers=8, hidden_size=512, num_heads=8, ffn_size=1408, max_positions=256, init_std=0.02
 )
 NUM_TOKENS = 64
 CONTENDERS = {"in backward": True, "gradient buffer": False}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the report and return the exit status: 1 where the weights differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "optimizer_memory_cpu", help="without suffix")
-    options = parser.parse_args(arguments)
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    rows = in_fresh_process(measure_rows, environment=environment)
-    write(report(rows), options.out)
-    return 1 if any(entry.status for row in rows for entry in row.entries) else 0
-
-
 def measure_rows() -> list[Row]:
-    """Return one row for a single micro-batch a step, and one for several."""
+    """Return one row for a single micro-batch per step, and one for several."""
     with open_topology(Layout()) as topology:
         return [_row(num, topology) for num in (1, 4)]
 
 
-def report(rows: Sequence[Row]) -> Report:
-    """Return the report of all rows."""
+def claim(verdict: str) -> str:
+    """Return what the optimizer in backward is to save, and the verdict."""
     with open_topology(Layout()) as topology:
-        sizes = [
-            4 * sum(p.numel() for p in layer.parameters()) for layer in _model(topology)[0].decoder.layers
-        ]
-        whole = 4 * sum(p.numel() for p in _model(topology)[0].parameters())
+        (model,) = _model(topology)
+        sizes = [4 * sum(p.numel() for p in layer.parameters()) for layer in model.decoder.layers]
+        whole = 4 * sum(p.numel() for p in model.parameters())
     bucket = max(*sizes, 4 * CONFIG.vocab_size * CONFIG.hidden_size)
-    return Report(
-        title="Training steps without a gradient buffer, CPU",
-        claim=f"With one micro-batch a step the optimizer in backward holds one bucket of gradient, here "
+    return (
+        f"With one micro-batch a step the optimizer in backward holds one bucket of gradient, here "
         f"{bucket / 1e6:.1f} MB of the whole gradient's {whole / 1e6:.1f} MB; with several, the sums of the "
-        f"earlier ones have to wait, and its peak is no lower. Measured: {verdict(rows)}",
-        machine=description(torch.device("cpu")),
-        rows=rows,
-        notes=(
-            f"model: GLM of {CONFIG.num_layers} layers, hidden {CONFIG.hidden_size}, ffn {CONFIG.ffn_size}, "
-            f"vocabulary {CONFIG.vocab_size}, fp32; AdamW, no clipping; one rank; two steps of forward, "
-            "next-token loss, backward, optimizer",
-            "gradient MB: the most bytes alive at once of gradients that parameters were given, and of their "
-            "buffers",
-            "other MB: every allocation of torch from before the model is made; weights and moments are 3 "
-            "times the whole gradient's size. The peak with a gradient buffer lies in torch's AdamW, whose "
-            "temporaries are as large as the model",
-            "checked: the weights after two steps are those of the other contender",
-        ),
+        f"earlier ones have to wait, and its peak is no lower. Measured: {verdict}"
     )
 
 
@@ -118,17 +77,20 @@ def _row(num_micro_batches: int, topology: Topology) -> Row:
         state = _train([live.model], batches, in_backward, topology)
         live_bytes = live.peak + _buffer_bytes(state)
         weights.append(torch.cat([p.detach().flatten() for p in trained[0].parameters()]))
-        figures = {
-            "gradient MB": live_bytes / 1e6,
-            "MB between steps": held / 1e6,
-            "peak MB": peak / 1e6,
-        }
+        sizes = {"gradient MB": live_bytes, "MB between steps": held, "peak MB": peak}
         error = float((weights[-1] - weights[0]).abs().max())
-        status = "" if error <= 1e-6 else "wrong: weights differ"
-        entries.append(Entry(name=name, error=error, figures=figures, status=status))
+        entries.append(
+            Entry(
+                name=name,
+                error=error,
+                figures={figure: num_bytes / 1e6 for figure, num_bytes in sizes.items()},
+                status="" if error <= 1e-6 else "wrong: weights differ",
+            )
+        )
+    text = f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)}"
     return Row(
-        row=f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)}",
-        what=f"{num_micro_batches} micro-batch{'es' * (num_micro_batches > 1)} a step",
+        row=text,
+        what=f"{text} a step",
         shape=f"{num_micro_batches} × {NUM_TOKENS} tokens",
         command="python -m benchmarks.training.optimizer_memory",
         entries=entries,
@@ -141,21 +103,19 @@ def _model(topology: Topology) -> list[GLMModel]:
     return chunks
 
 
-def _state(chunks: Sequence[GLMModel], in_backward: bool, topology: Topology) -> AnyTrainingState:
-    # Adam divides a gradient by its size: with a large epsilon roundings of it stay roundings.
-    settings = AdamSettings(lr=1e-3, epsilon=1.0, clip_grad=0.0)
-    return training_state(chunks, settings, topology=topology, in_backward=in_backward)
-
-
 def _train(
     chunks: list[GLMModel], batches: Sequence[PackedTokens], in_backward: bool, topology: Topology
 ) -> AnyTrainingState:
     """Train a model for two steps; a new one, put into `chunks`, where there is none."""
     chunks += [] if chunks else _model(topology)
-    state = _state(chunks, in_backward, topology)
-    step = _step(state, batches, topology)
+    # Adam divides a gradient by its size: with a large epsilon roundings of it stay roundings.
+    settings = AdamSettings(lr=1e-3, epsilon=1.0, clip_grad=0.0)
+    state = training_state(chunks, settings, topology=topology, in_backward=in_backward)
+    step = nll_step(batches, float(len(batches) * NUM_TOKENS), topology)
     for _ in range(2):
-        step()
+        state.zero_grad()
+        run_micro_batches(state.chunks, batches, step, topology=topology, forward_only=False)
+        state.step()
     return state
 
 
@@ -165,24 +125,25 @@ def _buffer_bytes(state: AnyTrainingState) -> int:
     return sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers)
 
 
-def _step(state: AnyTrainingState, batches: Sequence[PackedTokens], topology: Topology) -> Callable[[], None]:
-    targets = [next_tokens(batch) for batch in batches]
-
-    def loss(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[torch.Tensor, None]:
-        denominator = float(len(batches) * NUM_TOKENS)
-        weight_VD = model.output_weight_VD
-        found, _ = linear_nll_loss(
-            hidden_TD, weight_VD, targets[index], group=topology.tp_group, denominator=denominator
-        )
-        return found, None
-
-    def run() -> None:
-        state.zero_grad()
-        run_micro_batches(state.chunks, batches, loss, topology=topology, forward_only=False)
-        state.step()
-
-    return run
-
+BENCHMARK = Benchmark(
+    doc=__doc__,
+    name="optimizer_memory_cpu",
+    title="Training steps without a gradient buffer, CPU",
+    measure=lambda _options: with_threads(1, measure_rows),
+    verdict=verdict,
+    claim=claim,
+    notes=(
+        f"model: GLM of {CONFIG.num_layers} layers, hidden {CONFIG.hidden_size}, ffn {CONFIG.ffn_size}, "
+        f"vocabulary {CONFIG.vocab_size}, fp32; AdamW, no clipping; one rank; two steps of forward, "
+        "next-token loss, backward, optimizer",
+        "gradient MB: the most bytes alive at once of gradients that parameters were given, and of their "
+        "buffers",
+        "other MB: every allocation of torch from before the model is made; weights and moments are 3 "
+        "times the whole gradient's size. The peak with a gradient buffer lies in torch's AdamW, whose "
+        "temporaries are as large as the model",
+        "checked: the weights after two steps are those of the other contender",
+    ),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    BENCHMARK.run()

@@ -3,8 +3,6 @@
 python -m benchmarks.training.reward_model
 """
 
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
@@ -12,12 +10,14 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks.harness.thread_counts import parse_options, rows_of
+from benchmarks.harness import peer_model
+from benchmarks.harness.command import Benchmark
+from benchmarks.harness.peer_model import random_glm, shape_text
+from benchmarks.harness.thread_counts import at_thread_counts, thread_options, threads_text
 from benchmarks.training.padding import padding_share
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem, measure
-from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.parts.transformers_peer import padded
-from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.data.store.examples import Example
 from glm_rlhf.engine.scoring.packed_batches import batches_of_records
 from glm_rlhf.engine.training.loss import Learner, LossTerm
@@ -28,19 +28,7 @@ from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 1024,
-    "attention_bias": True,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
+SHAPE = peer_model.SHAPE | {"num_hidden_layers": 2, "pad_token_id": 0}
 HH_RLHF_LENGTHS = (
     *((16, 23, 11), (17, 14, 42), (17, 12, 68), (21, 54, 41), (40, 57, 26), (68, 31, 27)),
     *((95, 15, 17), (92, 40, 27), (127, 9, 25), (143, 16, 21), (148, 30, 36), (156, 27, 76)),
@@ -94,23 +82,9 @@ def length_quantiles(
     return [ordered[int((index + 0.5) * len(ordered) / count)] for index in range(count)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the report and return the exit status: 1 where a contender was wrong."""
-    options = parse_options(arguments, doc=__doc__, name="reward_training_cpu", budget_s=10.0)
-    rows = rows_of(options, measure_rows)
-    write(report(rows), options.out)
-    print(f"{options.out}.md: {verdict(rows)}")
-    return 1 if any(entry.status for row in rows for entry in row.entries) else 0
-
-
 def measure_rows(threads: int, budget_s: float) -> list[Row]:
     """Return the row of this process with its thread count."""
-    from transformers import GlmConfig, GlmForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    theirs = GlmForSequenceClassification(GlmConfig(**SHAPE, num_labels=1)).float().train()
+    theirs = random_glm(SHAPE, of="GlmForSequenceClassification", num_labels=1).train()
     pairs = RandomPairs(HH_RLHF_LENGTHS)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(3)).tolist()
     steps = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
@@ -135,7 +109,7 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
         )
         entries = measure(problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS)
     row = Row(
-        row=f"{threads} thread{'s' * (threads > 1)}",
+        row=threads_text(threads),
         what=f"{len(steps)} training steps of {BATCH} pairs, lengths of hh-rlhf",
         shape=f"{pairs.lengths.sum()} tokens, longest {_longest(pairs)}, padding {_padding(pairs, steps)}, "
         f"sorted {_padding(pairs, sorted_steps)}",
@@ -146,33 +120,8 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
     return [row]
 
 
-def report(rows: Sequence[Row]) -> Report:
-    """Return the report of all rows."""
-    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
-    return Report(
-        title="Training a reward model on pairs as long as hh-rlhf's, CPU",
-        claim=f"Target: at least {TARGET_RATIO} × transformers with padding. Measured: {verdict(rows)}",
-        machine=description(torch.device("cpu")),
-        rows=rows,
-        notes=(
-            f"model: GLM of {sizes}; fp32; the same weights, pairs and thread count for all contenders",
-            f"lengths: the {len(HH_RLHF_LENGTHS)} quantiles of hh-rlhf's 2312 harmless-base test pairs under "
-            "ChatGLM3's tokenizer; ids are random",
-            "a run: batches made of ids, clear gradients, forward, pairwise loss with the L2 term, backward, "
-            "clipping at 1, AdamW at learning rate 0, which leaves the weights for the next run. tokens/s "
-            "counts real tokens, not padding",
-            "ours: what the command `reward` runs, `batches_of_records` and `take_step`",
-            "transformers: GlmForSequenceClassification, its default attention (sdpa), both answers of all "
-            "pairs of a step in one right-padded batch, torch's AdamW(fused=True). `sorted` has the batches "
-            "made of neighbours in length, among these 16 pairs: over a whole file it would pad less",
-            "checked before timing: the losses' sum, and each step's gradient norm, against each sequence "
-            "run alone",
-        ),
-    )
-
-
 def verdict(rows: Sequence[Row]) -> str:
-    """Return what the rows say about the target, a sentence a thread count."""
+    """Return what the rows say about the target, a sentence per thread count."""
     sentences = []
     for row in rows:
         ours, *others = row.entries
@@ -266,6 +215,30 @@ def _padding(pairs: RandomPairs, steps: Sequence[Sequence[int]]) -> str:
     return f"{padding_share(batches):.0%}"
 
 
+BENCHMARK = Benchmark(
+    doc=__doc__,
+    name="reward_training_cpu",
+    title="Training a reward model on pairs as long as hh-rlhf's, CPU",
+    options=thread_options(budget_s=10.0),
+    measure=at_thread_counts(measure_rows),
+    verdict=verdict,
+    claim=lambda verdict: f"Target: at least {TARGET_RATIO} × transformers with padding. Measured: {verdict}",
+    notes=(
+        f"model: GLM of {shape_text(SHAPE)}; fp32; the same weights, pairs and thread count for all "
+        "contenders",
+        f"lengths: the {len(HH_RLHF_LENGTHS)} quantiles of hh-rlhf's 2312 harmless-base test pairs under "
+        "ChatGLM3's tokenizer; ids are random",
+        "a run: batches made of ids, clear gradients, forward, pairwise loss with the L2 term, backward, "
+        "clipping at 1, AdamW at learning rate 0, which leaves the weights for the next run. tokens/s "
+        "counts real tokens, not padding",
+        "ours: what the command `reward` runs, `batches_of_records` and `take_step`",
+        "transformers: GlmForSequenceClassification, its default attention (sdpa), both answers of all "
+        "pairs of a step in one right-padded batch, torch's AdamW(fused=True). `sorted` has the batches "
+        "made of neighbours in length, among these 16 pairs: over a whole file it would pad less",
+        "checked before timing: the losses' sum, and each step's gradient norm, against each sequence "
+        "run alone",
+    ),
+)
+
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())
+    BENCHMARK.run()

@@ -4,46 +4,32 @@ python -m benchmarks.training.sequences
 """
 
 import math
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import torch
 
-from benchmarks.harness.thread_counts import parse_options, rows_of
+from benchmarks.harness.command import Benchmark
+from benchmarks.harness.next_token_loss import nll_step
+from benchmarks.harness.peer_model import SHAPE, random_glm, shape_text
+from benchmarks.harness.thread_counts import at_thread_counts, thread_options, threads_text
 from benchmarks.training.padding import padding_share
 from glm_rlhf.engine.bench.harness import Contender, Problem, measure
-from glm_rlhf.engine.bench.machine import description
 from glm_rlhf.engine.bench.parts.transformers_peer import padded
-from glm_rlhf.engine.bench.report import Report, Row, write
+from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.parallel.model.packing import pack
-from glm_rlhf.parallel.model.token_outputs import next_tokens
-from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.load import load_model
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 1024,
-    "attention_bias": True,
-    "pad_token_id": None,
-    "eos_token_id": 2,
-}
 NUM_SEQUENCES, BATCH = 16, 8
 TARGET_RATIO = 1.5
 # fp32 sums in another order, over four layers: 1e-6; a sequence that sees another one gives 1e-2.
 TOLERANCE = 1e-4
+_COMMAND = "python -m benchmarks.training.sequences"
 WARM_UP_RUNS = 1  # a run takes about a second: caches are warm after one
 
 
@@ -63,65 +49,29 @@ def mixes() -> dict[str, list[int]]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the report and return the exit status: 1 where a contender was wrong."""
-    options = parse_options(arguments, doc=__doc__, name="training_cpu", budget_s=6.0)
-    rows = rows_of(options, measure_rows)
-    write(report(rows), options.out)
-    print(f"{options.out}.md: {verdict(rows)}")
-    return 1 if any(entry.status for row in rows for entry in row.entries) else 0
-
-
 def measure_rows(threads: int, budget_s: float) -> list[Row]:
-    """Return one row a mix, in this process with its thread count."""
-    from transformers import GlmConfig, GlmForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    theirs = GlmForCausalLM(GlmConfig(**SHAPE)).float().train()
-    rows = []
+    """Return one row per mix, in this process with its thread count."""
+    theirs = random_glm(SHAPE).train()
     with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
         theirs.save_pretrained(folder)
         chunks, _ = load_model(folder, topology, dtype=torch.float32)
         state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=topology)
-        for name, lengths in mixes().items():
-            problem = _problem(state, theirs, lengths, topology)
-            entries = measure(
-                problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS
+        return [
+            Row(
+                row=threads_text(threads),
+                what=name,
+                shape=_shape_text(lengths),
+                command=f"{_COMMAND} --threads {threads} --budget-s {budget_s:g}",
+                entries=measure(
+                    _problem(state, theirs, lengths, topology),
+                    device=torch.device("cpu"),
+                    budget_s=budget_s,
+                    warm_up_runs=WARM_UP_RUNS,
+                ),
+                work=(float(sum(lengths)), "tokens"),
             )
-            rows.append(
-                Row(
-                    row=f"{threads} thread{'s' * (threads > 1)}",
-                    what=name,
-                    shape=_shape_text(lengths),
-                    command=f"python -m benchmarks.training.sequences --threads {threads}"
-                    f" --budget-s {budget_s:g}",
-                    entries=entries,
-                    work=(float(sum(lengths)), "tokens"),
-                )
-            )
-    return rows
-
-
-def report(rows: Sequence[Row]) -> Report:
-    """Return the report of all rows."""
-    sizes = ", ".join(f"{name} {value}" for name, value in SHAPE.items() if value is not None)
-    return Report(
-        title="Forward + backward on variable-length batches, CPU",
-        claim=f"Target: at least {TARGET_RATIO} × transformers with padding, on batches that need padding. "
-        f"Measured, by thread count: {verdict(rows)}",
-        machine=description(torch.device("cpu")),
-        rows=rows,
-        notes=(
-            f"model: GLM of {sizes}; fp32; the same weights, sequences and thread count for all contenders",
-            f"a run: {NUM_SEQUENCES} sequences in batches of {BATCH}; clear gradients, forward, next-token "
-            "loss over all tokens, backward; no optimizer step. tokens/s counts real tokens, not padding",
-            "transformers: GlmForCausalLM, its default attention (sdpa), right padding, attention mask, "
-            "labels -100. `sorted` has the batches made of neighbours in length, as group_by_length does",
-            "checked before timing: loss and three gradients against each sequence run alone",
-        ),
-    )
+            for name, lengths in mixes().items()
+        ]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -169,17 +119,7 @@ def _ours(
     state: TrainingState, sequences: Sequence[torch.Tensor], num_targets: int, topology: Topology
 ) -> Callable[[], list[torch.Tensor]]:
     batches = [pack(sequences[i : i + BATCH]) for i in range(0, len(sequences), BATCH)]
-    targets = [next_tokens(batch) for batch in batches]
-
-    def step(model, hidden_TD, index):
-        loss, _ = linear_nll_loss(
-            hidden_TD,
-            model.output_weight_VD,
-            targets[index],
-            group=topology.tp_group,
-            denominator=float(num_targets),
-        )
-        return loss, loss.detach()
+    step = nll_step(batches, float(num_targets), topology)
 
     def run() -> list[torch.Tensor]:
         state.zero_grad()
@@ -231,6 +171,27 @@ def _shape_text(lengths: Sequence[int]) -> str:
     )
 
 
+BENCHMARK = Benchmark(
+    doc=__doc__,
+    name="training_cpu",
+    title="Forward + backward on variable-length batches, CPU",
+    options=thread_options(budget_s=6.0),
+    measure=at_thread_counts(measure_rows),
+    verdict=verdict,
+    claim=lambda verdict: (
+        f"Target: at least {TARGET_RATIO} × transformers with padding, on batches that need padding. "
+        f"Measured, by thread count: {verdict}"
+    ),
+    notes=(
+        f"model: GLM of {shape_text(SHAPE)}; fp32; the same weights, sequences and thread count for all "
+        "contenders",
+        f"a run: {NUM_SEQUENCES} sequences in batches of {BATCH}; clear gradients, forward, next-token "
+        "loss over all tokens, backward; no optimizer step. tokens/s counts real tokens, not padding",
+        "transformers: GlmForCausalLM, its default attention (sdpa), right padding, attention mask, "
+        "labels -100. `sorted` has the batches made of neighbours in length, as group_by_length does",
+        "checked before timing: loss and three gradients against each sequence run alone",
+    ),
+)
+
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())
+    BENCHMARK.run()

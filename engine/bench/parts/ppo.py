@@ -32,6 +32,33 @@ _WARM_UP = 2
 _LEAST_RUNS, _MOST_RUNS = 5, 50
 
 
+def full_length_work(
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    num_prompts: int,
+    max_step_tokens: int,
+    itemsize: int,
+    page_size: int = 16,
+) -> Workload:
+    """Return an iteration of one epoch and one mini-batch with prompts and answers of full length."""
+    return Workload(
+        max_prompt_tokens=prompt_tokens,
+        max_new_tokens=new_tokens,
+        mean_prompt_tokens=prompt_tokens,
+        mean_new_tokens=new_tokens,
+        num_prompts=num_prompts,
+        num_samples=1,
+        max_batch=num_prompts,
+        max_step_tokens=max_step_tokens,
+        page_size=page_size,
+        itemsize=itemsize,
+        epochs=1,
+        minibatches=1,
+        recomputes_logprobs=False,
+    )
+
+
 def make_roles(
     topology: Topology,
     *,
@@ -79,21 +106,13 @@ def make_roles(
 
 
 def ppo_row(sizes: Sizes, topology: Topology, *, budget_s: float, command: str) -> Row:
-    """Return an iteration's time, the median of each phase in the columns behind it."""
-    work = Workload(
-        max_prompt_tokens=sizes.prompt_tokens,
-        max_new_tokens=sizes.new_tokens,
-        mean_prompt_tokens=sizes.prompt_tokens,
-        mean_new_tokens=sizes.new_tokens,
+    """Return the row of an iteration, the median of each phase in the columns behind its time."""
+    work = full_length_work(
+        prompt_tokens=sizes.prompt_tokens,
+        new_tokens=sizes.new_tokens,
         num_prompts=sizes.num_prompts,
-        num_samples=1,
-        max_batch=sizes.num_prompts,
         max_step_tokens=8192,
-        page_size=16,
         itemsize=sizes.dtype.itemsize,
-        epochs=1,
-        minibatches=1,
-        recomputes_logprobs=False,
     )
     choice = Choice(layout=Layout(), micro_batch_tokens=8 * work.longest, recompute_layers=False)
     roles = make_roles(topology, model=sizes.model, work=work, choice=choice)
@@ -104,19 +123,19 @@ def ppo_row(sizes: Sizes, topology: Topology, *, budget_s: float, command: str) 
         time.perf_counter() - started < budget_s and len(runs) < _WARM_UP + _MOST_RUNS
     ):
         runs.append(iteration_s(roles, prompts, topology))
-    entry = _entry(runs[_WARM_UP:])
     return Row(
         row="ppo",
         what="an iteration of PPO: answers, rewards and logprobs of four roles, one update of two",
         shape=f"{work.num_prompts} prompts of {work.max_prompt_tokens} tokens, {work.max_new_tokens} new "
         "tokens each",
         command=command,
-        entries=[entry],
+        entries=[phases_entry(runs[_WARM_UP:])],
         work=(float(work.num_prompts), "samples"),
     )
 
 
-def _entry(runs: Sequence[dict[str, float]]) -> Entry:
+def phases_entry(runs: Sequence[dict[str, float]]) -> Entry:
+    """Return the time of iterations, and the median of each phase, of what `iteration_s` gave."""
     timings = {phase: summary([run[phase] for run in runs]) for phase in PHASES}
     return Entry(
         name="ours",
