@@ -7,11 +7,11 @@ from dataclasses import dataclass
 Metrics = Mapping[str, float | None]
 
 MAX_FIRST_KL = 1e-4
-"""Nats an answer before the first update: the policy is the reference, sums run in another order (fp32)."""
+"""Nats per answer before the first update: the policy is the reference, sums run in another order (fp32)."""
 MAX_PPO_KL = 1e-8
-"""Of each iteration's first step, nats a token."""
+"""Of each iteration's first step, nats per token."""
 MAX_LOGPROB_GAP = 1e-5
-"""Between the sampler and a training forward, nats a token, fp32."""
+"""Between the sampler and a training forward, nats per token, fp32."""
 MAX_CLIP_FRACTION = 0.3
 MAX_KL_PER_TOKEN = 0.5
 """Nats, after ten iterations: above, a policy has left its reference behind."""
@@ -24,29 +24,26 @@ class Check:
     """One claim."""
 
     claim: str
-    """What must be so."""
+    """What must hold."""
     figure: str
-    """What was found."""
+    """The measured value."""
     holds: bool
-    """Whether it is so."""
+    """Whether it holds."""
 
 
 def check_metrics(metrics: Sequence[Metrics], *, iterations: int, num_ids: int) -> list[Check]:
-    """Return what must be so of the lines of `metrics.jsonl`.
+    """Return the checks of the lines of `metrics.jsonl`.
 
     Args:
-        metrics: one a line, null where a number was not finite.
+        metrics: one per line, null where a number was not finite.
         iterations: that were asked for.
         num_ids: ids that can be sampled, whose logarithm bounds the entropy.
     """
-    steps = [one["step"] for one in metrics]
-    missing = sorted({name for one in metrics for name, value in one.items() if value is None})
+    steps = [line["step"] for line in metrics]
+    missing = sorted({name for line in metrics for name, value in line.items() if value is None})
+    is_whole = steps == list(range(1, iterations + 1))
     checks = [
-        Check(
-            claim=f"{iterations} iterations",
-            figure=f"{len(steps)}",
-            holds=steps == list(range(1, iterations + 1)),
-        ),
+        Check(claim=f"{iterations} iterations", figure=f"{len(steps)}", holds=is_whole),
         Check(
             claim="every metric of every iteration is finite",
             figure=", ".join(missing) or f"{sum(map(len, metrics))} numbers",
@@ -55,17 +52,9 @@ def check_metrics(metrics: Sequence[Metrics], *, iterations: int, num_ids: int) 
     ]
     if not all(check.holds for check in checks):
         return checks
-    kl = [one["objective/kl"] for one in metrics]
+    kl = [line["objective/kl"] for line in metrics]
     top = math.log(num_ids)
-
-    def every(name: str, claim: str, is_sane: Callable[[float], bool]) -> Check:
-        values = [one[name] for one in metrics]
-        return Check(
-            claim=claim, figure=f"{min(values):.3g} to {max(values):.3g}", holds=all(map(is_sane, values))
-        )
-
-    return [
-        *checks,
+    checks += [
         Check(
             claim=f"objective/kl begins at 0 (below {MAX_FIRST_KL:g} nats an answer)",
             figure=f"{kl[0]:.2g}",
@@ -76,38 +65,45 @@ def check_metrics(metrics: Sequence[Metrics], *, iterations: int, num_ids: int) 
             figure=f"{kl[-1]:.3g} in the last iteration",
             holds=abs(kl[-1]) > 10 * MAX_FIRST_KL,
         ),
-        every(
+    ]
+    ranges: list[tuple[str, str, Callable[[float], bool]]] = [
+        (
             "objective/kl_per_token",
-            f"objective/kl_per_token stays below {MAX_KL_PER_TOKEN:g} nats",
+            f" stays below {MAX_KL_PER_TOKEN:g} nats",
             lambda value: abs(value) < MAX_KL_PER_TOKEN,
         ),
-        every(
+        (
             "actor/first_ppo_kl",
-            f"actor/ppo_kl of every iteration's first step is below {MAX_PPO_KL:g}",
+            f": actor/ppo_kl of every iteration's first step is below {MAX_PPO_KL:g}",
             lambda value: abs(value) < MAX_PPO_KL,
         ),
-        every(
+        (
             "rollout/logprob_gap",
-            f"rollout/logprob_gap stays below {MAX_LOGPROB_GAP:g}",
+            f" stays below {MAX_LOGPROB_GAP:g}",
             lambda value: 0 <= value < MAX_LOGPROB_GAP,
         ),
-        every(
+        (
             "actor/entropy",
-            f"actor/entropy stays between 1 and ln {num_ids} = {top:.2f} nats",
+            f" stays between 1 and ln {num_ids} = {top:.2f} nats",
             lambda value: 1 < value <= top,
         ),
-        every(
+        (
             "actor/pg_clipfrac",
-            f"actor/pg_clipfrac stays below {MAX_CLIP_FRACTION:g}",
+            f" stays below {MAX_CLIP_FRACTION:g}",
             lambda value: 0 <= value < MAX_CLIP_FRACTION,
         ),
-        every("actor/grad_norm", "actor/grad_norm is above 0", lambda value: value > 0),
-        every("reward/minus_baseline/std", "rewards differ between answers", lambda value: value > 0),
+        ("actor/grad_norm", " is above 0", lambda value: value > 0),
+        ("reward/minus_baseline/std", ": rewards differ between answers", lambda value: value > 0),
     ]
+    for name, claim, is_sane in ranges:
+        values = [line[name] for line in metrics]
+        figure = f"{min(values):.3g} to {max(values):.3g}"
+        checks.append(Check(claim=f"{name}{claim}", figure=figure, holds=all(map(is_sane, values))))
+    return checks
 
 
 def check_samples(samples: Sequence[Mapping], *, never: Sequence[bool], max_new_tokens: int) -> list[Check]:
-    """Return what must be so of the sample answers.
+    """Return the checks of the sample answers.
 
     Args:
         samples: lines of the files in `samples/`.

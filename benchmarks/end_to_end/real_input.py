@@ -63,7 +63,7 @@ PPO = (
     "observe.trace=true",
 )
 SKIPS = ("data.on_error=skip",)
-"""Records that are too long are left out and counted."""
+"""Records that are too long are excluded and counted."""
 ALL = ("train.dtype=fp32", "train.micro_batch_tokens=2048", f"run.seed={SEED}")
 
 
@@ -110,8 +110,8 @@ def run(folder: Path, iterations: int) -> dict:
     policy = _last_checkpoint(sft)
     pairs = (f"data.path={files.pairs}", f"data.eval_path={files.held_out}")
     reward = launch("reward", f"model.path={policy}", *pairs, *SKIPS, *REWARD, *ALL)
-    given = (f"model.path={policy}", f"reward.path={_last_checkpoint(reward)}", f"data.path={files.prompts}")
-    ppo = launch("ppo", *given, f"train.steps={iterations}", *SKIPS, *PPO, *ALL)
+    paths = (f"model.path={policy}", f"reward.path={_last_checkpoint(reward)}", f"data.path={files.prompts}")
+    ppo = launch("ppo", *paths, f"train.steps={iterations}", *SKIPS, *PPO, *ALL)
     metrics, samples = read_lines(ppo / "metrics.jsonl"), _samples(ppo, iterations)
     never = load_tokenizer(random_model).unsampleable_ids(_num_rows(random_model)).tolist()
     checks = [
@@ -183,12 +183,12 @@ def _check_export(exported: Path, folder: Path, samples: Sequence[Mapping], laun
     launch("convert", f"model.path={exported}", f"convert.to={folder / 'glm'}", "convert.format=glm", ranks=1)
     model = GlmForCausalLM.from_pretrained(folder / "glm", dtype=torch.float32).eval()
     gaps = []
-    for line, found in zip(lines, read_lines(scored / "score.jsonl"), strict=True):
+    for line, score in zip(lines, read_lines(scored / "score.jsonl"), strict=True):
         ids = torch.tensor([line["prompt_tokens"] + line["response_tokens"]])
         with torch.no_grad():
             logprobs = model(ids).logits[0].float().log_softmax(-1)
-        own = logprobs[:-1].gather(1, ids[0, 1:, None])[len(line["prompt_tokens"]) - 1 :, 0]
-        gaps.append((own - torch.tensor(found["logprobs"])).abs().max().item())
+        theirs = logprobs[:-1].gather(1, ids[0, 1:, None])[len(line["prompt_tokens"]) - 1 :, 0]
+        gaps.append((theirs - torch.tensor(score["logprobs"])).abs().max().item())
     names = ("tokenizer.model", "tokenizer_config.json")
     same = [(exported / name).read_bytes() == (DATA / "chatglm3" / name).read_bytes() for name in names]
     before, after = _config(folder / "chatglm3"), _config(exported)
@@ -215,8 +215,8 @@ def _samples(ppo: Path, iterations: int) -> dict[str, list[dict]]:
 
 def _records(files: RecordFiles, said: Mapping[str, str]) -> dict[str, int | None]:
     """Return how many records each file has, and how many prompts were short enough."""
-    found = re.search(r"bad prompts skipped, (\d+) left", said["ppo"])
-    return files.counts | {"prompts_short_enough": int(found[1]) if found else files.counts["prompts"]}
+    left = re.search(r"bad prompts skipped, (\d+) left", said["ppo"])
+    return files.counts | {"prompts_short_enough": int(left[1]) if left else files.counts["prompts"]}
 
 
 def _evaluations(lines: Sequence[Mapping]) -> list[dict]:

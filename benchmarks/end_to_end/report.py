@@ -11,7 +11,7 @@ from glm_rlhf.engine.bench.report import facts as machine_facts
 from glm_rlhf.engine.bench.report import number, table, write_files
 
 _COLUMNS = {
-    "reward, less baseline": "reward/minus_baseline/mean",
+    "reward, minus baseline": "reward/minus_baseline/mean",
     "sd": "reward/minus_baseline/std",
     "KL, nats an answer": "objective/kl",
     "ppo_kl, first step": "actor/first_ppo_kl",
@@ -62,11 +62,11 @@ def as_markdown(facts: Mapping, machine: Mapping[str, str]) -> str:
         f"- data: {records['demonstrations']} demonstrations and {records['pairs']} pairs of hh-rlhf, "
         f"{records['held_out']} pairs held out, {records['prompts']} prompts ({records['questions']} of them "
         f"AlignBench's questions), of which {records['prompts_short_enough']} are short enough",
-        f"- SFT: loss {loss[0]:.2f} → {loss[-1]:.2f} nats a token in {len(loss)} steps",
+        f"- SFT: loss {loss[0]:.2f} → {loss[-1]:.2f} nats per token in {len(loss)} steps",
         f"- reward model: accuracy on held-out pairs {accuracy}; an untrained one is at 0.5",
         *machine_facts(machine),
         "",
-        *table(("claim", "found", "holds"), [_cells(check) for check in checks]),
+        *table(("claim", "measured", "holds"), [_cells(check) for check in checks]),
         "",
         "## PPO, by iteration",
         "",

@@ -54,7 +54,7 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
                 ],
                 expected=None,
                 tolerance=TOLERANCE,
-                error=lambda found, _, mix=mix, lengths=lengths: _error(found, mix, lengths, theirs),
+                error=lambda answers, _, mix=mix, lengths=lengths: _error(answers, mix, lengths, theirs),
             )
             entries = measure(
                 problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS
@@ -121,21 +121,21 @@ def _theirs(model: torch.nn.Module, mix: Mix, lengths: Sequence[int]) -> Callabl
 
 
 @torch.no_grad()
-def _error(found: Sequence[Answered], mix: Mix, lengths: Sequence[int], model: torch.nn.Module) -> float:
+def _error(answers: Sequence[Answered], mix: Mix, lengths: Sequence[int], model: torch.nn.Module) -> float:
     """Return the largest distance of a logprob, or of a greedy token's from the best one; infinite if some
     answer is missing or of another length."""
-    answers = sorted(found, key=lambda answer: answer.prompt)
+    answers = sorted(answers, key=lambda answer: answer.prompt)
     if [len(answer.tokens) for answer in answers] != list(lengths):
         return math.inf
     worst = 0.0
     for prompt, answer in zip(mix.prompts, answers, strict=True):
         ids = torch.tensor([[*prompt, *answer.tokens]])
         logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        own = logprobs.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        chosen = logprobs.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         if answer.logprobs is not None:
-            worst = max(worst, float((own - torch.tensor(answer.logprobs)).abs().max()))
+            worst = max(worst, float((chosen - torch.tensor(answer.logprobs)).abs().max()))
         if mix.temperature == 0:
-            worst = max(worst, float((logprobs.amax(1) - own).max()))
+            worst = max(worst, float((logprobs.amax(1) - chosen).max()))
     return worst
 
 

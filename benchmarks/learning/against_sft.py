@@ -57,11 +57,11 @@ def trials_of(seed: int) -> list[Trial]:
             policy: answers_of(path, folder / "judged.jsonl", folder / f"of_{policy}", seed=1000 + seed)
             for policy, path in _policies(folder, seed).items()
         }
-    golds = {policy: [quality_of(tokens) for tokens in found] for policy, found in answers.items()}
+    golds = {policy: list(map(quality_of, texts)) for policy, texts in answers.items()}
     trials = []
-    for policy, found in answers.items():
+    for policy, texts in answers.items():
         wins = [(a > b) + 0.5 * (a == b) for a, b in zip(golds[policy], golds[SFT], strict=True)]
-        figures = {"gold": fmean(golds[policy]), "tokens": fmean(map(len, found)), "win rate": fmean(wins)}
+        figures = {"gold": fmean(golds[policy]), "tokens": fmean(map(len, texts)), "win rate": fmean(wins)}
         trials.append(Trial(arm=policy, seed=seed, figures=figures))
     return trials
 

@@ -67,14 +67,14 @@ def trials_of(seed: int) -> list[Trial]:
         )
         some = random.Random(seed).sample(records, int(balanced["pairs_learned_from"]))
         fewer = write_records(folder / "fewer.jsonl", some)
-        found = {
+        evaluations = {
             ALL: train_reward_model(policy, pairs, output=folder / "all", **options),
             FEWER: train_reward_model(policy, fewer, output=folder / "fewer", **options),
             BALANCED: balanced,
         }
     return [
         Trial(arm=arm, seed=seed, figures={_TIE: abs(f["corr_score_length"]), **f})
-        for arm, f in found.items()
+        for arm, f in evaluations.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """Rows j, k and l: the switch to generation and back, and decode steps over a filled cache.
 
-Steps go the product's way, `GenerationPhase` with its queue, recorded steps and sampler. What is watched is
-how decode steps are recorded, which the phase takes from outside: each replay notes when it begins, and from
+Steps go the product's way, `GenerationPhase` with its queue, recorded steps and sampler. The phase takes
+from outside how decode steps are recorded; here each replay notes when it begins, and from
 one replay to the next lies a whole step, the host's part included.
 """
 
@@ -26,7 +26,7 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.topology import Topology
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
-"""Nats that a drawn token's logprob may lie off a forward pass, on average: bf16 rounds every layer's
+"""Nats that a sampled token's logprob may lie off a forward pass, on average: bf16 rounds every layer's
 residual stream, some hundredths; an answer that reads another one's keys is off by one and more."""
 NUM_CHECKED = 4
 _REPLAYS, _SWITCHES = 20, 10
@@ -55,8 +55,9 @@ def decode_entry(chunks: Sequence[GLMModel], topology: Topology, sizes: ModelSiz
     error = _distance(chunks, topology, requests, done)
     tolerance = TOLERANCE[sizes.dtype]
     status = "" if error <= tolerance else f"wrong: logprobs off by {error:.1e}, at most {tolerance:.0e}"
-    if sorted(len(one.tokens) for one in done) != [sizes.new_tokens] * batch:
-        status = f"wrong: {sum(len(one.tokens) for one in done)} tokens came of {batch * sizes.new_tokens}"
+    lengths = [len(completion.tokens) for completion in done]
+    if lengths != [sizes.new_tokens] * batch:
+        status = f"wrong: {sum(lengths)} tokens came of {batch * sizes.new_tokens}"
     replay = summary(replays_s).median_s
     return Entry(
         name="ours",
@@ -77,13 +78,13 @@ def switch_entry(chunks: Sequence[GLMModel], topology: Topology, sizes: ModelSiz
     """
     before = {parameter.data_ptr() for chunk in chunks for parameter in chunk.parameters()}
     seconds, moved = [], 0
-    for _ in range(_SWITCHES + 1):
-        _wait(topology.device)
-        started = time.perf_counter()
+
+    def switch() -> None:
         with phase_of(chunks, topology, sizes, sizes.batches[0], record=None):
             pass
-        _wait(topology.device)
-        seconds.append(time.perf_counter() - started)
+
+    for _ in range(_SWITCHES + 1):
+        seconds.append(_timed(switch, topology.device)[0])
         read = list(_tensors(chunk_weights(chunks)))
         moved += sum(tensor.nbytes for tensor in read if tensor.data_ptr() not in before)
     after = {parameter.data_ptr() for chunk in chunks for parameter in chunk.parameters()}
@@ -97,7 +98,7 @@ def switch_entry(chunks: Sequence[GLMModel], topology: Topology, sizes: ModelSiz
 
 
 def other_layout_entry(topology: Topology) -> Entry:
-    """Return what is said of a switch between layouts, which takes several ranks."""
+    """Return the entry of a switch between layouts, which takes several ranks."""
     return Entry(
         name="ours, another layout",
         status=f"not measured: it takes several devices, here is {topology.world_size}",
@@ -143,12 +144,9 @@ class StepClock:
 
     def __call__(self, work: Callable[[], torch.Tensor], pool: Any) -> Recording:
         """Record as the engine does: this is a `Record`."""
-        _wait(self._device)
-        started = time.perf_counter()
-        recording = self._record(work, pool)
-        _wait(self._device)
+        seconds, recording = _timed(lambda: self._record(work, pool), self._device)
         rows = len(recording.output)
-        self.recording_s[rows] = time.perf_counter() - started
+        self.recording_s[rows] = seconds
         self._recordings[rows], self._starts[rows] = recording, []
         return _Noted(recording, self._starts[rows])
 
@@ -159,14 +157,8 @@ class StepClock:
     @torch.inference_mode()
     def replays_s(self, batch: int) -> list[float]:
         """Return the seconds of replays alone: the last step again, each waited for."""
-        seconds = []
-        for _ in range(_REPLAYS):
-            _wait(self._device)
-            started = time.perf_counter()
-            self._recordings[recorded_rows(batch)].replay()
-            _wait(self._device)
-            seconds.append(time.perf_counter() - started)
-        return seconds
+        replay = self._recordings[recorded_rows(batch)].replay
+        return [_timed(replay, self._device)[0] for _ in range(_REPLAYS)]
 
 
 class _Noted:
@@ -194,6 +186,15 @@ class _RunAgain:
         self.output.copy_(self._work())
 
 
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Return the seconds of some work, the device waited for on both sides, and its result."""
+    _wait(device)
+    started = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -205,7 +206,7 @@ def _distance(
     requests: Sequence[GenerationRequest],
     done: Sequence[Completion],
 ) -> float:
-    """Return how many nats the drawn tokens' logprobs lie off a training module's forward pass, on average.
+    """Return how many nats sampled tokens' logprobs lie off a training module's forward pass, on average.
 
     Of some answers, the worst.
     """
@@ -214,8 +215,8 @@ def _distance(
         prompt = requests[completion.request].prompt
         tokens_T = torch.tensor((*prompt, *completion.tokens), device=topology.device)
         wanted_T = sequence_logprobs(chunks, [[tokens_T]], topology)[len(prompt) - 1 :]
-        found_T = torch.tensor(completion.untempered_logprobs, device=topology.device)
-        differences.append(float((found_T - wanted_T.float()).abs().mean()))
+        logprobs_T = torch.tensor(completion.untempered_logprobs, device=topology.device)
+        differences.append(float((logprobs_T - wanted_T.float()).abs().mean()))
     return max(differences)
 
 

@@ -1,6 +1,7 @@
 """Rows j to n of one model, in groups that share what they hold on the device."""
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -72,12 +73,13 @@ def _decode_rows(
     topology: Topology, sizes: ModelSizes, letters: str, rates: MachineRates, has_peer: bool, deadline: float
 ) -> list[Row]:
     steps = {letter: batches for letter, batches in (("k", (1,)), ("l", sizes.batches)) if letter in letters}
-    switch, ours = _our_entries(topology, sizes, [batch for own in steps.values() for batch in own], deadline)
+    all_batches = list(itertools.chain(*steps.values()))
+    switch, ours = _our_entries(topology, sizes, all_batches, deadline)
     _release(topology.device)  # the peer's weights take as much
     theirs: dict[int, Entry] = {}
     if has_peer and ours:
         theirs = peer_entries(sizes, tuple(ours), topology.device, deadline)
-    absent = Entry(name=PEER, status=LATE if has_peer else "left out by --no-peer")
+    absent = Entry(name=PEER, status=LATE if has_peer else "excluded by --no-peer")
     rows = [_switch_row(sizes, [switch, other_layout_entry(topology)])] if "j" in letters else []
     for letter, batches in steps.items():
         for batch in batches:
@@ -168,7 +170,7 @@ def _release(device: torch.device) -> None:
 
 
 def command(sizes: ModelSizes, letter: str) -> str:
-    """Return what measures a row again."""
+    """Return the command that measures a row again."""
     if sizes.name == SMALL_NAME:
         return f"python -m benchmarks.models --device cpu --rows {letter}"
     return f"python -m benchmarks.models --device cuda --shapes {sizes.name} --rows {letter}"

@@ -9,14 +9,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.models.sizes import ModelSizes, fill_on_device, micro_batch_tokens
+from glm_rlhf.engine.bench.full_length import full_length_work, random_prompts
 from glm_rlhf.engine.bench.harness import Entry, summary
-from glm_rlhf.engine.bench.parts.ppo import (
-    full_length_work,
-    iteration_s,
-    make_roles,
-    phases_entry,
-    random_prompts,
-)
+from glm_rlhf.engine.bench.parts.ppo import iteration_s, make_roles, phases_entry
 from glm_rlhf.engine.cost.workload import Choice
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout

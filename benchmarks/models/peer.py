@@ -18,7 +18,7 @@ _FIRST = 2
 def peer_entries(
     sizes: ModelSizes, batches: Sequence[int], device: torch.device, deadline: float
 ) -> dict[int, Entry]:
-    """Return the time of a decode step by batch, with random weights of its own; none is begun late."""
+    """Return the time of a decode step by batch, of other random weights; none is begun late."""
     try:
         model = _model(sizes, device)
     except ImportError:
@@ -81,7 +81,7 @@ def _entry(model: torch.nn.Module, sizes: ModelSizes, batch: int, device: torch.
         ends.append(time.perf_counter())
         return torch.zeros(len(tokens_BT), dtype=torch.bool, device=device)
 
-    found_BT = model.generate(
+    answers_BT = model.generate(
         prompts_BT,
         attention_mask=torch.ones_like(prompts_BT),
         max_new_tokens=sizes.new_tokens,
@@ -95,6 +95,6 @@ def _entry(model: torch.nn.Module, sizes: ModelSizes, batch: int, device: torch.
     )
     steps_s = [later - earlier for earlier, later in zip(ends[_FIRST - 1 :], ends[_FIRST:], strict=False)]
     entry = Entry(name=NAME, timing=summary(steps_s))
-    if found_BT.shape[1] != sizes.prompt_of_decode + sizes.new_tokens:
-        return replace(entry, timing=None, status=f"wrong: {tuple(found_BT.shape)} tokens came")
+    if answers_BT.shape[1] != sizes.prompt_of_decode + sizes.new_tokens:
+        return replace(entry, timing=None, status=f"wrong: {tuple(answers_BT.shape)} tokens came")
     return entry

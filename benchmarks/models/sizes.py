@@ -17,7 +17,7 @@ PRESETS = {"6B": "chatglm3-6b", "9B": "glm-4-9b"}
 SMALL_NAME = "small"
 _SHARE_OF_FREE_MEMORY = 0.8
 _TRAINED_BYTES, _STEP_BYTES, _FROZEN_BYTES = 18, 8, 2
-"""A weight's: bf16 with fp32 gradient, master and two averages; temporaries of torch's AdamW; bf16 alone."""
+"""Per weight: bf16 with fp32 gradient, master, Adam moments; temporaries of torch's AdamW; bf16 alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ModelSizes:
     dtype: torch.dtype
     """Of weights and activations."""
     batches: tuple[int, ...]
-    """Sequences of row l, each a row."""
+    """Sequences of row l, a row per number."""
     context: int
     """Positions that a decode step sees, on average over the steps."""
     new_tokens: int
@@ -51,7 +51,7 @@ class ModelSizes:
     targets_s: dict[tuple[str, int], float]
     """Seconds of a decode step that are aimed at, by row and batch; empty where nothing is judged."""
     page_size: int = 16
-    """Positions a page of the cache, the engine's default."""
+    """Positions per page of the cache, the engine's default."""
 
     @property
     def prompt_of_decode(self) -> int:
@@ -150,7 +150,7 @@ def _layers(sizes: ModelSizes, free_bytes: float, num_tokens: int, in_layers: in
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the memory of the device that nobody uses; without end on a CPU."""
+    """Return the free memory of the device; infinite on a CPU."""
     if device.type != "cuda":
         return float("inf")
     torch.cuda.empty_cache()

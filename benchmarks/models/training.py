@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.harness.next_token_loss import nll_step
 from benchmarks.models.sizes import ModelSizes, fill_on_device
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.parts.models import sequence_logprobs
 from glm_rlhf.engine.bench.rates import seconds_on_all
 from glm_rlhf.engine.observe.mfu import training_flop
-from glm_rlhf.parallel.model.glm import GLMModel, build_model
+from glm_rlhf.parallel.model.glm import build_model
 from glm_rlhf.parallel.model.packing import pack
-from glm_rlhf.parallel.model.token_outputs import next_tokens
-from glm_rlhf.parallel.model.vocab_parallel_loss import linear_nll_loss
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.runtime.topology import Topology
@@ -29,7 +28,7 @@ def training_entries(
     """Return forward + backward of a micro-batch, checked by its loss, and one step of AdamW.
 
     Args:
-        place: one rank.
+        topology: of one rank.
         sizes: of the model and the sequences.
         num_layers: that it is cut to.
         peak_flop_per_s: of the data sheet, what MFU counts by; None where it is not known.
@@ -38,7 +37,9 @@ def training_entries(
     chunks = build_model(model, topology, dtype=sizes.dtype)
     fill_on_device(chunks, seed=1)
     sequences = _sequences(sizes, topology.device)
-    expected = -float(sequence_logprobs(chunks, [[one] for one in sequences], topology).float().mean())
+    expected = -float(
+        sequence_logprobs(chunks, [[sequence] for sequence in sequences], topology).float().mean()
+    )
     state = TrainingState(chunks, AdamSettings(lr=1e-5), topology=topology)
     work = _work(state, sequences, topology)
     error = abs(work() - expected) / expected
@@ -75,20 +76,13 @@ def _sequences(sizes: ModelSizes, device: torch.device) -> list[torch.Tensor]:
 
 
 def _work(state: TrainingState, sequences: list[torch.Tensor], topology: Topology) -> Callable[[], float]:
-    """Return what goes forward and backward over the sequences and returns the mean loss."""
+    """Return forward and backward over the sequences, which gives the mean loss."""
     packed = pack(sequences)
-    targets_T = next_tokens(packed)
-    denominator = float((targets_T >= 0).sum())
-
-    def loss(model: GLMModel, hidden_TD: torch.Tensor, _index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found, _ = linear_nll_loss(
-            hidden_TD, model.output_weight_VD, targets_T, group=topology.tp_group, denominator=denominator
-        )
-        return found, found.detach()
+    step = nll_step([packed], float(sum(len(sequence) - 1 for sequence in sequences)), topology)
 
     def run() -> float:
-        (found,) = run_micro_batches(state.chunks, [packed], loss, topology=topology, forward_only=False)
-        return float(found)
+        (loss,) = run_micro_batches(state.chunks, [packed], step, topology=topology, forward_only=False)
+        return float(loss)
 
     return run
 

@@ -1,4 +1,4 @@
-"""The report of rows j to n, and what it says of the targets."""
+"""The report of rows j to n, and its verdict on the targets."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,7 @@ def report_of(rows: Sequence[Row], device: torch.device, rates: MachineRates) ->
 
 
 def claim(rows: Sequence[Row]) -> str:
-    """Return how each row stands to its target, in one sentence a row."""
+    """Return how each row compares with its target, in one sentence per row."""
     said = []
     for row in rows:
         ours = row.entries[0]

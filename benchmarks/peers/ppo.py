@@ -60,7 +60,7 @@ from glm_rlhf.engine.types import PromptInput
 
 TARGET_RATIO = 2.0
 WARM_UP_ITERATIONS = 2
-"""First iterations of a seed, which its times leave out; its rewards have them."""
+"""First iterations of a seed, which its times exclude; its rewards include them."""
 _LAST = 3  # iterations at the end whose mean reward counts as reached
 
 
@@ -215,9 +215,9 @@ class _Turn:
                 experience = self._engine.make_experience(rollouts)
             with phases.phase("update"):
                 metrics = self._engine.update(experience)
-        found = phases.seconds | {name: metrics[name] for name in ("timing_s/critic", "timing_s/policy")}
-        self.run.seconds.append(found.pop("timing_s/iteration"))
-        self.run.phases.append(found)
+        seconds = phases.seconds | {name: metrics[name] for name in ("timing_s/critic", "timing_s/policy")}
+        self.run.seconds.append(seconds.pop("timing_s/iteration"))
+        self.run.phases.append(seconds)
         self.run.rewards.append(float(experience.rewards_B.mean()))
         self.run.lengths.append(float(rollouts.action_mask_T.sum()) / len(self._prompts))
 
@@ -229,7 +229,7 @@ def _entry(name: str, runs: Sequence[Run]) -> Entry:
     figures |= {"gain": fmean(gains), "gain, lowest seed": min(gains), "gain, highest seed": max(gains)}
     for phase in runs[0].phases[0] if runs[0].phases else ():
         figures[f"{phase.removeprefix('timing_s/')} ms"] = 1e3 * median(
-            found[phase] for run in runs for found in run.phases[WARM_UP_ITERATIONS:]
+            seconds[phase] for run in runs for seconds in run.phases[WARM_UP_ITERATIONS:]
         )
     seconds = [s for run in runs for s in run.seconds[WARM_UP_ITERATIONS:]]
     return Entry(name=name, timing=summary(seconds), figures=figures)

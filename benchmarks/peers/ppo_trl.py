@@ -1,4 +1,4 @@
-"""TRL's PPO on the task of `ppo_peers`, with another contender's iteration after each of its own."""
+"""TRL's PPO on the task of `peers.ppo`, with another contender's iteration after each of its own."""
 
 import gc
 import os
@@ -58,12 +58,12 @@ def run_in_turns(
 
         started = 0.0
 
-        def on_train_begin(self, args: object, state: object, control: object, **given: object) -> None:
+        def on_train_begin(self, args: object, state: object, control: object, **options: object) -> None:
             gc.collect()
             gc.freeze()
             self.started = time.perf_counter()
 
-        def on_step_end(self, args: object, state: object, control: object, **given: object) -> None:
+        def on_step_end(self, args: object, state: object, control: object, **options: object) -> None:
             run.seconds.append(time.perf_counter() - self.started)
             run.rewards.append(state.log_history[-1]["objective/scores"])
             other()

@@ -17,8 +17,9 @@ from benchmarks.harness.command import parse
 from benchmarks.harness.one_rank_world import world_of_one_rank
 from benchmarks.planning.live_storages import live_peak_bytes
 from benchmarks.training.random_experience import random_experience
+from glm_rlhf.engine.bench.full_length import full_length_work, random_prompts
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.parts.ppo import full_length_work, make_roles, random_prompts
+from glm_rlhf.engine.bench.parts.ppo import make_roles
 from glm_rlhf.engine.bench.report import facts, table, write_files
 from glm_rlhf.engine.bench.sizes import SMALL
 from glm_rlhf.engine.cost.activations import CPU
@@ -214,7 +215,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _optimizer_bytes(state: TrainingState) -> int:
     """Return the bytes of moments, and of fp32 weights that are no view of the model's."""
-    own = {p.untyped_storage().data_ptr() for chunk in state.chunks for p in chunk.parameters()}
+    weights = {p.untyped_storage().data_ptr() for chunk in state.chunks for p in chunk.parameters()}
     tensors: list[torch.Tensor] = []
     for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         inner = optimizer.optimizer
@@ -222,7 +223,7 @@ def _optimizer_bytes(state: TrainingState) -> int:
         tensors += [
             t for entry in inner.state.values() for t in entry.values() if torch.is_tensor(t) and t.dim()
         ]
-    return _bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
+    return _bytes(t for t in tensors if t.untyped_storage().data_ptr() not in weights)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

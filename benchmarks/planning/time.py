@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.command import parse
+from glm_rlhf.engine.bench.full_length import full_length_work, random_prompts
 from glm_rlhf.engine.bench.machine import description
-from glm_rlhf.engine.bench.parts.ppo import full_length_work, make_roles, random_prompts
+from glm_rlhf.engine.bench.parts.ppo import make_roles
 from glm_rlhf.engine.bench.rates import Size, least_s, rates_of
 from glm_rlhf.engine.bench.report import facts, table, write_files
 from glm_rlhf.engine.bench.sizes import SMALL
@@ -73,10 +74,10 @@ def predict(axes: dict, rates: Rates, num_ranks: int) -> dict[str, float]:
     cluster = Cluster(
         gpu=GPUS["h100"], num_gpus=num_ranks, gpus_per_node=num_ranks, rates=rates, usable_bytes=1
     )
-    found: Estimate = estimate(
+    predicted: Estimate = estimate(
         roles, _WORK, _choice(axes), cluster, num_concurrent=_WORK.max_batch, has_baseline=False
     )
-    seconds = {name: phase.seconds for name, phase in found.phases.items()}
+    seconds = {name: phase.seconds for name, phase in predicted.phases.items()}
     update = seconds["train policy"] + seconds["train critic"]
     return {"generate": seconds["generate"], "score": seconds["score"], "update": update}
 

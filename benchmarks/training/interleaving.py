@@ -160,11 +160,11 @@ def _iteration(roles: PPORoles) -> tuple[dict[str, float], Experience]:
     return phases.seconds, experience
 
 
-def _distance(found: Experience, expected: Experience) -> float:
+def _distance(experience: Experience, expected: Experience) -> float:
     """Return the largest difference of rewards, reference logprobs and values."""
-    assert torch.equal(found.rollouts.tokens_T, expected.rollouts.tokens_T)
+    assert torch.equal(experience.rollouts.tokens_T, expected.rollouts.tokens_T)
     names = ("rewards_B", "ref_logprobs_T", "values_T")
-    return max(float((getattr(found, name) - getattr(expected, name)).abs().max()) for name in names)
+    return max(float((getattr(experience, name) - getattr(expected, name)).abs().max()) for name in names)
 
 
 def _judged(roles: PPORoles, function: RewardFunction, concurrency: int) -> None:

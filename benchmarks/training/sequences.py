@@ -75,7 +75,7 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Return what the rows say about the target, a sentence a mix."""
+    """Return the verdict of the rows on the target, a sentence per mix."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
         ours, theirs, *_ = row.entries
@@ -84,10 +84,10 @@ def verdict(rows: Sequence[Row]) -> str:
         mix = row.what.partition(",")[0].partition(" (")[0]
         ratios.setdefault(mix, []).append(theirs.timing.median_s / ours.timing.median_s)
     sentences = []
-    for mix, found in ratios.items():
-        figures = " and ".join(f"{ratio:.2f}" for ratio in found)
+    for mix, of_mix in ratios.items():
+        figures = " and ".join(f"{ratio:.2f}" for ratio in of_mix)
         # Where nothing is padded there is nothing to win: that row says what packing costs.
-        judged = "" if mix == "equal" else (" (met)" if min(found) >= TARGET_RATIO else " (missed)")
+        judged = "" if mix == "equal" else (" (met)" if min(of_mix) >= TARGET_RATIO else " (missed)")
         sentences.append(f"{mix}: {figures} ×{judged}.")
     return " ".join(sentences)
 

@@ -62,12 +62,12 @@ def run(config: BenchConfig) -> int:
     started = time.monotonic()
     rows: list[Row] = []
     for visit in range(section.visits):
-        for place, row in enumerate(_rows(section, sizes, device)):
+        for index, row in enumerate(_rows(section, sizes, device)):
             if visit:
-                rows[place] = joined(rows[place], row)
+                rows[index] = joined(rows[index], row)
             else:
                 rows.append(row)
-            _tell(f"visit {visit + 1}, {row.row}: {row.what}; {time.monotonic() - started:.0f} s")
+            _say(f"visit {visit + 1}, {row.row}: {row.what}; {time.monotonic() - started:.0f} s")
     points, failures = _worlds(section, folder)
     findings = Findings(
         machine=description(device),
@@ -118,13 +118,13 @@ def _rows(section: BenchSection, sizes: Sizes, device: torch.device) -> Iterator
 
 
 def _keeps(section: BenchSection) -> Callable[[Contender], bool]:
-    """Return what says whether a kernel's contender was asked for; ours and eager torch always are."""
+    """Return the filter of a kernel's contenders; it keeps ours, eager torch and the peers of `against`."""
     unwanted = tuple(peer for peer in PEER_PACKAGES if peer not in section.against)
     return lambda contender: not contender.name.startswith(unwanted)
 
 
 def _worlds(section: BenchSection, folder: Path) -> tuple[list[ScalingPoint], list[str]]:
-    """Return what each world of ranks of this machine measures, and why some did not.
+    """Return the results of each world of ranks of this machine, and why some have none.
 
     The last world leaves the rates too.
     """
@@ -135,20 +135,20 @@ def _worlds(section: BenchSection, folder: Path) -> tuple[list[ScalingPoint], li
         torch.cuda.empty_cache()
     for num_ranks in counts if wanted else ():
         parts = [part for part in wanted if part != "rates" or num_ranks == counts[-1]]
-        _tell(f"{' and '.join(parts)} on {num_ranks} ranks")
+        _say(f"{' and '.join(parts)} on {num_ranks} ranks")
         settings = [f"bench.parts=[{','.join(parts)}]", f"bench.layers={section.layers}"]
         settings += [f"bench.threads={section.threads}"]
         settings += [] if section.model is None else [f"bench.model={section.model}"]
-        place = folder / f"ranks_{num_ranks}"
+        world_folder = folder / f"ranks_{num_ranks}"
         try:
-            launch(place, num_ranks, settings, threads=section.threads)
+            launch(world_folder, num_ranks, settings, threads=section.threads)
         except RuntimeError as error:
             failures.append(" ".join(str(error).split())[:500])
             continue
         if "rates" in parts:
-            (place / RATES_FILE).replace(folder / RATES_FILE)
+            (world_folder / RATES_FILE).replace(folder / RATES_FILE)
         if "scaling" in parts:
-            points.append(read_point(place / FILE))
+            points.append(read_point(world_folder / FILE))
     return points, failures
 
 
@@ -183,16 +183,16 @@ def _peer_note(peer: str, device: torch.device) -> str:
     """Return a peer with its version, or that it is missing."""
     package, only_cuda = PEER_PACKAGES[peer]
     try:
-        found = importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return f"{peer}: missing; pip install {package}"
-    excluded = "; its kernels need CUDA and were left out" if only_cuda and device.type == "cpu" else ""
-    return f"{peer}: {found}{excluded}"
+    excluded = "; its kernels need CUDA and are excluded" if only_cuda and device.type == "cpu" else ""
+    return f"{peer}: {version}{excluded}"
 
 
 def _command(part: str) -> str:
     return f"glm-rlhf bench bench.parts=[{part}]"
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")

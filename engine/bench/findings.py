@@ -1,4 +1,4 @@
-"""What `bench` found, as a table on the terminal, Markdown, JSON and plots."""
+"""The results of `bench`, as a table on the terminal, Markdown, JSON and plots."""
 
 import json
 from collections.abc import Sequence
@@ -80,48 +80,46 @@ def read_earlier(path: Path) -> dict:
         ValueError: it cannot be read, or is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"bench.earlier: {path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or "rows" not in found:
+    if not isinstance(earlier, dict) or "rows" not in earlier:
         raise ValueError(f"bench.earlier: {path} has no rows; give the bench.json of an earlier run")
-    return found
+    return earlier
 
 
 def compare(rows: Sequence[Row], earlier: dict) -> list[Moved]:
     """Return each contender that both runs timed on the same shape."""
     before = {(row["row"], row["shape"]): _timings(row) for row in earlier["rows"]}
-    found = []
+    moved = []
     for row in rows:
-        old = before.get((row.row, row.shape), {})
-        new = _timings(asdict(row))
+        old, new = before.get((row.row, row.shape), {}), _timings(asdict(row))
         ours = row.entries[0].name
         for name in new.keys() & old.keys():
-            factor = new[name]["median_s"] / old[name]["median_s"]
             ratios = ()
             if name != ours and ours in new and ours in old:
                 ratios = tuple(run[name]["median_s"] / run[ours]["median_s"] for run in (old, new))
-            overlaps = new[name]["low_s"] <= old[name]["high_s"] and old[name]["low_s"] <= new[name]["high_s"]
-            found.append(
+            pair = old[name].get("ratio"), new[name]["ratio"]
+            moved.append(
                 Moved(
                     row=f"{row.row} {name}",
-                    factor=factor,
-                    overlaps=overlaps,
+                    factor=new[name]["median_s"] / old[name]["median_s"],
+                    overlaps=_overlap(old[name], new[name], "_s"),
                     ratios=ratios,
-                    ratios_overlap=_ratios_overlap(old[name].get("ratio"), new[name]["ratio"]),
+                    ratios_overlap=None if None in pair else _overlap(*pair),
                 )
             )
-    return found
+    return moved
 
 
-def _ratios_overlap(old: dict | None, new: dict | None) -> bool | None:
-    if old is None or new is None:
-        return None
-    return new["low"] <= old["high"] and old["low"] <= new["high"]
+def _overlap(old: dict, new: dict, unit: str = "") -> bool:
+    """Return whether the ranges between quartiles have a point in common."""
+    low, high = f"low{unit}", f"high{unit}"
+    return new[low] <= old[high] and old[low] <= new[high]
 
 
 def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
-    """Return what the comparison with an earlier run says."""
+    """Return the comparison with an earlier run, in sentences."""
     moved = compare(rows, earlier)
     if not moved:
         return "The earlier run timed nothing that this one did."
@@ -141,9 +139,9 @@ def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
             f" A peer's time ÷ ours moved by {typical:.0%} typically; in {same} of {len(pairs)} the same of "
             "the two is faster."
         )
-    told = [one.ratios_overlap for one in moved if one.ratios_overlap is not None]
-    if told:
-        text += f" The quotients turn by turn have ranges that overlap in {sum(told)} of {len(told)}."
+    overlaps = [one.ratios_overlap for one in moved if one.ratios_overlap is not None]
+    if overlaps:
+        text += f" The quotients turn by turn have ranges that overlap in {sum(overlaps)} of {len(overlaps)}."
     return text
 
 
@@ -186,7 +184,7 @@ def _scaling_lines(points: Sequence[ScalingPoint]) -> list[str]:
     shares = efficiencies(points)
     lines = [
         "",
-        f"A training step over data-parallel ranks, {points[0].backend}; {points[0].tokens} tokens a rank "
+        f"A training step over data-parallel ranks, {points[0].backend}; {points[0].tokens} tokens per rank "
         "(weak) or in all (strong); median (fastest–slowest) of the steps, as their slowest rank took them.",
         "",
     ]

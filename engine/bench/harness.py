@@ -34,7 +34,7 @@ class Contender:
     """One way to do the task of a row."""
 
     name: str
-    """What the report calls it."""
+    """Name in the report."""
     run: Callable[[], Any]
     """The timed work; what it returns is checked: tensors, or one tensor alone."""
     prepare: Callable[[], None] | None = None
@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """The contenders of a row on one set of inputs, and what their answer has to be."""
+    """The contenders of a row on one set of inputs, and the answer they have to give."""
 
     contenders: Sequence[Contender]
     """Ours first."""
@@ -88,7 +88,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What one contender did."""
+    """The result of one contender."""
 
     name: str
     timing: Timing | None = None
@@ -157,7 +157,7 @@ def interleaved(
     seconds = clock.seconds()
     turns = {contender.name: seconds[index :: len(contenders)] for index, contender in enumerate(contenders)}
     first = turns[contenders[0].name]
-    timings = {name: replace(summary(own), ratio=_ratio(own, first)) for name, own in turns.items()}
+    timings = {name: replace(summary(runs), ratio=_ratio(runs, first)) for name, runs in turns.items()}
     timings[contenders[0].name] = summary(first)
     return timings
 
@@ -170,20 +170,20 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 def _ratio(seconds: Sequence[float], first: Sequence[float]) -> Ratio:
     low, median, high = quantiles(
-        (own / other for own, other in zip(seconds, first, strict=True)), n=4, method="inclusive"
+        (run / other for run, other in zip(seconds, first, strict=True)), n=4, method="inclusive"
     )
     return Ratio(median=median, low=low, high=high)
 
 
 def relative_error(answer: Answer, expected: Answer) -> float:
     """Return the largest of ‖a − e‖ / ‖e‖ over the tensors that there are, infinite for one not finite."""
-    worst = 0.0 if any(found is not None for found in answer) else math.inf
-    for found, wanted in zip(answer, expected, strict=True):
-        if found is None:
+    worst = 0.0 if any(tensor is not None for tensor in answer) else math.inf
+    for tensor, wanted in zip(answer, expected, strict=True):
+        if tensor is None:
             continue
-        if found.shape != wanted.shape or not bool(found.isfinite().all()):
+        if tensor.shape != wanted.shape or not bool(tensor.isfinite().all()):
             return math.inf
-        distance = (found.to(wanted.dtype) - wanted).norm() / wanted.norm().clamp(min=1e-30)
+        distance = (tensor.to(wanted.dtype) - wanted).norm() / wanted.norm().clamp(min=1e-30)
         worst = max(worst, float(distance))
     return worst
 
@@ -213,10 +213,10 @@ def _checked(
             extra_bytes = peak_bytes(contender.run, device) - problem.besides_bytes
             figures["extra MB"] = extra_bytes / 1e6
         return Entry(name=contender.name, error=error, figures=figures)
-    except Exception as problem_met:  # of any library: one contender that fails must not end the others
-        if not isinstance(problem_met, (RuntimeError, ValueError, TypeError, ImportError, AttributeError)):
-            problem_met = f"{type(problem_met).__name__}: {problem_met}"
-        first_line = (str(problem_met).strip() or type(problem_met).__name__).splitlines()[0]
+    except Exception as error:  # of any library: one contender that fails must not end the others
+        is_plain = isinstance(error, (RuntimeError, ValueError, TypeError, ImportError, AttributeError))
+        text = str(error) if is_plain else f"{type(error).__name__}: {error}"
+        first_line = (text.strip() or type(error).__name__).splitlines()[0]
         return Entry(name=contender.name, status=f"failed: {first_line[:160]}")
 
 

@@ -1,7 +1,7 @@
 """The rates that `glm-rlhf plan` takes in `cluster.rates`, measured on the machine at hand.
 
 All ranks measure at once, as they work at once in training. Times are those of the engine's own passes on a
-model of the given widths with one layer and with two, each the fastest of several runs, as the slowest rank
+model of these widths with one layer and with two, each the fastest of several runs, as the slowest rank
 took them: what a layer takes is their difference, what depends on rows the difference of two lengths. Links
 have the median of several. Attention counts at the rate of the products; links between nodes at that of the
 world that was launched.
@@ -16,14 +16,13 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.bench.full_length import full_length_answers
 from glm_rlhf.engine.bench.machine import description, measured_rates
-from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.cost.activations import RankMicroBatch
 from glm_rlhf.engine.cost.hardware import Rates
 from glm_rlhf.engine.cost.pass_time import layer_matrix_elements
-from glm_rlhf.engine.rollout.generate import AnswerSettings, answer_prompts
+from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.types import PromptInput
-from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel, build_model
 from glm_rlhf.parallel.model.packing import PackedTokens, pack
 from glm_rlhf.parallel.model.token_outputs import token_values
@@ -70,9 +69,9 @@ def rates_on(topology: Topology, model: GLMConfig, size: Size) -> Rates:
     itemsize = size.dtype.itemsize
     half = replace(size, tokens=size.tokens // 2)
     forward = {
-        (layers, one.tokens): _forward_s(_shallow(model, layers), one, topology)
+        (layers, length.tokens): _forward_s(_shallow(model, layers), length, topology)
         for layers in (1, 2)
-        for one in (size, half)
+        for length in (size, half)
     }
     layer_s = _difference(forward, (2, size.tokens), (1, size.tokens))
     half_layer_s = _difference(forward, (2, half.tokens), (1, half.tokens))
@@ -118,7 +117,7 @@ def _difference(seconds: dict, more: tuple[int, int], less: tuple[int, int]) -> 
 
 
 def _flop_rate(model: GLMConfig, size: Size, seconds: float, bytes_per_s: float) -> float:
-    """Return the rate at which half of a micro-batch's rows take `seconds` a layer, memory's part aside."""
+    """Return the rate at which half of a micro-batch's rows take `seconds` per layer, memory's part aside."""
     rows = size.tokens // 2
     batch = RankMicroBatch(model=model, layout=Layout(), num_tokens=rows, itemsize=size.dtype.itemsize)
     moved_s = (10 * batch.residual_bytes + 6 * batch.gate_bytes) / bytes_per_s
@@ -152,7 +151,7 @@ def _forward_s(model: GLMConfig, size: Size, topology: Topology) -> float:
 
 
 def _training_s(model: GLMConfig, size: Size, topology: Topology) -> float:
-    """Return forward and backward of one micro-batch: what two take more than one."""
+    """Return forward and backward of one micro-batch: the difference of two and one."""
     state = TrainingState(_chunks(model, size, topology, "critic"), AdamSettings(lr=1e-5), topology=topology)
     seconds = []
     for count in (1, 2):
@@ -182,22 +181,13 @@ def _step_s(model: GLMConfig, size: Size, topology: Topology) -> tuple[float, in
 
 
 def _decode_s(model: GLMConfig, size: Size, topology: Topology) -> float:
-    """Return one token of `batch` sequences: what a longer answer takes more than a short one, a token."""
+    """Return one token of `batch` sequences: the difference of a long and a short answer, per token."""
     chunks = _chunks(model, size, topology, "policy")
     prompts = [PromptInput(tokens=(1,) * (size.length // 2), extra={})] * size.batch
     seconds = {}
     for new in (4, 20):
-        settings = AnswerSettings(
-            sampling=SamplingSettings(),
-            generation=GenerationSection(
-                max_batch=size.batch, max_step_tokens=2**16, page_size=16, max_new_tokens=new
-            ),
-            stop_ids=frozenset(),
-        )
-
-        def work(settings: AnswerSettings = settings) -> None:
-            answer_prompts(chunks, prompts, settings, seed=1, topology=topology, is_share=True)
-
+        settings = full_length_answers(new_tokens=new, max_batch=size.batch, max_step_tokens=2**16)
+        work = partial(answer_prompts, chunks, prompts, settings, seed=1, topology=topology, is_share=True)
         seconds[new] = least_s(work, topology, size.repetitions)
     return max(_LEAST, (seconds[20] - seconds[4]) / 16)
 
@@ -222,7 +212,7 @@ def _link(topology: Topology, repetitions: int) -> tuple[float, float]:
     alone_s, *with_s = (
         median(seconds_on_all(partial(alternate, tensor), topology, 2 * repetitions)) for tensor in tensors
     )
-    small_s, large_s = (max(_LEAST, (one - alone_s) / _MESSAGES_IN_A_RUN) for one in with_s)
+    small_s, large_s = (max(_LEAST, (seconds - alone_s) / _MESSAGES_IN_A_RUN) for seconds in with_s)
     moved = 2 * (_MESSAGES[1] - _MESSAGES[0]) * (count - 1) / count
     return small_s, moved / max(_LEAST, large_s - small_s)
 

@@ -32,7 +32,7 @@ def checkpoint_rows(sizes: Sizes, topology: Topology, *, budget_s: float, comman
     steps = itertools.count(1)
     with (
         tempfile.TemporaryDirectory() as name,
-        CheckpointWriter(Path(name) / "beside", topology=topology, keep_last=1) as beside,
+        CheckpointWriter(Path(name) / "beside", topology=topology, keep_last=1) as asynchronous,
         CheckpointWriter(Path(name) / "waited", topology=topology, keep_last=1, is_async=False) as waited,
     ):
         peer = Path(name) / "peer.pt"
@@ -42,62 +42,55 @@ def checkpoint_rows(sizes: Sizes, topology: Topology, *, budget_s: float, comman
             return stored_tensors("policy", state)[0]  # a restore may have made new ones
 
         def hold_up() -> None:
-            beside.save(next(steps), {"policy": state}, state={})
+            asynchronous.save(next(steps), {"policy": state}, state={})
             state.wait_for_readers()  # the optimizer's next step waits here until the tensors are copied
-
-        def torch_save() -> None:
-            torch.save(stored(), peer)
 
         def ours_load(writer: CheckpointWriter = waited) -> None:
             newest = next(iter(step_folders(writer.folder).values()))
             restore(state, checkpoint_at(newest, topology=topology), "policy")
 
         def torch_load() -> None:
-            found = torch.load(peer, weights_only=True)
+            content = torch.load(peer, weights_only=True)
             for name, tensor in stored().items():
-                tensor.copy_(found[name])
+                tensor.copy_(content[name])
 
-        def forget() -> None:
+        def clear() -> None:
             for tensor in stored().values():
                 tensor.zero_()
 
-        def kept_by(load: Callable[[], None]) -> Callable[[object], Answer]:
-            def answer(_found: object) -> Answer:
-                beside.finish()
-                forget()
+        def restored_by(load: Callable[[], None]) -> Callable[[object], Answer]:
+            def answer(_result: object) -> Answer:
+                asynchronous.finish()
+                clear()
                 load()
                 return list(stored().values())
 
             return answer
 
+        def loading(name: str, load: Callable[[], None]) -> Contender:
+            return Contender(
+                name=name, run=load, prepare=clear, answer=lambda _result: list(stored().values())
+            )
+
         save = [
             Contender(
                 name="ours, beside training: what it holds up",
                 run=hold_up,
-                prepare=beside.finish,
-                answer=kept_by(lambda: ours_load(beside)),
+                prepare=asynchronous.finish,
+                answer=restored_by(lambda: ours_load(asynchronous)),
             ),
             Contender(
                 name="ours, waited for",
                 run=lambda: waited.save(next(steps), {"policy": state}, state={}),
-                answer=kept_by(ours_load),
-            ),
-            Contender(name="torch.save, not synced", run=torch_save, answer=kept_by(torch_load)),
-        ]
-        load = [
-            Contender(
-                name="ours, checksums compared",
-                run=ours_load,
-                prepare=forget,
-                answer=lambda _found: list(stored().values()),
+                answer=restored_by(ours_load),
             ),
             Contender(
-                name="torch.load, copied",
-                run=torch_load,
-                prepare=forget,
-                answer=lambda _found: list(stored().values()),
+                name="torch.save, not synced",
+                run=lambda: torch.save(stored(), peer),
+                answer=restored_by(torch_load),
             ),
         ]
+        load = [loading("ours, checksums compared", ours_load), loading("torch.load, copied", torch_load)]
         saved, loaded = (
             measure(
                 Problem(contenders=contenders, expected=lambda: kept, tolerance=0.0),
@@ -107,24 +100,17 @@ def checkpoint_rows(sizes: Sizes, topology: Topology, *, budget_s: float, comman
             )
             for contenders in (save, load)
         )
-    work = (num_bytes / 1e6, "MB")
+    texts = {"save": "checkpoint of a policy in training", "restore": "the same, read back"}
     return [
         Row(
-            row="save",
-            what="checkpoint of a policy in training",
+            row=row,
+            what=what,
             shape=shape,
             command=command,
-            entries=saved,
-            work=work,
-        ),
-        Row(
-            row="restore",
-            what="the same, read back",
-            shape=shape,
-            command=command,
-            entries=loaded,
-            work=work,
-        ),
+            entries=entries,
+            work=(num_bytes / 1e6, "MB"),
+        )
+        for (row, what), entries in zip(texts.items(), (saved, loaded), strict=True)
     ]
 
 

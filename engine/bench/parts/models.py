@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from glm_rlhf.engine.bench.full_length import full_length_answers
 from glm_rlhf.engine.bench.harness import Answer, Contender, Problem, measure
 from glm_rlhf.engine.bench.parts.transformers_peer import TransformersModel, load_transformers
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.bench.sizes import Sizes
-from glm_rlhf.engine.config.sections import GenerationSection
-from glm_rlhf.engine.rollout.generate import AnswerSettings, answer_prompts
+from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.types import PromptInput, Rollouts
-from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel, build_model
 from glm_rlhf.parallel.model.packing import PackedTokens, pack
 from glm_rlhf.parallel.model.token_outputs import next_tokens, token_logprobs
@@ -39,7 +38,7 @@ class Policy:
         self.sizes, self.topology = sizes, topology
         self.chunks = build_model(sizes.model, topology, dtype=sizes.dtype)
         randomize_weights(self.chunks, seed=1)
-        self.theirs: TransformersModel | str = "left out of bench.against"
+        self.theirs: TransformersModel | str = "not in bench.against"
         if with_transformers:
             with tempfile.TemporaryDirectory() as folder:
                 export_model(self.chunks, Path(folder) / "policy", topology=topology)
@@ -111,12 +110,8 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
     size = (sizes.num_prompts, sizes.prompt_tokens)
     prompts_BT = torch.randint(0, sizes.model.vocab_size, size, generator=generator)
     prompts = [PromptInput(tokens=tuple(prompt), extra={}) for prompt in prompts_BT.tolist()]
-    settings = AnswerSettings(
-        sampling=SamplingSettings(temperature=0.0),
-        generation=GenerationSection(
-            max_batch=sizes.num_prompts, page_size=16, max_new_tokens=sizes.new_tokens
-        ),
-        stop_ids=frozenset(),
+    settings = full_length_answers(
+        new_tokens=sizes.new_tokens, max_batch=sizes.num_prompts, max_step_tokens=8192, temperature=0.0
     )
 
     def ours() -> Rollouts:
@@ -127,8 +122,8 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
         rows = [rollouts.tokens_T[start : start + rollouts.lengths[0]] for start in starts[:-1]]
         return [torch.stack(rows)[order]]
 
-    def gap(found: Answer, _expected: Answer | None) -> float:
-        (tokens_BT,) = found
+    def gap(answer: Answer, _expected: Answer | None) -> float:
+        (tokens_BT,) = answer
         if tokens_BT.shape != (size[0], size[1] + sizes.new_tokens):
             return math.inf
         return _greedy_gap(policy, tokens_BT.to(topology.device), size[1])
@@ -177,8 +172,7 @@ def sequence_logprobs(
         logprobs_T, _ = token_logprobs(model, hidden_TD, targets[index])
         return None, logprobs_T[targets[index] >= 0]
 
-    found = run_micro_batches(chunks, packed, step, topology=topology, forward_only=True)
-    return torch.cat(found)
+    return torch.cat(run_micro_batches(chunks, packed, step, topology=topology, forward_only=True))
 
 
 def _gradient(
@@ -199,8 +193,8 @@ def _greedy_gap(policy: Policy, tokens_BT: torch.Tensor, num_prompt: int) -> flo
     def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[None, None]:
         rows_TD = hidden_TD[num_prompt - 1 : -1]
         logits_TV = torch.nn.functional.linear(rows_TD, model.output_weight_VD).float()
-        drawn_T = logits_TV.gather(1, tokens_BT[index, num_prompt:, None]).squeeze(1)
-        gaps.append(float((logits_TV.amax(1) - drawn_T).max()))
+        sampled_T = logits_TV.gather(1, tokens_BT[index, num_prompt:, None]).squeeze(1)
+        gaps.append(float((logits_TV.amax(1) - sampled_T).max()))
         return None, None
 
     batches = [pack([row_T]) for row_T in tokens_BT]

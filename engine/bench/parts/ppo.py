@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from glm_rlhf.engine.bench.full_length import full_length_answers, full_length_work, random_prompts
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.bench.sizes import Sizes
 from glm_rlhf.engine.config.rl import PPOSection
-from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.cost.workload import Choice, Workload
 from glm_rlhf.engine.rewards.combined import RewardTerms
 from glm_rlhf.engine.rl.roles import PPORoles
-from glm_rlhf.engine.rollout.generate import AnswerSettings
 from glm_rlhf.engine.types import PromptInput
-from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import build_model
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
@@ -30,33 +28,6 @@ PHASES = ("generate", "score", "critic", "policy")
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _WARM_UP = 2
 _LEAST_RUNS, _MOST_RUNS = 5, 50
-
-
-def full_length_work(
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    num_prompts: int,
-    max_step_tokens: int,
-    itemsize: int,
-    page_size: int = 16,
-) -> Workload:
-    """Return an iteration of one epoch and one mini-batch with prompts and answers of full length."""
-    return Workload(
-        max_prompt_tokens=prompt_tokens,
-        max_new_tokens=new_tokens,
-        mean_prompt_tokens=prompt_tokens,
-        mean_new_tokens=new_tokens,
-        num_prompts=num_prompts,
-        num_samples=1,
-        max_batch=num_prompts,
-        max_step_tokens=max_step_tokens,
-        page_size=page_size,
-        itemsize=itemsize,
-        epochs=1,
-        minibatches=1,
-        recomputes_logprobs=False,
-    )
 
 
 def make_roles(
@@ -89,16 +60,12 @@ def make_roles(
         states=states,
         rewards=RewardTerms(topology=topology, micro_batch_tokens=tokens, model=models["reward"]),
         ppo=PPOSection(epochs=work.epochs, minibatches=work.minibatches),
-        answers=AnswerSettings(
-            sampling=SamplingSettings(),
-            generation=GenerationSection(
-                max_batch=work.max_batch,
-                max_step_tokens=work.max_step_tokens,
-                page_size=work.page_size,
-                max_new_tokens=work.max_new_tokens,
-                num_samples=work.num_samples,
-            ),
-            stop_ids=frozenset(),
+        answers=full_length_answers(
+            new_tokens=work.max_new_tokens,
+            max_batch=work.max_batch,
+            max_step_tokens=work.max_step_tokens,
+            page_size=work.page_size,
+            num_samples=work.num_samples,
         ),
         micro_batch_tokens=tokens,
         seed=3,
@@ -142,14 +109,6 @@ def phases_entry(runs: Sequence[dict[str, float]]) -> Entry:
         timing=summary([sum(run.values()) for run in runs]),
         figures={f"{phase} ms": 1e3 * timing.median_s for phase, timing in timings.items()},
     )
-
-
-def random_prompts(model: GLMConfig, work: Workload) -> list[PromptInput]:
-    """Return an iteration's prompts, all of the longest."""
-    size = (work.num_prompts, work.max_prompt_tokens)
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, model.vocab_size, size, generator=generator).tolist()
-    return [PromptInput(tokens=tuple(one), extra={}) for one in ids]
 
 
 def iteration_s(roles: PPORoles, prompts: Sequence[PromptInput], topology: Topology) -> dict[str, float]:

@@ -93,8 +93,8 @@ def write_point(point: ScalingPoint, path: Path) -> None:
 
 def read_point(path: Path) -> ScalingPoint:
     """Return what a world wrote."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return ScalingPoint(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return ScalingPoint(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
 
 
 def efficiencies(points: Sequence[ScalingPoint]) -> Mapping[str, list[float]]:

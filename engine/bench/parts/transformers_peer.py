@@ -15,13 +15,13 @@ class TransformersModel:
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """Return the logprob of every token but each sequence's first, sequences end to end."""
-        found = []
+        logprobs = []
         for batch in batches:
             tokens_BT, mask_BT = padded(batch)
             logits_BTV = self.model(tokens_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].float()
             logprobs_BT = logits_BTV.log_softmax(-1).gather(2, tokens_BT[:, 1:, None]).squeeze(2)
-            found.append(logprobs_BT[mask_BT[:, 1:] == 1])
-        return [torch.cat(found)]
+            logprobs.append(logprobs_BT[mask_BT[:, 1:] == 1])
+        return [torch.cat(logprobs)]
 
     def gradient(self, batches: Sequence[Sequence[torch.Tensor]], denominator: float) -> list[torch.Tensor]:
         """Return the next-token loss ÷ `denominator`, and the gradient of the embedding."""
@@ -30,8 +30,13 @@ class TransformersModel:
         for batch in batches:
             tokens_BT, mask_BT = padded(batch)
             labels_BT = tokens_BT.masked_fill(mask_BT == 0, -100)
-            given = {"attention_mask": mask_BT, "labels": labels_BT, "num_items_in_batch": denominator}
-            loss = self.model(tokens_BT, use_cache=False, **given).loss
+            loss = self.model(
+                tokens_BT,
+                attention_mask=mask_BT,
+                labels=labels_BT,
+                use_cache=False,
+                num_items_in_batch=denominator,
+            ).loss
             loss.backward()
             losses.append(loss.detach())
         return [torch.stack(losses).sum(), self.model.get_input_embeddings().weight.grad]

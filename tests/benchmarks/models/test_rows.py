@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.models import decode, groups, training
+from benchmarks.harness import next_token_loss
+from benchmarks.models import decode, groups
 from benchmarks.models.__main__ import main
 from benchmarks.models.iteration import classified
 from benchmarks.models.sizes import (
@@ -89,8 +90,8 @@ def test_a_cache_that_is_not_written_is_found_out(monkeypatch):
 
 
 def test_a_loss_of_other_targets_is_found_out(monkeypatch):
-    next_tokens = training.next_tokens
-    monkeypatch.setattr(training, "next_tokens", lambda packed: next_tokens(packed).roll(1))
+    next_tokens = next_token_loss.next_tokens
+    monkeypatch.setattr(next_token_loss, "next_tokens", lambda packed: next_tokens(packed).roll(1))
     passes, step = measured("m")
     assert passes.entries[0].status.startswith("wrong: the loss is off by ")
     assert step.entries[0].status == "not measured"
