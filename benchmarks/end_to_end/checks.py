@@ -1,4 +1,4 @@
-"""What a PPO run on real input must show, each claim with the figures that it rests on."""
+"""Claims that a PPO run on real input must satisfy, each with its figure."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ def check_metrics(metrics: Sequence[Metrics], *, iterations: int, num_ids: int) 
 
     Args:
         metrics: one per line, null where a number was not finite.
-        iterations: that were asked for.
+        iterations: of the run.
         num_ids: ids that can be sampled, whose logarithm bounds the entropy.
     """
     steps = [line["step"] for line in metrics]

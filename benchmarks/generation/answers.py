@@ -74,7 +74,7 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Return what the rows say about the targets, in one sentence."""
+    """Return the verdict of the rows on the targets, in one sentence."""
     by_task: dict[str, list[float]] = {}
     for row in rows:
         ours, theirs = row.entries

@@ -1,4 +1,4 @@
-"""What the benchmark of generation answers: a model, prompts, lengths."""
+"""The inputs of the benchmark of generation: a model, prompts, lengths."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,11 +45,11 @@ class Answered:
     """Index of the prompt in the mix."""
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...] | None
-    """Of each token under the model; None from a contender that does not say."""
+    """Of each token under the model; None from a contender that has none."""
 
 
 def mixes() -> list[Mix]:
-    """Return what is measured."""
+    """Return the mixes that are measured."""
     equal = _prompts([24] * 32)
     mixed = _prompts([8 + index * 13 % 33 for index in range(64)])
     tail = [LONGEST_ANSWER if index % 8 == 3 else _geometric(index, 64, mean=16) for index in range(64)]
@@ -98,7 +98,7 @@ def requests_of(mix: Mix, chunks: Sequence[GLMModel], topology: Topology) -> lis
 def run_of(
     requests: Sequence[GenerationRequest], mix: Mix, chunks: Sequence[GLMModel], topology: Topology
 ) -> Callable[[], list[Answered]]:
-    """Return what answers a mix in a phase of its own."""
+    """Return the generation of a mix, in a new phase per run."""
     sampling = SamplingSettings(temperature=mix.temperature)
 
     def run() -> list[Answered]:

@@ -45,7 +45,7 @@ def is_tick_row(row: Row) -> bool:
 
 
 def tick_verdict(rows: Sequence[Row]) -> str:
-    """Return what the rows say about the target, in one sentence."""
+    """Return the verdict of the rows on the target, in one sentence."""
     worst = max(entry.figures[_STEADY] for row in rows for entry in row.entries)
     judged = "met" if worst <= 100 * TARGET else "missed"
     return (

@@ -3,9 +3,9 @@
 `Benchmark` is one whose verdict follows from its rows; `parse` and `finish` are the two ends of the others.
 """
 
-import argparse
 import inspect
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,9 @@ DEVICE = ("auto", "where to measure", ("auto", "cpu", "cuda"))
 """The option of benchmarks that also run on CUDA; see `device_of`."""
 
 
-def parse(arguments: Sequence[str] | None, *, doc: str, options: Options, out: str | None = None) -> Any:
+def parse(
+    arguments: Sequence[str] | None, *, doc: str, options: Options, out: str | None = None
+) -> Namespace:
     """Return the options of a command line, as attributes.
 
     Args:
@@ -35,9 +37,7 @@ def parse(arguments: Sequence[str] | None, *, doc: str, options: Options, out: s
         options: of this benchmark.
         out: name of its report in `RESULTS`, which gives it the option `--out`; None for one without.
     """
-    parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(doc), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=inspect.cleandoc(doc), formatter_class=RawDescriptionHelpFormatter)
     for name, (default, text, *kinds) in options.items():
         flag = f"--{name.replace('_', '-')}"
         if default is False:
@@ -91,11 +91,11 @@ class Benchmark:
     """Of its report in `RESULTS`."""
     title: str
     """Of its report."""
-    claim: Callable[[str], str] | Callable[[], str]
+    claim: Callable[[str], str]
     """Given the verdict, the text above the table."""
     notes: Sequence[str]
     """How it was measured."""
-    measure: Callable[[Any], list[Row]]
+    measure: Callable[[Namespace], list[Row]]
     """Given the options, the rows."""
     verdict: Callable[[Sequence[Row]], str]
     """What the rows say about the claim."""

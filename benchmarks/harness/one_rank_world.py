@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextlib.contextmanager
 def world_of_one_rank(rank: int, world_size: int) -> Iterator[None]:
-    """Inside, this process is `rank` of `world_size`; what others would send is whatever memory holds.
+    """Inside, this process is `rank` of `world_size`; messages of others hold whatever is in memory.
 
     No world may exist in the process before.
     """

@@ -1,5 +1,6 @@
 """The same rows at several thread counts, each of them in a process of its own."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,10 @@ def thread_options(*, budget_s: float) -> Options:
     return {"threads": ([1, 2], "thread counts"), "budget_s": (budget_s, "seconds of timed runs per row")}
 
 
-def at_thread_counts(measure_rows: Callable[[int, float], list[Row]]) -> Callable[[Any], list[Row]]:
+def at_thread_counts(measure_rows: Callable[[int, float], list[Row]]) -> Callable[[Namespace], list[Row]]:
     """Return what gives the rows of `measure_rows(threads, budget_s)` at each thread count, on the CPU."""
 
-    def measure(options: Any) -> list[Row]:
+    def measure(options: Namespace) -> list[Row]:
         rows = []
         for threads in options.threads:
             rows += with_threads(threads, measure_rows, threads, options.budget_s)

@@ -7,9 +7,9 @@ python -m benchmarks.kernels --list                what would be measured
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ _OPTIONS = {
     "budget_s": (1.0, "seconds of timed runs per row"),
     "deadline_s": (1e9, "seconds after which no further row begins; a third of it in, nothing is compiled"),
     "threads": (1, "of the CPU"),
-    "no_compile": (False, "leave torch.compile out"),
+    "no_compile": (False, "exclude torch.compile"),
     "list": (False, "print the rows and end"),
     "out": (None, "report, without its suffix", Path),
 }
@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return finish(report(rows, device, rates, lists_full_shapes=is_whole_cpu_run), out, has_failed=failed)
 
 
-def _measured(case: Case, device: torch.device, rates: MachineRates, options: Any, deadline: float) -> Row:
+def _measured(
+    case: Case, device: torch.device, rates: MachineRates, options: Namespace, deadline: float
+) -> Row:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         late = Entry(name="ours", status="not measured: the time was used up")

@@ -2,7 +2,7 @@
 
 python -m benchmarks.kernels.gpu                 GPU tests, kernel tests on CUDA, rows a to i at full shapes
 python -m benchmarks.kernels.gpu --part models   rows j to n at full shapes; needs megatron-core
-python -m benchmarks.kernels.gpu --dry-run       says what would run, and what would be left out and why
+python -m benchmarks.kernels.gpu --dry-run       says what would run, and what would be excluded and why
 
 Writes $OUT/gpu.md and .json, or $OUT/gpu_models.md and .json (OUT: benchmarks/results).
 
@@ -48,7 +48,7 @@ class GpuStep:
 
 @dataclass(slots=True)
 class StepOutcome:
-    """What became of a step."""
+    """The outcome of a step."""
 
     name: str
     status: str
@@ -70,21 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=tuple(PARTS), default="kernels", help="default kernels")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and end")
     options = parser.parse_args(arguments)
-    left_out = reasons(options.part)
+    excluded = reasons(options.part)
     with tempfile.TemporaryDirectory() as folder:
-        steps = plan(Path(folder), options.part, has_megatron=not left_out)
+        steps = plan(Path(folder), options.part, has_megatron=not excluded)
         if options.dry_run:
             for step in steps:
                 print(f"{step.name} (at most {step.limit_s:.0f} s): {' '.join(step.command)}")
-            for reason in left_out:
-                print(f"left out: {reason}")
+            for reason in excluded:
+                print(f"excluded: {reason}")
             return 0
         if not torch.cuda.is_available():
             print("no CUDA device is at hand, so nothing was run or written", file=sys.stderr)
             return 2
         with import_paths() as environment:
             outcomes = [run_step(step, environment) for step in steps]
-        write_report(options.out, outcomes, left_out, Path(folder) / options.part)
+        write_report(options.out, outcomes, excluded, Path(folder) / options.part)
     print(f"{options.out / PARTS[options.part]}.md")
     return 0 if outcomes and all(outcome.status == "passed" for outcome in outcomes) else 1
 
@@ -137,7 +137,7 @@ def plan(folder: Path, part: str, *, has_megatron: bool) -> list[GpuStep]:
 
 
 def run_step(step: GpuStep, environment: dict[str, str]) -> StepOutcome:
-    """Return what became of a step; its output goes to this one's."""
+    """Return the outcome of a step; its output goes to this one's."""
     print(f"== {step.name}", flush=True)
     started = time.monotonic()
     # A group of its own, so that what the step started ends with it.
@@ -172,7 +172,7 @@ def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def write_report(
-    folder: Path, outcomes: Sequence[StepOutcome], left_out: Sequence[str], measured: Path
+    folder: Path, outcomes: Sequence[StepOutcome], excluded: Sequence[str], measured: Path
 ) -> None:
     """Write a part's report from the outcomes and the benchmark's own, whose file has the part's name."""
     part = measured.name
@@ -188,7 +188,7 @@ def write_report(
         text = f"; {counts}" if counts else ""
         lines.append(f"- {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s{text}")
         lines += [f"  - failed: {name}" for name in outcome.failed]
-    lines += [f"- left out: {reason}" for reason in left_out]
+    lines += [f"- excluded: {reason}" for reason in excluded]
     markdown, data = measured.with_suffix(".md"), measured.with_suffix(".json")
     table = f"# {part.capitalize()}\n\nNot measured.\n"
     if markdown.exists():
@@ -197,7 +197,7 @@ def write_report(
     content = {
         "device": _device_name(),
         "steps": [asdict(outcome) for outcome in outcomes],
-        "left_out": list(left_out),
+        "excluded": list(excluded),
         part: json.loads(data.read_text(encoding="utf-8")) if data.exists() else None,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)

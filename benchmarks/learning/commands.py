@@ -70,5 +70,5 @@ def answers_of(
 
 
 def answering(seed: int) -> Sequence[str]:
-    """Return how answers are drawn, as options of `generate`, `label` and `ppo`."""
+    """Return how answers are sampled, as options of `generate`, `label` and `ppo`."""
     return ("generation.max_new_tokens=32", f"generation.stop_ids=[{END}]", f"generation.seed={seed}")

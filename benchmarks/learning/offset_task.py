@@ -1,4 +1,4 @@
-"""PPO on a task whose prompts earn more or less whatever is answered, and its curves of gold and KL.
+"""PPO on a task whose reward has an offset per prompt, and its curves of gold and KL.
 
 The gold of an answer is its share of good tokens. The reward is the gold plus an offset that the prompt's
 first token names: the critic can learn it, a reference's answer to the same prompt has it too.
@@ -83,7 +83,7 @@ def run_ppo(
         model=ModelSection(path=str(policy)),
         critic=CriticSection(lr=LR, warmup_iterations=critic_warmup),
         reward=PPORewardSection(function=f"{__name__}:reward"),
-        data=PPOPromptsSection(path="none: prompts are drawn"),
+        data=PPOPromptsSection(path="none: prompts are sampled"),
         generation=GenerationSection(max_new_tokens=ANSWER_TOKENS, num_samples=SAMPLES, max_batch=64),
         optimizer=OptimizerSection(lr=LR),
         train=PPOTrainSection(steps=iterations, micro_batch_tokens=4096, dtype="fp32"),

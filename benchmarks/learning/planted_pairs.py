@@ -36,7 +36,7 @@ TRUTH = Labelling(quality=math.inf)
 def draw_pairs(count: int, labelling: Labelling, *, seed: int) -> list[dict[str, list[int]]]:
     """Return records of pairs as ids; an answer's length and its share of good tokens are independent.
 
-    Answers have 4 to 24 tokens, good and poor ones in random order; two of equal share are drawn anew.
+    Answers have 4 to 24 tokens, good and poor ones in random order; pairs of equal share are sampled again.
 
     Args:
         count: pairs.
@@ -64,8 +64,8 @@ def draw_pairs(count: int, labelling: Labelling, *, seed: int) -> list[dict[str,
 def _answer(generator: torch.Generator) -> list[int]:
     num_tokens = _pick(range(_SHORTEST, _LONGEST + 1), generator)
     num_good = round(_uniform(generator) * num_tokens)
-    ids = [_pick(_GOOD if place < num_good else _POOR, generator) for place in range(num_tokens)]
-    return [ids[place] for place in torch.randperm(num_tokens, generator=generator).tolist()]
+    ids = [_pick(_GOOD if index < num_good else _POOR, generator) for index in range(num_tokens)]
+    return [ids[index] for index in torch.randperm(num_tokens, generator=generator).tolist()]
 
 
 def quality_of(answer: Sequence[int]) -> float:

@@ -1,4 +1,4 @@
-"""The next-token loss that PPO carries along, on and off: does what SFT taught survive?
+"""PPO with and without the SFT loss on demonstrations (PPO-ptx): is what SFT taught kept?
 
 python -m benchmarks.learning.sft_term
 """
@@ -56,7 +56,7 @@ EXPERIMENT = Experiment(
         f"PPO: {PPO_STEPS} iterations of 64 answers to prompts without the mark; the reward is the share "
         "of good ids. `sft_coef` weighs the next-token loss on the demonstrations of SFT in every step",
         f"canaries kept: share of {NUM_JUDGED} canaries that no stage has seen whose likeliest answer is "
-        f"exactly right. gold: mean over answers, drawn at temperature 1, to {NUM_JUDGED} other prompts "
+        f"exactly right. gold: mean over answers, sampled at temperature 1, to {NUM_JUDGED} other prompts "
         "without the mark",
     ),
 )
@@ -129,8 +129,8 @@ def _demonstrations(seed: int) -> list[dict]:
 
 def _pairs(count: int, seed: int) -> list[dict]:
     """Return pairs whose prompts do not begin with the mark."""
-    drawn = draw_pairs(count + count // 4, Labelling(quality=0.0), seed=seed)
-    return [record for record in drawn if record["prompt_tokens"][0] != _MARK][:count]
+    pairs = draw_pairs(count + count // 4, Labelling(quality=0.0), seed=seed)
+    return [record for record in pairs if record["prompt_tokens"][0] != _MARK][:count]
 
 
 def _prompts_of(records: Sequence[dict]) -> list[dict]:

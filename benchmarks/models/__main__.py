@@ -26,7 +26,7 @@ _OPTIONS = {
     "shapes": (",".join(PRESETS), "on CUDA"),
     "rows": (",".join(LETTERS), "letters"),
     "deadline_s": (1e9, "seconds after which nothing further is begun"),
-    "no_peer": (False, "leave transformers out"),
+    "no_peer": (False, "exclude transformers"),
     "threads": (1, "of the CPU"),
     "out": (None, "report, without its suffix", Path),
 }

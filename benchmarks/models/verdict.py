@@ -20,12 +20,12 @@ def report_of(rows: Sequence[Row], device: torch.device, rates: MachineRates) ->
         "into the paged cache; a run is the time from one replay of the recorded step to the next, the "
         "host's queue and the draw included. `replay alone`: the recorded step again, nothing else. "
         "`recording`: what it took to record it, once a phase and batch size. error: nats that logprobs of "
-        "drawn tokens lie off the training module's forward pass, on average, the worst of four answers",
+        "sampled tokens lie off the training module's forward pass, on average, the worst of four answers",
         "transformers: GlmForCausalLM of the same shape with other random weights, `generate` with "
         "cache_implementation=static, eager (compiling it takes minutes), sampling at temperature 1; each "
         "step is waited for",
         "j: `moved bytes` of weights that generation reads at another address than training's, in all runs",
-        "m, n: as many layers as fit with AdamW's whole state: fp32 gradient, master weights and averages. "
+        "m, n: as many layers as fit with AdamW's whole state: fp32 gradient, master weights and moments. "
         "With few layers the vocabulary weighs more than in the whole model. error: of the mean loss, "
         "relative to forward passes of each sequence alone. MFU: counted operations, none run again, by the "
         "data sheet's peak",

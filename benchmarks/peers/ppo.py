@@ -130,7 +130,7 @@ def gain(rewards: Sequence[float]) -> float:
 
 
 def verdict(seeds: Sequence[Seed]) -> str:
-    """Return what the runs say about both targets, time and learning, in two sentences."""
+    """Return the verdict on both targets, time and learning, in two sentences."""
     if any(seed.theirs is None for seed in seeds):
         return "Not shown: TRL is not installed."
     ours_s, theirs_s = (
@@ -192,7 +192,7 @@ def report(rows: Sequence[Row], verdicts: str) -> Report:
             "tokenizer (quantiles: `ppo_peers_task.REAL_PROMPT_TOKENS`), so that they leave answers room in "
             f"the model's positions, and at most {MAX_PROMPT_TOKENS} tokens; answers that stop. TRL gets "
             "them padded on the left, which it masks; nothing is sorted or grouped",
-            "samples are drawn by different random numbers: rewards are compared over seeds, as means",
+            "samples come of different random numbers: rewards are compared over seeds, as means",
             "reward at N: mean reward of the answers of iteration N, before its update",
         ),
     )
@@ -250,7 +250,7 @@ def _config(folder: Path, task: PeerTask, seed: int) -> PPOConfig:
         model=ModelSection(path=str(folder / "policy")),
         critic=CriticSection(path=str(folder / "critic"), lr=LR),
         reward=PPORewardSection(function=f"{reward.__module__}:reward"),
-        data=PPOPromptsSection(path="none: prompts are drawn"),
+        data=PPOPromptsSection(path="none: prompts are sampled"),
         generation=GenerationSection(max_new_tokens=task.max_answer_tokens, max_batch=PROMPTS),
         optimizer=OptimizerSection(lr=LR, betas=ADAM_BETAS, clip_grad=0.0),
         train=PPOTrainSection(steps=1, dtype="fp32"),

@@ -1,1 +1,1 @@
-"""What `plan` predicts, beside what is counted or timed."""
+"""Predictions of `plan`, compared with what is counted or timed."""

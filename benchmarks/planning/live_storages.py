@@ -1,8 +1,8 @@
 """The most bytes of tensors that are alive at once while some work runs, seen operation by operation.
 
 torch's profiler misses what threads of a communication library release, so that tensors which a collective
-touched seem to stay for ever. Here each storage is counted when an operation first returns it, and until
-Python knows that it is gone. What an operation takes and gives back inside itself is not seen.
+touched never seem to be freed. Here each storage is counted from the operation that first returns it until
+Python frees it. Memory that an operation allocates and frees inside itself is not seen.
 """
 
 import weakref
@@ -38,14 +38,14 @@ class _Live(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         for value in tree_iter((args, kwargs)):
-            self._meet(value, is_new=False)
+            self._count(value, is_new=False)
         result = operation(*args, **kwargs)
         for value in tree_iter(result):
-            self._meet(value, is_new=True)
+            self._count(value, is_new=True)
         self.peak = max(self.peak, self.held)
         return result
 
-    def _meet(self, value: Any, *, is_new: bool) -> None:
+    def _count(self, value: Any, *, is_new: bool) -> None:
         if not isinstance(value, torch.Tensor):
             return
         storage = value.untyped_storage()

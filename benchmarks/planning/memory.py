@@ -1,9 +1,9 @@
-"""What `plan` predicts of memory, beside what the engine's own steps hold, counted storage by storage.
+"""The memory that `plan` predicts, compared with that of the engine's steps, counted storage by storage.
 
     python -m benchmarks.planning.memory
 
 One process plays one rank of a world whose collectives do nothing: each tensor that the rank would hold is
-made and counted, and no other rank is needed. What other ranks would have sent is left as it is, so that no
+made and counted, and no other rank is needed. Messages of other ranks hold arbitrary numbers, so that no
 result is of use, and generation is counted only where a rank holds a whole model.
 """
 
@@ -126,7 +126,7 @@ class Counted:
 
     @property
     def resident(self) -> int:
-        """What is held all the time."""
+        """Bytes held all the time."""
         return sum(sum(part.values()) for part in (self.weights, self.gradients, self.optimizer))
 
     @property

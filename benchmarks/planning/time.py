@@ -1,4 +1,4 @@
-"""How long `plan` says that an iteration of PPO takes, beside how long it takes in small layouts.
+"""The time of a PPO iteration that `plan` predicts, compared with measured small layouts.
 
     torchrun --standalone --nproc-per-node=2 -m benchmarks.planning.time
 
@@ -69,7 +69,7 @@ def measure(axes: dict, *, repetitions: int) -> dict[str, float]:
 
 
 def predict(axes: dict, rates: Rates, num_ranks: int) -> dict[str, float]:
-    """Return what `plan` says of the same phases."""
+    """Return the prediction of `plan` for the same phases."""
     roles = Roles(policy=_MODEL, critic=_MODEL, reference=_MODEL, reward=_MODEL)
     cluster = Cluster(
         gpu=GPUS["h100"], num_gpus=num_ranks, gpus_per_node=num_ranks, rates=rates, usable_bytes=1

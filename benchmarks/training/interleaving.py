@@ -7,9 +7,9 @@ import dataclasses
 import functools
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ ANSWER_S, CALL_S, COMPUTED_S = 0.01, 0.3, 0.004
 AS_THEY_END, AT_THE_END = "as they end", "at the end"
 _MICRO_BATCH_TOKENS = 2048
 _PHASES = ("generate", "experience", "update")
-_WARM_UP = 1  # iterations of each contender that no time has
+_WARM_UP = 1  # untimed iterations of each contender
 
 
 def sleeps_an_answer(requests: Sequence[RewardRequest]) -> list[float]:
@@ -84,7 +84,7 @@ REWARDS: dict[str, tuple[RewardFunction, str]] = {
 }
 
 
-def measure(options: Any) -> list[Row]:
+def measure(options: Namespace) -> list[Row]:
     """Return the rows of each pipeline; times are those of its first rank."""
     with tempfile.TemporaryDirectory() as folder:
         random_model().save_pretrained(folder)
@@ -182,7 +182,7 @@ def _scored(roles: PPORoles, overlap_scoring: bool) -> None:
 def _roles(folder: str, topology: Topology) -> PPORoles:
     load = partial(load_model, folder, topology, dtype=torch.float32, seed=7)
     models = {role: load(role=role)[0] for role in ("policy", "reference", "critic", "reward")}
-    still = AdamSettings(lr=1e-12)  # so that both contenders answer and score alike
+    still = AdamSettings(lr=1e-12)  # so that both contenders give the same answers and scores
     states = {role: training_state(models[role], still, topology=topology) for role in ("policy", "critic")}
     return PPORoles(
         topology=topology,
@@ -221,7 +221,7 @@ def _mix() -> Mix:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    """Return what each row says, in one sentence."""
+    """Return the verdict of each row, in one sentence."""
     said = []
     for row in rows:
         early, late = (entry.timing.median_s for entry in row.entries)
@@ -242,8 +242,8 @@ BENCHMARK = Benchmark(
     ),
     notes=(
         f"all models: GLM of {shape_text(SHAPE)}; random weights",
-        "both contenders of a row answer alike, from the same random numbers; `error` is the largest "
-        "difference of rewards, reference logprobs and values from those scored at the end",
+        "both contenders of a row give the same answers, from the same random numbers; `error` is the "
+        "largest difference of rewards, reference logprobs and values from those scored at the end",
         "one epoch, one mini-batch; times of the first rank; one thread a rank",
         "on one rank models score nothing early: a single stage has no idle turn, so both contenders do "
         "the same, and the difference is the noise of the measurement",

@@ -5,10 +5,10 @@ python -m benchmarks.training.joint_update
 
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,12 @@ from glm_rlhf.parallel.weights.load import load_model
 
 TOGETHER, APART = "one schedule", "a schedule each"
 _STAGES = 2
-_LENGTH, _PROMPT = 512, 128  # tokens of a sequence, which is a micro-batch, and of its prompt
-_WARM_UP = 2  # steps of each contender that no time has
+_LENGTH, _PROMPT = 512, 128  # tokens of a sequence (a micro-batch) and of its prompt
+_WARM_UP = 2  # untimed steps of each contender
 Steps = Callable[[], list[float]]
 
 
-def measure(options: Any) -> list[Row]:
+def measure(options: Namespace) -> list[Row]:
     """Return a row per number of micro-batches."""
     with tempfile.TemporaryDirectory() as folder:
         random_model().save_pretrained(folder)
@@ -125,7 +125,7 @@ def _timed(steps: Steps) -> tuple[float, float, list[float]]:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    """Return what each row says, in one sentence."""
+    """Return the verdict of each row, in one sentence."""
     said = []
     for row in rows:
         together, apart = row.entries
@@ -156,7 +156,7 @@ BENCHMARK = Benchmark(
         "two stages without other axes, one thread a rank; optimizer steps are in the time; with stages "
         "equally busy and m micro-batches a role, 1 / (m + 1) of a schedule each would be idle, and "
         "1 / (2 m + 1) of the joint one",
-        "`idle` is the mean over ranks of the share of a step in which the host stands in a wait of "
+        "`idle` is the mean over ranks of the share of a step in which the host waits in "
         "torch.distributed, transfer included; `error` the relative difference of gradient norms",
     ),
     fails=errors_exceed(1e-5),

@@ -1,4 +1,4 @@
-"""An experience of equal sequences with numbers at random, for steps whose cost does not depend on them."""
+"""An experience of equally long sequences with random numbers, for steps whose cost is the same for all."""
 
 import torch
 

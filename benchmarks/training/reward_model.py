@@ -36,7 +36,7 @@ HH_RLHF_LENGTHS = (
 )
 """Tokens of prompt, chosen and rejected answer: the 16 quantiles, by total length, of the 2312 pairs of
 hh-rlhf's harmless-base test set under ChatGLM3's tokenizer and chat form; see `length_quantiles`."""
-BATCH = 8  # pairs a step
+BATCH = 8  # pairs per step
 MICRO_BATCH_TOKENS = 16384
 L2_COEF = 0.01
 CLIP_GRAD = 1.0
@@ -48,7 +48,7 @@ WARM_UP_RUNS = 1
 
 
 class RandomPairs:
-    """Pairs of random ids with given lengths, as the stage's own records."""
+    """Pairs of random ids with given lengths, as the records of the command."""
 
     def __init__(self, lengths: Sequence[tuple[int, int, int]], *, seed: int = 7) -> None:
         """Draw the ids of prompts, chosen and rejected answers."""
@@ -121,7 +121,7 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Return what the rows say about the target, a sentence per thread count."""
+    """Return the verdict of the rows on the target, a sentence per thread count."""
     sentences = []
     for row in rows:
         ours, *others = row.entries

@@ -123,15 +123,15 @@ def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
     moved = compare(rows, earlier)
     if not moved:
         return "The earlier run timed nothing that this one did."
-    num_alike = sum(one.overlaps for one in moved)
-    typical = median(abs(one.factor - 1) for one in moved)
-    far = max(moved, key=lambda one: max(one.factor, 1 / one.factor))
+    num_overlapping = sum(entry.overlaps for entry in moved)
+    typical = median(abs(entry.factor - 1) for entry in moved)
+    far = max(moved, key=lambda entry: max(entry.factor, 1 / entry.factor))
     text = (
-        f"Against the earlier run: in {num_alike} of {len(moved)} timings the ranges between quartiles "
+        f"Against the earlier run: in {num_overlapping} of {len(moved)} timings the ranges between quartiles "
         f"overlap. A median moved by {typical:.0%} typically, at most by the factor {far.factor:.2f} "
         f"({far.row})."
     )
-    pairs = [one.ratios for one in moved if one.ratios]
+    pairs = [entry.ratios for entry in moved if entry.ratios]
     if pairs:
         same = sum((old > 1) == (new > 1) for old, new in pairs)
         typical = median(abs(new / old - 1) for old, new in pairs)
@@ -139,7 +139,7 @@ def agreement_text(rows: Sequence[Row], earlier: dict) -> str:
             f" A peer's time ÷ ours moved by {typical:.0%} typically; in {same} of {len(pairs)} the same of "
             "the two is faster."
         )
-    overlaps = [one.ratios_overlap for one in moved if one.ratios_overlap is not None]
+    overlaps = [entry.ratios_overlap for entry in moved if entry.ratios_overlap is not None]
     if overlaps:
         text += f" The quotients turn by turn have ranges that overlap in {sum(overlaps)} of {len(overlaps)}."
     return text

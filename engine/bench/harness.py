@@ -56,9 +56,9 @@ class Problem:
     tolerance: float
     """Largest error that is not wrong."""
     error: Callable[[Answer, Answer | None], float] | None = None
-    """Error of an answer; None stands for `relative_error`."""
+    """Error of an answer; None takes `relative_error`."""
     besides_bytes: int = 0
-    """Memory that every contender has to allocate, such as the gradients that are asked for."""
+    """Memory that every contender has to allocate, such as requested gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.weights.load import randomize_weights
 
 _LEAST = 1e-9
-"""Seconds that stand for a remainder which the noise made negative."""
+"""Seconds in place of a remainder that noise made negative."""
 _MESSAGES = (2**12, 2**23)
 """Bytes of the small and of the large message."""
 _MESSAGES_IN_A_RUN, _PRODUCT = 8, 384

@@ -27,7 +27,7 @@ def line_chart(title: str, points: Sequence[Point]) -> str:
     """Return a curve over steps as one `<svg>` element; past 400 points the means of equal spans are drawn.
 
     Args:
-        title: stands above; any text.
+        title: any text.
         points: ascending in their steps.
     """
     thinned = _thinned(points)
@@ -66,7 +66,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[tuple[str, float]], *, mark:
     """Return horizontal bars, a line each, as an SVG file's text.
 
     Args:
-        title, unit: stand above.
+        title, unit: two lines above the bars.
         bars: (label, value from 0 up) from top to bottom.
         mark: where a dashed line stands, such as a limit.
     """
@@ -111,7 +111,7 @@ def scaling_chart(title: str, ranks: Sequence[int], series: Mapping[str, Sequenc
     """Return efficiency over the number of ranks, one curve per series, as an SVG file's text.
 
     Args:
-        title: stands above.
+        title: the line above.
         ranks: of the points, ascending; drawn at their logarithms.
         series: by name, the share of the ideal at each; 1 is the dashed line.
     """

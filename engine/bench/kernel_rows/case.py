@@ -84,7 +84,7 @@ def in_torch(
     Args:
         definition: compiled for fixed shapes when it is first called.
         arguments: of the definition.
-        how: stands behind the names of the two.
+        how: appended to both names.
         contender: makes a contender of a name and its work.
     """
     compiled = torch.compile(definition, dynamic=False)

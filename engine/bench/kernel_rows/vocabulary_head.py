@@ -101,7 +101,7 @@ class _Inputs:
 def definition(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logprobs and entropy as torch is usually asked for them: logits, then log_softmax in fp32."""
+    """Return logprobs and entropy the usual way in torch: logits, then log_softmax in fp32."""
     log_probability_TV = (hidden_TD @ weight_VD.t()).float().log_softmax(-1)
     logprobs_T = log_probability_TV.gather(1, targets_T[:, None]).squeeze(1)
     return logprobs_T, -(log_probability_TV.exp() * log_probability_TV).sum(-1)

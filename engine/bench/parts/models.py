@@ -26,7 +26,7 @@ from glm_rlhf.parallel.weights.load import randomize_weights
 
 # fp32 sums in another order over a few layers: 1e-6. bf16: logits rounded at 2⁻⁸.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-# Below the best logprob a token drawn greedily may lie so far: ties in fp32, roundings of logits in bf16.
+# How far below the best logprob a greedy token may lie: ties in fp32, roundings of logits in bf16.
 GREEDY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 

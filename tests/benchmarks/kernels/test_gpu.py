@@ -69,7 +69,7 @@ def test_the_report_holds_tests_and_benchmark(tmp_path):
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "1 passed, 1 failed, 1 skipped" in text
     assert "  - failed: a::bad" in text
-    assert "left out: something: a reason" in text
+    assert "excluded: something: a reason" in text
     assert "\n## Kernels, CUDA\n" in text
     data = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert data["steps"][0]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
