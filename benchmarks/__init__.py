@@ -3,4 +3,4 @@
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-"""Where reports go that are kept."""
+"""Folder of the committed reports."""

@@ -14,7 +14,7 @@ MAX_LOGPROB_GAP = 1e-5
 """Between the sampler and a training forward, nats per token, fp32."""
 MAX_CLIP_FRACTION = 0.3
 MAX_KL_PER_TOKEN = 0.5
-"""Nats, after ten iterations: above, a policy has left its reference behind."""
+"""Nats, after ten iterations: above it the policy is too far from its reference."""
 MAX_TRANSFORMERS_GAP = 1e-4
 """Between our logprobs and those of transformers, nats, fp32: the project's own bound for logits."""
 

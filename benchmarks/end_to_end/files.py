@@ -1,4 +1,4 @@
-"""What the run on real input starts from: a narrow folder of ChatGLM3's form, and files of records."""
+"""Inputs of the run on real input: a narrow folder of ChatGLM3's form, and files of records."""
 
 import gzip
 import json
@@ -23,10 +23,10 @@ NARROW = {
     "kv_channels": 16,
     "torch_dtype": "float16",
 }
-"""What differs from ChatGLM3-6B's own config: the embedding keeps its 65024 rows, there are 2 KV groups."""
+"""Differences from ChatGLM3-6B's config: the embedding keeps its 65024 rows, there are 2 KV groups."""
 INIT_STD = 0.05
 NUM_LEARNED, NUM_HELD_OUT = 1600, 200
-"""Pairs that SFT and the reward model learn, and those that the latter is judged on; the rest are prompts."""
+"""Pairs that SFT and the reward model train on, and held-out pairs of the latter; the rest are prompts."""
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 _INDEX = "pytorch_model.bin.index.json"
 _ROTARY = "transformer.rotary_pos_emb.inv_freq"  # a buffer that the published files hold beside the weights
@@ -39,9 +39,9 @@ class RecordFiles:
     demonstrations: Path
     """Dialogues and their chosen answers, of `pairs`."""
     pairs: Path
-    """hh-rlhf's own lines that models learn from."""
+    """Lines of hh-rlhf that models train on."""
     held_out: Path
-    """hh-rlhf's own lines that they do not."""
+    """Lines of hh-rlhf that are held out."""
     prompts: Path
     """Dialogues of the remaining lines, and AlignBench's questions."""
     counts: dict[str, int]

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(folder: Path, iterations: int) -> dict:
-    """Return what the report says, after running every command in `folder`."""
+    """Return the contents of the report, after running every command in `folder`."""
     begin = time.monotonic()
     random_model = folder / "chatglm3"
     num_weights = write_narrow_chatglm3(random_model, DATA / "chatglm3", seed=SEED)
@@ -141,7 +141,7 @@ def run(folder: Path, iterations: int) -> dict:
 
 
 def _command(name: str, *options: str, ranks: int) -> str:
-    """Return what a command said on stderr.
+    """Return the stderr of a command.
 
     Raises:
         RuntimeError: it ended with another status than 0.

@@ -1,4 +1,4 @@
-"""The report of the run on real input: sizes, times, metrics, samples, and what was checked."""
+"""The report of the run on real input: sizes, times, metrics, samples and checks."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -77,13 +77,13 @@ def has_status(rows: Sequence[Row]) -> bool:
 
 
 def errors_exceed(tolerance: float) -> Callable[[Sequence[Row]], bool]:
-    """Return what says of rows whether an error is above a tolerance."""
+    """Return the rule by which rows fail with an error above a tolerance."""
     return lambda rows: any(entry.error > tolerance for row in rows for entry in row.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """What one benchmark of the CPU measures, and how it reports that."""
+    """A benchmark of the CPU: what it measures, and how it reports that."""
 
     doc: str
     """Docstring of its module."""
@@ -98,7 +98,7 @@ class Benchmark:
     measure: Callable[[Namespace], list[Row]]
     """Given the options, the rows."""
     verdict: Callable[[Sequence[Row]], str]
-    """What the rows say about the claim."""
+    """Of the rows, on the claim."""
     options: Options = field(default_factory=dict)
     """Besides `--out`."""
     fails: Callable[[Sequence[Row]], bool] = has_status

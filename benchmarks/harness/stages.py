@@ -15,7 +15,7 @@ from glm_rlhf.parallel.spec.layout import Layout
 
 
 def on_stages(function: Callable[..., Any], num_stages: int, *arguments: Any) -> list[Any]:
-    """Return `function(topology, *arguments)` of each stage, from the first; one thread a stage, on gloo.
+    """Return `function(topology, *arguments)` of each stage, from the first; one thread per stage, on gloo.
 
     The function is of a module's top level; it, its arguments and its results are pickled.
     """

@@ -15,7 +15,7 @@ def thread_options(*, budget_s: float) -> Options:
 
 
 def at_thread_counts(measure_rows: Callable[[int, float], list[Row]]) -> Callable[[Namespace], list[Row]]:
-    """Return what gives the rows of `measure_rows(threads, budget_s)` at each thread count, on the CPU."""
+    """Return the function of options that calls `measure_rows(threads, budget_s)` at each thread count."""
 
     def measure(options: Namespace) -> list[Row]:
         rows = []

@@ -120,7 +120,7 @@ def report(
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Return how fast ours is beside each row's eager torch and beside the best of all others."""
+    """Return the speed of ours relative to each row's eager torch and to the best of all others."""
     compared, untimed = [], []
     for row in rows:
         if not row.entries:

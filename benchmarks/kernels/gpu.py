@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reasons(part: str) -> list[str]:
-    """Return what of a part cannot run here, each with its reason."""
+    """Return the reasons why some of a part cannot run here."""
     if _is_importable("megatron.core"):
         return []
     what = f"tests outside of {WITHOUT_MEGATRON}" if part == "kernels" else "rows j to n"

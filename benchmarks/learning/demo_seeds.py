@@ -84,7 +84,7 @@ def _value(run: dict, keys: str) -> float:
 
 
 def _facts(folder: Path, seed: int) -> dict:
-    """Return what a run of the demo says of itself, after running it where it has not been."""
+    """Return the figures that a run of the demo wrote, after running it where it has not been."""
     path = folder / RESULTS_NAME
     if not path.exists() or "results" not in json.loads(path.read_text(encoding="utf-8")):
         command = [sys.executable, "-m", "glm_rlhf.engine", "demo"]

@@ -47,12 +47,12 @@ _WINDOW = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What one iteration saw, before its update."""
+    """Figures of one iteration, before its update."""
 
     gold: float
     """Mean share of good tokens."""
     kl: float
-    """Mean of log π − log π_ref over answers, nats a sequence."""
+    """Mean of log π − log π_ref over answers, nats per sequence."""
     reward_mean: float
     """Mean reward that PPO learned from: minus the baseline where there is one."""
     reward_spread: float
@@ -62,7 +62,7 @@ class Point:
 
 
 def reward(requests: Sequence[RewardRequest]) -> list[float]:
-    """Return gold plus offset; what `reward.function` names."""
+    """Return gold plus offset: the reward function."""
     return [quality_of(request.response_tokens) + _offset(request.prompt_tokens) for request in requests]
 
 
@@ -107,7 +107,7 @@ def points_of(seed: int, iterations: int, **options: Any) -> list[Point]:
 
 
 def faster_claims(arm: str, against: str, text: str, figure: str) -> tuple[Claim, ...]:
-    """Return that an arm has less KL at each gain of gold than another, and reaches it sooner by `figure`."""
+    """Return the claims that an arm has less KL at each gain of gold, and reaches it sooner by `figure`."""
     return compare(
         arm,
         against,

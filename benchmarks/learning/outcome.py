@@ -18,7 +18,7 @@ from glm_rlhf.engine.bench.report import facts, number, table, write_files
 # Student's t at 97.5 %, by degrees of freedom: two-sided 95 % intervals of a mean.
 _T_95 = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201}
 SEEDS = tuple(range(1, 7))
-"""Of every experiment that names no others."""
+"""Default of every experiment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +30,19 @@ class Trial:
     seed: int
     """Of data, weights and order; the arms of a seed share them."""
     figures: dict[str, float]
-    """What came out, by name."""
+    """Results, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What the difference of two arms, seed by seed, is to show."""
+    """A claim about the difference of two arms, seed by seed."""
 
     text: str
     """The claim, in words."""
     figure: str
     """Which figure is compared."""
     arm: str
-    """The arm that is claimed to do something."""
+    """The arm that the claim is about."""
     against: str
     """The arm that it is compared with."""
     expects: Literal["lower", "higher", "within"]
@@ -53,7 +53,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the trials say about a claim."""
+    """The verdict of the trials on a claim."""
 
     claim: Claim
     """The claim."""
@@ -76,7 +76,7 @@ class Outcome:
     title: str
     """Heading of the report."""
     command: str
-    """What runs it again."""
+    """Runs it again."""
     notes: Sequence[str]
     """How the data were made and what was held equal."""
     claims: Sequence[Claim]
@@ -89,7 +89,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """What is compared over seeds, and what that is to show."""
+    """Arms compared over seeds, and the claims about them."""
 
     name: str
     """The module's, in `benchmarks.learning`."""
@@ -139,7 +139,7 @@ def compare(arm: str, against: str, *claims: tuple[str, str, str]) -> tuple[Clai
 
 
 def judge(claim: Claim, trials: Sequence[Trial]) -> Verdict:
-    """Return what the trials say about a claim.
+    """Return the verdict of the trials on a claim.
 
     Raises:
         ValueError: arms with other seeds than each other's, or too few or too many seeds for the table of t.

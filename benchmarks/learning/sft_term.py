@@ -28,7 +28,7 @@ _MARK = FIRST_ID + 32  # prompts begin with it where the answer is to repeat the
 
 
 def gold(requests: Sequence[RewardRequest]) -> list[float]:
-    """Return each answer's share of good ids; what `reward.function` names."""
+    """Return each answer's share of good ids; the reward function."""
     return [quality_of([t for t in request.response_tokens if t != END]) for request in requests]
 
 

@@ -65,7 +65,7 @@ _LAST = 3  # iterations at the end whose mean reward counts as reached
 
 
 def reward(requests: Sequence[RewardRequest]) -> list[float]:
-    """Return the rule's rewards; what `reward.function` names."""
+    """Return the rule's rewards; the reward function."""
     return [share_of_low_ids(request.response_tokens) for request in requests]
 
 

@@ -36,11 +36,11 @@ class Contender:
     name: str
     """Name in the report."""
     run: Callable[[], Any]
-    """The timed work; what it returns is checked: tensors, or one tensor alone."""
+    """The timed work; its result is checked: tensors, or one tensor alone."""
     prepare: Callable[[], None] | None = None
     """Untimed, before every run: clears gradients, restores what a run overwrites."""
     answer: Callable[[Any], Answer] | None = None
-    """Untimed: makes of what `run` returned what is checked; None where it is that."""
+    """Untimed: turns the result of `run` into what is checked; None where it is the result itself."""
     absent: str = ""
     """Why it cannot run here; empty when it can."""
 

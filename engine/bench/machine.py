@@ -1,4 +1,4 @@
-"""What a report says of the machine, the versions and the rates that bound every figure."""
+"""The machine, the versions and the rates that bound every figure, as a report has them."""
 
 import datetime
 import os
@@ -20,7 +20,7 @@ PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flashinfer-pytho
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineRates:
-    """What this device does at best; a row's limit is the larger of bytes ÷ copy and FLOP ÷ product."""
+    """The peak rates of a device; a row's limit is the larger of bytes ÷ copy and FLOP ÷ product."""
 
     bytes_per_s: float
     """Copy of a large tensor, bytes read plus bytes written."""

@@ -43,7 +43,7 @@ _MESSAGES_IN_A_RUN, _PRODUCT = 8, 384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What is run."""
+    """The size of the measured passes."""
 
     tokens: int
     """Tokens of a long micro-batch; a short one has half."""

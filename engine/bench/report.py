@@ -11,7 +11,7 @@ from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One task at one shape, with what every contender did."""
+    """One task at one shape, with the entries of its contenders."""
 
     row: str
     """Short name, unique in the report together with `shape`."""
@@ -26,9 +26,9 @@ class Row:
     limit_s: float | None = None
     """Least time that the hardware allows, None where none is defined."""
     target_s: float | None = None
-    """What ours is meant to reach on the reference chip."""
+    """The goal of ours on the reference chip."""
     work: tuple[float, str] | None = None
-    """What one run gets done, such as (8192, "tokens"): adds a column of work per second."""
+    """The work of one run, such as (8192, "tokens"): adds a column of work per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Report:
 
     title: str
     claim: str
-    """What the figures are to show, and the verdict."""
+    """The claim about the figures, and the verdict."""
     machine: dict[str, str]
     """From `machine.description`."""
     rows: Sequence[Row]
@@ -68,7 +68,7 @@ def facts(machine: Mapping[str, str]) -> list[str]:
 
 
 def as_markdown(report: Report) -> str:
-    """Return the report as one table with a line a contender, and the commands below it."""
+    """Return the report as one table with a line per contender, and the commands below it."""
     lines = [f"# {report.title}", "", report.claim, ""]
     lines += [*facts(report.machine), *(f"- {note}" for note in report.notes), ""]
     columns = _columns(report.rows)

@@ -1,4 +1,4 @@
-"""How large what `bench` measures is, on a CPU and on CUDA."""
+"""Sizes of what `bench` measures, on a CPU and on CUDA."""
 
 import math
 import os
@@ -31,7 +31,7 @@ _NUM_LENGTHS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What the parts run on."""
+    """Model and batches of all parts."""
 
     model: GLMConfig
     """Shape of every model, its layers cut down."""
@@ -97,7 +97,7 @@ def ranks_for(section: BenchSection) -> Sequence[int]:
 
 
 def _long_tail(*, median: int) -> tuple[int, ...]:
-    """Return quantiles: a random draw of so few lengths could miss the tail."""
+    """Return quantiles: a random sample of so few lengths could miss the tail."""
     order = torch.randperm(_NUM_LENGTHS, generator=torch.Generator().manual_seed(3)).tolist()
     normal = [NormalDist().inv_cdf((index + 0.5) / _NUM_LENGTHS) for index in range(_NUM_LENGTHS)]
     return tuple(round(median * math.exp(0.9 * normal[index])) for index in order)

@@ -58,7 +58,7 @@ def random_ids(num_ids: int, below: int, *, device: torch.device, seed: int = 0)
 
 
 def clearing(*leaves: torch.Tensor) -> Callable[[], None]:
-    """Return what sets the gradients of `leaves` to None."""
+    """Return the function that sets the gradients of `leaves` to None."""
 
     def clear() -> None:
         for leaf in leaves:
@@ -68,7 +68,7 @@ def clearing(*leaves: torch.Tensor) -> Callable[[], None]:
 
 
 def plain(name: str, run: Callable[[], Any]) -> Contender:
-    """Return a contender that is nothing but its work."""
+    """Return a contender without preparation."""
     return Contender(name=name, run=run)
 
 

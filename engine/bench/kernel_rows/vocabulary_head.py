@@ -65,7 +65,7 @@ def cases(sizes: dict[str, tuple[int, int, int]], dtype: torch.dtype) -> list[Ca
 
 
 class _Inputs:
-    """Hidden states, weight and what PPO knows of each token."""
+    """Hidden states, weight and PPO's numbers of each token."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, num_tokens: int, vocab_size: int, width: int

@@ -1,4 +1,4 @@
-"""Rows of checkpoints: what a save holds up, and what a restore takes, against torch.save and torch.load."""
+"""Rows of checkpoints: how long a save blocks and a restore takes, against torch.save and torch.load."""
 
 import itertools
 import tempfile
@@ -41,7 +41,7 @@ def checkpoint_rows(sizes: Sizes, topology: Topology, *, budget_s: float, comman
         def stored() -> dict[str, torch.Tensor]:
             return stored_tensors("policy", state)[0]  # a restore may have made new ones
 
-        def hold_up() -> None:
+        def save_asynchronously() -> None:
             asynchronous.save(next(steps), {"policy": state}, state={})
             state.wait_for_readers()  # the optimizer's next step waits here until the tensors are copied
 
@@ -75,7 +75,7 @@ def checkpoint_rows(sizes: Sizes, topology: Topology, *, budget_s: float, comman
         save = [
             Contender(
                 name="ours, beside training: what it holds up",
-                run=hold_up,
+                run=save_asynchronously,
                 prepare=asynchronous.finish,
                 answer=restored_by(lambda: ours_load(asynchronous)),
             ),

@@ -44,7 +44,7 @@ def measured_case(
 
 
 def row_of(case: Case, rates: MachineRates, entries: Sequence[Entry], command: str) -> Row:
-    """Return the row of a case with what its contenders did, and with its limit."""
+    """Return the row of a case with the entries of its contenders and its limit."""
     return Row(
         row=case.row,
         what=case.what,
@@ -57,10 +57,10 @@ def row_of(case: Case, rates: MachineRates, entries: Sequence[Entry], command: s
 
 
 def with_contenders(problem: Problem, keeps: Callable[[Contender], bool]) -> Problem:
-    """Return the problem with those of its contenders that `keeps` says."""
+    """Return the problem with those of its contenders that `keeps` accepts."""
     return replace(problem, contenders=[one for one in problem.contenders if keeps(one)])
 
 
 def is_not_compiled(contender: Contender) -> bool:
-    """Return whether a contender goes without torch.compile."""
+    """Return whether a contender does not use torch.compile."""
     return not contender.name.startswith("torch.compile")

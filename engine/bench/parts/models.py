@@ -47,7 +47,7 @@ class Policy:
     def contenders(
         self, ours: Contender, make: Callable[[TransformersModel], tuple[Callable[[], Any], Any]]
     ) -> list[Contender]:
-        """Return ours, and what `make` says of transformers: `(run, answer)`."""
+        """Return ours, and transformers' by the `(run, answer)` of `make`."""
         name = "transformers, padded"
         if isinstance(self.theirs, str):
             return [ours, Contender(name=name, run=lambda: None, absent=self.theirs)]
@@ -164,7 +164,7 @@ def next_token_loss(
 def sequence_logprobs(
     chunks: Sequence[GLMModel], batches: Sequence[Sequence[torch.Tensor]], topology: Topology
 ) -> torch.Tensor:
-    """Return the logprob of every token but each sequence's first, a micro-batch each list of sequences."""
+    """Return the logprob of every token but each sequence's first; a list of sequences is a micro-batch."""
     packed = [pack(batch) for batch in batches]
     targets = [next_tokens(batch) for batch in packed]
 
@@ -187,7 +187,7 @@ def _gradient(
 
 
 def _greedy_gap(policy: Policy, tokens_BT: torch.Tensor, num_prompt: int) -> float:
-    """Return how far below the likeliest token's an answer's token's logprob lies, at most."""
+    """Return how far below the best logprob that of an answer's token lies, at most."""
     gaps = []
 
     def step(model: GLMModel, hidden_TD: torch.Tensor, index: int) -> tuple[None, None]:

@@ -26,7 +26,7 @@ from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.weights.load import randomize_weights
 
 FILE = "scaling.json"
-"""What a world writes into its run folder."""
+"""Written by each world into its run folder."""
 REPETITIONS = 7
 
 
@@ -86,13 +86,13 @@ def launch(folder: Path, num_ranks: int, settings: Sequence[str], *, threads: in
 
 
 def write_point(point: ScalingPoint, path: Path) -> None:
-    """Write what `read_point` reads."""
+    """Write the file that `read_point` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(point), indent=1) + "\n", encoding="utf-8")
 
 
 def read_point(path: Path) -> ScalingPoint:
-    """Return what a world wrote."""
+    """Return the point that a world wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return ScalingPoint(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
 
