@@ -54,7 +54,7 @@ def _stream(folder: Path, tp_rank: int, tp_size: int) -> ShardStream:
 
 def _parameters(stream: ShardStream) -> dict[str, torch.Tensor]:
     """Return a rank's parameters as a built model has them: allocated, every page touched."""
-    return {s.ours: torch.ones(s.shape, dtype=stream.dtypes[s.ours]) for s in stream.shards}
+    return {s.name: torch.ones(s.shape, dtype=stream.dtypes[s.ours]) for s in stream.shards}
 
 
 def _import_ours(folder: Path, checks: bool, tp_size: int) -> ContenderOutcome:
@@ -95,7 +95,7 @@ def import_slices_of_4(folder: Path, checks: bool) -> ContenderOutcome:
                     files[path] = safe_open(path, framework="pt")
                 whole = files[path].get_slice(piece.name)
                 part = whole[piece.start : piece.stop] if dim == 0 else whole[:, piece.start : piece.stop]
-                parameters[shard.ours].narrow(dim, starts[-1], piece.length).copy_(part)
+                parameters[shard.name].narrow(dim, starts[-1], piece.length).copy_(part)
                 starts.append(starts[-1] + piece.length)
 
     seconds, above = _timed(load)
@@ -232,7 +232,7 @@ def _is_source(folder: Path, parameters: dict[str, torch.Tensor], tp_size: int) 
     stream = _stream(folder, 0, tp_size)
     source = _source_tensors(folder / "source")
     for shard in stream.shards:
-        for piece, value in place_shard(shard, parameters[shard.ours]):
+        for piece, value in place_shard(shard, parameters[shard.name]):
             if not torch.equal(value, source[piece.name].narrow(piece.dim, piece.start, piece.length)):
                 return False
     return True

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +22,9 @@ import torch
 from glm_rlhf.parallel.storage.durable_io import sync, write_all
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
+
+_FLUSH_BYTES = 128 * 2**20
+"""What is written to a file between two flushes."""
 
 
 def _no_barrier() -> None:
@@ -128,7 +132,11 @@ def plan_files(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[P
 
 
 class TensorFiles:
-    """The planned files of one writer in a folder."""
+    """The planned files of one writer in a folder.
+
+    While tensors are written, a thread flushes what was written before them, so that the disk works from the
+    beginning and not only in the fsync at the end.
+    """
 
     def __init__(self, folder: Path, files: Sequence[PlannedFile]) -> None:
         """Create the files with their headers and their full length."""
@@ -136,21 +144,42 @@ class TensorFiles:
         self.files = files
         self.entries = {name: entry for file in files for name, entry in file.entries.items()}
         self._path_of = {name: folder / file.name for file in files for name in file.entries}
+        self._num_unflushed = {folder / file.name: 0 for file in files}
+        self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        self._flushes: list[Future[None]] = []
         for file in files:
             with (folder / file.name).open("xb") as output:
                 output.write(file.prefix)
                 output.truncate(file.num_bytes)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a contiguous CPU tensor, of the planned type and shape, to its place."""
-        entry = self.entries[name]
-        content = memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
-        assert len(content) == entry.num_bytes, (name, len(content), entry)
-        with self._path_of[name].open("r+b", buffering=0) as output:
-            write_all(output.fileno(), content, entry.offset)
+    def write(self, name: str, rows: torch.Tensor, start: int = 0) -> None:
+        """Write rows of a tensor to their place.
+
+        Args:
+            name: of the tensor.
+            rows: contiguous CPU tensor of the planned type; the whole tensor, or consecutive rows of it.
+            start: index of the first of them.
+        """
+        entry, path = self.entries[name], self._path_of[name]
+        content = memoryview(rows.detach().flatten().view(torch.uint8).numpy())
+        offset = start * prod(entry.shape[1:]) * rows.element_size()
+        assert offset + len(content) <= entry.num_bytes, (name, offset, len(content), entry)
+        with path.open("r+b", buffering=0) as output:
+            write_all(output.fileno(), content, entry.offset + offset)
+        self._num_unflushed[path] += len(content)
+        if self._num_unflushed[path] >= _FLUSH_BYTES:
+            self._num_unflushed[path] = 0
+            self._flushes.append(self._flusher.submit(sync, path))
 
     def sync(self) -> None:
-        """Return when the files are on the disk."""
+        """Return when the files are on the disk.
+
+        Raises:
+            OSError: the disk failed, also while a file was flushed earlier.
+        """
+        self._flusher.shutdown()
+        for flush in self._flushes:
+            flush.result()
         for file in self.files:
             sync(self.folder / file.name)
 

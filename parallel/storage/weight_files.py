@@ -1,10 +1,14 @@
 """The tensors of a Hugging Face folder, listed from headers and read slice by slice.
 
-Nothing is mapped or kept open: a slice is read directly into its target tensor, so that no other memory is
-used. (`safetensors.get_slice` reads through a mapping, whose touched pages count twice.)
+Slices of safetensors files are read straight into the tensors that will hold them. The library's `safe_open`
+maps the file instead and leaves the copy to the caller: page faults make that slower (`convert_io_cpu`), the
+mapped pages count twice, and a file that is cut short while it is read kills the process. Its own files and
+ours are the same to both (`test_safetensors_format`).
 """
 
 import os
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,17 +18,22 @@ import torch
 from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import ShardedTensor, list_checkpoint
 from glm_rlhf.parallel.storage.durable_io import read_all
+from glm_rlhf.parallel.storage.mapped_bin import BinFile, BinTensor
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file, read_json
 from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES, read_header
-from glm_rlhf.parallel.storage.torch_save_format import read_pickled_header
 
 _FORMS = ("model.safetensors", "pytorch_model.bin")
 """Single-file names in order of preference, each of which may be split with an `.index.json`."""
 
+_BLOCK_BYTES = 8 * 2**20
+"""Rows that are cast at a time."""
+_CASTS_COLUMNS = threading.Lock()
+"""Columns are cast whole, and so by one thread at a time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file, not yet read."""
+    """A tensor in a safetensors file, not yet read."""
 
     path: Path
     """The file."""
@@ -56,7 +65,11 @@ class StoredTensor:
                 position += row_bytes
 
 
-def list_tensors(folder: Path) -> dict[str, StoredTensor] | dict[str, ShardedTensor]:
+FileTensor = StoredTensor | BinTensor
+"""A tensor in a file of a Hugging Face folder."""
+
+
+def list_tensors(folder: Path) -> dict[str, FileTensor] | dict[str, ShardedTensor]:
     """Return every tensor of a folder by name, from headers alone.
 
     `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index. For
@@ -84,7 +97,7 @@ def has_weights(folder: Path) -> bool:
     return any(os.path.lexists(folder / f"{single}{end}") for single in _FORMS for end in ("", ".index.json"))
 
 
-def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
+def _list_indexed(folder: Path, index_name: str) -> dict[str, FileTensor]:
     index = plain_file(folder, index_name)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -92,7 +105,7 @@ def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise ModelFolderError(f"{index}: the file of {name!r} is {file!r}; a file name is required")
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     for file in sorted(set(weight_map.values())):
         for name, stored in _list_file(plain_file(folder, file)).items():
             if weight_map.get(name) != file:
@@ -107,9 +120,10 @@ def _list_indexed(folder: Path, index_name: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _list_file(path: Path) -> dict[str, StoredTensor]:
-    readers = {".safetensors": read_header, ".bin": read_pickled_header}
-    if path.suffix not in readers:
+def _list_file(path: Path) -> Mapping[str, FileTensor]:
+    if path.suffix == ".bin":
+        return BinFile(path).list_tensors()
+    if path.suffix != ".safetensors":
         raise ModelFolderError(f"{path} is neither a .safetensors nor a .bin file")
     return {
         name: StoredTensor(
@@ -120,14 +134,16 @@ def _list_file(path: Path) -> dict[str, StoredTensor]:
             shape=entry.shape,
             offset=entry.offset,
         )
-        for name, entry in readers[path.suffix](path).items()
+        for name, entry in read_header(path).items()
     }
 
 
 def read_slice(
-    stored: StoredTensor | ShardedTensor, dim: int, start: int, stop: int, out: torch.Tensor
+    stored: FileTensor | ShardedTensor, dim: int, start: int, stop: int, out: torch.Tensor
 ) -> None:
     """Fill `out` with rows (dim 0) or columns (dim 1) of a stored tensor, cast to its type.
+
+    Several threads may call it.
 
     Args:
         stored: a tensor of one or two dimensions.
@@ -142,10 +158,22 @@ def read_slice(
     """
     if out.dtype == stored.dtype and out.is_contiguous():
         stored.read_into(dim, start, stop, out)
+    elif dim == 0:
+        step = max(1, _BLOCK_BYTES // (prod(stored.shape[1:]) * stored.dtype.itemsize))
+        for row in range(start, stop, step):
+            block = out[row - start : row - start + step]
+            _read_and_cast(stored, 0, row, row + len(block), block)
     else:
-        piece = torch.empty(out.shape, dtype=stored.dtype)
-        stored.read_into(dim, start, stop, piece)
-        copy_checked(out, piece, stored.name)
+        with _CASTS_COLUMNS:
+            _read_and_cast(stored, 1, start, stop, out)
+
+
+def _read_and_cast(
+    stored: FileTensor | ShardedTensor, dim: int, start: int, stop: int, out: torch.Tensor
+) -> None:
+    piece = torch.empty(out.shape, dtype=stored.dtype)
+    stored.read_into(dim, start, stop, piece)
+    copy_checked(out, piece, stored.name)
 
 
 def copy_checked(out: torch.Tensor, values: torch.Tensor, name: str) -> None:

@@ -10,6 +10,7 @@ read in place; otherwise only the current tensor is in memory, in addition to th
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,7 +22,10 @@ from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, read_shard, rea
 from glm_rlhf.parallel.spec.weight_map import NOT_WEIGHTS, Role, Weight, names_within, weights_of
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder
 from glm_rlhf.parallel.storage.safetensors_format import check_float
-from glm_rlhf.parallel.storage.weight_files import StoredTensor, list_tensors, read_slice
+from glm_rlhf.parallel.storage.weight_files import FileTensor, list_tensors, read_slice
+
+_NUM_THREADS = 4
+"""Threads that read parameters in host memory; more do not make it faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +37,9 @@ class ShardStream:
     missing: tuple[str, ...]
     """Names of parameters that the caller must initialise: only those of the value head can be missing."""
     dtypes: Mapping[str, torch.dtype]
-    """Type of each parameter by name."""
-    tensors: Mapping[str, StoredTensor]
-    """Tensors by Hugging Face name."""
+    """Type of each parameter by our name."""
+    tensors: Mapping[str, FileTensor]
+    """Their tensors by name."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, new CPU tensor)."""
@@ -50,11 +54,14 @@ class ShardStream:
             ModelFolderError: a file was truncated since its header was read.
             ValueError: a parameter has a wrong shape, or a value does not fit its type.
         """
+        targets = [(shard, parameters[shard.name].detach()) for shard in self.shards]
+        on_host = [target for target in targets if target[1].device.type == "cpu"]
+        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="read") as readers:
+            for _ in readers.map(lambda target: read_shard_into(target[0], self._read, target[1]), on_host):
+                pass
         staging = torch.empty(0, dtype=torch.uint8)
-        for shard in self.shards:
-            parameter = parameters[shard.name].detach()
+        for shard, parameter in targets:
             if parameter.device.type == "cpu":
-                read_shard_into(shard, self._read, parameter)
                 continue
             dtype = self.dtypes[shard.name]
             num_bytes = prod(shard.shape) * dtype.itemsize
@@ -116,8 +123,9 @@ def iterate_shard(
     return ShardStream(shards=tuple(shards), missing=tuple(missing), dtypes=dtypes, tensors=tensors)
 
 
-def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, StoredTensor]:
-    """Return the folder's tensors after checking that they are exactly those of the model.
+def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, FileTensor]:
+    """Return the folder's tensors, known to be those of the model: all there, of the right shapes, none
+    besides.
 
     Tensors that the role does not use, such as the vocabulary head of a critic, are optional; so are the
     family's tensors that are no weights.
@@ -189,7 +197,7 @@ def _why_missing(name: str, role: Role) -> str:
     return ""
 
 
-def _dtype_of(weight: Weight, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> torch.dtype:
+def _dtype_of(weight: Weight, tensors: Mapping[str, FileTensor], dtype: torch.dtype | None) -> torch.dtype:
     if weight.section == "value_head":
         return torch.float32
     if dtype is not None:

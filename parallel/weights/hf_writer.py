@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from glm_rlhf.parallel.storage.hf_config import read_config, write_config
 from glm_rlhf.parallel.storage.model_folder import open_folder, plain_file
 from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES, check_float
 from glm_rlhf.parallel.storage.weight_files import (
-    StoredTensor,
+    FileTensor,
     copy_checked,
     has_weights,
     list_tensors,
@@ -58,6 +59,9 @@ _EXTRA_FILES = (
 )
 _EXTRA_FILES_WITHIN_FAMILY = ("configuration_*.py", "modeling_*.py", "quantization.py")
 
+_BLOCK_BYTES = 16 * 2**20
+"""Rows that are cast, joined or fetched from a device at a time."""
+
 
 def export_tensors(
     target: str | Path,
@@ -74,8 +78,8 @@ def export_tensors(
 ) -> None:
     """Write a Hugging Face folder of the config's family; it appears atomically when it is complete.
 
-    Every writer calls it with the tensors of its own layers, and no other process. Memory holds the current
-    parameter and the tensor assembled from it. Each writer calls the barrier of `writers` three times.
+    Every writer calls it, with the tensors of its own layers; nothing else may call. Memory holds the tensors
+    at hand and a block of rows put together from them. The barrier of `writers` is passed three times.
 
     Args:
         target: the new folder; it must not exist, or be empty.
@@ -154,7 +158,7 @@ def writer_of(name: str, config: GLMConfig, writers: Writers) -> int:
     return writers.of_layer(layer, config.num_layers)
 
 
-def _non_weight_tensors(source: str | Path | None, config: GLMConfig) -> list[StoredTensor]:
+def _non_weight_tensors(source: str | Path | None, config: GLMConfig) -> list[FileTensor]:
     if source is None or config.family != "chatglm" or read_config(source).family != "chatglm":
         return []
     stored = list_tensors(Path(source)).values() if has_weights(Path(source)) else ()
@@ -189,39 +193,42 @@ def read_extra_files(
 
 
 class _Assembly:
-    """Assembly of Hugging Face tensors from their pieces; each is written when complete."""
+    """Parameters, each of which goes to its places in the files as soon as all its shards have come."""
 
     def __init__(
         self, config: GLMConfig, weights: Sequence[Weight], tp_size: int, output: TensorFiles
     ) -> None:
         self._output = output
         self._expected: dict[str, list[ParamShard]] = {}
-        self._open: dict[str, set[HfSlice]] = {}
-        self._tensors: dict[str, torch.Tensor] = {}
         self._tp_size = tp_size
         for weight in weights:
             for rank in range(tp_size):
                 for shard in shards_of(weight, config, tp_rank=rank, tp_size=tp_size):
                     self._expected.setdefault(shard.name, []).append(shard)
-                    for piece in shard.pieces:
-                        self._open.setdefault(piece.name, set()).add(piece)
 
     def add(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Add one parameter of all ranks; write every tensor that it completes."""
+        """Take one parameter of all ranks and write it."""
         if name not in self._expected:
             raise ValueError(f"{name} is not a parameter that this writer exports, or it was given before")
         if len(tensors) != self._tp_size:
             raise ValueError(
                 f"{name} came as {len(tensors)} tensors; {self._tp_size} are required, one a rank"
             )
-        touched = []
+        pieces: dict[HfSlice, torch.Tensor] = {}
         for rank, (shard, tensor) in enumerate(zip(self._expected.pop(name), tensors, strict=True)):
             for piece, value in place_shard(shard, tensor.detach()):
-                self._put(piece, value, parameter=name, rank=rank)
-                touched.append(piece.name)
-        for hf_name in dict.fromkeys(touched):
-            if not self._open[hf_name]:
-                self._output.write(hf_name, self._tensors.pop(hf_name))
+                if piece in pieces:
+                    _compare_replica(pieces[piece], value, self._dtype(piece.name), name, rank)
+                else:
+                    pieces[piece] = value
+        columns: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for piece, value in pieces.items():
+            if piece.dim == 0:
+                self._write(piece.name, piece.start, [(0, value)])
+            else:
+                columns.setdefault(piece.name, []).append((piece.start, value))
+        for hf_name, parts in columns.items():
+            self._write(hf_name, 0, parts)
 
     def finish(self) -> None:
         """Check that every parameter was added."""
@@ -229,28 +236,33 @@ class _Assembly:
             names = ", ".join(list(self._expected)[:3])
             raise ValueError(f"{len(self._expected)} parameters were not given for the export, first {names}")
 
-    def _put(self, piece: HfSlice, value: torch.Tensor, *, parameter: str, rank: int) -> None:
-        entry = self._output.entries[piece.name]
-        dtype = FLOAT_DTYPES[entry.dtype]
-        is_replica = piece not in self._open[piece.name]
-        is_whole = piece.length == entry.shape[piece.dim]
-        if is_whole and not is_replica and value.dtype == dtype:
-            self._tensors[piece.name] = value.to("cpu").contiguous()  # avoids a copy of a whole tensor
-        else:
-            if piece.name not in self._tensors:
-                self._tensors[piece.name] = torch.empty(entry.shape, dtype=dtype)
-            place = self._tensors[piece.name].narrow(piece.dim, piece.start, piece.length)
-            if is_replica:
-                _compare_replica(place, value, parameter, rank)
-            else:
-                copy_checked(place, value, piece.name)
-        self._open[piece.name].discard(piece)
+    def _dtype(self, name: str) -> torch.dtype:
+        return FLOAT_DTYPES[self._output.entries[name].dtype]
+
+    def _write(self, name: str, start: int, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Write rows of a tensor from `start` on, given as (first column, all these rows of some columns).
+
+        Rows that lie in host memory as they are in the file are written from there; others some at a time.
+        """
+        dtype, (_, first) = self._dtype(name), parts[0]
+        if len(parts) == 1 and first.device.type == "cpu" and first.dtype == dtype and first.is_contiguous():
+            self._output.write(name, first, start)
+            return
+        columns = self._output.entries[name].shape[1:]
+        step = max(1, _BLOCK_BYTES // (prod(columns) * dtype.itemsize))
+        for row in range(0, len(first), step):
+            block = torch.empty(min(step, len(first) - row), *columns, dtype=dtype)
+            for column, value in parts:
+                place = block.narrow(1, column, value.shape[1]) if columns else block
+                copy_checked(place, value[row : row + step], name)
+            self._output.write(name, block, start + row)
 
 
-def _compare_replica(first: torch.Tensor, other: torch.Tensor, parameter: str, rank: int) -> None:
-    other = other.to(device="cpu", dtype=first.dtype)
-    same = torch.equal(first.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-    if not same:
+def _compare_replica(
+    first: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, parameter: str, rank: int
+) -> None:
+    first, other = (value.to(device="cpu", dtype=dtype).contiguous() for value in (first, other))
+    if not torch.equal(first.view(torch.uint8), other.view(torch.uint8)):
         gap = (first.float() - other.float()).abs().max().item()
         warnings.warn(
             f"{parameter} is replicated, and its copy on tensor-parallel rank {rank} differs from the first "

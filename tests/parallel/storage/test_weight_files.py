@@ -57,6 +57,15 @@ def test_a_slice_is_cast_into_a_view(folder, form):
     assert not target[:, 7:].any()
 
 
+@pytest.mark.parametrize("form", ["one file", "one bin"])
+def test_rows_are_cast_in_blocks(folder, form, monkeypatch):
+    monkeypatch.setattr("glm_rlhf.parallel.storage.weight_files._BLOCK_BYTES", 1000)
+    whole = load_all(folder)["lm_head.weight"]
+    target = torch.zeros(whole.shape[0] - 9, whole.shape[1], dtype=torch.bfloat16)
+    read_slice(list_tensors(store_as(folder, form))["lm_head.weight"], 0, 4, len(whole) - 5, target)
+    assert torch.equal(target, whole[4:-5].bfloat16())
+
+
 def test_only_the_slice_s_bytes_are_read(folder, monkeypatch):
     stored = list_tensors(store_as(folder, "one file"))["model.layers.0.mlp.gate_up_proj.weight"]
     sizes = []
