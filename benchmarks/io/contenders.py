@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -54,7 +55,7 @@ def _stream(folder: Path, tp_rank: int, tp_size: int) -> ShardStream:
 
 def _parameters(stream: ShardStream) -> dict[str, torch.Tensor]:
     """Return a rank's parameters as a built model has them: allocated, every page touched."""
-    return {s.name: torch.ones(s.shape, dtype=stream.dtypes[s.ours]) for s in stream.shards}
+    return {s.name: torch.ones(s.shape, dtype=stream.dtypes[s.name]) for s in stream.shards}
 
 
 def _import_ours(folder: Path, checks: bool, tp_size: int) -> ContenderOutcome:
@@ -170,13 +171,19 @@ def export_ours(folder: Path, checks: bool) -> ContenderOutcome:
     return _export_ours(folder, checks, 1)
 
 
+def export_ours_unsynced(folder: Path, checks: bool) -> ContenderOutcome:
+    """Write the same without waiting for the disk."""
+    with mock.patch("os.fsync"):
+        return _export_ours(folder, checks, 1)
+
+
 def export_ours_of_4(folder: Path, checks: bool) -> ContenderOutcome:
     """Write the parameters of four ranks."""
     return _export_ours(folder, checks, 4)
 
 
 def export_safetensors(folder: Path, _checks: bool) -> ContenderOutcome:
-    """Write their tensors with safetensors, into one file."""
+    """Write the source's tensors with safetensors, into one file; then fsync of file and folder."""
     tensors = {}
     for file in sorted((folder / "source").glob("*.safetensors")):
         tensors |= {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -189,6 +196,12 @@ def export_safetensors(folder: Path, _checks: bool) -> ContenderOutcome:
 
     seconds, above = _timed(save)
     return ContenderOutcome(seconds, above, _folder_bytes(target))
+
+
+def export_safetensors_unsynced(folder: Path, checks: bool) -> ContenderOutcome:
+    """Write the same without waiting for the disk."""
+    with mock.patch("os.fsync"):
+        return export_safetensors(folder, checks)
 
 
 def export_transformers(folder: Path, _checks: bool) -> ContenderOutcome:

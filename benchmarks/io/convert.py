@@ -4,11 +4,13 @@ python -m benchmarks.io.convert
 """
 
 import argparse
+import os
+import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -16,14 +18,15 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.harness.fresh_process import PreparedProcesses
-from benchmarks.io import contenders as contenders
+from benchmarks.io import contenders
 from benchmarks.io.synthetic_checkpoint import config_of_size, write_checkpoint
-from glm_rlhf.engine.bench.harness import Entry, summary
+from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing, summary
 from glm_rlhf.engine.bench.machine import MachineRates, description, measured_rates
 from glm_rlhf.engine.bench.report import Report, Row, write
 
 MEMORY_COLUMN = "peak MB above the tensors"
 MEMORY_FOLDER = Path("/dev/shm")
+UNSYNCED = ", without fsync"
 # Source and target, in multiples of the checkpoint, with something to spare.
 ROOM = 2.5
 # What every process has imported before it is measured.
@@ -48,14 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where the checkpoint is made; default /dev/shm where it has the room, so that no disk is "
-        "measured,\nelse the folder for temporary files",
+        default=Path(tempfile.gettempdir()),
+        help="where the checkpoint is made; default the folder for temporary files, on a disk so that fsync "
+        "counts;\n/dev/shm shows what the code costs without one",
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "convert_io_cpu", help="report, without its suffix"
     )
     options = parser.parse_args(arguments)
-    parent = options.folder or _roomy_folder(options.gigabytes)
+    parent = options.folder
     if not _has_room(parent, options.gigabytes):
         print(
             f"{parent} has no room for {ROOM * options.gigabytes:.1f} GB: free some, or name another folder "
@@ -75,16 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(entry.status for row in rows for entry in row.entries) else 0
 
 
-def _roomy_folder(gigabytes: float) -> Path:
-    return MEMORY_FOLDER if _has_room(MEMORY_FOLDER, gigabytes) else Path(tempfile.gettempdir())
-
-
 def _has_room(folder: Path, gigabytes: float) -> bool:
     return folder.is_dir() and shutil.disk_usage(folder).free > ROOM * 1e9 * gigabytes
 
 
 def measured(folder: Path, rounds: int) -> list[ConvertTask]:
-    """Return the tasks with the outcomes of all contenders, taken in turns."""
+    """Return the tasks with the outcomes of all contenders, taken in turns of a new order each."""
     tasks = [
         ConvertTask(
             "import, tp 1",
@@ -109,7 +109,9 @@ def measured(folder: Path, rounds: int) -> list[ConvertTask]:
             "whole parameters into a new folder, on disk",
             {
                 "ours": contenders.export_ours,
-                "safetensors save_file": contenders.export_safetensors,
+                "safetensors save_file + fsync": contenders.export_safetensors,
+                f"ours{UNSYNCED}": contenders.export_ours_unsynced,
+                f"safetensors save_file{UNSYNCED}": contenders.export_safetensors_unsynced,
                 "transformers save_pretrained": contenders.export_transformers,
                 "plain write of as many bytes": contenders.write_plainly,
             },
@@ -124,12 +126,16 @@ def measured(folder: Path, rounds: int) -> list[ConvertTask]:
     processes.run(
         contenders.read_plainly, folder, False
     )  # warms the page cache: every import reads from memory
+    for task in tasks:
+        task.outcomes = {name: [] for name in task.contenders}
+    shuffler = random.Random(0)  # none profits from what the one before it leaves, such as warm free memory
     for index in range(rounds):
         for task in tasks:
-            for name, contender in task.contenders.items():
-                outcome = processes.run(contender, folder, index == 0)
-                task.outcomes.setdefault(name, []).append(outcome)
+            for name in shuffler.sample(list(task.contenders), len(task.contenders)):
+                outcome = processes.run(task.contenders[name], folder, index == 0)
+                task.outcomes[name].append(outcome)
                 shutil.rmtree(folder / "target", ignore_errors=True)
+                os.sync()  # what an earlier one left to write is not the next one's
     return tasks
 
 
@@ -144,10 +150,11 @@ def report(rows: Sequence[Row], num_bytes: int, num_layers: int, folder: Path, r
         notes=(
             f"checkpoint: GLM of {num_layers} layers, hidden 2048, bf16, {num_bytes / 1e9:.3f} GB in files "
             "of 0.5 GB, random, made for the run and deleted after it",
-            "each run is a fresh process; runs are taken in turns",
+            "each run is a fresh process; runs are taken in turns, in a new order each",
             "files lie in memory (tmpfs): the figures say what the code costs, not a disk"
             if in_memory
-            else "files lie on a disk: imports read from the page cache, exports end with fsync, for all",
+            else "files lie on a disk: imports read from the page cache; exports end with fsync of files and "
+            f"folder, but for those `{UNSYNCED.removeprefix(', ')}`, whose files the system writes later",
             f"`{MEMORY_COLUMN}`: peak resident memory during the run less what was resident before it; for "
             "transformers less the model, too, which it allocates itself. Pages of a mapped file count",
             f"limit: every byte is read and written once; {rates.source}",
@@ -161,7 +168,8 @@ def verdict(rows: Sequence[Row]) -> str:
     parts = []
     for row in rows:
         ours, *others = row.entries
-        others = [e for e in others if e.timing is not None and not e.name.startswith("plain")]
+        others = [e for e in others if e.timing is not None and not e.name.startswith(("plain", "ours"))]
+        others = [e for e in others if not e.name.endswith(UNSYNCED)]
         if ours.timing is None:
             parts.append(f"{row.row}: {ours.status}.")
             continue
@@ -176,6 +184,16 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
+def _timing(
+    outcomes: Sequence[contenders.ContenderOutcome], ours: Sequence[contenders.ContenderOutcome] | None
+) -> Timing:
+    timing = summary([outcome.seconds for outcome in outcomes])
+    if ours is None:
+        return timing
+    turns = summary([one.seconds / first.seconds for one, first in zip(outcomes, ours, strict=True)])
+    return replace(timing, ratio=Ratio(median=turns.median_s, low=turns.low_s, high=turns.high_s))
+
+
 def _row(task: ConvertTask, command: str, rates: MachineRates) -> Row:
     entries = []
     for name, outcomes in task.outcomes.items():
@@ -183,7 +201,9 @@ def _row(task: ConvertTask, command: str, rates: MachineRates) -> Row:
         entries.append(
             Entry(
                 name=name,
-                timing=summary([outcome.seconds for outcome in outcomes]) if is_right else None,
+                timing=_timing(outcomes, None if name == "ours" else task.outcomes["ours"])
+                if is_right
+                else None,
                 figures={MEMORY_COLUMN: median(outcome.above_bytes for outcome in outcomes) / 1e6},
                 status="" if is_right else "wrong: bytes differ from the source's",
             )

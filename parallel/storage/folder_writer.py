@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -22,9 +21,6 @@ import torch
 from glm_rlhf.parallel.storage.durable_io import sync, write_all
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
-
-_FLUSH_BYTES = 128 * 2**20
-"""What is written to a file between two flushes."""
 
 
 def _no_barrier() -> None:
@@ -132,11 +128,7 @@ def plan_files(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[P
 
 
 class TensorFiles:
-    """The planned files of one writer in a folder.
-
-    While tensors are written, a thread flushes what was written before them, so that the disk works from the
-    beginning and not only in the fsync at the end.
-    """
+    """The planned files of one writer in a folder."""
 
     def __init__(self, folder: Path, files: Sequence[PlannedFile]) -> None:
         """Create the files with their headers and their full length."""
@@ -144,9 +136,6 @@ class TensorFiles:
         self.files = files
         self.entries = {name: entry for file in files for name, entry in file.entries.items()}
         self._path_of = {name: folder / file.name for file in files for name in file.entries}
-        self._num_unflushed = {folder / file.name: 0 for file in files}
-        self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
-        self._flushes: list[Future[None]] = []
         for file in files:
             with (folder / file.name).open("xb") as output:
                 output.write(file.prefix)
@@ -166,22 +155,21 @@ class TensorFiles:
         assert offset + len(content) <= entry.num_bytes, (name, offset, len(content), entry)
         with path.open("r+b", buffering=0) as output:
             write_all(output.fileno(), content, entry.offset + offset)
-        self._num_unflushed[path] += len(content)
-        if self._num_unflushed[path] >= _FLUSH_BYTES:
-            self._num_unflushed[path] = 0
-            self._flushes.append(self._flusher.submit(sync, path))
+            _start_writeback(output.fileno(), entry.offset + offset, len(content))
 
     def sync(self) -> None:
-        """Return when the files are on the disk.
-
-        Raises:
-            OSError: the disk failed, also while a file was flushed earlier.
-        """
-        self._flusher.shutdown()
-        for flush in self._flushes:
-            flush.result()
+        """Return when the files are on the disk."""
         for file in self.files:
             sync(self.folder / file.name)
+
+
+def _start_writeback(file: int, position: int, num_bytes: int) -> None:
+    """Let the disk begin with what was just written, so that it works from the start and not at fsync alone.
+
+    Linux writes dirty pages back, without being waited for, when they are said not to be needed any more.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, position, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

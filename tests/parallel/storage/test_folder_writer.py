@@ -64,19 +64,6 @@ def test_tensors_may_come_in_any_order(tmp_path):
         assert torch.equal(load_file(tmp_path / "out" / file)[name], torch.full((i + 2,), float(i)))
 
 
-def test_a_disk_that_fails_while_files_are_filled_is_noticed(tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(5, "Input/output error", str(path))
-
-    files = plan_files(planned(2, 3), 100)
-    output = TensorFiles(tmp_path, files)
-    monkeypatch.setattr("glm_rlhf.parallel.storage.folder_writer._FLUSH_BYTES", 1)
-    monkeypatch.setattr("glm_rlhf.parallel.storage.folder_writer.sync", fail)
-    output.write("t0", torch.ones(2))
-    with pytest.raises(OSError, match="Input/output error"):
-        output.sync()
-
-
 @pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing_behind(tmp_path, fault):
     files = plan_files(planned(2), 100)

@@ -58,7 +58,6 @@ def test_import_and_export_give_the_same_bytes(folders, tmp_path, family, tp_siz
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_rows_give_the_same_bytes(folders, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("glm_rlhf.parallel.weights.hf_writer._BLOCK_BYTES", 1000)
-    monkeypatch.setattr("glm_rlhf.parallel.storage.folder_writer._FLUSH_BYTES", 5000)
     target = export(folders["glm"], tmp_path / "out", gather(folders["glm"], 4), 4, dtype=dtype)
     expected = {name: tensor.to(dtype) for name, tensor in load_all(folders["glm"]).items()}
     assert_same_bytes(load_all(target), expected)
