@@ -48,34 +48,34 @@ def test_parameters_are_cut_from_the_source_s_tensors(folders, family, tp_size):
         assert torch.equal(own.pop("output_layer.weight"), glm["lm_head.weight"][rows])
         assert torch.equal(own.pop("decoder.final_layernorm.weight"), glm["model.norm.weight"])
         for i in range(4):
-            name, hf_name = f"decoder.layers.{i}.", f"model.layers.{i}."
+            prefix, hf_prefix = f"decoder.layers.{i}.", f"model.layers.{i}."
             for kind in ("weight", "bias"):
-                q, k, v = (glm[f"{hf_name}self_attn.{x}_proj.{kind}"].split(head) for x in "qkv")
+                q, k, v = (glm[f"{hf_prefix}self_attn.{x}_proj.{kind}"].split(head) for x in "qkv")
                 if tp_size <= groups:
                     parts = []
                     for g in range(groups * rank // tp_size, groups * (rank + 1) // tp_size):
                         parts += [*q[g * heads // groups : (g + 1) * heads // groups], k[g], v[g]]
-                    qkv = own.pop(f"{name}self_attention.linear_qkv.{kind}")
+                    qkv = own.pop(f"{prefix}self_attention.linear_qkv.{kind}")
                     assert torch.equal(qkv, torch.cat(parts))
                 else:
                     g = rank * groups // tp_size
                     queries = q[heads * rank // tp_size : heads * (rank + 1) // tp_size]
-                    assert torch.equal(own.pop(f"{name}self_attention.linear_q.{kind}"), torch.cat(queries))
-                    key_value = own.pop(f"{name}self_attention.linear_kv.{kind}")
+                    assert torch.equal(own.pop(f"{prefix}self_attention.linear_q.{kind}"), torch.cat(queries))
+                    key_value = own.pop(f"{prefix}self_attention.linear_kv.{kind}")
                     assert torch.equal(key_value, torch.cat((k[g], v[g])))
-            fc1 = glm[f"{hf_name}mlp.gate_up_proj.weight"].chunk(2)
+            fc1 = glm[f"{hf_prefix}mlp.gate_up_proj.weight"].chunk(2)
             fc1 = torch.cat([half.chunk(tp_size)[rank] for half in fc1])
-            assert torch.equal(own.pop(f"{name}mlp.linear_fc1.weight"), fc1)
-            fc2 = glm[f"{hf_name}mlp.down_proj.weight"].chunk(tp_size, dim=1)[rank]
-            assert torch.equal(own.pop(f"{name}mlp.linear_fc2.weight"), fc2)
-            projection = glm[f"{hf_name}self_attn.o_proj.weight"].chunk(tp_size, dim=1)[rank]
-            assert torch.equal(own.pop(f"{name}self_attention.linear_proj.weight"), projection)
+            assert torch.equal(own.pop(f"{prefix}mlp.linear_fc1.weight"), fc1)
+            fc2 = glm[f"{hf_prefix}mlp.down_proj.weight"].chunk(tp_size, dim=1)[rank]
+            assert torch.equal(own.pop(f"{prefix}mlp.linear_fc2.weight"), fc2)
+            projection = glm[f"{hf_prefix}self_attn.o_proj.weight"].chunk(tp_size, dim=1)[rank]
+            assert torch.equal(own.pop(f"{prefix}self_attention.linear_proj.weight"), projection)
             norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
             if family == "glm4":
                 norms["self_attn_bda.norm"] = "post_self_attn_layernorm"
                 norms["mlp_bda.norm"] = "post_mlp_layernorm"
             for name, source in norms.items():
-                assert torch.equal(own.pop(f"{name}{name}.weight"), glm[f"{hf_name}{source}.weight"])
+                assert torch.equal(own.pop(f"{prefix}{name}.weight"), glm[f"{hf_prefix}{source}.weight"])
         assert not own
 
 
