@@ -29,6 +29,7 @@ from glm_rlhf.engine.config.sections import (
 )
 from glm_rlhf.engine.config.training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
 from glm_rlhf.engine.config.yaml_source import read_file
+from glm_rlhf.parallel.runtime.log import ROOT, log
 
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
@@ -243,20 +244,20 @@ def _record(config: object) -> None:
             raise ValueError(
                 f"run.output is {config.run.output}, which cannot be written: {error.strerror}"
             ) from error
-        sys.stderr.write(f"{dump_config(config)}# written to {path}\n")
+        log(f"{dump_config(config)}# written to {path}")
 
 
 @contextlib.contextmanager
 def _warned_once_a_host() -> Iterator[None]:
     """Have the first rank of this host alone show warnings that are logged: all read the same files."""
-    log = logging.getLogger("glm_rlhf")
-    level = log.level
+    logger = logging.getLogger(ROOT)
+    level = logger.level
     if _rank("LOCAL_RANK") > 0:
-        log.setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(level)
+        logger.setLevel(level)
 
 
 def _about_program(arguments: list[str]) -> int:
@@ -320,7 +321,7 @@ def _tell(title: str, message: str, *, is_shared: bool = False, is_bug: bool = F
     if not is_shared or _rank("LOCAL_RANK") == 0:
         has_others = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not is_shared
         rank = f"[rank {_rank('RANK')}] " if has_others else ""
-        sys.stderr.write(f"{rank}{title}: {' '.join(message.split())}\n")
+        log(f"{rank}{title}: {' '.join(message.split())}")
     return 2
 
 

@@ -31,6 +31,7 @@ from glm_rlhf.engine.bench.rates import Size, rates_on
 from glm_rlhf.engine.bench.report import Row, joined
 from glm_rlhf.engine.bench.sizes import Sizes, ranks_for, sizes_for
 from glm_rlhf.engine.config.bench import PEER_PACKAGES, BenchConfig, BenchSection
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
@@ -67,7 +68,7 @@ def run(config: BenchConfig) -> int:
                 rows[index] = joined(rows[index], row)
             else:
                 rows.append(row)
-            _say(f"visit {visit + 1}, {row.row}: {row.what}; {time.monotonic() - started:.0f} s")
+            log(f"visit {visit + 1}, {row.row}: {row.what}; {time.monotonic() - started:.0f} s")
     points, failures = _worlds(section, folder)
     findings = Findings(
         machine=description(device),
@@ -135,7 +136,7 @@ def _worlds(section: BenchSection, folder: Path) -> tuple[list[ScalingPoint], li
         torch.cuda.empty_cache()
     for num_ranks in counts if wanted else ():
         parts = [part for part in wanted if part != "rates" or num_ranks == counts[-1]]
-        _say(f"{' and '.join(parts)} on {num_ranks} ranks")
+        log(f"{' and '.join(parts)} on {num_ranks} ranks")
         settings = [f"bench.parts=[{','.join(parts)}]", f"bench.layers={section.layers}"]
         settings += [f"bench.threads={section.threads}"]
         settings += [] if section.model is None else [f"bench.model={section.model}"]
@@ -192,7 +193,3 @@ def _peer_note(peer: str, device: torch.device) -> str:
 
 def _command(part: str) -> str:
     return f"glm-rlhf bench bench.parts=[{part}]"
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")

@@ -1,10 +1,10 @@
 """The command `convert`: a Hugging Face folder into another form, type or file size."""
 
-import sys
 import time
 
 from glm_rlhf.engine.config.sections import ConvertConfig
 from glm_rlhf.parallel.runtime.consensus import failure_barriers
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.weights.convert_folder import convert_folder
@@ -29,7 +29,4 @@ def run(config: ConvertConfig) -> None:
                 world=topology.world_size,
                 barrier=barrier,
             )
-        if topology.is_main_rank:
-            sys.stderr.write(
-                f"converted {config.model.path} to {wanted.to} in {time.monotonic() - start:.1f} s\n"
-            )
+        log(f"converted {config.model.path} to {wanted.to} in {time.monotonic() - start:.1f} s", topology)

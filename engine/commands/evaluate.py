@@ -26,6 +26,7 @@ from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -73,7 +74,7 @@ def run(config: EvaluateConfig) -> None:
             if topology.is_main_rank:
                 path = _write(config, found, len(prompts), report)
                 sys.stdout.write(table(found))
-                sys.stderr.write(f"written to {path} and {config.out_path}\n")
+                log(f"written to {path} and {config.out_path}")
 
 
 def table(measured: Sequence[Measured]) -> str:

@@ -1,7 +1,6 @@
 """The command `generate`: answers for a file of prompts."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 
@@ -215,8 +215,8 @@ def _say(config: GenerateConfig, report: ReadReport, completions: list[Completio
     num_tokens = sum(len(done.tokens) for done in completions)
     num_cut = sum(done.finish_reason == "length" for done in completions)
     skipped = f" ({report.num_skipped} bad ones skipped)" if report.num_skipped else ""
-    sys.stderr.write(
+    log(
         f"answered {report.num_records} prompts{skipped} with {len(completions)} answers, {num_cut} of them "
         f"cut at their longest: {num_tokens} tokens, {num_tokens / elapsed_s:.0f} tokens/s; written to "
-        f"{config.out_path}\n"
+        f"{config.out_path}"
     )

@@ -1,7 +1,6 @@
 """The command `label`: pairs out of a policy's own answers, judged by a reward model."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from glm_rlhf.engine.data.records.reading import ReadReport, RecordLocation
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -241,8 +241,8 @@ def _tell(
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     lines = [*report.lines(), *([] if variance is None else variance.lines())]
     speed = report.num_answers / elapsed_s
-    sys.stderr.write(
-        "".join(f"{line}\n" for line in lines)
-        + f"{report.num_answers} answers in {elapsed_s:.1f} s, {speed:.1f} answers/s; written to "
-        f"{config.out_path}\n"
+    lines.append(
+        f"{report.num_answers} answers in {elapsed_s:.1f} s, {speed:.1f} answers/s; written to "
+        f"{config.out_path}"
     )
+    log("\n".join(lines))

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.storage.hf_config import read_config
@@ -79,8 +79,7 @@ def run(config: ScoreConfig) -> None:
             done = _score_all(samples, chunks, topology, write, report, config)
             with raise_on_all_ranks(f"writing {config.out_path}"):
                 stack.close()
-        if topology.is_main_rank:
-            sys.stderr.write(f"{done}; written to {config.out_path}\n")
+        log(f"{done}; written to {config.out_path}", topology)
 
 
 def _is_reward_model(config: ScoreConfig) -> bool:

@@ -1,7 +1,6 @@
 """The command `score` with a reward model: one score an answer."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -78,9 +78,9 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
         is_pairs = num_answers > report.num_records > 0
         accuracy = f", accuracy {num_right / report.num_records:.4f}" if is_pairs else ""
         elapsed = time.monotonic() - start
-        sys.stderr.write(
+        log(
             f"scored {report.num_records} records{skipped}: {num_answers} answers{accuracy}, "
-            f"{num_answers / elapsed:.0f} answers/s; written to {config.out_path}\n"
+            f"{num_answers / elapsed:.0f} answers/s; written to {config.out_path}"
         )
 
 

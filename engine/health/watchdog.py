@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from glm_rlhf.engine.health.stopped_ranks import kill_stopped, rank_processes
+from glm_rlhf.parallel.runtime.log import log_rank
 from glm_rlhf.parallel.runtime.spans import open_spans, progress_time
 
 HUNG = 124
@@ -47,12 +48,10 @@ def watchdog(
             if idle_s > timeout_s:
                 where = _where(sys._current_frames()[main])
                 phase = "/".join(open_spans()) or "none"
-                sys.stderr.write(f"[rank {rank}] hung for {idle_s:.0f} s in phase {phase}: {where}\n")
-                sys.stderr.flush()
+                log_rank(f"hung for {idle_s:.0f} s in phase {phase}: {where}", rank)
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 for stopped in kill_stopped(processes):
-                    sys.stderr.write(f"[rank {rank}] rank {stopped} is stopped (SIGSTOP), and is killed\n")
-                sys.stderr.flush()
+                    log_rank(f"rank {stopped} is stopped (SIGSTOP), and is killed", rank)
                 end(HUNG)
                 return
 

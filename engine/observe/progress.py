@@ -1,10 +1,11 @@
 """How a PPO run stands: one live line on a terminal, a line an iteration elsewhere."""
 
-import sys
 import time
 from collections.abc import Mapping
 
 from tqdm import tqdm
+
+from glm_rlhf.parallel.runtime.log import log
 
 
 class ProgressLine:
@@ -43,10 +44,10 @@ class ProgressLine:
             return
         elapsed = time.monotonic() - self._start
         left_s = elapsed / max(step - self._first, 1) * (self._steps - step)
-        sys.stderr.write(
+        log(
             f"iteration {step} of {self._steps}: reward {reward:.4f}, KL {kl:.4f}, length "
             f"{metrics['response_length/mean']:.1f}, {speed:.0f} tokens/s, "
-            f"{metrics['timing_s/iteration']:.1f} s, {tqdm.format_interval(left_s)} left\n"
+            f"{metrics['timing_s/iteration']:.1f} s, {tqdm.format_interval(left_s)} left"
         )
 
     def __enter__(self) -> "ProgressLine":

@@ -4,13 +4,13 @@ import html
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_rlhf.engine.observe.metrics import FILE_NAME as METRICS_NAME
 from glm_rlhf.engine.observe.svg_charts import Point, line_chart, number
+from glm_rlhf.parallel.runtime.log import log
 
 FILE_NAME = "report.html"
 SAMPLES_FOLDER = "samples"
@@ -98,9 +98,9 @@ def write_report(
 def tell_report(run_folder: str | Path, *, title: str) -> None:
     """Write the report at the end of a run, and say where it is; a run that is done does not fail by it."""
     try:
-        sys.stderr.write(f"report: {write_report(run_folder, title=title)}\n")
+        log(f"report: {write_report(run_folder, title=title)}")
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"no report was written: {error}\n")
+        log(f"no report was written: {error}")
 
 
 def _curves(path: Path) -> dict[str, list[Point]]:

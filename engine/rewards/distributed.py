@@ -1,7 +1,5 @@
 """A reward function's word on answers: asked by one rank of those that share them, told to all."""
 
-import sys
-
 import torch.distributed as dist
 
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
@@ -18,6 +16,7 @@ from glm_rlhf.engine.rewards.function import (
 )
 from glm_rlhf.engine.rollout.scheduling.requests import Completion
 from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -105,8 +104,8 @@ class RewardDispatcher:
         all_faults = [words for _, _, faults, _ in answered for words in faults]
         if all_faults and len(all_faults) == sum(len(rewards) for _, rewards, _, _ in answered):
             raise RewardError(f"no answer of {len(all_faults)} has a reward, the first {all_faults[0]}")
-        if all_faults and topology.is_main_rank:
-            sys.stderr.write(f"{len(all_faults)} answers are left out, the first reward {all_faults[0]}\n")
+        if all_faults:
+            log(f"{len(all_faults)} answers are left out, the first reward {all_faults[0]}", topology)
         return next(rewards for rank, rewards, *_ in answered if rank == topology.dp_rank)
 
     def _rewards(

@@ -1,6 +1,5 @@
 """Answers to prompts, generated on the ranks and weights that train."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from glm_rlhf.parallel.inference.stage import GenerationStage
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights, chunk_weights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.pipeline.oom import has_failed_on_peers
+from glm_rlhf.parallel.runtime.log import log_rank
 from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -135,9 +135,10 @@ class GenerationPhase:
         self._stage = None  # and its recorded steps
         if topology.device.type == "cuda":
             torch.cuda.empty_cache()
-        sys.stderr.write(
-            f"[rank {topology.rank}] out of memory in a step of generation: {most} tokens a step and as many "
-            "sequences at once, at most, from here on until the phase ends\n"
+        log_rank(
+            f"out of memory in a step of generation: {most} tokens a step and as many "
+            "sequences at once, at most, from here on until the phase ends",
+            topology.rank,
         )
 
     def _stage_for(self, sampling: SamplingSettings) -> GenerationStage:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,6 +15,7 @@ from glm_rlhf.parallel.checkpoint.save import CheckpointWriter, step_folders
 from glm_rlhf.parallel.megatron_compat.rng_state import random_state, set_random_state
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
@@ -134,10 +134,9 @@ def is_same_layout(found: Checkpoint, topology: Topology) -> bool:
 
 
 def _told(found: Checkpoint, topology: Topology) -> Checkpoint:
-    if topology.is_main_rank:
-        then = found.manifest.layout
-        layout = "" if then == topology.layout else f", which was written in another layout ({then})"
-        sys.stderr.write(f"going on from {found.folder}{layout}\n")
+    then = found.manifest.layout
+    layout = "" if then == topology.layout else f", which was written in another layout ({then})"
+    log(f"going on from {found.folder}{layout}", topology)
     return found
 
 
@@ -216,9 +215,8 @@ class RunCheckpoints:
         if step and self._saved_step != step:
             self._save(step, progress, rank_tensors)
         self.writer.finish()
-        if self.topology.is_main_rank:
-            where = "inside" if is_inside else "after"
-            sys.stderr.write(f"left {where} step {step} of {self.config.train.steps}, as a signal asked\n")
+        where = "inside" if is_inside else "after"
+        log(f"left {where} step {step} of {self.config.train.steps}, as a signal asked", self.topology)
 
     def _save(
         self, step: int, progress: Mapping[str, Any], rank_tensors: Mapping[str, torch.Tensor] | None
@@ -235,11 +233,11 @@ class RunCheckpoints:
         """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
         if self._is_export_missing(step):
             self._export(step)
-        if self.topology.is_main_rank:
-            sys.stderr.write(
-                f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
-                "raise train.steps, or give another run.name\n"
-            )
+        log(
+            f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
+            "raise train.steps, or give another run.name",
+            self.topology,
+        )
 
     def _is_export_missing(self, step: int) -> bool:
         """Return whether a step has no export yet, the same on every rank."""

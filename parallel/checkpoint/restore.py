@@ -1,6 +1,5 @@
 """The newest complete checkpoint of a run, and a model's training state from it, in any layout."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from glm_rlhf.parallel.checkpoint.shards import frozen_weights, held_shards
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.state_access import parts_of, resume_from, set_moments
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, read_shard
 from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS, WEIGHT, CheckpointError
@@ -86,15 +86,15 @@ def _report(folder: Path, step: int, refusals: list[str], topology: Topology) ->
     if not topology.is_main_rank:
         return
     for refusal in refusals:
-        sys.stderr.write(f"refused: {refusal}\n")
+        log(f"refused: {refusal}")
     try:
         tracked = (folder / TRACKER).read_bytes()[:100].decode("utf-8", errors="replace").strip()
     except OSError:
         tracked = ""
     if refusals or tracked != f"step_{step}":
-        sys.stderr.write(
+        log(
             f"{folder / TRACKER} names {tracked or 'nothing'}; resuming from the newest complete checkpoint, "
-            f"step_{step}\n"
+            f"step_{step}"
         )
 
 

@@ -1,6 +1,5 @@
 """Retry after out-of-memory errors: a schedule is repeated with its micro-batches split."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self, TypeVar
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from glm_rlhf.parallel.model.packing import PackedTokens
 from glm_rlhf.parallel.pipeline.multi_model import Chunks, unwrap
 from glm_rlhf.parallel.pipeline.oom import OutOfMemory, groups_of
+from glm_rlhf.parallel.runtime.log import log_rank
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -73,9 +73,10 @@ def run_with_oom_retry(
             model_limits[kind] = limit
         _raise_if_unsplittable(failure, fitting, name, roles, topology, forward_only=forward_only)
         if failure.index is not None:
-            sys.stderr.write(
-                f"[rank {topology.rank}] out of memory in a micro-batch of {failure.num_tokens} tokens, "
-                f"{roles}, {kind}: micro-batches of more than {limit} tokens are split from here on\n"
+            log_rank(
+                f"out of memory in a micro-batch of {failure.num_tokens} tokens, {roles}, {kind}: "
+                f"micro-batches of more than {limit} tokens are split from here on",
+                topology.rank,
             )
 
 
