@@ -29,15 +29,15 @@ PEER_PACKAGES: dict[str, tuple[str, bool]] = {
     "FlashAttention-3": ("flash-attn-3", True),
     "Transformer Engine": ("transformer-engine", True),
 }
-"""The distribution of each peer, and whether it runs on CUDA alone."""
+"""Python distribution of each peer, and whether it needs CUDA."""
 
 
 @frozen_section
 class BenchSection:
-    """What is measured, on what, against whom."""
+    """Measured parts, model and peers."""
 
     parts: tuple[Part, ...] = ("kernels", "model", "generation", "ppo", "checkpoint", "scaling", "rates")
-    """What is measured; under torchrun only scaling and rates, on the ranks that it started."""
+    """Parts to measure; under torchrun only scaling and rates, on the ranks that torchrun started."""
     against: tuple[Peer, ...] = (
         "transformers",
         "liger-kernel",
@@ -47,29 +47,29 @@ class BenchSection:
         "FlashAttention-3",
         "Transformer Engine",
     )
-    """Peers beside ours and eager torch; one that is not installed is said to be missing. torch.compile takes
-    some 12 s a kernel to compile on a CPU."""
+    """Peers to compare with, in addition to eager torch; the report lists those that are not installed.
+    torch.compile takes about 12 s per kernel to compile on a CPU."""
     model: PathText | None = None
-    """Preset's name, or Hugging Face folder whose config.json says the shape; weights are random. null is a
-    model of 5 million parameters on a CPU, ChatGLM3-6B's widths on CUDA."""
+    """Preset's name, or Hugging Face folder whose config.json gives the shape; weights are random. null: a
+    model of 5 million parameters on a CPU, the widths of ChatGLM3-6B on CUDA."""
     layers: Count = 4
-    """Layers of that model that are built."""
+    """Number of layers to build of that model."""
     ranks: tuple[Count, ...] | None = None
-    """Numbers of ranks of scaling, and the last one of rates; null is 1, 2, 4 … up to the GPUs, on a CPU
-    up to the cores, at least to 2 and at most to 4."""
+    """Numbers of ranks for scaling; rates uses the last one. null: 1, 2, 4 … up to the number of GPUs; on a
+    CPU up to the number of cores, at least 2 and at most 4."""
     threads: Count = 1
-    """Threads of torch on a CPU, a rank."""
+    """Torch threads per rank on a CPU."""
     visits: Count = 3
-    """Times that all rows are measured, one after another: what a machine does in minutes then shows in the
-    spread, which reaches from the lowest quartile of any visit to the highest."""
+    """Number of rounds; each round measures all rows once, so that slow changes of the machine show in the
+    spread (lowest to highest quartile over all rounds)."""
     budget_s: Seconds = 0.25
-    """Seconds of timed runs of a kernel, a visit; other rows have eight times as many."""
+    """Seconds of timed runs per kernel and round; rows of other parts get eight times as many."""
     earlier: PathText | None = None
-    """bench.json of an earlier run: the report says how far each median has moved; null compares nothing."""
+    """bench.json of an earlier run; the report then shows the change of each median. null: no comparison."""
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ValueError("bench.parts is empty: name at least one part, or leave the key out for all")
+            raise ValueError("bench.parts is empty: name at least one part, or omit the key for all of them")
 
 
 @frozen_section
@@ -77,8 +77,8 @@ class BenchConfig:
     """Settings of `bench`."""
 
     run: RunFolderSection = Field(default_factory=partial(RunFolderSection, name="bench"))
-    """Where the report, the plots and the rates go."""
+    """Folder of the report, the plots and the rates."""
     bench: BenchSection = Field(default_factory=BenchSection)
-    """What is measured."""
+    """Measured parts, model and peers."""
 
     from_yaml = FromYaml()

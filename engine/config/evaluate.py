@@ -1,4 +1,4 @@
-"""The settings of evaluation, as a command and within PPO."""
+"""The settings of evaluation, as a command and during PPO."""
 
 from functools import partial
 from pathlib import Path
@@ -28,44 +28,45 @@ from glm_rlhf.engine.config.training import CountOrZero
 
 @frozen_section
 class AgainstSection:
-    """The model that the policy is compared with."""
+    """The model to compare the policy with."""
 
     path: PathText | None = None
-    """Hugging Face folder of a policy of the same vocabulary; null compares with none."""
+    """Hugging Face folder of a policy with the same vocabulary; null: no comparison."""
 
 
 @frozen_section
 class EvaluateSection:
-    """What counts as passed."""
+    """Pass@k."""
 
     pass_k: tuple[Count, ...] = (1,)
-    """The k of each pass@k: the chance that of k answers to a prompt at least one passes."""
+    """Values of k for pass@k, the probability that at least one of k answers to a prompt passes."""
     pass_reward: float = 1.0
-    """An answer passes when its reward is at least this."""
+    """Smallest reward of an answer that passes."""
 
 
 @frozen_section
 class EvaluateWithinSection:
-    """Evaluation on held-out prompts while a policy learns."""
+    """Evaluation on held-out prompts during training."""
 
     every: CountOrZero = 0
-    """Iterations between two evaluations, one before the first and one after the last too; 0 for none."""
+    """Iterations between evaluations, which also run before the first iteration and after the last; 0: no
+    evaluation."""
     path: PathText | None = None
-    """JSON lines, or parquet, of prompts that are not learned from."""
+    """Held-out prompts: JSON lines or parquet."""
     num_samples: Count = 1
-    """Answers to each of them."""
+    """Answers per prompt."""
     pass_k: tuple[Count, ...] = (1,)
-    """The k of each pass@k: the chance that of k answers to a prompt at least one passes."""
+    """Values of k for pass@k, the probability that at least one of k answers to a prompt passes."""
     pass_reward: float = 1.0
-    """An answer passes when its reward is at least this."""
+    """Smallest reward of an answer that passes."""
     keeps_best: bool = True
-    """Whether the policy of the highest mean reward is kept in <run.output>/hf/best."""
+    """Whether the policy with the highest mean reward is exported to <run.output>/hf/best."""
 
     def __post_init__(self) -> None:
         if (self.every > 0) != (self.path is not None):
             raise ValueError(
                 f"evaluate.every is {self.every} and evaluate.path {self.path or 'null'}: evaluation needs "
-                "both, give both or neither"
+                "both, set both or neither"
             )
         _check_pass_k(self, self.num_samples, "evaluate.num_samples")
 
@@ -75,25 +76,25 @@ class EvaluateConfig:
     """Settings of `evaluate`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="evaluate"))
-    """Where results go, and the seed."""
+    """Run folder and seed."""
     model: ModelSection
-    """The policy that is evaluated."""
+    """The policy to evaluate."""
     against: AgainstSection = Field(default_factory=AgainstSection)
-    """Whom it is compared with."""
+    """The model to compare it with."""
     reward: PPORewardSection
-    """Who judges."""
+    """Reward of an answer."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """The tokenizer of all models."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """The layout of all models."""
     data: RecordsSection
-    """Prompts in, judged answers out."""
+    """Input prompts and output answers with rewards."""
     generation: GenerationSection = Field(default_factory=GenerationSection)
-    """How answers are drawn."""
+    """Sampling."""
     train: ForwardSection = Field(default_factory=ForwardSection)
     """Precision of the models, and batches of the reward model."""
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
-    """What counts."""
+    """Pass@k."""
 
     from_yaml = FromYaml()
 
@@ -103,7 +104,7 @@ class EvaluateConfig:
 
     @property
     def out_path(self) -> Path:
-        """File of judged answers."""
+        """File of the answers with their rewards."""
         return out_path(self, "evaluate.jsonl")
 
     @property
@@ -115,4 +116,6 @@ class EvaluateConfig:
 def _check_pass_k(section: Any, num_samples: int, key: str) -> None:
     largest = max(section.pass_k, default=0)
     if largest > num_samples:
-        raise ValueError(f"evaluate.pass_k holds {largest}, {key} is {num_samples}: draw as many at least")
+        raise ValueError(
+            f"evaluate.pass_k holds {largest}, {key} is {num_samples}: it must be at least the largest k"
+        )

@@ -1,4 +1,4 @@
-"""The keys of a configuration: what each accepts, defaults to, means."""
+"""The keys of a config: what each accepts, its default and its meaning."""
 
 import dataclasses
 import difflib
@@ -17,26 +17,26 @@ RENAMED_KEYS = {
     "train.park": "train.offload",
     "ppo.scores_early": "ppo.overlap_scoring",
 }
-"""Keys of earlier versions, which are refused, and what they are called now."""
+"""Old key → new key; the old one is refused with the new name."""
 _BOUNDS: tuple[tuple[type, str, str], ...] = (
     (annotated_types.Ge, "ge", "at least"),
     (annotated_types.Gt, "gt", "above"),
     (annotated_types.Le, "le", "at most"),
     (annotated_types.Lt, "lt", "below"),
 )
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Required:
-    """Stands for the default of a key that has none."""
+    """Default of a key that the user must set."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
-    """What a value type accepts, for types whose Python type does not say it; goes into `Annotated`."""
+    """Description of a value type that its Python type does not give; goes into `Annotated`."""
 
-    words: str
+    accepts: str
     """Completes "it must be …"."""
 
 
@@ -51,9 +51,9 @@ class Key:
     accepts: str
     """Completes "it must be …": type, range, choices."""
     default: Any
-    """Value when the user gives none, or `Required()`."""
+    """Value where the user sets none, or `Required()`."""
     meaning: str
-    """The string under the field: meaning and unit."""
+    """The string below the field: meaning and unit."""
     value_type: type
     """Python type of its values other than null: bool, int, float, str, tuple."""
     may_be_null: bool
@@ -61,25 +61,25 @@ class Key:
 
     @property
     def path(self) -> str:
-        """The key as it is written on the command line."""
+        """The key as written on the command line: `section.name`."""
         return f"{self.section}.{self.name}"
 
     @property
     def is_text(self) -> bool:
-        """Whether values are text, so that the command line takes them as they stand."""
+        """Whether values are text, so that the command line takes them unparsed."""
         return self.value_type is str
 
     @property
     def is_required(self) -> bool:
-        """Whether the user has to give it."""
+        """Whether the user must set it."""
         return isinstance(self.default, Required)
 
 
 def section_factories(config_class: type) -> dict[str, functools.partial[Any]]:
-    """Return, for each section of a root config in its order, what builds it from keyword arguments.
+    """Return section name → callable that builds the section from keyword arguments, in the root's order.
 
-    A root's field is declared with its section's class, and may carry a `default_factory` which is the
-    class or a `functools.partial` of it: the partial's keywords are this command's own defaults.
+    A root's field is declared with its section's class and may have a `default_factory`, which is the class
+    or a `functools.partial` of it: the partial's keywords are defaults of this command.
 
     Raises:
         AssertionError: a field of the root is not a section.
@@ -94,7 +94,7 @@ def section_factories(config_class: type) -> dict[str, functools.partial[Any]]:
 
 
 def keys_of(config_class: type) -> dict[str, Key]:
-    """Return every key of a root config by its path (`section.name`), in the order of declaration."""
+    """Return path (`section.name`) → key of a root config, in the order of declaration."""
     keys = {}
     for section, factory in section_factories(config_class).items():
         for name, field in _fields_of(factory.func).items():
@@ -102,7 +102,7 @@ def keys_of(config_class: type) -> dict[str, Key]:
             key = Key(
                 section=section,
                 name=name,
-                accepts=_in_words(annotation, metadata) + (" or null" if may_be_null else ""),
+                accepts=_describe(annotation, metadata) + (" or null" if may_be_null else ""),
                 default=factory.keywords.get(name, _default(field)),
                 meaning=" ".join((field.description or "").split()),
                 value_type=_value_type(annotation),
@@ -119,9 +119,9 @@ def _fields_of(section: object) -> dict[str, FieldInfo]:
 
 
 def nearest_key(path: str, keys: Mapping[str, Key]) -> str:
-    """Return the valid key path that a user most likely meant by `path`.
+    """Return the valid key path that is nearest to `path`.
 
-    A key of the same name in another section goes first, then the most similar spelling.
+    Keys of the same name in other sections come first, then the most similar spelling.
     """
     name = path.rpartition(".")[2]
     namesakes = [key.path for key in keys.values() if key.name == name]
@@ -130,7 +130,7 @@ def nearest_key(path: str, keys: Mapping[str, Key]) -> str:
 
 
 def in_yaml(value: object) -> str:
-    """Return a value as a user would write it in YAML."""
+    """Return a value as YAML text on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
@@ -139,7 +139,7 @@ def in_yaml(value: object) -> str:
 
 
 def help_text(config_class: type) -> str:
-    """Return the help on every key of a root config: type, default, meaning with its unit."""
+    """Return the help text of a root config: type, default and meaning of each key."""
     lines: list[str] = []
     section = None
     keys = keys_of(config_class)
@@ -160,7 +160,7 @@ def _default(field: FieldInfo) -> object:
 
 
 def _unwrapped(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[Any]]:
-    """Return the annotation without `Annotated` and `| None`, whether null was allowed, all metadata."""
+    """Return the annotation without `Annotated` and `| None`, whether null is allowed, and all metadata."""
     may_be_null = False
     metadata = list(metadata)
     while True:
@@ -169,7 +169,7 @@ def _unwrapped(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[An
             metadata += more
         elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
             rest = [member for member in get_args(annotation) if member is not type(None)]
-            assert len(rest) == 1, f"a key has one type, perhaps or null, not {annotation}"
+            assert len(rest) == 1, f"a key has one type, or that type or null, not {annotation}"
             annotation, may_be_null = rest[0], True
         else:
             return annotation, may_be_null, metadata
@@ -184,28 +184,29 @@ def _value_type(annotation: Any) -> type:
     return value_type
 
 
-def _in_words(annotation: Any, metadata: list[Any]) -> str:
+def _describe(annotation: Any, metadata: list[Any]) -> str:
+    """Return what completes "it must be …"."""
     for entry in metadata:
         if isinstance(entry, Described):
-            return entry.words
+            return entry.accepts
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(in_yaml(choice) for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         members = [member for member in get_args(annotation) if member is not Ellipsis]
-        inner = [_in_words(*_unwrapped(member, [])[::2]) for member in members]
+        inner = [_describe(*_unwrapped(member, [])[::2]) for member in members]
         is_open = Ellipsis in get_args(annotation)
         return f"a list: {inner[0]} each" if is_open else f"a list of {len(inner)}: {', '.join(inner)}"
     bounds = [
-        f"{words} {getattr(entry, attribute)}"
+        f"{phrase} {getattr(entry, attribute)}"
         for entry in _flat(metadata)
-        for bound, attribute, words in _BOUNDS
+        for bound, attribute, phrase in _BOUNDS
         if isinstance(entry, bound)
     ]
-    return ", ".join([_WORDS[annotation], *bounds])
+    return ", ".join([_TYPE_NAMES[annotation], *bounds])
 
 
 def _flat(metadata: list[Any]) -> list[Any]:
-    """Return metadata with the entries of every nested `Field(...)` put in its place."""
+    """Return the metadata with each nested `Field(...)` replaced by its entries."""
     flat = []
     for entry in metadata:
         flat += entry.metadata if isinstance(entry, FieldInfo) else [entry]

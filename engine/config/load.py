@@ -1,4 +1,4 @@
-"""A config from its YAML file, overridden from the command line, checked key by key."""
+"""A config from a YAML file and command-line overrides, validated key by key."""
 
 import dataclasses
 import os
@@ -26,37 +26,36 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def load_config(
     config_class: type[Config], path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()
 ) -> Config:
-    """Return a root config, built from a YAML file and `a.b=c` overrides, every key checked.
+    """Return a validated root config, built from a YAML file and `a.b=c` overrides.
 
-    A later override of the same key wins over an earlier one, any override over the file, the file over
-    the default.
+    Precedence: a later override, an earlier override, the file, the default.
 
     Args:
         config_class: a root of `glm_rlhf.engine.config.sections`, e.g. `ScoreConfig`.
-        path: YAML file of sections, or None to start from the defaults.
+        path: YAML file of sections; None: defaults only.
         overrides: `section.key=value` each; the value is YAML, or plain text where the key takes text.
 
     Raises:
-        ConfigError: anything a user has to mend: an unreadable file, unknown or missing keys, values of a
-            wrong type or range, impossible combinations. All faulty keys are named at once.
+        ConfigError: an unreadable file, unknown or missing keys, values of a wrong type or range, invalid
+            combinations. The message names all wrong keys at once.
     """
     keys = keys_of(config_class)
-    given: dict[str, YamlValue] = {}
+    values_by_path: dict[str, YamlValue] = {}
     problems: list[str] = []
     entries = [*(read_file(path) if path is not None else ()), *(_override(text, keys) for text in overrides)]
     for entry in entries:
-        given[entry.path] = entry
+        values_by_path[entry.path] = entry
         if entry.path not in keys:
             problems.append(_unknown(entry, keys))
     if problems:
         raise ConfigError("; ".join(problems))
     sections = {}
     for section, factory in section_factories(config_class).items():
-        values = {entry.name: entry.value for entry in given.values() if entry.section == section}
+        values = {entry.name: entry.value for entry in values_by_path.values() if entry.section == section}
         try:
             sections[section] = factory(**values)
         except ValidationError as error:
-            problems += dict.fromkeys(_problems(error, section, keys, given))  # a list's items: once
+            problems += dict.fromkeys(_problems(error, section, keys, values_by_path))  # a list's items: once
     if problems:
         raise ConfigError("; ".join(problems))
     try:
@@ -81,10 +80,10 @@ def dump_config(config: object) -> str:
 
 
 def save_config(config: object, folder: str | os.PathLike[str]) -> Path:
-    """Return the path `<folder>/config.yaml` after writing the config there; one rank calls it.
+    """Write the config to `<folder>/config.yaml` and return that path; one rank calls this.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def save_config(config: object, folder: str | os.PathLike[str]) -> Path:
 
 
 def is_override(argument: str) -> bool:
-    """Return whether a command line argument sets a key, in contrast to naming a file."""
+    """Return whether a command-line argument sets a key; otherwise it names a file."""
     return _OVERRIDE.match(argument) is not None
 
 
@@ -106,13 +105,13 @@ def _override(text: str, keys: dict[str, Key]) -> YamlValue:
     section, _, name = path.partition(".")
     key = keys.get(path)
     if not value:
-        mend = "a value, or null for none" if key and key.may_be_null else "a value"
-        raise ConfigError(f"{COMMAND_LINE}: {path}= is empty: give {mend}")
+        required = "a value, or null for none" if key and key.may_be_null else "a value"
+        raise ConfigError(f"{COMMAND_LINE}: {path}= is empty: give {required}")
     return YamlValue(section=section, name=name, value=_value(value, key), location=COMMAND_LINE)
 
 
 def _value(text: str, key: Key | None) -> Any:
-    """Return an override's value: as it stands for a key of text, unless it is quoted, or null."""
+    """Return an override's value: unparsed for a key of text, unless it is quoted or null; else as YAML."""
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     is_null = key is not None and key.may_be_null and text == "null"
     return text if key is not None and key.is_text and not is_quoted and not is_null else read_value(text)
@@ -132,7 +131,7 @@ def _unknown(entry: YamlValue, keys: dict[str, Key]) -> str:
 
 
 def _problems(
-    error: ValidationError, section: str, keys: dict[str, Key], given: dict[str, YamlValue]
+    error: ValidationError, section: str, keys: dict[str, Key], values_by_path: dict[str, YamlValue]
 ) -> Iterator[str]:
     for detail in error.errors():
         kind, location = detail["type"], detail["loc"]
@@ -144,9 +143,10 @@ def _problems(
             in_file = f"{location[0]}: below {section}: in the file"
             yield f"{path} is required: add {path}=… to the command line, or {in_file}"
             continue
-        place = f"{given[path].location}: " if path in given else ""
-        value = given[path].value if path in given else detail["input"]
-        subject = f"{place}{path} is {_shown(value)}"
+        entry = values_by_path.get(path)
+        location_prefix = "" if entry is None else f"{entry.location}: "
+        value = detail["input"] if entry is None else entry.value
+        subject = f"{location_prefix}{path} is {_shown(value)}"
         if kind == "value_error":
             yield f"{subject}: {_reason(detail)}"
         else:
@@ -159,17 +159,17 @@ def _reason(detail: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value and its kind, so that `'true'` as text differs from `true`."""
+    """Return a value with its kind, so that the text `'true'` differs from `true`."""
     if value is None:
         return "null"
     text = repr(value) if isinstance(value, str) else in_yaml(value)
     text = text if len(text) <= 80 else text[:77] + "…"
-    kind = next((words for python, words in _KINDS.items() if type(value) is python), "a mapping")
+    kind = next((name for python, name in _KINDS.items() if type(value) is python), "a mapping")
     return text if isinstance(value, bool) else f"{text} ({kind})"
 
 
 def _hint(value: Any, key: Key) -> str:
-    """Return how to mend a value that only its notation makes wrong."""
+    """Return how to fix a value of which only the notation is wrong; empty for others."""
     if isinstance(value, str) and not key.is_text:
         written = value.strip().lower()
         meant = {"yes": True, "on": True, "no": False, "off": False}.get(written, read_value(written))

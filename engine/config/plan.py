@@ -15,25 +15,27 @@ class PlannedModelSection:
     """The policy."""
 
     path: PathText
-    """Hugging Face folder, of which config.json is read, or a preset's name such as chatglm3-6b."""
+    """Preset's name such as chatglm3-6b, or Hugging Face folder whose config.json gives the shape."""
 
 
 @frozen_section
 class PlannedRoleSection:
-    """Another model beside the policy."""
+    """Another model."""
 
     path: PathText | None = None
-    """Hugging Face folder or preset's name; null has the policy's shape."""
+    """Preset's name or Hugging Face folder; null: the policy's shape; the critic's default is the reward
+    model's shape, if there is a reward model."""
 
 
 @frozen_section
 class PlannedRewardSection:
-    """What gives the reward."""
+    """The reward."""
 
     path: PathText | None = None
-    """Hugging Face folder or preset's name of a reward model; null without a function: the policy's shape."""
+    """Preset's name or Hugging Face folder of a reward model; null: none where reward.function is set, else
+    the policy's shape."""
     function: str | None = None
-    """`module:function` that gives the reward; alone, no reward model is held."""
+    """`module:function` of a reward function; null: none."""
 
 
 @frozen_section
@@ -41,45 +43,45 @@ class ClusterSection:
     """The machines."""
 
     gpu: Literal["a100-40gb", "a100-80gb", "h20", "h800", "h100", "h200", "b200"] = "h100"
-    """Kind of GPU; says memory and peak rates."""
+    """Type of GPU, which gives memory and peak rates."""
     gpus: Count = 8
-    """GPUs, one rank each."""
+    """Number of GPUs, one rank each."""
     per_node: Count = 8
-    """GPUs a node."""
+    """GPUs per node."""
     memory: NumBytes | None = None
-    """Memory of a GPU where it is not the kind's; null takes the kind's."""
+    """Memory per GPU; null: that of the GPU type."""
     reserve: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the memory that is left to CUDA, NCCL and fragmentation."""
+    """Fraction of the memory reserved for CUDA, NCCL and fragmentation."""
     network: NumBytes = 50 * 10**9
-    """Bytes a second and GPU between nodes, one direction; 50GB is 400 Gb/s."""
+    """Bytes per second and GPU between nodes, in one direction; 50GB is 400 Gb/s."""
     rates: PathText | None = None
-    """rates.json that `bench` measured; null assumes shares of public peaks."""
+    """rates.json that `bench` measured; null: assumed fractions of the public peak rates."""
 
     def __post_init__(self) -> None:
         if self.memory is not None and self.memory < 10**9:
             raise ValueError(
-                f"cluster.memory is {self.memory} bytes, a GPU has more than 1GB: write a size with its "
-                "unit, such as 80GB"
+                f"cluster.memory is {self.memory} bytes, it must be at least 1GB: write a size with a unit, "
+                "such as 80GB"
             )
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(
-                f"cluster.gpus is {self.gpus} with {self.per_node} GPUs a node: give whole nodes, a multiple "
-                f"of {self.per_node}"
+                f"cluster.gpus is {self.gpus} with {self.per_node} GPUs per node: it must be a multiple of "
+                f"{self.per_node}"
             )
 
 
 @frozen_section
 class PlannedLayoutSection:
-    """What of the layout is decided already; null leaves it to the plan."""
+    """Fixed sizes of the layout; null: the plan chooses."""
 
     tp: Count | None = None
-    """Tensor parallelism."""
+    """Tensor-parallel size."""
     pp: Count | None = None
-    """Pipeline parallelism."""
+    """Pipeline-parallel size."""
     vpp: Count | None = None
-    """Model chunks per pipeline stage."""
+    """Virtual pipeline size: model chunks per stage."""
     cp: Count | None = None
-    """Context parallelism."""
+    """Context-parallel size."""
 
 
 @frozen_section
@@ -87,71 +89,73 @@ class PlannedPromptsSection:
     """The prompts."""
 
     path: PathText = "prompts.jsonl"
-    """JSON lines, or parquet, of prompts, for the config that is written; the plan does not read them."""
+    """Prompts (JSON lines or parquet) of the written PPO config; the plan does not read them."""
     max_prompt_tokens: Count = 1024
-    """Longest prompt, in tokens: memory has to hold it."""
+    """Longest prompt, in tokens; memory is planned for it."""
     mean_prompt_tokens: Count | None = None
-    """Mean prompt, in tokens: time is spent on it; null is half of the longest."""
+    """Mean length of a prompt, in tokens; time is estimated for it; null: half of the longest."""
 
 
 @frozen_section
 class PlannedGenerationSection:
-    """How answers are drawn."""
+    """Generation of answers."""
 
     max_new_tokens: Count = 1024
-    """Longest answer, in tokens: memory has to hold it."""
+    """Longest answer, in tokens; memory is planned for it."""
     mean_new_tokens: Count | None = None
-    """Mean answer, in tokens: time is spent on it; null is half of the longest."""
+    """Mean length of an answer, in tokens; time is estimated for it; null: half of the longest."""
     temperature: Positive = 1.0
-    """Divides the logits; at any but 1 the policy's logprobs are computed again for every answer."""
+    """Divides the logits before sampling; if it is not 1, the policy's logprobs are recomputed for every
+    answer."""
     num_samples: Count = 1
-    """Answers to each prompt."""
+    """Answers per prompt."""
     max_batch: Count = 256
-    """Sequences that run at once on a copy of the model, at most; the plan may take fewer."""
+    """Most sequences generated at once per model replica (tp × pp ranks); the plan may choose fewer."""
     page_size: Count = 16
-    """Positions a page of the key/value cache."""
+    """Positions per page of the key/value cache."""
     max_step_tokens: Count = 8192
-    """Tokens that go through the model in a step."""
+    """Most tokens per step of generation."""
 
 
 @frozen_section
 class PlannedTrainSection:
-    """In which portions an iteration is trained on."""
+    """Batches, precision and memory of training."""
 
     steps: Count = 1000
-    """Iterations, for the config that is written."""
+    """Iterations of the written PPO config."""
     global_batch_size: Count = 512
-    """Prompts an iteration, over all ranks."""
+    """Prompts per iteration, over all ranks."""
     micro_batch_tokens: Count | None = None
-    """Tokens that go through a model at once; null leaves it to the plan."""
+    """Most tokens per micro-batch; null: the plan chooses."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations."""
     recompute_layers: bool | None = None
-    """Whether backward runs each layer again; null leaves it to the plan."""
+    """Whether backward recomputes the activations of each layer; null: the plan chooses."""
     offload: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
-    """What waits in host memory in phases that do not need it, as in `ppo`; copies take no time here."""
+    """States offloaded to host memory in phases that do not need them, as in `ppo`; the estimate counts no
+    time for the copies."""
 
 
 @frozen_section
 class PlannedPPOSection:
-    """The algorithm, as far as it takes time."""
+    """Settings of PPO that change time or memory."""
 
     epochs: Count = 1
-    """Passes over an iteration's answers."""
+    """Epochs over the answers of an iteration."""
     minibatches: Count = 1
-    """Optimizer steps a pass."""
+    """Mini-batches, each one optimizer step, per epoch."""
     reference_baseline: bool = True
-    """Whether the reference answers each prompt too."""
+    """Whether the reference answers each prompt too, for the baseline."""
 
 
 @frozen_section
 class PlanSection:
-    """What is shown."""
+    """The report."""
 
     alternatives: Count = 3
-    """Plans that are shown, the fastest first; the first is written."""
+    """Number of plans to show, fastest first; the config and scripts are written for the fastest."""
     scaling_to: Count = 1024
-    """The first plan is also shown on twice as many GPUs and prompts, and so on, up to this many GPUs."""
+    """The report scales the first plan to 2, 4, 8 … times the GPUs and prompts, up to this many GPUs."""
 
 
 @frozen_section
@@ -159,28 +163,28 @@ class PlanConfig:
     """Settings of `plan`."""
 
     run: RunFolderSection = Field(default_factory=partial(RunFolderSection, name="plan"))
-    """Where the config and the launch scripts go."""
+    """Folder of the config and the launch scripts."""
     model: PlannedModelSection
     """The policy."""
     critic: PlannedRoleSection = Field(default_factory=PlannedRoleSection)
-    """The critic; null starts from the reward model, or from the policy."""
+    """The critic."""
     reward: PlannedRewardSection = Field(default_factory=PlannedRewardSection)
     """The reward."""
     reference: PlannedRoleSection = Field(default_factory=PlannedRoleSection)
-    """The policy that it is held to."""
+    """The policy of the KL term."""
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     """The machines."""
     parallel: PlannedLayoutSection = Field(default_factory=PlannedLayoutSection)
-    """What of the layout is decided already."""
+    """Fixed sizes of the layout."""
     data: PlannedPromptsSection = Field(default_factory=PlannedPromptsSection)
     """The prompts."""
     generation: PlannedGenerationSection = Field(default_factory=PlannedGenerationSection)
-    """How they are answered."""
+    """Generation of answers."""
     train: PlannedTrainSection = Field(default_factory=PlannedTrainSection)
-    """In which portions."""
+    """Batches, precision and memory."""
     ppo: PlannedPPOSection = Field(default_factory=PlannedPPOSection)
     """The algorithm."""
     plan: PlanSection = Field(default_factory=PlanSection)
-    """What is shown."""
+    """The report."""
 
     from_yaml = FromYaml()

@@ -1,4 +1,4 @@
-"""The settings of what judges answers."""
+"""The settings of the reward of PPO and `evaluate`."""
 
 from typing import Literal
 
@@ -8,33 +8,35 @@ from glm_rlhf.engine.config.training import CountOrZero
 
 @frozen_section
 class PPORewardSection:
-    """What an answer is worth: a reward model, a function, or their sum."""
+    """Reward of an answer: a reward model, a reward function, or their sum."""
 
     path: PathText | None = None
-    """Hugging Face folder of a reward model; null for none."""
+    """Hugging Face folder of a reward model; null: none."""
     function: str | None = None
-    """`module:function` that takes a list of RewardRequest and returns for each a number, or one a token;
-    the http(s) address of a reward server; or a sum, `rules:exact + 0.5 * http://judge:8000`. null: none."""
+    """`module:function` that takes a list of RewardRequest and returns one number, or one number per token,
+    for each; or the http(s) address of a reward server; or a weighted sum of these such as
+    `rules:exact + 0.5 * http://host:8000`; null: none."""
     function_weight: float = 1.0
-    """Factor of the function's reward."""
+    """Weight of the function's reward; the reward model's weight is 1."""
     on_error: Literal["raise", "mask"] = "raise"
-    """What an answer that the function has no finite reward for does: end the run, or be left out."""
+    """What to do where the function returns no finite reward: raise ends the run, mask excludes the answer
+    from training."""
     timeout_s: Seconds = 30.0
-    """Longest that a reward server may take for a batch."""
+    """Seconds after which a request to a reward server fails."""
     retries: CountOrZero = 3
-    """How often a batch is asked for again when the server is down, slow, or answers what it must not."""
+    """Retries of a request to a reward server that is down, slow or returns an invalid response."""
     batch_size: Count = 64
-    """Most answers that a reward server is sent at once."""
+    """Most answers per request to a reward server."""
     concurrency: CountOrZero = 1
-    """Most calls of the function at once, in background threads: `ppo` has answers judged as they end, while
-    others are generated. 0 calls it once, with all answers, after the last has ended, on the main thread: for
-    a function that compares answers with each other, sets signals, or computes in Python, which holds up what
-    generates: in the background it gains nothing."""
+    """Most concurrent calls of the function, in background threads: `ppo` scores finished answers while it
+    generates others. 0: one call with all answers, on the main thread, after generation. Use 0 for a function
+    that compares answers with each other, sets signal handlers, or computes in Python, which would slow
+    generation down."""
 
     def __post_init__(self) -> None:
         if self.path is not None and "://" in self.path:
             raise ValueError(
-                f"reward.path is {self.path}, an address: a reward server is a function, set "
+                f"reward.path is {self.path}, an address: a reward server is a reward function, set "
                 "reward.function to it"
             )
         if self.path is None and self.function is None:

@@ -38,86 +38,87 @@ class CriticSection:
     """The critic."""
 
     path: PathText | None = None
-    """Hugging Face folder; null starts from the reward model, without one from the policy with a new head."""
+    """Hugging Face folder that the critic starts from; null: the reward model, or the policy with a new
+    scalar head where there is none."""
     lr: Positive = 5e-6
-    """Its learning rate, constant after the policy's warm-up."""
+    """Learning rate of the critic, constant over the run."""
     warmup_iterations: CountOrZero = 0
-    """First iterations in which only the critic learns."""
+    """Number of first iterations that train the critic only."""
 
 
 @frozen_section
 class PPOPromptsSection:
-    """What is to be answered."""
+    """Prompts, and demonstrations of the SFT loss."""
 
     path: PathText
-    """JSON lines, or parquet, of prompts; further fields of a record reach the reward function."""
+    """Prompts: JSON lines or parquet; the reward function gets the other fields of a record."""
     sft_path: PathText | None = None
-    """JSON lines, or parquet, of demonstrations that the policy goes on imitating, see ppo.sft_coef; null for
-    none."""
+    """Demonstrations (JSON lines or parquet) of the SFT loss, see ppo.sft_coef; null: none."""
     max_prompt_tokens: Count = 4096
-    """Longest prompt, in tokens; a longer one is a bad record."""
+    """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad record, of prompts or demonstrations, does: end the command, or be left out and counted."""
+    """What to do with a bad prompt or demonstration: raise ends the command, skip drops and counts it."""
 
 
 @frozen_section
 class PPOTrainSection(TrainingSection):
-    """How long, and in which portions."""
+    """Length of the run, batches, precision, memory and checkpoints."""
 
     sft_batch_size: Count | None = None
     """Demonstrations per optimizer step, over all ranks; null: global_batch_size / ppo.minibatches, rounded
     up."""
     offload: tuple[Literal["optimizers", "reference", "reward"], ...] = ()
-    """What waits in pinned host memory in phases that do not need it. optimizers: the states of policy and
-    critic while answers are generated and scored; gradient buffers are freed meanwhile. reference, reward:
-    the model's weights while answers are generated and learned from; that model then scores no answers while
-    others are generated."""
+    """States offloaded to pinned host memory in phases that do not need them. optimizers: optimizer states of
+    policy and critic during generation and scoring, their gradient buffers are freed meanwhile. reference,
+    reward: the model's weights during generation and training; ppo.overlap_scoring then skips the model."""
     sample_every: CountOrZero = 10
-    """Iterations between two files of sample answers in <run.output>/samples; 0 for none."""
+    """Iterations between files of sample answers in <run.output>/samples; 0: none."""
 
 
 @frozen_section
 class PPOSection:
-    """How experience is estimated and learned from. Values are ours; the paper does not name them."""
+    """Advantages and losses of PPO. The defaults are this project's; the paper does not state them."""
 
     epochs: Count = 1
-    """Passes over an iteration's answers."""
+    """Epochs over the answers of an iteration."""
     minibatches: Count = 1
-    """Optimizer steps a pass."""
+    """Mini-batches, each one optimizer step, per epoch."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The ratio of new to old probability counts between 1 - clip and 1 + clip."""
+    """Clip range of the policy loss: the probability ratio is clipped to [1 - clip, 1 + clip]."""
     value_clip: Positive | None = 0.2
-    """The critic may move this far from its old value, in units of reward; null does not clip."""
+    """Clip range of the value loss: values are clipped to old value ± value_clip, in units of reward; null:
+    no clipping."""
     gamma: Fraction = 1.0
-    """Discount a token."""
+    """Discount per token."""
     lam: Fraction = 0.95
-    """GAE's lambda."""
+    """Lambda of GAE."""
     kl_coef: NotNegative = 0.05
-    """Weight of the KL to the reference inside the reward; with kl_target its first value."""
+    """Coefficient of the KL penalty to the reference in the reward; with kl_target, its initial value."""
     kl_target: Positive | None = None
-    """KL a token, in nats, that the coefficient is steered towards; null keeps it fixed."""
+    """Target KL per token, in nats, of the adaptive coefficient; null: the coefficient is fixed."""
     kl_horizon: Count = 10_000
-    """Sequences over which a steered coefficient follows."""
+    """Horizon of the adaptive coefficient, in sequences."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL inside the reward."""
+    """Estimator of the KL penalty in the reward."""
     entropy_coef: NotNegative = 0.0
-    """Weight of the entropy bonus."""
+    """Coefficient of the entropy bonus in the policy loss."""
     sft_coef: NotNegative = 0.0
-    """Weight of the next-token loss on data.sft_path in every step of the policy, against forgetting."""
+    """Coefficient of the SFT loss on data.sft_path in each policy step (PPO-ptx)."""
     whiten: bool = False
-    """Whether advantages get mean 0 and variance 1 over the iteration."""
+    """Whether advantages are whitened to mean 0 and variance 1 over the iteration."""
     max_kl: Positive | None = None
-    """An update ends when a mini-batch's KL from the old policy, in nats a token, is above; null: never."""
+    """Early stop: an update ends when the KL from the old policy in a mini-batch, in nats per token, exceeds
+    this; null: never."""
     max_logprob_gap: NotNegative = 1e-4
-    """The sampler's logprobs serve as the old ones up to this mean distance, in nats, from a forward pass
-    over one answer in eight; above it, the pass goes over all."""
+    """Largest mean difference, in nats, between the sampler's logprobs and those of a forward pass over one
+    answer in eight at which the sampler's are used as old logprobs; above it, the forward pass covers all
+    answers."""
     overlap_scoring: bool = True
-    """Whether reference, critic and reward model score answers that have ended while others are generated, in
-    turns in which a pipeline stage would be idle. Off it saves the memory of a forward pass over an answer
-    beside the cache. Without parallel.pp no turn is idle; with parallel.cp, generation.tp or generation.pp
-    none is used."""
+    """Whether reference, critic and reward model score finished answers during generation, in the idle slots
+    of the pipeline. Takes the memory of a forward pass over one answer in addition to the cache. Has no
+    effect without parallel.pp, or with parallel.cp, generation.tp or generation.pp."""
     reference_baseline: bool = True
-    """Whether each reward has that of the reference's answer to the same prompt subtracted."""
+    """Whether the reward of the reference's answer to the same prompt is subtracted from each reward."""
 
 
 @frozen_section
@@ -125,15 +126,15 @@ class PPOConfig:
     """Settings of `ppo`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="ppo"))
-    """Where everything goes, and the seed."""
+    """Run folder, seed and resuming."""
     model: ModelSection
-    """The policy that is trained."""
+    """The policy to train."""
     critic: CriticSection = Field(default_factory=CriticSection)
-    """The critic that is trained beside it."""
+    """The critic."""
     reward: PPORewardSection
     """The reward."""
     reference: OptionalModelSection = Field(default_factory=OptionalModelSection)
-    """The policy that it is held to."""
+    """The policy of the KL term."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """The tokenizer of all models."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
@@ -141,11 +142,11 @@ class PPOConfig:
     data: PPOPromptsSection
     """The prompts."""
     generation: GenerationSection = Field(default_factory=GenerationSection)
-    """How they are answered."""
+    """Sampling."""
     optimizer: OptimizerSection = Field(default_factory=partial(OptimizerSection, lr=1e-6))
-    """How the policy learns; the critic differs in its learning rate."""
+    """Optimizer of policy and critic; critic.lr is the critic's learning rate."""
     train: PPOTrainSection
-    """How long."""
+    """Length, batches, memory and checkpoints."""
     ppo: PPOSection = Field(default_factory=PPOSection)
     """The algorithm."""
     evaluate: EvaluateWithinSection = Field(default_factory=EvaluateWithinSection)
@@ -157,23 +158,21 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.generation.temperature == 0:
-            raise ValueError(
-                "generation.temperature is 0: PPO learns from answers that are drawn, set it above"
-            )
+            raise ValueError("generation.temperature is 0: PPO needs sampled answers, set it above 0")
         if self.ppo.sft_coef > 0 and self.data.sft_path is None:
             raise ValueError(
-                f"ppo.sft_coef is {self.ppo.sft_coef}, but there is nothing to imitate: set data.sft_path to "
-                "demonstrations, or ppo.sft_coef to 0"
+                f"ppo.sft_coef is {self.ppo.sft_coef}, but there are no demonstrations: set data.sft_path, "
+                "or ppo.sft_coef to 0"
             )
         if self.ppo.sft_coef == 0 and self.data.sft_path is not None:
             raise ValueError(
-                f"data.sft_path is {self.data.sft_path}, but ppo.sft_coef is 0, so that it would not be "
-                "learned from: set ppo.sft_coef above 0, or data.sft_path to null"
+                f"data.sft_path is {self.data.sft_path}, but ppo.sft_coef is 0, which does not use it: set "
+                "ppo.sft_coef above 0, or data.sft_path to null"
             )
         if "optimizers" in self.train.offload and self.optimizer.in_backward:
             raise ValueError(
-                f"train.offload is {list(self.train.offload)} with optimizer.in_backward, whose state is not "
-                "parked: leave optimizers out, or set optimizer.in_backward to false"
+                f"train.offload is {list(self.train.offload)} with optimizer.in_backward, whose state cannot "
+                "be offloaded: remove optimizers from train.offload, or set optimizer.in_backward to false"
             )
         if self.train.sft_batch_size is not None and self.data.sft_path is None:
             raise ValueError(
@@ -183,7 +182,7 @@ class PPOConfig:
 
     @property
     def sft_batch_size(self) -> int:
-        """Demonstrations an optimizer step of the policy, over all ranks."""
+        """Demonstrations per optimizer step of the policy, over all ranks."""
         return self.train.sft_batch_size or -(-self.train.global_batch_size // self.ppo.minibatches)
 
     @property

@@ -1,8 +1,8 @@
 """The settings of every command: typed sections, one root per command.
 
 A root holds only what its command reads, and the same key means the same thing in every root. Sections
-are checked when they are built and never change afterwards; what follows from settings is a property.
-A root's `default_factory` with keywords gives a section other defaults for that command.
+are validated when they are built and never change afterwards; derived values are properties. A root's
+`default_factory` with keywords gives a section other defaults for that command.
 """
 
 import os
@@ -33,12 +33,14 @@ def frozen_section(section: type[Section]) -> type[Section]:
 
 def _folder_name(name: str) -> str:
     if name.strip() != name or name in (".", "..") or not re.fullmatch(r"[^/\\\0]+", name):
-        raise ValueError("it names one folder, without slashes or outer spaces (run.output takes a path)")
+        raise ValueError(
+            "it must be the name of one folder, without slashes or outer spaces (run.output takes a path)"
+        )
     return name
 
 
 def _num_bytes(size: Any) -> Any:
-    """Return a size such as `5GB` in bytes; what is no text is left to the type check."""
+    """Return a size such as `5GB` in bytes; a value that is not text is left to the type check."""
     if not isinstance(size, str):
         return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", size)
@@ -47,10 +49,12 @@ def _num_bytes(size: Any) -> Any:
     return int(float(match[1]) * _BYTES[match[2]])
 
 
-FolderName = Annotated[str, AfterValidator(_folder_name), Described(words="a folder name")]
-PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Described(words="a path")]
+FolderName = Annotated[str, AfterValidator(_folder_name), Described(accepts="a folder name")]
+PathText = Annotated[
+    str, Field(min_length=1), AfterValidator(os.path.expanduser), Described(accepts="a path")
+]
 NumBytes = Annotated[
-    int, BeforeValidator(_num_bytes), Field(ge=1), Described(words="a size in bytes, above 0, such as 5GB")
+    int, BeforeValidator(_num_bytes), Field(ge=1), Described(accepts="a size in bytes, above 0, such as 5GB")
 ]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -58,12 +62,12 @@ Seconds = Annotated[float, Field(gt=0)]
 
 @frozen_section
 class RunFolderSection:
-    """Where the run keeps its files."""
+    """Folder of the run's files."""
 
     name: FolderName
     """Name of the run."""
     output: PathText = "outputs/<run.name>"
-    """Run folder; <run.name> stands for the name. The resolved config goes there as config.yaml."""
+    """Run folder; <run.name> is replaced by run.name. The resolved config is written there as config.yaml."""
 
     def __post_init__(self) -> None:
         resolve_output(self)
@@ -71,14 +75,14 @@ class RunFolderSection:
 
 @frozen_section
 class RunSection:
-    """Where the run keeps its files, and what its random numbers start from."""
+    """Folder of the run's files, and the seed."""
 
     name: FolderName
     """Name of the run."""
     output: PathText = "outputs/<run.name>"
-    """Run folder; <run.name> stands for the name. The resolved config goes there as config.yaml."""
+    """Run folder; <run.name> is replaced by run.name. The resolved config is written there as config.yaml."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
-    """Seed of every random number generator; ranks derive theirs from it."""
+    """Seed of all random number generators; each rank derives its own from it."""
 
     def __post_init__(self) -> None:
         resolve_output(self)
@@ -89,38 +93,38 @@ class ModelSection:
     """The policy."""
 
     path: PathText
-    """Hugging Face folder, or a checkpoint of ours."""
+    """Hugging Face folder, or a checkpoint <run.output>/checkpoints/step_N."""
 
 
 @frozen_section
 class TokenizerSection:
-    """The text side of the policy."""
+    """The tokenizer."""
 
     path: PathText | None = None
-    """Folder with the tokenizer's files; null takes them from model.path."""
+    """Folder with the tokenizer's files; null: model.path."""
 
 
 @frozen_section
 class ParallelSection:
-    """How the model is laid out over ranks; data parallelism takes what is left of the world."""
+    """Layout of the models over ranks; the data-parallel size is world size / (tp × pp × cp)."""
 
     tp: Count = 1
-    """Tensor parallelism: ranks that share every layer's matrices."""
+    """Tensor-parallel size: ranks that each layer's matrices are split over."""
     pp: Count = 1
-    """Pipeline parallelism: stages that hold consecutive layers."""
+    """Pipeline-parallel size: stages of consecutive layers."""
     vpp: Count = 1
-    """Model chunks per pipeline stage, interleaved; 1 is the plain pipeline."""
+    """Virtual pipeline size: model chunks per stage, run in the interleaved schedule; 1: plain 1F1B."""
     cp: Count = 1
-    """Context parallelism: ranks that share the tokens of a micro-batch."""
+    """Context-parallel size: ranks that the tokens of a micro-batch are split over."""
     sequence_parallel: bool = False
-    """Whether norms and residuals between tensor-parallel regions are split over tokens."""
+    """Whether norms and residuals outside tensor-parallel regions are split over tokens; needs tp above 1."""
     timeout_s: Seconds = 600.0
-    """Seconds after which a collective that some rank never entered fails."""
+    """Seconds after which a collective fails that some rank has not entered."""
 
     def __post_init__(self) -> None:
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(
-                f"parallel.vpp is {self.vpp} with parallel.pp 1: chunks interleave over stages, "
+                f"parallel.vpp is {self.vpp} with parallel.pp 1: chunks are interleaved over stages, "
                 "set parallel.pp to 2 or more, or parallel.vpp to 1"
             )
         if self.sequence_parallel and self.tp == 1:
@@ -132,37 +136,37 @@ class ParallelSection:
 
 @frozen_section
 class RecordsSection:
-    """The records that go in, and the file of lines that comes out."""
+    """Input records and output file."""
 
     path: PathText
-    """JSON lines, or parquet, to read."""
+    """Input file: JSON lines or parquet."""
     out: PathText | None = None
-    """JSON lines to write, one a record in the input's order; null is <run.output>/<command>.jsonl."""
+    """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl."""
     max_prompt_tokens: Count = 4096
-    """Longest prompt, in tokens; a longer one is a bad record."""
+    """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad record does: end the command, or be left out and counted."""
+    """What to do with a bad record: raise ends the command, skip drops and counts it."""
 
 
 @frozen_section
 class ScoredRecordsSection:
-    """The answers that are scored, and the file of lines that comes out."""
+    """Answers to score, and the output file."""
 
     path: PathText
-    """JSON lines, or parquet, to read."""
+    """Input file: JSON lines or parquet."""
     form: Literal["demonstrations", "pairs", "hh-rlhf"] = "demonstrations"
-    """Form of the records; pairs, also as hh-rlhf's dialogues, are for reward models."""
+    """Form of the records; pairs and hh-rlhf (pairs of whole dialogues) need a reward model."""
     out: PathText | None = None
-    """JSON lines to write, one a record in the input's order; null is <run.output>/<command>.jsonl."""
+    """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl."""
     max_prompt_tokens: Count = 4096
-    """Longest prompt, in tokens; a longer one is a bad record."""
+    """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad record does: end the command, or be left out and counted."""
+    """What to do with a bad record: raise ends the command, skip drops and counts it."""
 
 
 @frozen_section
 class PrecisionSection:
-    """How exactly a model is run."""
+    """Precision of the model."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations."""
@@ -170,90 +174,92 @@ class PrecisionSection:
 
 @frozen_section
 class ForwardSection:
-    """How a model that does not learn is run."""
+    """Precision and batches of a model that is not trained."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations."""
     micro_batch_tokens: Count = 16384
-    """Tokens that go through the model at once, packed from whole sequences."""
+    """Most tokens per micro-batch, packed from whole sequences."""
 
 
 @frozen_section
 class GenerationSection:
-    """How answers are drawn."""
+    """Sampling of answers, and the batches and memory of generation."""
 
     max_new_tokens: Count = 512
-    """Longest answer, in tokens; less where the model's context leaves less room."""
+    """Longest answer, in tokens; shorter where prompt + answer would exceed the model's context."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits before sampling; 0: greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw among the likeliest ids that together have this probability; 1 for all."""
+    """Nucleus sampling: sample from the fewest most likely ids whose probabilities sum to top_p; 1: from
+    all."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw among the k most likely ids; 0 for all."""
+    """Sample from the k most likely ids; 0: from all."""
     num_samples: Count = 1
-    """Answers to each prompt; they share the prompt's pages."""
+    """Answers per prompt; they share the prompt's pages of the key/value cache."""
     max_batch: Count = 256
-    """Sequences that run at once on a copy of the model."""
+    """Most sequences generated at once per model replica (tp × pp ranks)."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Each answer's random numbers follow from it, the record's place and the sample's number, in PPO the
-    iteration too; null: run.seed."""
+    """Seed of sampling; the random numbers of an answer depend on it, the record's index and the sample's
+    number, in PPO also on the iteration; null: run.seed."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end an answer, beside the model's own end ids; needs a tokenizer."""
+    """Texts that end an answer, in addition to the model's end ids; needs a tokenizer."""
     stop_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Ids that end an answer, beside the model's own."""
+    """Token ids that end an answer, in addition to the model's end ids."""
     page_size: Count = 16
-    """Positions a page of the key/value cache; 16 or more on CUDA."""
+    """Positions per page of the key/value cache; on CUDA at least 16."""
     cache_bytes: NumBytes | None = None
-    """Memory of the key/value cache a rank; null: what max_batch needs, on CUDA at most 80 % of the free."""
+    """Memory of the key/value cache per rank; null: what max_batch sequences of the greatest length need, on
+    CUDA at most 80 % of free memory."""
     max_step_tokens: Count = 8192
-    """Tokens that go through the model in a step; longer prompts are read in parts."""
+    """Most tokens per step of generation; a longer prompt is prefilled in several steps."""
     tp: Count | None = None
-    """Tensor parallelism while generating; null: parallel.tp. Another layout holds a second copy of the
-    weights on a rank while it generates."""
+    """Tensor-parallel size of generation; null: parallel.tp. A layout that differs from the training one
+    holds a second copy of the weights during generation."""
     pp: Count | None = None
-    """Pipeline parallelism while generating; null: parallel.pp."""
+    """Pipeline-parallel size of generation; null: parallel.pp."""
 
 
 @frozen_section
 class ConvertSection:
-    """What the converted model looks like."""
+    """The converted model."""
 
     to: PathText
-    """Folder to write; made when missing."""
+    """Folder to write; created if missing."""
     format: Literal["same", "chatglm", "glm", "glm4"] = "same"
-    """Family of names and config to write; same keeps the source's."""
+    """Model family whose weight names and config are written; same: the source's."""
     dtype: Literal["same", "bf16", "fp16", "fp32"] = "same"
-    """Precision to write; same keeps each tensor's."""
+    """Precision of the written weights; same: each tensor's own."""
     max_shard_bytes: NumBytes = 5 * 10**9
-    """Largest weight file, in bytes; one tensor that is larger gets a file of its own."""
+    """Largest weight file, in bytes; a single tensor above it gets a file of its own."""
 
 
 @frozen_section
 class DemoSection:
-    """How much the demonstration does."""
+    """Size of the demo."""
 
     num_held_out: Annotated[int, Field(ge=2, le=200)] = 200
-    """Prompts of either task that no model learns from, and on which figures are taken."""
+    """Held-out prompts per task, on which the models are evaluated."""
     num_pair_prompts: Count = 1600
-    """Prompts that the policy answers several times to make preference pairs."""
+    """Prompts that the policy answers several times for preference pairs."""
     sft_steps: Count = 360
-    """Steps of SFT."""
+    """Optimizer steps of SFT."""
     reward_steps: Count = 100
-    """Steps of the reward model."""
+    """Optimizer steps of the reward model."""
     ppo_steps: Count = 30
-    """Iterations of PPO."""
+    """PPO iterations."""
     checks_layouts: bool = True
-    """Whether the policy answers again over several ranks, by tensor and by pipeline parallelism."""
+    """Whether the policy also answers under tensor and pipeline parallelism, to compare the answers."""
 
 
 @frozen_section
 class DoctorSection:
-    """How the report is made."""
+    """Form and time limits of the report."""
 
     json: bool = False
-    """Whether the report is one JSON object in place of tables."""
+    """Whether the report is one JSON object instead of tables."""
     timeout_s: Seconds = 60.0
-    """Seconds that a rank is waited for under torchrun, and that a collective may take."""
+    """Longest wait for a rank under torchrun, and longest time of a collective, in seconds."""
 
 
 @frozen_section
@@ -261,7 +267,7 @@ class ScoreConfig:
     """Settings of `score`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="score"))
-    """Where results go, and the seed."""
+    """Run folder and seed."""
     model: ModelSection
     """The policy or the reward model that scores."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
@@ -269,9 +275,9 @@ class ScoreConfig:
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Its layout."""
     data: ScoredRecordsSection
-    """Answers in, scores out."""
+    """Input answers and output scores."""
     train: ForwardSection = Field(default_factory=ForwardSection)
-    """Its precision and batches."""
+    """Precision and batches."""
 
     from_yaml = FromYaml()
 
@@ -294,7 +300,7 @@ class GenerateConfig:
     """Settings of `generate`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="generate"))
-    """Where results go, and the seed."""
+    """Run folder and seed."""
     model: ModelSection
     """The model that answers."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
@@ -302,11 +308,11 @@ class GenerateConfig:
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Its layout."""
     data: RecordsSection
-    """Prompts in, answers out."""
+    """Input prompts and output answers."""
     generation: GenerationSection = Field(default_factory=GenerationSection)
-    """How answers are drawn."""
+    """Sampling."""
     train: PrecisionSection = Field(default_factory=PrecisionSection)
-    """Its precision."""
+    """Precision."""
 
     from_yaml = FromYaml()
 
@@ -329,7 +335,7 @@ class ConvertConfig:
     """Settings of `convert`."""
 
     run: RunFolderSection = Field(default_factory=partial(RunFolderSection, name="convert"))
-    """Where the resolved config goes."""
+    """Run folder."""
     model: ModelSection
     """The source."""
     convert: ConvertSection
@@ -346,9 +352,9 @@ class DemoConfig:
     """Settings of `demo`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="demo"))
-    """Where everything goes, and the seed."""
+    """Run folder and seed."""
     demo: DemoSection = Field(default_factory=DemoSection)
-    """How much is done."""
+    """Size of the demo."""
 
     from_yaml = FromYaml()
 
@@ -364,7 +370,7 @@ class DoctorConfig:
 
 
 def out_path(config: Any, name: str) -> Path:
-    """Return where a command on records writes its lines."""
+    """Return the output file of a command on records."""
     return Path(config.data.out) if config.data.out is not None else Path(config.run.output) / name
 
 
@@ -388,10 +394,10 @@ def resolve_output(run: RunSection | RunFolderSection | _RunFolder) -> None:
 
 
 def check_apart(key: str, path: str | Path, source_key: str, source: str | Path) -> None:
-    """Return nothing when two keys name two files.
+    """Check that two keys name two files.
 
     Raises:
-        ValueError: they name one.
+        ValueError: they name the same file.
     """
     if os.path.realpath(path) == os.path.realpath(source):
         raise ValueError(f"{key} and {source_key} are both {source}: the source would be overwritten")

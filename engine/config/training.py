@@ -1,4 +1,4 @@
-"""The settings of the commands that train, and of what makes their data."""
+"""The settings of `sft`, `reward` and `dpo`, and of `label`, which makes pairs."""
 
 from functools import partial
 from pathlib import Path
@@ -36,18 +36,19 @@ LengthEdge = Annotated[int, Field(ge=2)]
 
 @frozen_section
 class TrainingRunSection:
-    """Where the run keeps its files, what its random numbers start from, and what it goes on from."""
+    """Folder of the run's files, seed, and resuming."""
 
     name: FolderName
     """Name of the run."""
     output: PathText = "outputs/<run.name>"
-    """Run folder; <run.name> stands for the name. The resolved config goes there as config.yaml."""
+    """Run folder; <run.name> is replaced by run.name. The resolved config is written there as config.yaml."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1234
-    """Seed of every random number generator; ranks derive theirs from it."""
-    resume: Annotated[PathText, Described(words="auto, never, or the path of a checkpoint")] = "auto"
-    """auto goes on from the newest whole checkpoint in the run folder; never starts anew in a new folder."""
+    """Seed of all random number generators; each rank derives its own from it."""
+    resume: Annotated[PathText, Described(accepts="auto, never, or the path of a checkpoint")] = "auto"
+    """auto resumes from the newest complete checkpoint in the run folder, if there is one; never starts a new
+    run and needs a new run folder; a path resumes from that checkpoint."""
     watchdog_s: Seconds | None = 1800.0
-    """Seconds without progress after which a rank tells its phase and stacks, and ends; null: never."""
+    """Seconds without progress after which a rank reports its phase and stacks, and exits; null: never."""
 
     def __post_init__(self) -> None:
         resolve_output(self)
@@ -55,31 +56,31 @@ class TrainingRunSection:
 
 @frozen_section
 class OptionalModelSection:
-    """Another model beside the policy."""
+    """Another model."""
 
     path: PathText | None = None
-    """Hugging Face folder; null is the policy as it is before the first step."""
+    """Hugging Face folder; null: the initial policy (model.path)."""
 
 
 @frozen_section
 class OptimizerSection:
-    """How a gradient becomes a change of the weights."""
+    """AdamW and the learning-rate schedule."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-5
-    """Highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     min_lr: NotNegative = 0.0
-    """Learning rate at which the cosine ends."""
+    """Final learning rate of the cosine schedule."""
     warmup_steps: CountOrZero = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps of the linear warm-up of the learning rate."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay; biases and norms are exempt."""
+    """Decoupled weight decay; not applied to biases and norms."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of Adam's running mean, and of its running mean square."""
+    """Decay rates of Adam's first and second moments."""
     clip_grad: NotNegative = 1.0
-    """Largest norm of the gradient over the whole model; 0 does not clip."""
+    """Largest L2 norm of the whole model's gradient; larger ones are scaled down to it. 0: no clipping."""
     in_backward: bool = False
-    """Whether weights change during backward, so that with one micro-batch a step no more than one layer's
-    gradient is in memory. Each layer is clipped by the newest norms known, not by the step's own."""
+    """Whether weights are updated during backward, so that with one micro-batch per step only one layer's
+    gradient is in memory. Gradients are then clipped by the latest known norms, not by the current step's."""
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
@@ -88,110 +89,113 @@ class OptimizerSection:
 
 @frozen_section
 class TrainingSection:
-    """How long a model is trained and in which portions; steps are iterations in RL."""
+    """Length of the run, batches, precision and checkpoints; in RL a step is an iteration."""
 
     steps: Count
-    """Optimizer steps; in RL iterations: generate, score, estimate, update."""
+    """Number of optimizer steps; in RL of iterations: generate, score, estimate advantages, update."""
     global_batch_size: Count = 64
-    """Records per step, over all ranks; a pair is one record, and so is a prompt in RL."""
+    """Records per step, over all ranks; a pair is one record, in RL a prompt is."""
     micro_batch_tokens: Count = 16384
-    """Tokens that go through a model at once, packed from whole sequences; a longer one goes alone."""
+    """Most tokens per micro-batch, packed from whole sequences; a longer sequence is a micro-batch alone."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; optimizers keep fp32 weights."""
     recompute_layers: bool = False
-    """Whether backward runs each layer again in place of keeping its activations: less memory, a third more
-    time."""
+    """Whether backward recomputes the activations of each layer instead of keeping them: less memory, about a
+    third more time."""
     save_every: CountOrZero = 0
-    """Steps between two saves of <run.output>/checkpoints/step_N to resume from; 0: after the last only."""
+    """Steps between checkpoints <run.output>/checkpoints/step_N to resume from; 0: after the last step
+    only."""
     keep_last: Count = 2
-    """Newest checkpoints that stay; the others are removed."""
+    """Number of newest checkpoints to keep; older ones are removed."""
     keep_every: CountOrZero = 0
-    """Checkpoints after a multiple of so many steps stay too; 0 for none."""
+    """Also keep each checkpoint whose step is a multiple of this; 0: none."""
     async_save: bool = True
-    """Whether a checkpoint is written while training continues; a failure then ends the next step."""
+    """Whether checkpoints are written in the background; a failed write ends the run at the next step."""
     export_every: CountOrZero = 0
-    """Steps between two Hugging Face folders <run.output>/hf/step_N; 0: after the last only."""
+    """Steps between exports in Hugging Face form, <run.output>/hf/step_N; 0: after the last step only."""
     max_nonfinite_steps: Count = 3
-    """Steps in a row that are skipped, since a loss or gradient is not finite, before the run stops."""
+    """Stop after this many consecutive steps that were skipped because of NaN or Inf."""
 
 
 @frozen_section
 class TrainSection(TrainingSection):
-    """How long and in which portions the model is trained."""
+    """Length of the run, batches, precision and checkpoints."""
 
     overlap_communication: bool = False
-    """Whether gradients are reduced and weights gathered over dp while the model computes."""
+    """Whether gradient reduction and weight gathering over data-parallel ranks overlap with computation."""
     eval_every: CountOrZero = 0
-    """Steps between two evaluations on data.eval_path; 0: before the first step and after the last only."""
+    """Steps between evaluations on data.eval_path; 0: before the first step and after the last only."""
 
 
 @frozen_section
 class ObserveSection:
-    """Where metrics go, beside <run.output>/metrics.jsonl, and what else is recorded."""
+    """Outputs in addition to <run.output>/metrics.jsonl."""
 
     tensorboard: bool = True
-    """Whether <run.output>/tensorboard is written."""
+    """Whether metrics are also written to <run.output>/tensorboard."""
     wandb: str | None = None
-    """Project of Weights & Biases to write to; needs wandb installed; null for none."""
+    """Weights & Biases project that metrics are also written to; needs the package wandb; null: none."""
     trace: bool = False
-    """Whether each rank writes <run.output>/trace/rank_N.json for Perfetto; in RL on a CPU perf/idle_fraction
-    is measured then too."""
+    """Whether each rank writes a trace for Perfetto, <run.output>/trace/rank_N.json; in RL on a CPU it also
+    enables the metric perf/idle_fraction."""
 
 
 @frozen_section
 class DemonstrationsSection:
-    """The answers that are imitated."""
+    """Demonstrations."""
 
     path: PathText
-    """JSON lines, or parquet, of demonstrations to learn from."""
+    """Training demonstrations: JSON lines or parquet."""
     eval_path: PathText | None = None
-    """JSON lines, or parquet, of demonstrations to evaluate on; null for none."""
+    """Evaluation demonstrations: JSON lines or parquet; null: none."""
     eval_records: Count = 1000
-    """The evaluation takes at most so many of them, the first ones."""
+    """Most records used for evaluation, taken from the beginning of the file."""
     max_prompt_tokens: Count = 4096
-    """Longest prompt, in tokens; a longer one is a bad record."""
+    """Longest prompt, in tokens; a record with a longer one is bad."""
     max_tokens: Count | None = None
-    """Longest prompt and answer together, in tokens; null is the model's context."""
+    """Longest prompt + answer, in tokens; null: the model's context length."""
     truncates: bool = False
-    """Whether a longer answer is cut there, and has no end; otherwise its record is a bad one."""
+    """Whether an answer beyond max_tokens is truncated, without an end token; otherwise its record is bad."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad record does: end the command, or be left out and counted."""
+    """What to do with a bad record: raise ends the command, skip drops and counts it."""
 
 
 @frozen_section
 class PairsSection:
-    """The answers that are compared."""
+    """Preference pairs."""
 
     path: PathText
-    """JSON lines, or parquet, of pairs to learn from."""
+    """Training pairs: JSON lines or parquet."""
     form: Literal["pairs", "hh-rlhf"] = "pairs"
-    """Form of the records: prompt, chosen, rejected; or hh-rlhf's two whole dialogues."""
+    """Form of the records. pairs: prompt, chosen, rejected; hh-rlhf: two whole dialogues."""
     eval_path: PathText | None = None
-    """JSON lines, or parquet, of pairs, of the same form, to evaluate on; null for none."""
+    """Evaluation pairs of the same form: JSON lines or parquet; null: none."""
     eval_records: Count = 1000
-    """The evaluation takes at most so many of them, the first ones."""
+    """Most records used for evaluation, taken from the beginning of the file."""
     max_prompt_tokens: Count = 4096
-    """Longest prompt, in tokens; a longer one is a bad record."""
+    """Longest prompt, in tokens; a record with a longer one is bad."""
     max_tokens: Count | None = None
-    """Longest prompt and answer together, in tokens; null is the model's context."""
+    """Longest prompt + answer, in tokens; null: the model's context length."""
     truncates: bool = False
-    """Whether a longer answer is cut there, and has no end; otherwise its record is a bad one."""
+    """Whether an answer beyond max_tokens is truncated, without an end token; otherwise its record is bad."""
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad record does: end the command, or be left out and counted."""
+    """What to do with a bad record: raise ends the command, skip drops and counts it."""
     drops_contradictions: bool = True
-    """Whether ties and cyclic preferences among a prompt's answers are left out, counted and reported."""
+    """Whether pairs are dropped whose answers are equal or whose preference is part of a cycle among a
+    prompt's answers; counts are reported."""
     drops_repeats: bool = False
-    """Whether repeats of a pair are left out too."""
+    """Whether repeats of a pair are dropped too."""
     balances_lengths: bool = False
-    """Whether pairs are left out until at any difference of length as many winners are longer as shorter."""
+    """Whether pairs are dropped until, in each bucket of length difference, the chosen answer is the longer
+    one in half of the pairs."""
     length_edges: tuple[LengthEdge, ...] = (8, 16, 32, 64, 128, 256)
-    """Differences, in tokens, at which the buckets of that balance begin, ascending."""
+    """Lower edges of these buckets, in tokens, ascending; the first bucket begins at 1."""
 
     def __post_init__(self) -> None:
         if self.drops_repeats and not self.drops_contradictions:
             raise ValueError(
-                "data.drops_repeats is true with data.drops_contradictions false: repeats are found where "
-                "contradictions are, set both"
+                "data.drops_repeats is true with data.drops_contradictions false: repeats are dropped "
+                "together with contradictions, set both to true"
             )
         if any(later <= edge for edge, later in zip(self.length_edges, self.length_edges[1:], strict=False)):
             raise ValueError(f"data.length_edges are {list(self.length_edges)}: they must ascend")
@@ -202,33 +206,34 @@ class RewardSection:
     """The reward model's loss."""
 
     l2_coef: NotNegative = 0.01
-    """Weight of the squared scores, which ties them to zero; 0 leaves the pairwise loss alone."""
+    """Weight of the mean squared scores in the loss, which keeps scores near zero; 0: pairwise loss only."""
 
 
 @frozen_section
 class DPOSection:
-    """The loss of direct preference optimisation."""
+    """The DPO loss."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Strength of the tie to the reference."""
+    """Beta: strength of the KL regularisation towards the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the labels that are taken to be swapped."""
+    """Assumed fraction of pairs with swapped labels (conservative DPO)."""
     length_normalised: bool = False
-    """Whether an answer's log-ratio is divided by its number of tokens, or by their weights."""
+    """Whether an answer's log-ratio is divided by its number of tokens (the sum of their weights)."""
     token_discount: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Weight of an answer's token by its place i is this to the power i; 1 weighs all alike."""
+    """Weight of the i-th answer token, from 0, is token_discount^i; 1: equal weights."""
 
 
 @frozen_section
 class LabelSection:
-    """Which answers become a pair."""
+    """Selection of pairs and prompts."""
 
     min_margin: NotNegative = 0.0
-    """Smallest difference of best and worst score; a prompt below it, or with equal scores, gives no pair."""
+    """Smallest difference between best and worst score of a prompt that gives a pair; equal scores never
+    do."""
     prompts_out: PathText | None = None
-    """JSON lines to write the prompts to whose scores vary, as they came, for PPO; null for none."""
+    """Output file (JSON lines) for the prompts whose scores vary, unchanged, for PPO; null: none."""
     min_variance: NotNegative = 0.01
-    """Smallest variance of a prompt's scores that counts as varying there."""
+    """Smallest variance of a prompt's scores at which it is written to prompts_out."""
 
 
 @frozen_section
@@ -240,7 +245,11 @@ class RewardModelSection:
 
 
 def check_overlap(optimizer: OptimizerSection, train: TrainSection) -> None:
-    """Raise ValueError where two ways to communicate during backward are asked for."""
+    """Check that gradients are communicated in one way.
+
+    Raises:
+        ValueError: optimizer.in_backward and train.overlap_communication are both true.
+    """
     if optimizer.in_backward and train.overlap_communication:
         raise ValueError(
             "optimizer.in_backward and train.overlap_communication are both true: the first communicates "
@@ -253,21 +262,21 @@ class SFTConfig:
     """Settings of `sft`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="sft"))
-    """Where everything goes, and the seed."""
+    """Run folder, seed and resuming."""
     model: ModelSection
-    """The policy that is trained."""
+    """The policy to train."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """Its tokenizer."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Its layout."""
     data: DemonstrationsSection
-    """What it imitates."""
+    """Demonstrations."""
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    """How it learns."""
+    """Optimizer and learning-rate schedule."""
     train: TrainSection
-    """How long."""
+    """Length, batches and checkpoints."""
     observe: ObserveSection = Field(default_factory=ObserveSection)
-    """Who is told."""
+    """Outputs of metrics."""
 
     from_yaml = FromYaml()
 
@@ -285,23 +294,23 @@ class RewardConfig:
     """Settings of `reward`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="reward"))
-    """Where everything goes, and the seed."""
+    """Run folder, seed and resuming."""
     model: ModelSection
-    """The policy, or the reward model, that training starts from."""
+    """The policy or reward model that training starts from."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """Its tokenizer."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Its layout."""
     data: PairsSection
-    """What it learns to tell apart."""
+    """Preference pairs."""
     reward: RewardSection = Field(default_factory=RewardSection)
     """The loss."""
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    """How it learns."""
+    """Optimizer and learning-rate schedule."""
     train: TrainSection
-    """How long."""
+    """Length, batches and checkpoints."""
     observe: ObserveSection = Field(default_factory=ObserveSection)
-    """Who is told."""
+    """Outputs of metrics."""
 
     from_yaml = FromYaml()
 
@@ -319,25 +328,25 @@ class DPOConfig:
     """Settings of `dpo`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="dpo"))
-    """Where everything goes, and the seed."""
+    """Run folder, seed and resuming."""
     model: ModelSection
-    """The policy that is trained."""
+    """The policy to train."""
     reference: OptionalModelSection = Field(default_factory=OptionalModelSection)
-    """The policy that it is tied to; scored once, before training."""
+    """The reference policy; its logprobs are computed once, before training."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """Its tokenizer."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Its layout."""
     data: PairsSection
-    """What it learns to prefer."""
+    """Preference pairs."""
     dpo: DPOSection = Field(default_factory=DPOSection)
     """The loss."""
     optimizer: OptimizerSection = Field(default_factory=partial(OptimizerSection, lr=1e-6))
-    """How it learns."""
+    """Optimizer and learning-rate schedule."""
     train: TrainSection
-    """How long."""
+    """Length, batches and checkpoints."""
     observe: ObserveSection = Field(default_factory=ObserveSection)
-    """Who is told."""
+    """Outputs of metrics."""
 
     from_yaml = FromYaml()
 
@@ -355,21 +364,21 @@ class LabelConfig:
     """Settings of `label`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="label"))
-    """Where results go, and the seed."""
+    """Run folder and seed."""
     model: ModelSection
     """The policy that answers."""
     reward: RewardModelSection
-    """The reward model that judges."""
+    """The reward model that scores the answers."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     """Their tokenizer."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     """Their layout."""
     data: RecordsSection
-    """Prompts in, pairs out."""
+    """Input prompts and output pairs."""
     generation: GenerationSection = Field(default_factory=partial(GenerationSection, num_samples=4))
-    """How answers are drawn."""
+    """Sampling."""
     label: LabelSection = Field(default_factory=LabelSection)
-    """Which of them become a pair."""
+    """Selection of pairs and prompts."""
     train: ForwardSection = Field(default_factory=ForwardSection)
     """Precision of both models, and batches of the reward model."""
 

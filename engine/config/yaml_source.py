@@ -1,4 +1,4 @@
-"""Configuration text: YAML sections into values that know where they stand, values into YAML."""
+"""Config text: YAML sections to values with their location, and values to YAML."""
 
 import dataclasses
 import os
@@ -11,36 +11,36 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """A configuration that a user has to change: says what was given, what is required, how to mend it."""
+    """A config that the user has to change; the message says what was given and what is required."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class YamlValue:
-    """One value as the user gave it."""
+    """One value that the user set."""
 
     section: str
-    """The part of its key before the dot."""
+    """Part of its key before the dot."""
     name: str
-    """The part after it; empty where a whole section was given a value."""
+    """Part of its key after the dot; empty where a whole section was given a value."""
     value: Any
-    """What was read: null, bool, int, float, str, or a tuple or dict of them."""
+    """The parsed value: null, bool, int, float, str, or a tuple or dict of them."""
     location: str
-    """Where it stands, to be named in errors: `ppo.yaml line 3`, or `command line`."""
+    """Its place for error messages: `ppo.yaml line 3`, or `command line`."""
 
     @property
     def path(self) -> str:
-        """The key as it is written on the command line."""
+        """The key as written on the command line: `section.name`."""
         return f"{self.section}.{self.name}" if self.name else self.section
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-6` is a number; `no`, `010`, `12:30` and dates are text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (yaml's own form: one table a class)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (yaml's own form: one table per class)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either YAML 1.1 or YAML 1.2 would read as something other than text."""
+    """Quotes text that YAML 1.1 or YAML 1.2 would read as another type."""
 
 
 _NUMBER = re.compile(
@@ -59,11 +59,11 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+012345
 
 
 def read_file(path: str | os.PathLike[str]) -> list[YamlValue]:
-    """Return the values of a YAML file of sections, in its order.
+    """Return the values of a YAML file of sections, in the order of the file.
 
     Raises:
-        ConfigError: the file is missing, unreadable, not UTF-8, not YAML, not sections of keys, or names
-            a key twice; the message names the file and, where there is one, the line.
+        ConfigError: the file is missing, unreadable, not UTF-8, not YAML, not sections of keys, or sets a
+            key twice; the message names the file and, if known, the line.
     """
     path = Path(path)
     try:
@@ -83,12 +83,12 @@ def read_file(path: str | os.PathLike[str]) -> list[YamlValue]:
         raise ConfigError(_yaml_problem(error, str(path))) from None
     except RecursionError:
         raise ConfigError(f"{path} nests too deeply: a config has sections of keys") from None
-    except ValueError as error:  # a value that does not fit the tag before it
+    except ValueError as error:  # a value that does not fit its tag
         raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: {error}") from None
 
 
 def read_value(text: str) -> object:
-    """Return what a piece of command line stands for; text that is no YAML is that text."""
+    """Return the YAML value of a command-line text; text that is not YAML is returned as it is."""
     try:
         return _frozen(yaml.load(text, _Loader))  # a SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -107,21 +107,21 @@ def to_yaml(sections: dict[str, Any]) -> str:
 def _entries(loader: _Loader, root: yaml.Node | None, file: str) -> Iterator[YamlValue]:
     if root is None or _is_null(root):
         return
-    for section, place, section_node in _pairs(root, file, "the file", "sections such as run: and model:"):
+    for section, location, section_node in _pairs(root, file, "the file", "sections such as run: and model:"):
         if "." in section:
             head, _, tail = section.partition(".")
             raise ConfigError(
-                f"{place}: {section} is the command line's form, in YAML write {tail}: below {head}:"
+                f"{location}: {section} is the command line's form, in YAML write {tail}: below {head}:"
             )
         if _is_null(section_node):
             continue
-        for name, key_place, node in _pairs(section_node, file, section, "keys, each on a line below it"):
+        for name, key_location, node in _pairs(section_node, file, section, "keys, each on a line below it"):
             value = _frozen(loader.construct_object(node, deep=True))
-            yield YamlValue(section=section, name=name, value=value, location=key_place)
+            yield YamlValue(section=section, name=name, value=value, location=key_location)
 
 
 def _pairs(node: yaml.Node, file: str, what: str, required: str) -> Iterator[tuple[str, str, yaml.Node]]:
-    """Yield key, its place, value of a mapping whose keys are text and differ."""
+    """Yield key, location and value node of a mapping whose keys are text and differ."""
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the value {node.value!r}"
         raise ConfigError(
@@ -133,7 +133,7 @@ def _pairs(node: yaml.Node, file: str, what: str, required: str) -> Iterator[tup
         if key_node.tag != "tag:yaml.org,2002:str" or not key:
             raise ConfigError(f"{file} line {line}: a key is not text: {key!r}")
         if key in lines:
-            raise ConfigError(f"{file} line {line}: {key} stands in line {lines[key]} already, keep one")
+            raise ConfigError(f"{file} line {line}: {key} is already set in line {lines[key]}, keep one")
         lines[key] = line
         yield key, f"{file} line {line}", value_node
 
@@ -143,7 +143,7 @@ def _is_null(node: yaml.Node) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    """Return a value with tuples in the place of lists: nothing in a config changes later."""
+    """Return a value with its lists replaced by tuples, so that a config is immutable."""
     if isinstance(value, list):
         return tuple(_frozen(item) for item in value)
     if isinstance(value, dict):
@@ -153,6 +153,6 @@ def _frozen(value: Any) -> Any:
 
 def _yaml_problem(error: yaml.YAMLError, file: str) -> str:
     mark = getattr(error, "problem_mark", None)
-    place = f"{file} line {mark.line + 1} column {mark.column + 1}" if mark else file
+    location = f"{file} line {mark.line + 1} column {mark.column + 1}" if mark else file
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
-    return f"{place} is not YAML: {problem}"
+    return f"{location} is not YAML: {problem}"

@@ -27,7 +27,7 @@ class _Optimizer:
     """Algorithm."""
     level: Literal[1, 2] = 1
     """Level."""
-    size: Annotated[int, Described(words="a size")] = 3
+    size: Annotated[int, Described(accepts="a size")] = 3
     """Size."""
 
 
