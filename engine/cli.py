@@ -1,7 +1,7 @@
 """The command line: `glm-rlhf <command> [config.yaml] [section.key=value …]`.
 
-Exit codes: 0 done, 1 a check that failed or a bug (with its traceback), 2 something that a user has to mend
-(told in one sentence), 130 interrupted. Nothing heavy is imported before a command runs.
+Exit codes: 0 done, 1 a failed check or a bug (with its traceback), 2 an error that the user has to fix
+(reported in one sentence), 130 interrupted. Nothing heavy is imported before a command runs.
 """
 
 import contextlib
@@ -41,16 +41,16 @@ class Command:
     """One command of the program."""
 
     name: str
-    """What a user types."""
+    """Its name on the command line."""
     summary: str
-    """One line of help: what it does."""
+    """One line of help."""
     config: type
-    """Root of its settings, in `glm_rlhf.engine.config.sections`."""
+    """Root of its config, in `glm_rlhf.engine.config`."""
     function: str
     """`module:function` that takes the config and returns an exit code or None; imported when it runs."""
 
     def load(self) -> Callable[[object], int | None]:
-        """Return the function, its module imported."""
+        """Import the module and return the function."""
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -58,79 +58,79 @@ class Command:
 COMMANDS = (
     Command(
         name="demo",
-        summary="SFT, reward model and PPO of a tiny ChatGLM3 made on this machine; minutes on a CPU",
+        summary="SFT, reward model and PPO on a tiny ChatGLM3 created on this machine; minutes on a CPU",
         config=DemoConfig,
         function="glm_rlhf.engine.commands.demo.run:run",
     ),
     Command(
         name="sft",
-        summary="a policy learns the answers of demonstrations",
+        summary="train a policy on demonstrations (supervised fine-tuning)",
         config=SFTConfig,
         function="glm_rlhf.engine.commands.sft:run",
     ),
     Command(
         name="reward",
-        summary="a reward model learns to score the preferred answer of a pair above the other",
+        summary="train a reward model on preference pairs",
         config=RewardConfig,
         function="glm_rlhf.engine.commands.reward:run",
     ),
     Command(
         name="ppo",
-        summary="a policy learns from rewards, generating and training on the same ranks and weights",
+        summary="train a policy with PPO, generating and training on the same ranks and weights",
         config=PPOConfig,
         function="glm_rlhf.engine.commands.ppo:run",
     ),
     Command(
         name="dpo",
-        summary="a policy learns to prefer the chosen answer of a pair, tied to a reference",
+        summary="train a policy on preference pairs with direct preference optimisation",
         config=DPOConfig,
         function="glm_rlhf.engine.commands.dpo:run",
     ),
     Command(
         name="label",
-        summary="pairs from a policy's answers: K to each prompt, the best and the worst by a reward model",
+        summary="make preference pairs: K answers per prompt, best and worst by a reward model",
         config=LabelConfig,
         function="glm_rlhf.engine.commands.label:run",
     ),
     Command(
         name="generate",
-        summary="answers for a prompts file, JSON lines out",
+        summary="answer the prompts of a file; writes JSON lines",
         config=GenerateConfig,
         function="glm_rlhf.engine.commands.generate:run",
     ),
     Command(
         name="score",
-        summary="per-token logprobs of a policy, or scores of a reward model, JSON lines out",
+        summary="per-token logprobs of a policy or scores of a reward model; writes JSON lines",
         config=ScoreConfig,
         function="glm_rlhf.engine.commands.score:run",
     ),
     Command(
         name="evaluate",
-        summary="win rate, reward, pass@k and length on a prompts file, with confidence intervals",
+        summary="win rate, reward, pass@k and length on the prompts of a file, with confidence intervals",
         config=EvaluateConfig,
         function="glm_rlhf.engine.commands.evaluate:run",
     ),
     Command(
         name="convert",
-        summary="a Hugging Face folder into another family's form, type or file size",
+        summary="convert a Hugging Face folder to another family's format, dtype or file size",
         config=ConvertConfig,
         function="glm_rlhf.engine.commands.convert:run",
     ),
     Command(
         name="plan",
-        summary="memory and time of ppo on a cluster before anything is launched; writes config and scripts",
+        summary="estimate memory and time of ppo on a cluster; writes config and launch scripts",
         config=PlanConfig,
         function="glm_rlhf.engine.plan.command:run",
     ),
     Command(
         name="doctor",
-        summary="what is installed, which fast paths are active and why the others are not",
+        summary="report versions, active fast paths and whether ranks reach each other",
         config=DoctorConfig,
         function="glm_rlhf.engine.health.doctor:run",
     ),
     Command(
         name="bench",
-        summary="times of kernels, passes, PPO, checkpoints and scaling, beside peers; rates for plan",
+        summary="time kernels, passes, PPO, checkpoints and scaling against peers; measure rates for plan",
         config=BenchConfig,
         function="glm_rlhf.engine.bench.command:run",
     ),
@@ -140,55 +140,55 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code of one command line.
 
-    A fault of the user's ends with one sentence on stderr; under torchrun every rank returns the code. A
-    fault in arguments or config, the same on every rank of a host, is told by the first of them; one that
-    a command meets later is told by each rank that meets it, with its number. `GLM_RLHF_TRACEBACK=1`
-    shows the traceback too.
+    A user's error ends with one sentence on stderr; under torchrun every rank returns the code. An error in
+    arguments or config, the same on all ranks of a host, is reported by the first of them; one that a
+    command raises later is reported by each rank that raises it, with its number. `GLM_RLHF_TRACEBACK=1`
+    also prints the traceback.
 
     Args:
-        argv: the arguments after the program's name; None takes the process's.
+        argv: arguments after the program's name; None: those of the process.
 
     Raises:
-        Exception: a bug, as it is.
+        Exception: a bug, unchanged.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in _HELP or arguments[0] == "--version":
         return _about_program(arguments)
     command = next((command for command in COMMANDS if command.name == arguments[0]), None)
     if command is None:
-        return _tell(PROGRAM, _unknown_command(arguments[0]), is_shared=True)
+        return _report_error(PROGRAM, _unknown_command(arguments[0]), is_shared=True)
     title = f"{PROGRAM} {command.name}"
     if any(argument in _HELP for argument in arguments[1:]):
-        return _say(_command_help(command))
+        return _print(_command_help(command))
     try:
         path, overrides = _config_arguments(arguments[1:])
         if path is not None:
-            _refuse_others_config(path, command)
+            _raise_if_config_of_another_command(path, command)
         config: object = load_config(command.config, path, overrides)
     except ConfigError as error:
-        return _tell(title, str(error), is_shared=True)
+        return _report_error(title, str(error), is_shared=True)
     try:
-        _record(config)
-        with _warned_once_a_host():
+        _save_resolved_config(config)
+        with _warnings_from_first_local_rank():
             return command.load()(config) or 0
     except KeyboardInterrupt:
-        _tell(title, "interrupted", is_shared=True)
+        _report_error(title, "interrupted", is_shared=True)
         return 130
     except ValueError as error:
-        _record_fault(error)
-        return _tell(title, str(error))
+        _record_for_torchrun(error)
+        return _report_error(title, str(error))
     except OSError as error:
-        _record_fault(error)
-        if error.filename is None:  # no file of the user's: a bug, or the machine
-            _tell(title, _phase_and_kind(error), is_bug=True)
+        _record_for_torchrun(error)
+        if error.filename is None:  # not a file of the user: a bug, or the machine
+            _report_error(title, _phase_and_kind(error), is_bug=True)
             raise
-        return _tell(title, f"{error.filename}: {error.strerror}")
+        return _report_error(title, f"{error.filename}: {error.strerror}")
     except Exception as error:
-        _record_fault(error)
-        _tell(title, _phase_and_kind(error), is_bug=True)
+        _record_for_torchrun(error)
+        _report_error(title, _phase_and_kind(error), is_bug=True)
         raise
     finally:
-        if "glm_rlhf.parallel.runtime.preemption" in sys.modules:  # a command ran that heeds signals
+        if "glm_rlhf.parallel.runtime.preemption" in sys.modules:  # a command ran that handles signals
             sys.modules["glm_rlhf.parallel.runtime.preemption"].restore_handlers()
 
 
@@ -199,8 +199,8 @@ def _phase_and_kind(error: Exception) -> str:
     return f"failed{f' in phase {phase}' if phase else ''}: {type(error).__name__}: {error}"
 
 
-def _record_fault(error: Exception) -> None:
-    """Leave the traceback in the file that torchrun names in its summary; without torchrun there is none."""
+def _record_for_torchrun(error: Exception) -> None:
+    """Write the traceback to the file that torchrun names in its summary; does nothing without torchrun."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -208,22 +208,24 @@ def _record_fault(error: Exception) -> None:
 
 
 def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Return the config file's path, if one is named, and the overrides."""
+    """Return the path of the config file, if there is one, and the overrides."""
     overrides = [argument for argument in arguments if is_override(argument)]
     files = [argument for argument in arguments if not is_override(argument)]
     for option in files:
         if option.startswith("-"):
             raise ConfigError(f"there is no option {option}: settings are written section.key=value")
     if len(files) > 1:
-        raise ConfigError(f"{' and '.join(files)} are given: one config file, then section.key=value")
+        raise ConfigError(
+            f"{' and '.join(files)} are given: one config file at most, then section.key=value"
+        )
     return (files[0] if files else None), overrides
 
 
-def _refuse_others_config(path: str, command: Command) -> None:
-    """Raise ConfigError where a file has keys that the command does not know, but another one all of them."""
-    given = [entry.path for entry in read_file(path)]
-    unknown = [key for key in given if key not in keys_of(command.config)]
-    owners = [other.name for other in COMMANDS if keys_of(other.config).keys() >= set(given)]
+def _raise_if_config_of_another_command(path: str, command: Command) -> None:
+    """Raise ConfigError where the command lacks a key of the file, but another command has all of them."""
+    paths = [entry.path for entry in read_file(path)]
+    unknown = [key for key in paths if key not in keys_of(command.config)]
+    owners = [other.name for other in COMMANDS if keys_of(other.config).keys() >= set(paths)]
     if unknown and owners:
         others = f" and {len(unknown) - 1} others of its keys" if len(unknown) > 1 else ""
         raise ConfigError(
@@ -231,11 +233,11 @@ def _refuse_others_config(path: str, command: Command) -> None:
         )
 
 
-def _record(config: object) -> None:
-    """Show the resolved config and write it to the run folder, where the command has one; rank 0 does.
+def _save_resolved_config(config: object) -> None:
+    """Print the resolved config and write it to the run folder, on rank 0, if the command has a run folder.
 
     Raises:
-        ValueError: it cannot be written there.
+        ValueError: the folder cannot be written.
     """
     if _rank("RANK") == 0 and hasattr(config, "run"):
         try:
@@ -248,8 +250,8 @@ def _record(config: object) -> None:
 
 
 @contextlib.contextmanager
-def _warned_once_a_host() -> Iterator[None]:
-    """Have the first rank of this host alone show warnings that are logged: all read the same files."""
+def _warnings_from_first_local_rank() -> Iterator[None]:
+    """Hide logged warnings on all ranks of a host but the first: all read the same files."""
     logger = logging.getLogger(ROOT)
     level = logger.level
     if _rank("LOCAL_RANK") > 0:
@@ -263,12 +265,12 @@ def _warned_once_a_host() -> Iterator[None]:
 def _about_program(arguments: list[str]) -> int:
     if not arguments:
         names = ", ".join(command.name for command in COMMANDS)
-        return _tell(PROGRAM, f"no command given, there are: {names} (--help says more)", is_shared=True)
+        return _report_error(PROGRAM, f"no command given, there are: {names} (see --help)", is_shared=True)
     if arguments[0] == "--version":
         from glm_rlhf.engine import __version__  # read from the package's metadata when asked for
 
-        return _say(f"{PROGRAM} {__version__}")
-    return _say(_program_help())
+        return _print(f"{PROGRAM} {__version__}")
+    return _print(_program_help())
 
 
 def _program_help() -> str:
@@ -288,7 +290,7 @@ def _command_help(command: Command) -> str:
     return (
         f"{PROGRAM} {command.name}: {command.summary}\n\n"
         f"usage: {PROGRAM} {command.name} [config.yaml] [section.key=value …]\n\n"
-        f"The file holds sections of keys; an override wins over the file, the file over a default.\n\n"
+        f"The file holds sections of keys. Overrides take precedence over it, it over the defaults.\n\n"
         f"{help_text(command.config)}"
     )
 
@@ -301,20 +303,21 @@ def _unknown_command(name: str) -> str:
     )
 
 
-def _say(text: str) -> int:
+def _print(text: str) -> int:
+    """Write text to stdout on rank 0; return exit code 0."""
     if _rank("RANK") == 0:
         sys.stdout.write(text + "\n")
     return 0
 
 
-def _tell(title: str, message: str, *, is_shared: bool = False, is_bug: bool = False) -> int:
-    """Return exit code 2 after one line on stderr.
+def _report_error(title: str, message: str, *, is_shared: bool = False, is_bug: bool = False) -> int:
+    """Write one line to stderr and return exit code 2.
 
     Args:
-        title: who speaks.
-        message: what to mend; its line breaks become spaces.
-        is_shared: whether every rank of this host says the same, so that one is enough.
-        is_bug: whether the traceback follows anyway.
+        title: program and command, at the start of the line.
+        message: the error; line breaks become spaces.
+        is_shared: whether all ranks of this host have the same error, so that only the first one reports it.
+        is_bug: whether the traceback is printed anyway.
     """
     if not is_bug and os.environ.get(TRACEBACK_VARIABLE) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()

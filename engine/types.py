@@ -1,9 +1,9 @@
-"""What the stages of PPO hand each other: packed sequences, and what is known of their tokens.
+"""The types that the phases of PPO exchange: packed sequences with their rewards, logprobs and values.
 
-Every per-token tensor lies in one stream `[T]` of whole sequences, without padding. `logprobs_T[t]` is
+A per-token tensor is one packed stream `[T]` of whole sequences, without padding. `logprobs_T[t]` is
 log p(token t | tokens before t), and `values_T[t]` the critic's value of the state in which token t is
 chosen: both belong to token t, and are 0 at each sequence's first token. A rank holds the sequences of
-its data-parallel share, the same on all ranks that share it.
+its data-parallel rank, the same on all tensor-, pipeline- and context-parallel ranks of it.
 """
 
 import itertools
@@ -15,38 +15,38 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptInput:
-    """What is to be answered."""
+    """A prompt to answer."""
 
     tokens: tuple[int, ...]
-    """Ids, at least one."""
+    """Token ids, at least one."""
     extra: Mapping[str, object]
-    """Further fields of the record; a rule reward gets them by name."""
+    """Other fields of the record, by name; passed to the reward function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """Answers, not scored yet."""
+    """Generated answers, not scored yet."""
 
     tokens_T: torch.Tensor
-    """Ids, int64 [T]: each sequence is its prompt, then its answer."""
+    """Token ids, int64 [T]: each sequence is its prompt, then its answer."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence, B numbers that sum to T."""
+    """Number of tokens of each sequence: B numbers that sum to T."""
     prompt_lengths: tuple[int, ...]
-    """Tokens of each sequence's prompt."""
+    """Number of prompt tokens of each sequence."""
     prompts: tuple[PromptInput, ...]
-    """The prompt of each sequence; samples of one prompt share theirs."""
+    """The prompt of each sequence; samples of one prompt share one object."""
     is_finished: tuple[bool, ...]
-    """Whether the answer ended by itself; false where it was cut at its longest."""
+    """Whether the answer ended with a stop token or text; false where it was cut at its maximum length."""
     logprobs_T: torch.Tensor
-    """Plain logprobs at temperature 1 that the sampler recorded, fp32 [T]; 0 for prompts."""
+    """Logprobs of the untempered model (temperature 1) that the sampler recorded, fp32 [T]; 0 for prompts."""
     temperature: float
-    """Temperature that tokens were drawn at."""
+    """Sampling temperature."""
     indices: tuple[int, ...]
-    """Place of each sequence among those of all data-parallel ranks: the same in every layout."""
+    """Index of each sequence among those of all data-parallel ranks; the same in every layout."""
     num_global: int
-    """Sequences of all data-parallel ranks."""
+    """Number of sequences on all data-parallel ranks together."""
     excluded: frozenset[int] = frozenset()
-    """Sequences of this rank, by number from 0, that nothing is learned from: no reward could be had."""
+    """Sequences of this rank, by local number from 0, that are not trained on because they have no reward."""
 
     @property
     def num_sequences(self) -> int:
@@ -55,7 +55,7 @@ class Rollouts:
 
     @property
     def starts(self) -> list[int]:
-        """First token of each sequence, and T: B + 1 numbers."""
+        """Offset of each sequence's first token, then T: B + 1 numbers."""
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
@@ -68,7 +68,7 @@ class Rollouts:
 
     @property
     def action_mask_T(self) -> torch.Tensor:
-        """bool [T], true for tokens that the policy chose: the answers that are not left out."""
+        """bool [T], true for tokens that the policy chose: those of answers that are not excluded."""
         mask_T = torch.zeros_like(self.tokens_T, dtype=torch.bool)
         starts = self.starts
         for index, (length, prompt_length) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)):
@@ -77,24 +77,28 @@ class Rollouts:
         return mask_T
 
     def answer(self, index: int) -> torch.Tensor:
-        """Return the answer's ids of sequence `index`, a view."""
+        """Return the ids of the answer of sequence `index`, a view."""
         start = self.starts[index]
         return self.tokens_T[start + self.prompt_lengths[index] : start + self.lengths[index]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
-    """What the answers of this rank's sequences are worth."""
+    """Rewards of this rank's sequences."""
 
     rewards_B: torch.Tensor
-    """Of each answer as a whole, less its baseline, fp32 [B]; 0 where it is left out."""
+    """Reward of each answer as a whole, minus its baseline, fp32 [B]; 0 where it is excluded."""
     token_rewards_T: torch.Tensor | None
-    """Of single tokens of the answers, fp32 [T]; None where nothing judges tokens."""
+    """Rewards of single answer tokens, fp32 [T]; None without per-token rewards."""
     excluded: frozenset[int]
-    """Sequences, by number from 0, whose reward or baseline could not be had."""
+    """Sequences, by local number from 0, without a reward or baseline."""
 
     def totals_B(self, starts: list[int]) -> torch.Tensor:
-        """Return what each answer is worth in all, fp32 [B]; `starts` are those of the rollouts."""
+        """Return `rewards_B` plus the sum of each answer's token rewards, fp32 [B].
+
+        Args:
+            starts: `Rollouts.starts`.
+        """
         if self.token_rewards_T is None:
             return self.rewards_B
         parts = [self.token_rewards_T[a:b].sum() for a, b in itertools.pairwise(starts)]
@@ -108,18 +112,18 @@ class Experience:
     rollouts: Rollouts
     """The sequences."""
     rewards_B: torch.Tensor
-    """Reward of each sequence, of its tokens together, less its baseline, fp32 [B]; 0 where left out."""
+    """Reward of each sequence with its token rewards, minus its baseline, fp32 [B]; 0 where excluded."""
     old_logprobs_T: torch.Tensor
-    """The policy's logprobs before the update, of the distribution at the rollouts' temperature, fp32 [T]."""
+    """Logprobs of the policy before the update, at the rollouts' temperature, fp32 [T]."""
     ref_logprobs_T: torch.Tensor
-    """The reference's, likewise, fp32 [T]."""
+    """Logprobs of the reference, at the same temperature, fp32 [T]."""
     values_T: torch.Tensor
     """The critic's values before the update, fp32 [T]."""
     advantages_T: torch.Tensor
-    """Advantages, fp32 [T]; whitened if the config says so."""
+    """Advantages, fp32 [T]; whitened if ppo.whiten is set."""
     returns_T: torch.Tensor
-    """What the critic is to learn, fp32 [T]."""
+    """Targets of the critic, fp32 [T]."""
     kl_T: torch.Tensor
-    """Estimated KL to the reference, nats, fp32 [T]."""
+    """Estimated KL to the reference, in nats, fp32 [T]."""
     metrics: Mapping[str, float]
-    """Means over all data-parallel ranks: rewards, KL, lengths, gap of the rollout's logprobs."""
+    """Means over all data-parallel ranks: rewards, KL, lengths, difference of the sampler's logprobs."""
