@@ -215,9 +215,7 @@ def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
         if option.startswith("-"):
             raise ConfigError(f"there is no option {option}: settings are written section.key=value")
     if len(files) > 1:
-        raise ConfigError(
-            f"{' and '.join(files)} are given: one config file at most, then section.key=value"
-        )
+        raise ConfigError(f"{' and '.join(files)} are given: one config file at most, then section.key=value")
     return (files[0] if files else None), overrides
 
 

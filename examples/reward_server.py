@@ -12,7 +12,7 @@ import argparse
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest, find_rule
+from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest, import_reward_function
 
 
 def make_server(rule: RewardFunction, *, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at")
     options = parser.parse_args()
-    server = make_server(find_rule(options.rule), host=options.host, port=options.port)
+    server = make_server(import_reward_function(options.rule), host=options.host, port=options.port)
     print(f"{options.rule} at http://{options.host}:{server.server_port}", flush=True)
     server.serve_forever()
 

@@ -18,7 +18,7 @@ from glm_rlhf.engine.build.prompts import read_prompt_inputs
 from glm_rlhf.engine.config.evaluate import EvaluateConfig
 from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.evaluation.measure import EvaluationSettings, Measured, judge_rollouts, measure
+from glm_rlhf.engine.evaluation.measure import EvaluationSettings, Measured, measure, score_rollouts
 from glm_rlhf.engine.evaluation.scored_answers import write_answers
 from glm_rlhf.engine.rewards.combined import RewardTerms
 from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
@@ -62,7 +62,7 @@ def run(config: EvaluateConfig) -> None:
         if config.against.path is not None:
             rollouts.append(_answer_of_other(config, glm, prompts, tokenizer, topology))
         rewarder = _rewarder(config, function, tokenizer, glm, topology)
-        answers = [judge_rollouts(one, rewarder.without_baseline, tokenizer, topology) for one in rollouts]
+        answers = [score_rollouts(one, rewarder.without_baseline, tokenizer, topology) for one in rollouts]
         settings = EvaluationSettings(
             num_samples=config.generation.num_samples,
             pass_k=config.evaluate.pass_k,

@@ -1,4 +1,4 @@
-"""What a policy's answers to held-out prompts come to, with confidence intervals."""
+"""Measures of a policy's answers to held-out prompts, with confidence intervals."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from statistics import fmean
 
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.evaluation.confidence import ConfidenceInterval, mean_estimate, share_estimate
-from glm_rlhf.engine.evaluation.scored_answers import JudgedAnswer, gather_answers
+from glm_rlhf.engine.evaluation.scored_answers import ScoredAnswer, gather_answers
 from glm_rlhf.engine.types import Rewards, Rollouts
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -16,38 +16,40 @@ WILSON, NORMAL = "Wilson 95 %", "mean ± 1.96 standard errors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
-    """How answers are counted."""
+    """Samples per prompt, and pass@k."""
 
     num_samples: int
-    """Answers to each prompt."""
+    """Answers per prompt."""
     pass_k: tuple[int, ...]
-    """The k of each pass@k, at most num_samples."""
+    """Values of k for pass@k, each at most num_samples."""
     pass_reward: float
-    """An answer passes when its reward is at least this."""
+    """Smallest reward of an answer that passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One figure of an evaluation."""
+    """One measure of an evaluation."""
 
     name: str
-    """As it stands in the metrics, without `eval/`."""
+    """Its metric's name, without `eval/`."""
     estimate: ConfidenceInterval
-    """Its mean over prompts and the interval."""
+    """Its mean over prompts, with the interval."""
     interval: str
-    """How the interval was made."""
+    """Kind of the interval: `WILSON` or `NORMAL`."""
 
 
-def judge_rollouts(
+def score_rollouts(
     rollouts: Rollouts,
     rewarder: Callable[[Rollouts], Rewards],
     tokenizer: Tokenizer | None,
     topology: Topology,
-) -> list[JudgedAnswer]:
-    """Return the answers of all ranks with their rewards, by prompt, on every rank; all of them call this.
+) -> list[ScoredAnswer]:
+    """Return the answers of all ranks with their rewards, in the prompts' order, on all ranks.
+
+    Every rank of the topology calls this; the world gathers.
 
     Raises:
-        RewardError: a reward failed; on every rank.
+        RewardError: a reward failed; on all ranks.
     """
     rewards = rewarder(rollouts)
     rollouts = replace(rollouts, excluded=rewards.excluded)
@@ -55,23 +57,24 @@ def judge_rollouts(
 
 
 def measure(
-    answers: Sequence[JudgedAnswer],
+    answers: Sequence[ScoredAnswer],
     settings: EvaluationSettings,
     *,
-    against: Sequence[JudgedAnswer] | None = None,
+    against: Sequence[ScoredAnswer] | None = None,
 ) -> list[Measured]:
     """Return reward, win rate, pass@k and length, each a mean over prompts with its interval.
 
-    A prompt is the unit: its samples are not independent. Where an answer of a prompt has no reward, the
-    prompt is left out of what is made of rewards.
+    The unit is the prompt, because its samples are not independent. A prompt of which an answer has no reward
+    is excluded from all measures of rewards.
 
-        win rate  = share of pairs (ours, theirs) of a prompt in which ours has the higher reward; equal: ½
+        win rate  = share of pairs (answer, other model's answer) of a prompt in which the first has the
+                    higher reward; equal rewards count ½
         pass@k    = 1 - C(n - c, k) / C(n, k) for c of n samples that pass
 
     Args:
-        answers: num_samples a prompt, in the prompts' order.
-        settings: how they are counted.
-        against: another model's to the same prompts, as many each; None leaves the win rate out.
+        answers: num_samples per prompt, in the prompts' order.
+        settings: samples per prompt, and pass@k.
+        against: another model's answers to the same prompts, as many per prompt; None: no win rate.
 
     Raises:
         ValueError: fewer than two prompts with rewards.
@@ -79,46 +82,50 @@ def measure(
     Source of pass@k: Chen et al. 2021 (arXiv 2107.03374), eq. 1.
     """
     groups = _by_prompt(answers, settings.num_samples)
-    judged = [[one.reward for one in group] for group in groups]
-    known = [place for place, rewards in enumerate(judged) if None not in rewards]
-    if len(known) < 2:
-        raise ValueError(f"{len(known)} of {len(groups)} prompts have rewards, an interval needs at least 2")
-    found = [_mean("reward", [fmean(judged[place]) for place in known])]
+    rewards = [[answer.reward for answer in group] for group in groups]
+    scored = [i for i, of_prompt in enumerate(rewards) if None not in of_prompt]
+    if len(scored) < 2:
+        raise ValueError(f"{len(scored)} of {len(groups)} prompts have rewards, an interval needs at least 2")
+    measures = [_mean("reward", [fmean(rewards[i]) for i in scored])]
     if against is not None:
-        theirs = [[one.reward for one in group] for group in _by_prompt(against, settings.num_samples)]
-        both = [place for place in known if None not in theirs[place]]
-        found.append(_share("win_rate", [_wins(judged[place], theirs[place]) for place in both]))
-        found.append(_mean("reward_against", [fmean(theirs[place]) for place in both]))
+        other_groups = _by_prompt(against, settings.num_samples)
+        other_rewards = [[answer.reward for answer in group] for group in other_groups]
+        both = [i for i in scored if None not in other_rewards[i]]
+        measures.append(_share("win_rate", [_win_rate(rewards[i], other_rewards[i]) for i in both]))
+        measures.append(_mean("reward_against", [fmean(other_rewards[i]) for i in both]))
     for k in settings.pass_k:
-        passed = [sum(reward >= settings.pass_reward for reward in judged[place]) for place in known]
-        found.append(_share(f"pass@{k}", [pass_at_k(settings.num_samples, right, k) for right in passed]))
-    lengths = [fmean(len(one.tokens) for one in group) for group in groups]
-    found.append(_mean("response_length", lengths))
-    found.append(_share("cut_fraction", [fmean(not one.is_finished for one in group) for group in groups]))
-    return found
+        num_passed = [sum(reward >= settings.pass_reward for reward in rewards[i]) for i in scored]
+        measures.append(
+            _share(f"pass@{k}", [pass_at_k(settings.num_samples, count, k) for count in num_passed])
+        )
+    lengths = [fmean(len(answer.tokens) for answer in group) for group in groups]
+    measures.append(_mean("response_length", lengths))
+    cut_shares = [fmean(not answer.is_finished for answer in group) for group in groups]
+    measures.append(_share("cut_fraction", cut_shares))
+    return measures
 
 
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the chance that at least one of k samples, drawn without putting back, is right."""
-    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """Return the probability that at least one of k samples, drawn without replacement, passes."""
+    return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
-def as_metrics(measured: Sequence[Measured]) -> dict[str, float]:
-    """Return the figures as metrics of a step: mean, and the ends of the interval."""
+def as_metrics(measures: Sequence[Measured]) -> dict[str, float]:
+    """Return the measures as metrics of a step: mean, and both ends of the interval."""
     metrics = {}
-    for one in measured:
-        name = f"eval/{one.name}"
-        estimate = one.estimate
+    for measured in measures:
+        name = f"eval/{measured.name}"
+        estimate = measured.estimate
         metrics |= {name: estimate.mean, f"{name}/low": estimate.low, f"{name}/high": estimate.high}
     return metrics
 
 
-def _by_prompt(answers: Sequence[JudgedAnswer], num_samples: int) -> list[Sequence[JudgedAnswer]]:
+def _by_prompt(answers: Sequence[ScoredAnswer], num_samples: int) -> list[Sequence[ScoredAnswer]]:
     return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
 
 
-def _wins(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return fmean((mine > other) + (mine == other) / 2 for mine in ours for other in theirs)
+def _win_rate(rewards: Sequence[float], other_rewards: Sequence[float]) -> float:
+    return fmean((mine > other) + (mine == other) / 2 for mine in rewards for other in other_rewards)
 
 
 def _mean(name: str, values: Sequence[float]) -> Measured:

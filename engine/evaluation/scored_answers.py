@@ -1,4 +1,4 @@
-"""Answers with their rewards, of all data-parallel ranks in one order."""
+"""Answers of all data-parallel ranks with their rewards, in one order."""
 
 import json
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from glm_rlhf.parallel.runtime.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedAnswer:
-    """One answer, and what it is worth."""
+class ScoredAnswer:
+    """One answer with its reward."""
 
     prompt_tokens: tuple[int, ...]
-    """Ids that the model was given."""
+    """Token ids of the prompt."""
     tokens: tuple[int, ...]
-    """Ids that it wrote."""
+    """Token ids of the answer."""
     prompt: str | None
     """The prompt as text; None without a tokenizer."""
     text: str | None
     """The answer as text; None without a tokenizer."""
     reward: float | None
-    """What it is worth in all; None where no reward could be had."""
+    """Its reward, token rewards included; None where it has none."""
     is_finished: bool
-    """Whether it ended by itself."""
+    """Whether it ended with a stop token or text; false where it was cut at its maximum length."""
 
 
 def gather_answers(
@@ -39,17 +39,17 @@ def gather_answers(
     topology: Topology,
     *,
     first: int | None = None,
-) -> list[JudgedAnswer]:
-    """Return the answers of all data-parallel ranks, in the same order in every layout, on every rank.
+) -> list[ScoredAnswer]:
+    """Return the answers of all data-parallel ranks, in the same order in every layout, on all ranks.
 
     Every rank of the topology calls this; the world gathers.
 
     Args:
-        rollouts: this rank's; those left out have no reward.
-        rewards_B: reward of each.
-        tokenizer: gives the texts; None leaves them out.
+        rollouts: answers of this rank; excluded ones get the reward None.
+        rewards_B: reward of each answer, [B].
+        tokenizer: decodes the texts; None: no texts.
         topology: layout and groups.
-        first: so many at most; None for all.
+        first: return only answers with an index below this; None: all.
     """
     mine = []
     if topology.tp_rank == topology.pp_rank == topology.cp_rank == 0:
@@ -57,18 +57,18 @@ def gather_answers(
         for number, index in enumerate(rollouts.indices):
             if first is None or index < first:
                 reward = None if number in rollouts.excluded else rewards[number]
-                mine.append((index, _judged(rollouts, number, reward, tokenizer)))
-    everyone: list = [None] * topology.world_size
-    dist.all_gather_object(everyone, mine)
-    found = sorted((one for part in everyone for one in part), key=lambda one: one[0])
-    return [answer for _, answer in found]
+                mine.append((index, _scored_answer(rollouts, number, reward, tokenizer)))
+    gathered: list = [None] * topology.world_size
+    dist.all_gather_object(gathered, mine)
+    by_index = sorted((entry for part in gathered for entry in part), key=lambda entry: entry[0])
+    return [answer for _, answer in by_index]
 
 
-def write_answers(path: Path, answers: Sequence[JudgedAnswer], topology: Topology) -> None:
-    """Write one JSON line an answer, on the reporter; every rank calls this.
+def write_answers(path: Path, answers: Sequence[ScoredAnswer], topology: Topology) -> None:
+    """Write one JSON line per answer, on the main rank; every rank calls this.
 
     Raises:
-        OSError, ValueError: the file cannot be written; on every rank.
+        OSError, ValueError: the file cannot be written; on all ranks.
     """
     with raise_on_all_ranks(f"writing {path}"):
         if topology.is_main_rank:
@@ -77,12 +77,12 @@ def write_answers(path: Path, answers: Sequence[JudgedAnswer], topology: Topolog
             path.write_text(text, encoding="utf-8")
 
 
-def _judged(
+def _scored_answer(
     rollouts: Rollouts, number: int, reward: float | None, tokenizer: Tokenizer | None
-) -> JudgedAnswer:
+) -> ScoredAnswer:
     answer = rollouts.answer(number).tolist()
     prompt = rollouts.prompts[number].tokens
-    return JudgedAnswer(
+    return ScoredAnswer(
         prompt_tokens=prompt,
         tokens=tuple(answer),
         prompt=tokenizer and tokenizer.decode(prompt, unknown="replace"),

@@ -1,4 +1,4 @@
-"""What an answer is worth: functions, servers, models, weighted sums, scored in the background.
+"""Rewards of answers: functions, servers, reward models and weighted sums, computed in the background.
 
 Imports `scoring` and below.
 """

@@ -1,4 +1,4 @@
-"""Calls of a reward function in background threads, so that answers are judged while others are generated."""
+"""Calls of a reward function in background threads, so that answers are scored while others are generated."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,37 +16,36 @@ from glm_rlhf.parallel.runtime.spans import span
 
 
 class BackgroundRewards:
-    """Owns the threads that call a reward function, and what it said until somebody takes it.
+    """Owns the threads that call a reward function, and its results until they are taken.
 
-    A thread lives while there are answers to judge, and takes an even share of those that wait. Which answers
-    come together in a call depends on time; which call an answer is in does not matter to a function that
-    judges each by itself. No call outlives its thread, and no more than `concurrency` ever run, those that
-    were forgotten included. Threads do not keep a process alive.
+    A thread lives while there are answers to score; each call takes an even share of the waiting ones. Which
+    answers share a call depends on time, which makes no difference to a function that scores each answer by
+    itself. At most `concurrency` calls run at once, discarded ones included. The threads are daemons.
     """
 
     def __init__(self, function: RewardFunction, *, concurrency: int, device: torch.device) -> None:
-        """Start nothing yet.
+        """Start no thread yet.
 
         Args:
-            function: judges answers.
+            function: the reward function.
             concurrency: most calls at once, at least one.
-            device: where it finds itself if it uses CUDA, as on the main thread.
+            device: current CUDA device of the threads, as on the main thread.
         """
         assert concurrency > 0
         self._device = device
         self._function, self._concurrency = function, concurrency
         self._changed = threading.Condition()
-        self._idle = set(range(concurrency))  # numbers that no thread has
+        self._idle = set(range(concurrency))  # thread numbers not in use
         self._waiting: dict[int, RewardRequest] = {}
-        self._asked: set[int] = set()
-        self._found: dict[int, Reward | RewardFailure] = {}
-        self._round = 0  # answers of a round that was forgotten are dropped
+        self._submitted: set[int] = set()
+        self._results: dict[int, Reward | RewardFailure] = {}
+        self._round = 0  # results of an earlier, discarded round are dropped
 
-    def ask(self, requests: Mapping[int, RewardRequest]) -> None:
-        """Have answers judged, each under a number of its own; those asked for already are passed over."""
+    def submit(self, requests: Mapping[int, RewardRequest]) -> None:
+        """Queue answers for scoring under their numbers; numbers submitted before are skipped."""
         with self._changed:
-            new = {number: request for number, request in requests.items() if number not in self._asked}
-            self._asked |= new.keys()
+            new = {number: request for number, request in requests.items() if number not in self._submitted}
+            self._submitted |= new.keys()
             self._waiting |= new
             for _ in range(min(len(self._idle), len(self._waiting))):
                 thread = self._idle.pop()
@@ -55,19 +54,19 @@ class BackgroundRewards:
                 ).start()
 
     def take(self, numbers: Sequence[int]) -> list[Reward | RewardFailure]:
-        """Return what was said of answers that were asked for, in the order of `numbers`; waits for it."""
+        """Return the results of submitted answers, in the order of `numbers`; waits until all are there."""
         with self._changed:
-            self._changed.wait_for(lambda: all(number in self._found for number in numbers))
-            self._asked.difference_update(numbers)
-            return [self._found.pop(number) for number in numbers]
+            self._changed.wait_for(lambda: all(number in self._results for number in numbers))
+            self._submitted.difference_update(numbers)
+            return [self._results.pop(number) for number in numbers]
 
     def discard(self) -> None:
-        """Drop all that was asked for: what waits is not judged, what is being judged is not kept."""
+        """Drop everything submitted: waiting answers are not scored, results of running calls not kept."""
         with self._changed:
             self._round += 1
-            self._asked.clear()
+            self._submitted.clear()
             self._waiting.clear()
-            self._found.clear()
+            self._results.clear()
 
     def _work(self, thread: int) -> None:
         if self._device.type == "cuda":
@@ -79,19 +78,17 @@ class BackgroundRewards:
                     return
                 count = -(-len(self._waiting) // self._concurrency)
                 batch = {number: self._waiting.pop(number) for number in list(self._waiting)[:count]}
-                asked_in = self._round
-            found = self._judge(list(batch.values()))
+                round_of_call = self._round
+            results = self._call(list(batch.values()))
             with self._changed:
-                if asked_in == self._round:
-                    self._found |= dict(zip(batch, found, strict=True))
+                if round_of_call == self._round:
+                    self._results |= dict(zip(batch, results, strict=True))
                     self._changed.notify_all()
 
-    def _judge(self, requests: list[RewardRequest]) -> list[Reward | RewardFailure]:
+    def _call(self, requests: list[RewardRequest]) -> list[Reward | RewardFailure]:
         try:
             with span("reward call"):
                 return call_reward_function(self._function, requests, skip_failures=True)
-        except (
-            BaseException
-        ) as error:  # such as SystemExit, which would end the thread alone, and wait for ever
+        except BaseException as error:  # SystemExit, say, would end only this thread: `take` would hang
             reason = f"the reward function raised {type(error).__name__}: {error}"
             return [RewardFailure(reason=reason)] * len(requests)

@@ -1,4 +1,4 @@
-"""The reward of PPO: a reward model, a function, or both, less that of a reference answer."""
+"""The reward of PPO: a reward model, a reward function, or both, minus the reward of a reference answer."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,11 +15,11 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.topology import Topology
 
 AnswerByReference = Callable[[Sequence[PromptInput]], Rollouts]
-"""Answers of the reference to this rank's prompts, one each; ranks that share them call together."""
+"""Returns one answer of the reference to each prompt of this rank; ranks that share prompts call together."""
 
 
 class RewardTerms:
-    """Owns what rewards need: the reward model's chunks, and what reference answers have scored."""
+    """Owns the reward model's chunks, the calls of the reward function, and the baselines of prompts."""
 
     def __init__(
         self,
@@ -38,19 +38,19 @@ class RewardTerms:
 
         Args:
             topology: layout and groups.
-            micro_batch_tokens: budget of a micro-batch of the reward model.
-            tokenizer: gives the function its texts.
-            model: this rank's chunks of a reward model; None for none.
-            function: judges answers; None for none.
-            function_weight: factor of the function's reward.
-            skip_failures: whether an answer that the function has no reward for is left out, and told on
-                stderr, rather than ending the run.
+            micro_batch_tokens: most tokens per micro-batch of the reward model.
+            tokenizer: decodes the texts that the function gets.
+            model: this rank's chunks of a reward model; None: no reward model.
+            function: the reward function; None: no reward function.
+            function_weight: weight of the function's reward.
+            skip_failures: whether an answer without a reward of the function is excluded and logged, instead
+                of ending the run.
             concurrency: most calls of the function at once, as for `RewardDispatcher`.
-            answer_by_reference: where given, the reward of its answer to the same prompt is subtracted
-                (ChatGLM-RLHF's baseline); each prompt is answered once and its score kept.
+            answer_by_reference: if given, the reward of its answer to the same prompt is subtracted
+                (ChatGLM-RLHF's baseline); each prompt is answered once and its reward kept.
 
         Raises:
-            ValueError: neither a model nor a function.
+            ValueError: neither a reward model nor a function.
         """
         if model is None and function is None:
             raise ValueError("a reward needs a reward model or a function")
@@ -71,31 +71,34 @@ class RewardTerms:
     def __call__(
         self, rollouts: Rollouts, *, uses_overlapped: bool = False, overlapped: OverlappedScores | None = None
     ) -> Rewards:
-        """Return rewards less baselines; every rank of the topology calls this.
+        """Return rewards minus baselines; every rank of the topology calls this.
 
-        With `uses_overlapped` the function was asked for these answers as they ended, by
-        `dispatcher.ask_ahead`; `early` is what the reward model has said of some.
+        Where failures are skipped, an answer is excluded if it or the reference answer to its prompt has no
+        reward; the reference answers the prompt again the next time it comes.
 
-        Where faults are masked, an answer is left out when it or its prompt's reference answer has no
-        reward; the reference is asked again the next time that the prompt comes.
+        Args:
+            rollouts: the answers.
+            uses_overlapped: whether these answers were submitted to the function as they ended, by
+                `dispatcher.submit`.
+            overlapped: scores of the reward model computed during generation, for some answers.
 
         Raises:
-            RewardError: the function failed on some rank, or for all answers; on every rank.
+            RewardError: the function failed on some rank, or for all answers; on all ranks.
         """
         rewards = self.without_baseline(rollouts, uses_overlapped=uses_overlapped, overlapped=overlapped)
         if self.answer_by_reference is None:
             return rewards
         self._learn_baselines(rollouts.prompts)
         baselines = [self.baselines.get(prompt.tokens) for prompt in rollouts.prompts]
-        excluded = rewards.excluded | {index for index, found in enumerate(baselines) if found is None}
-        less_B = rewards.rewards_B - torch.tensor(
-            [found or 0.0 for found in baselines], device=rewards.rewards_B.device
+        excluded = rewards.excluded | {i for i, baseline in enumerate(baselines) if baseline is None}
+        minus_baseline_B = rewards.rewards_B - torch.tensor(
+            [baseline or 0.0 for baseline in baselines], device=rewards.rewards_B.device
         )
-        less_B[sorted(excluded)] = 0.0
-        return Rewards(rewards_B=less_B, token_rewards_T=rewards.token_rewards_T, excluded=excluded)
+        minus_baseline_B[sorted(excluded)] = 0.0
+        return Rewards(rewards_B=minus_baseline_B, token_rewards_T=rewards.token_rewards_T, excluded=excluded)
 
     def baseline_tensors(self) -> dict[str, torch.Tensor]:
-        """Return what reference answers have scored, as tensors that a checkpoint can hold."""
+        """Return the baselines of all prompts so far, as tensors that a checkpoint can hold."""
         prompts = list(self.baselines)
         return {
             "baseline_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
@@ -104,7 +107,7 @@ class RewardTerms:
         }
 
     def add_baselines(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over scores that `baseline_tensors` returned, where a prompt has none yet."""
+        """Add the baselines that `baseline_tensors` returned, for prompts that have none yet."""
         lengths = tensors["baseline_lengths"].tolist()
         scores = tensors["baseline_scores"].tolist()
         for tokens, score in zip(tensors["baseline_tokens"].split(lengths), scores, strict=True):
@@ -112,7 +115,7 @@ class RewardTerms:
 
     def _learn_baselines(self, prompts: Sequence[PromptInput]) -> None:
         unknown = {p.tokens: p for p in prompts if p.tokens not in self.baselines}
-        # The reference's ranks generate together: all take part while any of them has a new prompt.
+        # The reference's ranks generate together: all take part as long as one of them has a new prompt.
         num_unknown = torch.tensor([len(unknown)], device=self.topology.device)
         dist.all_reduce(num_unknown)
         if not int(num_unknown):
@@ -131,7 +134,7 @@ class RewardTerms:
         """Return rewards with nothing subtracted; every rank of the topology calls this.
 
         Raises:
-            RewardError: the function failed on some rank, or for all answers; on every rank.
+            RewardError: the function failed on some rank, or for all answers; on all ranks.
         """
         device = rollouts.tokens_T.device
         total_B, token_T, excluded = torch.zeros(rollouts.num_sequences, device=device), None, set()

@@ -1,4 +1,4 @@
-"""A reward function's word on answers: asked by one rank of those that share them, told to all."""
+"""Rewards from a function: one of the ranks that share sequences calls it, all of them get the rewards."""
 
 import torch.distributed as dist
 
@@ -32,88 +32,93 @@ class RewardDispatcher:
         skip_failures: bool,
         concurrency: int,
     ) -> None:
-        """Take the function.
+        """Start no call yet.
 
         Args:
-            function: judges answers.
+            function: the reward function.
             topology: layout and groups.
-            tokenizer: gives it texts; None for ids alone.
-            skip_failures: whether a fault is told on stderr and left to the caller, not an error.
-            concurrency: most calls at once, in background threads, where answers are judged as they end; 0
-                calls once for all of them, on the caller's thread.
+            tokenizer: decodes the texts of requests; None: ids only.
+            skip_failures: whether a failure is logged and returned instead of raised.
+            concurrency: most calls at once, in background threads, which score answers as they end; 0: one
+                call for all answers, on the caller's thread.
         """
         self.topology, self.tokenizer, self.skip_failures = topology, tokenizer, skip_failures
         self._function = function
-        self._asks = topology.tp_rank == topology.pp_rank == topology.cp_rank == 0
+        self._calls_function = topology.tp_rank == topology.pp_rank == topology.cp_rank == 0
         self._background = None
-        if self._asks and concurrency:
+        if self._calls_function and concurrency:
             self._background = BackgroundRewards(function, concurrency=concurrency, device=topology.device)
 
-    def ask_ahead(self, index: int, prompt: PromptInput, done: Completion) -> None:
-        """Have an answer judged while others are generated, where this rank asks and may.
+    def submit(self, index: int, prompt: PromptInput, done: Completion) -> None:
+        """Queue an answer for scoring during generation; does nothing on other ranks or without threads.
 
         Args:
-            index: its place among those of all data-parallel ranks, as `Rollouts.indices` will have it.
-            prompt: what it answers.
+            index: of the answer among those of all data-parallel ranks, as later in `Rollouts.indices`.
+            prompt: its prompt.
             done: the answer.
         """
         if self._background is not None:
             request = self._request(prompt, done.tokens, is_finished=done.finish_reason == "stop")
-            self._background.ask({index: request})
+            self._background.submit({index: request})
 
     def discard(self) -> None:
-        """Drop what was asked early."""
+        """Drop all submitted answers."""
         if self._background is not None:
             self._background.discard()
 
     def __call__(self, rollouts: Rollouts, *, uses_overlapped: bool = False) -> list[Reward | RewardFailure]:
-        """Return a reward or, with `skip_failures`, a fault for each answer of this rank.
+        """Return a reward or, with `skip_failures`, a failure for each answer of this rank.
 
-        Every rank of the topology calls this.
+        Every rank of the topology calls this; the world gathers.
 
         Args:
             rollouts: the answers.
-            uses_overlapped: whether they are those that `ask_ahead` was given since the last `discard`;
-                the others are asked for now.
+            uses_overlapped: whether answers submitted since the last `discard` belong to these rollouts;
+                otherwise they are discarded and all are scored now.
 
         Raises:
-            RewardError: the function failed on some rank, or for all answers; on every rank.
+            RewardError: the function failed on some rank, or for all answers; on all ranks.
         """
         if not uses_overlapped:
             self.discard()
-        topology, found, faults, error = self.topology, None, [], None
-        if self._asks:
+        topology, rewards, failures, error = self.topology, None, [], None
+        if self._calls_function:
             requests = [
                 self._request(prompt, rollouts.answer(i).tolist(), is_finished=rollouts.is_finished[i])
                 for i, prompt in enumerate(rollouts.prompts)
             ]
-            found = self._rewards(requests, rollouts.indices)
-            pairs = zip(requests, found, strict=True)
-            faults = [describe(one, fault) for one, fault in pairs if isinstance(fault, RewardFailure)]
+            rewards = self._rewards(requests, rollouts.indices)
+            failures = [
+                describe(request, reward)
+                for request, reward in zip(requests, rewards, strict=True)
+                if isinstance(reward, RewardFailure)
+            ]
             if not self.skip_failures:
                 try:
-                    raise_on_failures(found, requests)
+                    raise_on_failures(rewards, requests)
                 except RewardError as raised:
                     error = str(raised)
-        everyone: list = [None] * topology.world_size
-        dist.all_gather_object(everyone, (topology.dp_rank, found, faults, error))
-        answered = [part for part in everyone if part[1] is not None]
-        raised = next((error for *_, error in answered if error is not None), None)
-        if raised is not None:
-            raise RewardError(raised)
-        all_faults = [words for _, _, faults, _ in answered for words in faults]
-        if all_faults and len(all_faults) == sum(len(rewards) for _, rewards, _, _ in answered):
-            raise RewardError(f"no answer of {len(all_faults)} has a reward, the first {all_faults[0]}")
-        if all_faults:
-            log(f"{len(all_faults)} answers are left out, the first reward {all_faults[0]}", topology)
-        return next(rewards for rank, rewards, *_ in answered if rank == topology.dp_rank)
+        gathered: list = [None] * topology.world_size
+        dist.all_gather_object(gathered, (topology.dp_rank, rewards, failures, error))
+        parts = [part for part in gathered if part[1] is not None]
+        first_error = next((error for *_, error in parts if error is not None), None)
+        if first_error is not None:
+            raise RewardError(first_error)
+        all_failures = [failure for _, _, failures, _ in parts for failure in failures]
+        if all_failures and len(all_failures) == sum(len(rewards) for _, rewards, _, _ in parts):
+            raise RewardError(
+                f"none of {len(all_failures)} answers has a reward, the first {all_failures[0]}"
+            )
+        if all_failures:
+            log(f"{len(all_failures)} answers are excluded, the first reward {all_failures[0]}", topology)
+        return next(rewards for rank, rewards, *_ in parts if rank == topology.dp_rank)
 
     def _rewards(
         self, requests: list[RewardRequest], indices: tuple[int, ...]
     ) -> list[Reward | RewardFailure]:
         if self._background is None:
             return call_reward_function(self._function, requests, skip_failures=True)
-        self._background.ask(dict(zip(indices, requests, strict=True)))
+        self._background.submit(dict(zip(indices, requests, strict=True)))
         return self._background.take(indices)
 
     def _request(

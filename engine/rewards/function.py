@@ -1,4 +1,4 @@
-"""Rewards from a function: what it is given, how it is found, and what it may answer."""
+"""Reward functions: their request and result types, finding one by name, and calling it with checks."""
 
 import importlib
 import os
@@ -12,43 +12,43 @@ _SHOWN = 200  # characters of a prompt or an answer in a message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardRequest:
-    """One answer to be judged."""
+    """One answer to score."""
 
     prompt_tokens: tuple[int, ...]
-    """Ids that the model was given."""
+    """Token ids of the prompt."""
     response_tokens: tuple[int, ...]
-    """Ids that it wrote, its end id included."""
+    """Token ids of the answer, its end id included."""
     prompt: str | None
-    """The prompt's ids as text; None without a tokenizer."""
+    """The prompt as text; None without a tokenizer."""
     response: str | None
     """The answer as text; None without a tokenizer."""
     is_finished: bool
-    """Whether the answer ended by itself."""
+    """Whether the answer ended with a stop token or text; false where it was cut at its maximum length."""
     extra: Mapping[str, object]
-    """Further fields of the prompt's record."""
+    """Other fields of the prompt's record, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFailure:
-    """Stands where an answer's reward could not be had; a reward function may return it itself."""
+    """Takes the place of a missing reward; a reward function may return it too."""
 
     reason: str
-    """What happened, in words that follow the answer's name: `is nan, …`."""
+    """Why there is no reward: one clause."""
 
 
 Reward = float | tuple[float, ...]
-"""Of an answer as a whole, or one a token of it, its end id included."""
+"""Reward of an answer as a whole, or one number per token of it, its end id included."""
 
 RewardFunction = Callable[[Sequence[RewardRequest]], Sequence[Reward | RewardFailure]]
-"""Takes answers and returns one reward each, in their order."""
+"""Takes answers and returns one reward for each, in their order."""
 
 
 class RewardError(ValueError):
-    """A reward function that cannot be found, or that answered what is no reward."""
+    """A reward function that cannot be found, or that returned an invalid reward."""
 
 
-def find_rule(name: str) -> RewardFunction:
-    """Return the function called `module:function`, from an installed module or one in the current folder.
+def import_reward_function(name: str) -> RewardFunction:
+    """Return the function named `module:function`, of an installed module or one in the current folder.
 
     Raises:
         RewardError: no such module or function; the message says which.
@@ -57,7 +57,7 @@ def find_rule(name: str) -> RewardFunction:
     if not separator or not module_name or not function_name:
         raise RewardError(f"a reward function is named module:function, {name!r} is not of that form")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not look there by itself
+        sys.path.append(os.getcwd())  # a console script does not search it by default
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -71,65 +71,66 @@ def find_rule(name: str) -> RewardFunction:
 def call_reward_function(
     function: RewardFunction, requests: Sequence[RewardRequest], *, skip_failures: bool = False
 ) -> list[Reward | RewardFailure]:
-    """Return a function's rewards, each known to be finite; nothing is mended, no fault becomes a number.
+    """Return a function's rewards, each of them finite; a failure is never replaced by a number.
 
     Args:
-        function: judges the answers.
+        function: the reward function.
         requests: the answers.
-        skip_failures: whether a fault stands in place of its answer's reward, rather than being raised. A
-            function that raises, or answers with another count, is a fault of every answer.
+        skip_failures: whether a failure takes the place of its reward instead of being raised. Where the
+            function raises, or returns another number of rewards, each answer has a failure.
 
     Raises:
-        RewardError: a fault; the message names its place, prompt and answer, and what stood there.
+        RewardError: a failure, without `skip_failures`; the message names the answer and what was returned.
     """
     try:
-        answers = list(function(requests))
-        if len(answers) != len(requests):
-            reason = f"the reward function gave {len(answers)} rewards for {len(requests)} answers"
-            answers = [RewardFailure(reason=reason)] * len(requests)
+        returned = list(function(requests))
+        if len(returned) != len(requests):
+            reason = f"the reward function returned {len(returned)} rewards for {len(requests)} answers"
+            returned = [RewardFailure(reason=reason)] * len(requests)
     except Exception as error:
         reason = f"the reward function raised {type(error).__name__}: {error}"
-        answers = [RewardFailure(reason=reason)] * len(requests)
-    found = [_checked(answer, request) for answer, request in zip(answers, requests, strict=True)]
+        returned = [RewardFailure(reason=reason)] * len(requests)
+    rewards = [_checked(value, request) for value, request in zip(returned, requests, strict=True)]
     if not skip_failures:
-        raise_on_failures(found, requests)
-    return found
+        raise_on_failures(rewards, requests)
+    return rewards
 
 
-def raise_on_failures(found: Sequence[Reward | RewardFailure], requests: Sequence[RewardRequest]) -> None:
-    """Raise RewardError where an answer has a fault in place of a reward; the message names the first."""
-    for index, reward in enumerate(found):
+def raise_on_failures(rewards: Sequence[Reward | RewardFailure], requests: Sequence[RewardRequest]) -> None:
+    """Raise RewardError if an answer has a failure instead of a reward; the message names the first one."""
+    for index, reward in enumerate(rewards):
         if isinstance(reward, RewardFailure):
-            raise RewardError(f"reward {index} of {len(found)}, {describe(requests[index], reward)}")
+            raise RewardError(f"reward {index} of {len(rewards)}, {describe(requests[index], reward)}")
 
 
-def describe(request: RewardRequest, fault: RewardFailure) -> str:
-    """Return a fault in words, with the beginning of its prompt and answer."""
+def describe(request: RewardRequest, failure: RewardFailure) -> str:
+    """Return a failure with the beginnings of its answer and prompt."""
     prompt = request.prompt_tokens if request.prompt is None else request.prompt
     response = request.response_tokens if request.response is None else request.response
-    return f"of the answer {_short(response)} to the prompt {_short(prompt)}: {fault.reason}"
+    return f"of the answer {_short(response)} to the prompt {_short(prompt)}: {failure.reason}"
 
 
-def _checked(answer: object, request: RewardRequest) -> Reward | RewardFailure:
-    if isinstance(answer, RewardFailure):
-        return answer
-    if not isinstance(answer, Sequence) or isinstance(answer, str):
-        if _is_number(answer):
-            return float(answer)
-        return RewardFailure(reason=f"it is {_short(answer)}, a finite number is required")
+def _checked(value: object, request: RewardRequest) -> Reward | RewardFailure:
+    """Return what a reward function returned for an answer, as floats, or a failure if it is not a reward."""
+    if isinstance(value, RewardFailure):
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        if _is_number(value):
+            return float(value)
+        return RewardFailure(reason=f"it is {_short(value)}, a finite number is required")
     num_tokens = len(request.response_tokens)
-    if len(answer) != num_tokens:
-        return RewardFailure(reason=f"it has {len(answer)} numbers for an answer of {num_tokens} tokens")
-    for place, number in enumerate(answer):
+    if len(value) != num_tokens:
+        return RewardFailure(reason=f"it has {len(value)} numbers for an answer of {num_tokens} tokens")
+    for position, number in enumerate(value):
         if not _is_number(number):
             return RewardFailure(
-                reason=f"it is {_short(number)} at token {place}, a finite number is required"
+                reason=f"it is {_short(number)} at token {position}, a finite number is required"
             )
-    return tuple(float(number) for number in answer)
+    return tuple(float(number) for number in value)
 
 
 def _is_number(value: object) -> bool:
-    """Return whether a value is a number that fp32 holds."""
+    """Return whether a value is a number within the range of fp32."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 

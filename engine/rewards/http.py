@@ -1,12 +1,12 @@
 """Rewards from a server over HTTP.
 
-The contract, one batch a POST, JSON both ways:
+The protocol, one batch per POST, JSON in both directions:
 
     {"requests": [{"prompt": str | null, "response": str | null, "prompt_tokens": [int …],
                    "response_tokens": [int …], "is_finished": bool, "extra": {…}} …]}
-    {"rewards": [number, or a list of one number a response token, …]}
+    {"rewards": [number, or a list of one number per response token, …]}
 
-with as many rewards as requests, in their order, and status 200. `extra` holds further fields of the
+with as many rewards as requests, in their order, and status 200. `extra` holds the other fields of the
 prompt's record. `examples/reward_server.py` is such a server.
 """
 
@@ -22,68 +22,68 @@ from glm_rlhf.engine.rewards.function import Reward, RewardFailure, RewardReques
 
 _MAX_BYTES = 64 * 2**20
 _MAX_PAUSE_S = 30.0
-_PASSING_STATUS = (408, 429)  # of the client's faults, those that may be over when one asks again
+_RETRIED_STATUS = (408, 429)  # client errors that may pass: timeout, too many requests
 
 
-class _Refused(Exception):
-    """An answer that would be the same when asked again."""
+class _PermanentError(Exception):
+    """A response that a retry would not change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpReward:
-    """A reward function that asks a server.
+    """A reward function that requests rewards from a server.
 
-    A batch is asked for again, at most `retries` times, after pauses that double from `pause_s` to 30 s:
-    when nobody answers, not in time, with a status of 5xx, 408 or 429, or with what is not of the contract.
-    What then has no reward is a `RewardFailure`, and further batches of the same call are not asked for: a
-    call lasts at most (retries + 1) · (timeout_s + pause) longer than the server works.
+    A batch is sent again, at most `retries` times, after pauses that double from `pause_s` to 30 s: when the
+    connection fails or times out, on status 5xx, 408 or 429, and on a response that breaks the protocol.
+    If that fails, its answers and those of later batches of the call get a `RewardFailure`: a call lasts at
+    most (retries + 1) · (timeout_s + pause) longer than the server works.
     """
 
     url: str
-    """Where to POST, http or https."""
+    """Address of the POST, http or https."""
     timeout_s: float = 30.0
-    """Longest that an answer may take, from the connection to its last byte."""
+    """Longest time of a request in seconds, from the connection to the last byte of the response."""
     retries: int = 3
-    """How often a batch is asked for again."""
+    """Most retries per batch."""
     batch_size: int = 64
-    """Most answers in a POST."""
+    """Most answers per POST."""
     pause_s: float = 0.5
-    """Pause before the first time that a batch is asked for again."""
+    """Pause before the first retry, in seconds."""
 
     def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFailure]:
-        """Return a reward or a fault for each answer."""
-        found: list[Reward | RewardFailure] = []
+        """Return a reward or a failure for each answer."""
+        rewards: list[Reward | RewardFailure] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            answer = self._ask_until_answered(batch)
-            if isinstance(answer, RewardFailure):
-                return found + [answer] * (len(requests) - start)
-            found += answer
-        return found
+            outcome = self._post_with_retries(batch)
+            if isinstance(outcome, RewardFailure):
+                return rewards + [outcome] * (len(requests) - start)
+            rewards += outcome
+        return rewards
 
-    def _ask_until_answered(self, batch: Sequence[RewardRequest]) -> list[Reward] | RewardFailure:
+    def _post_with_retries(self, batch: Sequence[RewardRequest]) -> list[Reward] | RewardFailure:
         body = json.dumps({"requests": [_in_json(request) for request in batch]}).encode()
         reasons: list[str] = []
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(self.pause_s * 2 ** (attempt - 1), _MAX_PAUSE_S))
             try:
-                return self._ask(body, len(batch))
-            except _Refused as error:
+                return self._post(body, len(batch))
+            except _PermanentError as error:
                 reasons.append(str(error))
                 break
             except (OSError, ValueError, http.client.HTTPException) as error:
                 reasons.append(f"{type(error).__name__}: {error}")
         return RewardFailure(
-            reason=f"{self.url} gave none in {len(reasons)} attempts, at last: {reasons[-1]}"
+            reason=f"{self.url} gave none in {len(reasons)} attempts, the last error: {reasons[-1]}"
         )
 
-    def _ask(self, body: bytes, num_answers: int) -> list[Reward]:
+    def _post(self, body: bytes, num_answers: int) -> list[Reward]:
         """Return the rewards of one POST.
 
         Raises:
-            _Refused: asking again is of no use.
-            OSError, ValueError, HTTPException: it may be.
+            _PermanentError: a retry would fail too.
+            OSError, ValueError, HTTPException: a retry may succeed.
         """
         deadline = time.monotonic() + self.timeout_s
         request = urllib.request.Request(
@@ -94,15 +94,15 @@ class HttpReward:
                 answer = json.loads(_read(response, deadline, self.timeout_s))
         except urllib.error.HTTPError as error:
             with error:
-                words = f"status {error.code}, {error.read(500).decode(errors='replace')!r}"
-            if 400 <= error.code < 500 and error.code not in _PASSING_STATUS:
-                raise _Refused(words) from error
-            raise OSError(words) from error
+                message = f"status {error.code}, {error.read(500).decode(errors='replace')!r}"
+            if 400 <= error.code < 500 and error.code not in _RETRIED_STATUS:
+                raise _PermanentError(message) from error
+            raise OSError(message) from error
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
-            raise ValueError('the answer is not of the form {"rewards": […]}')
+            raise ValueError('the response is not of the form {"rewards": […]}')
         if len(rewards) != num_answers:
-            raise ValueError(f"{len(rewards)} rewards came for {num_answers} answers")
+            raise ValueError(f"the response has {len(rewards)} rewards for {num_answers} answers")
         return rewards
 
 
@@ -118,13 +118,13 @@ def _in_json(request: RewardRequest) -> dict[str, object]:
 
 
 def _read(response: http.client.HTTPResponse, deadline: float, timeout_s: float) -> bytes:
-    """Return the body, however slowly its bytes drip, up to the deadline."""
+    """Return the body; its bytes may come slowly, but all before the deadline."""
     parts, size = [], 0
     while part := response.read1(65536):
         parts.append(part)
         size += len(part)
         if size > _MAX_BYTES:
-            raise ValueError(f"the answer is longer than {_MAX_BYTES} bytes")
+            raise ValueError(f"the response is longer than {_MAX_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the answer was not complete after {timeout_s} s")
+            raise TimeoutError(f"the response was not complete after {timeout_s} s")
     return b"".join(parts)

@@ -1,4 +1,4 @@
-"""One reward function from a text that names several, with weights."""
+"""A reward function as a weighted sum of reward functions, parsed from text."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from glm_rlhf.engine.rewards.function import (
     RewardFunction,
     RewardRequest,
     call_reward_function,
-    find_rule,
+    import_reward_function,
 )
 from glm_rlhf.engine.rewards.http import HttpReward
 
@@ -25,26 +25,26 @@ class RewardTerm:
     """One summand of a reward."""
 
     name: str
-    """As the config has it."""
+    """As written in the config."""
     weight: float
     """Its factor."""
     function: RewardFunction
-    """What judges."""
+    """Its reward function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSum:
-    """A reward function that adds others up.
+    """A reward function that sums others.
 
-    Where one gives rewards of tokens and another of the answer, the latter's counts at the last token. A
-    fault of one is a fault of the sum.
+    Where some terms return per-token rewards and others one number, the number is added to the last token. A
+    failure of one term is a failure of the sum.
     """
 
     terms: tuple[RewardTerm, ...]
     """At least one."""
 
     def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFailure]:
-        """Return the weighted sum, or a fault that names its term, for each answer."""
+        """Return for each answer the weighted sum, or a failure that names its term."""
         by_term = [call_reward_function(term.function, requests, skip_failures=True) for term in self.terms]
         return [self._total(rewards) for rewards in zip(*by_term, strict=True)]
 
@@ -63,20 +63,20 @@ class RewardSum:
                 ]
         if by_token is None:
             return whole
-        if by_token:  # an answer without a token has no place for a reward
+        if by_token:  # an answer without tokens has no token to add the number to
             by_token[-1] += whole
         return tuple(by_token)
 
 
-def find_reward(text: str, *, over_http: Callable[[str], RewardFunction]) -> RewardFunction:
+def parse_reward_function(text: str, *, over_http: Callable[[str], RewardFunction]) -> RewardFunction:
     """Return the reward function that a text names.
 
-    The text is `module:function`, the address of a reward server, or a weighted sum of those, ` + ` between
-    them: `rules:exact + 0.5 * rules:brief + 2 * http://judge:8000/score`.
+    The text is `module:function`, the address of a reward server, or a weighted sum of these, separated by
+    ` + `: `rules:exact + 0.5 * rules:brief + 2 * http://host:8000/score`.
 
     Args:
         text: as above.
-        over_http: makes a function of an address.
+        over_http: returns the reward function of an address.
 
     Raises:
         RewardError: another form, or no such module or function; the message says which.
@@ -91,12 +91,16 @@ def find_reward(text: str, *, over_http: Callable[[str], RewardFunction]) -> Rew
         if weight is None:
             raise RewardError(
                 f"{part!r} in the reward {text!r} is not of the form [weight *] module:function or "
-                "[weight *] http://…; terms have ' + ' between them"
+                "[weight *] http://…; separate terms by ' + '"
             )
         name = match["name"]
         is_address = name.startswith(("http://", "https://"))
         terms.append(
-            RewardTerm(name=name, weight=weight, function=over_http(name) if is_address else find_rule(name))
+            RewardTerm(
+                name=name,
+                weight=weight,
+                function=over_http(name) if is_address else import_reward_function(name),
+            )
         )
     if len(terms) == 1 and terms[0].weight == 1.0:
         return terms[0].function
@@ -104,7 +108,7 @@ def find_reward(text: str, *, over_http: Callable[[str], RewardFunction]) -> Rew
 
 
 def reward_function_of(section: PPORewardSection) -> RewardFunction | None:
-    """Return the reward function that a config names, None where it names none.
+    """Return the reward function of a config; None if it has none.
 
     Raises:
         RewardError: it cannot be found.
@@ -115,4 +119,4 @@ def reward_function_of(section: PPORewardSection) -> RewardFunction | None:
             url=url, timeout_s=section.timeout_s, retries=section.retries, batch_size=section.batch_size
         )
 
-    return None if section.function is None else find_reward(section.function, over_http=over_http)
+    return None if section.function is None else parse_reward_function(section.function, over_http=over_http)

@@ -8,8 +8,8 @@ from pathlib import Path
 from glm_rlhf.engine.build.models import answer_seed
 from glm_rlhf.engine.build.prompts import read_prompt_inputs
 from glm_rlhf.engine.data.records.reading import ReadReport
-from glm_rlhf.engine.evaluation.measure import EvaluationSettings, as_metrics, judge_rollouts, measure
-from glm_rlhf.engine.evaluation.scored_answers import JudgedAnswer
+from glm_rlhf.engine.evaluation.measure import EvaluationSettings, as_metrics, measure, score_rollouts
+from glm_rlhf.engine.evaluation.scored_answers import ScoredAnswer
 from glm_rlhf.engine.rl.engine import PPOEngine
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
@@ -72,7 +72,7 @@ class PPOEvaluation:
                 self._keep(step, reward)
         return metrics
 
-    def _answers(self, chunks: list[GLMModel], resharded: ReshardedWeights | None) -> list[JudgedAnswer]:
+    def _answers(self, chunks: list[GLMModel], resharded: ReshardedWeights | None) -> list[ScoredAnswer]:
         engine = self._engine
         engine.roles.offload.before_scoring()
         rollouts = answer_prompts(
@@ -83,7 +83,7 @@ class PPOEvaluation:
             topology=engine.topology,
             resharded=resharded,
         )
-        return judge_rollouts(
+        return score_rollouts(
             rollouts, engine.roles.rewards.without_baseline, engine.tokenizer, engine.topology
         )
 

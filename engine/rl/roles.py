@@ -128,7 +128,7 @@ class PPORoles:
 
         def on_ended(index: int, prompt: PromptInput, done: Completion) -> None:
             if dispatcher is not None:
-                dispatcher.ask_ahead(index, prompt, done)
+                dispatcher.submit(index, prompt, done)
             if scorer is not None:
                 scorer.add(index, prompt, done)
 

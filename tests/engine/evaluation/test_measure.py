@@ -5,12 +5,12 @@ import itertools
 import pytest
 
 from glm_rlhf.engine.evaluation.measure import EvaluationSettings, as_metrics, measure, pass_at_k
-from glm_rlhf.engine.evaluation.scored_answers import JudgedAnswer
+from glm_rlhf.engine.evaluation.scored_answers import ScoredAnswer
 
 
-def answers(*rewards: float | None, length: int = 2) -> list[JudgedAnswer]:
+def answers(*rewards: float | None, length: int = 2) -> list[ScoredAnswer]:
     return [
-        JudgedAnswer(
+        ScoredAnswer(
             prompt_tokens=(1,),
             tokens=(4,) * length,
             prompt=None,

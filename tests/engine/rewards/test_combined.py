@@ -1,4 +1,4 @@
-"""Rewards of PPO: where they land, what is subtracted, and what is left out, alike on all ranks."""
+"""Rewards of PPO: on which tokens, minus which baseline, and which answers are excluded, on all ranks."""
 
 import math
 from dataclasses import replace
@@ -34,11 +34,11 @@ def make_rollouts(first_id: int = 0) -> Rollouts:
 
 
 def first_prompt_id(requests) -> list[float]:
-    """The first id of the prompt; no number where it is 1 or 11."""
+    """The first id of the prompt; NaN where it is 1 or 11."""
     return [math.nan if r.prompt_tokens[0] % 10 == 1 else float(r.prompt_tokens[0]) for r in requests]
 
 
-def test_rewards_of_tokens_land_on_their_tokens():
+def test_token_rewards_are_placed_on_their_tokens():
     with open_topology(Layout()) as topology:
         terms = RewardTerms(
             topology=topology, micro_batch_tokens=8, function=low_id_tokens, function_weight=0.5
@@ -51,10 +51,10 @@ def test_rewards_of_tokens_land_on_their_tokens():
 
 
 def test_the_baseline_is_the_whole_reward_of_the_references_answer():
-    asked = []
+    num_prompts = []
 
     def answer(prompts):
-        asked.append(len(prompts))
+        num_prompts.append(len(prompts))
         return replace(make_rollouts(), tokens_T=torch.full((10,), 3))  # every token has a reward of 1
 
     with open_topology(Layout()) as topology:
@@ -62,12 +62,12 @@ def test_the_baseline_is_the_whole_reward_of_the_references_answer():
             topology=topology, micro_batch_tokens=8, function=low_id_tokens, answer_by_reference=answer
         )
         rewards = [terms(make_rollouts()) for _ in range(2)]
-    assert asked == [3]
-    for one in rewards:
-        assert one.totals_B(make_rollouts().starts).tolist() == [1 - 2, 0 - 1, 2 - 3]
+    assert num_prompts == [3]
+    for of_call in rewards:
+        assert of_call.totals_B(make_rollouts().starts).tolist() == [1 - 2, 0 - 1, 2 - 3]
 
 
-def test_without_a_baseline_an_answer_is_left_out_until_there_is_one():
+def test_an_answer_without_a_baseline_is_excluded_until_there_is_one():
     scores = iter([[1.0] * 3, [None, 0.25, 0.5], [1.0] * 3, [0.75] * 3])
 
     with open_topology(Layout()) as topology:
@@ -85,14 +85,14 @@ def test_without_a_baseline_an_answer_is_left_out_until_there_is_one():
     assert second.rewards_B.tolist() == [0.25, 0.75, 0.5]
 
 
-def judge_on_ranks() -> tuple:
-    """On each of tp 2 x dp 2: the rewards with faults masked, and what is said where they are not."""
+def rewards_on_ranks() -> tuple:
+    """On each rank of tp 2 × dp 2: the rewards with failures skipped, and the errors where they are not."""
     with open_topology(Layout(tp=2)) as topology:
         rollouts = make_rollouts(first_id=10 * topology.dp_rank)
-        masked = RewardTerms(
+        skipping = RewardTerms(
             topology=topology, micro_batch_tokens=8, function=first_prompt_id, skip_failures=True
         )
-        rewards = masked(rollouts)
+        rewards = skipping(rollouts)
         strict = RewardTerms(topology=topology, micro_batch_tokens=8, function=first_prompt_id)
         nothing = RewardTerms(
             topology=topology,
@@ -100,26 +100,26 @@ def judge_on_ranks() -> tuple:
             function=lambda requests: [None] * len(requests),
             skip_failures=True,
         )
-        said = []
+        messages = []
         for terms in (strict, nothing):
             try:
                 terms(rollouts)
             except RewardError as error:
-                said.append(str(error))
-        return topology.dp_rank, rewards.rewards_B.tolist(), rewards.excluded, said
+                messages.append(str(error))
+        return topology.dp_rank, rewards.rewards_B.tolist(), rewards.excluded, messages
 
 
-def test_ranks_leave_out_the_same_answers_and_fail_with_the_same_words(ranks):
-    found = ranks.run(judge_on_ranks)
-    for dp_rank, rewards, excluded, said in found:
+def test_ranks_exclude_the_same_answers_and_fail_with_the_same_message(ranks):
+    results = ranks.run(rewards_on_ranks)
+    for dp_rank, rewards, excluded, messages in results:
         assert rewards == [10.0 * dp_rank, 0.0, 10.0 * dp_rank + 2]
         assert excluded == {1}
-        assert said == found[0][-1]
-    strict, nothing = found[0][-1]
+        assert messages == results[0][-1]
+    strict, nothing = results[0][-1]
     assert "reward 1 of 3, of the answer (60,) to the prompt (1, 9): it is nan" in strict
-    assert "no answer of 6 has a reward" in nothing
+    assert "none of 6 answers has a reward" in nothing
 
 
-def test_a_reward_of_nothing_is_refused():
+def test_a_reward_without_model_and_function_is_an_error():
     with open_topology(Layout()) as topology, pytest.raises(ValueError, match="a reward model or a function"):
         RewardTerms(topology=topology, micro_batch_tokens=8)

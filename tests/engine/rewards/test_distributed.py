@@ -1,4 +1,4 @@
-"""A reward function asked early: the same rewards, faults and words as when it is asked at the end."""
+"""Answers submitted during generation get the same rewards, failures and errors as those scored after it."""
 
 import math
 
@@ -45,9 +45,9 @@ def completion(number: int, is_finished: bool) -> Completion:
     )
 
 
-def judge_on_ranks() -> list:
-    """On tp 2 × dp 2: what two of three answers asked early bring, without faults, with one, with all."""
-    told = []
+def rewards_on_ranks() -> list:
+    """On tp 2 × dp 2, two of three answers submitted early: without failures, one skipped, one raised."""
+    outcomes = []
     with open_topology(Layout(tp=2)) as topology:
         rollouts, seen = make_rollouts(topology.dp_rank), []
 
@@ -58,38 +58,39 @@ def judge_on_ranks() -> list:
         def breaks(requests) -> list[float]:
             return [math.nan if r.prompt_tokens == (1,) else 1.0 for r in requests]
 
-        for function, masks in ((rule, False), (breaks, True), (breaks, False)):
-            judge = RewardDispatcher(
-                function, topology=topology, tokenizer=None, skip_failures=masks, concurrency=1
+        for function, skips in ((rule, False), (breaks, True), (breaks, False)):
+            dispatcher = RewardDispatcher(
+                function, topology=topology, tokenizer=None, skip_failures=skips, concurrency=1
             )
             for number in (2, 0):
-                judge.ask_ahead(
+                dispatcher.submit(
                     rollouts.indices[number], rollouts.prompts[number], completion(number, is_finished=True)
                 )
             try:
-                told.append([str(reward) for reward in judge(rollouts, uses_overlapped=True)])
+                outcomes.append([str(reward) for reward in dispatcher(rollouts, uses_overlapped=True)])
             except RewardError as error:
-                told.append(str(error))
-        told.append(sorted(seen))
-    return told
+                outcomes.append(str(error))
+        outcomes.append(sorted(seen))
+    return outcomes
 
 
-def test_asked_early_or_not_all_ranks_hear_the_same(ranks):
-    found = ranks.run(judge_on_ranks)
-    for rewards, masked, said, _ in found:
+def test_submitted_early_or_not_all_ranks_get_the_same(ranks):
+    results = ranks.run(rewards_on_ranks)
+    for rewards, skipped, message, _ in results:
         assert rewards == ["54.0", "60.0", "61.0"]
-        assert (masked[0], masked[2]) == ("1.0", "1.0")
-        assert "it is nan" in masked[1]
-        assert said == found[0][2]
-        assert said.startswith("reward 1 of 3, of the answer (60,) to the prompt (1,): it is nan")
-    asked = [((0,), (4, 50), True), ((1,), (60,), False), ((2,), (50, 5, 6), True)]
-    assert [seen for *_, seen in found] == [asked, [], asked, []]  # one of two ranks asks, each answer once
+        assert (skipped[0], skipped[2]) == ("1.0", "1.0")
+        assert "it is nan" in skipped[1]
+        assert message == results[0][2]
+        assert message.startswith("reward 1 of 3, of the answer (60,) to the prompt (1,): it is nan")
+    requests = [((0,), (4, 50), True), ((1,), (60,), False), ((2,), (50, 5, 6), True)]
+    # One of two ranks calls the function, once per answer.
+    assert [seen for *_, seen in results] == [requests, [], requests, []]
 
 
 @pytest.mark.parametrize("concurrency", [0, 1])
-def test_other_rollouts_than_those_asked_early_are_judged_anew(concurrency):
+def test_rollouts_that_were_not_submitted_are_scored_now(concurrency):
     with open_topology(Layout()) as topology:
-        judge = RewardDispatcher(
+        dispatcher = RewardDispatcher(
             lambda requests: [float(sum(r.response_tokens)) for r in requests],
             topology=topology,
             tokenizer=None,
@@ -97,5 +98,5 @@ def test_other_rollouts_than_those_asked_early_are_judged_anew(concurrency):
             concurrency=concurrency,
         )
         rollouts = make_rollouts(0)
-        judge.ask_ahead(0, rollouts.prompts[0], completion(2, is_finished=True))
-        assert judge(rollouts) == [54.0, 60.0, 61.0]
+        dispatcher.submit(0, rollouts.prompts[0], completion(2, is_finished=True))
+        assert dispatcher(rollouts) == [54.0, 60.0, 61.0]

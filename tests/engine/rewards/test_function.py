@@ -1,4 +1,4 @@
-"""Rewards from a function: every answer that is no reward is refused by name, and none is mended."""
+"""Rewards from a function: every invalid reward is an error that names its answer, and none is replaced."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from glm_rlhf.engine.rewards.function import (
     RewardFailure,
     RewardRequest,
     call_reward_function,
-    find_rule,
+    import_reward_function,
 )
 
 
@@ -48,7 +48,7 @@ def test_the_function_sees_the_answers_in_order_with_their_fields():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, None, "1.0", True, 1j], ids=repr)
-def test_what_is_no_finite_number_is_named_with_its_place(bad):
+def test_an_invalid_reward_is_named_with_its_index(bad):
     words = (
         r"reward 1 of 3, of the answer \(2, 1\) to the prompt \(1,\): it is .*, a finite number is required"
     )
@@ -58,8 +58,8 @@ def test_what_is_no_finite_number_is_named_with_its_place(bad):
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
-def test_another_number_of_rewards_is_refused(count):
-    with pytest.raises(RewardError, match=f"gave {count} rewards for 3 answers"):
+def test_another_number_of_rewards_is_an_error(count):
+    with pytest.raises(RewardError, match=f"returned {count} rewards for 3 answers"):
         call_reward_function(lambda _: [0.0] * count, requests(3))
 
 
@@ -88,47 +88,47 @@ def test_a_function_that_fails_is_named_by_its_error(function, says):
 )
 def test_a_function_that_cannot_be_found_is_named(name, says):
     with pytest.raises(RewardError, match=says):
-        find_rule(name)
+        import_reward_function(name)
 
 
 def test_a_function_of_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "a_rule_of_ours.py").write_text("def rule(requests):\n    return [1.0 for _ in requests]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert call_reward_function(find_rule("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
+    assert call_reward_function(import_reward_function("a_rule_of_ours:rule"), requests(2)) == [1.0, 1.0]
 
 
 def test_numbers_of_answers_and_of_tokens_pass():
     assert call_reward_function(lambda _: [1, 0.5, [0.25, -1]], reward_requests()) == [1.0, 0.5, (0.25, -1.0)]
 
 
-FAULTS = {
-    "a fault of its own": (lambda _: [0.0, RewardFailure(reason="no judge"), 1.0], "no judge"),
+FAILURES = {
+    "its own failure": (lambda _: [0.0, RewardFailure(reason="no judge"), 1.0], "no judge"),
     "tokens, too few": (lambda _: [0.0, [1.0], 1.0], "1 numbers for an answer of 2 tokens"),
     "tokens, one nan": (lambda _: [0.0, [1.0, math.nan], 1.0], "nan at token 1"),
 }
 
 
-@pytest.mark.parametrize(("function", "words"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_fault_names_prompt_and_answer_or_stands_alone(function, words):
+@pytest.mark.parametrize(("function", "words"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_failure_is_an_error_that_names_prompt_and_answer_or_is_returned(function, words):
     with pytest.raises(RewardError, match=r"reward 1 of 3, of the answer 'x+ … to the prompt 'question 1'"):
         call_reward_function(function, reward_requests())
     with pytest.raises(RewardError) as error:
         call_reward_function(function, reward_requests())
     assert words in str(error.value)
     assert len(str(error.value)) < 500
-    first, fault, last = call_reward_function(function, reward_requests(), skip_failures=True)
+    first, failure, last = call_reward_function(function, reward_requests(), skip_failures=True)
     assert (first, last) == (0.0, 1.0)
-    assert words in fault.reason
+    assert words in failure.reason
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [(lambda _: [1.0], "gave 1 rewards for 3 answers"), (lambda _: 1 / 0, "raised ZeroDivisionError")],
+    [(lambda _: [1.0], "returned 1 rewards for 3 answers"), (lambda _: 1 / 0, "raised ZeroDivisionError")],
     ids=["wrong count", "raises"],
 )
-def test_a_fault_of_the_whole_call_is_one_of_every_answer(function, words):
+def test_a_failed_call_is_a_failure_of_each_answer(function, words):
     with pytest.raises(RewardError, match=words):
         call_reward_function(function, reward_requests())
-    found = call_reward_function(function, reward_requests(), skip_failures=True)
-    assert [words in fault.reason for fault in found] == [True] * 3
+    failures = call_reward_function(function, reward_requests(), skip_failures=True)
+    assert [words in failure.reason for failure in failures] == [True] * 3

@@ -38,7 +38,7 @@ def serving(server):
 
 @contextlib.contextmanager
 def scripted(*answers):
-    """A server that gives its answers in turn, the last for ever: (status, body), or seconds to wait."""
+    """A server that returns these responses in order, then the last one again: (status, body) or a delay."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -76,7 +76,7 @@ def test_the_reference_server_gives_what_the_rule_gives(rule):
         )
 
 
-def test_a_batch_is_sent_as_the_contract_says():
+def test_a_batch_is_sent_as_the_protocol_says():
     with scripted(GOOD) as (url, asked):
         assert client(url)(reward_requests()) == [1.0, 2.0, 3.0]
     (sent,) = asked
@@ -90,18 +90,18 @@ def test_a_batch_is_sent_as_the_contract_says():
     }
 
 
-PASSING = {
+TRANSIENT = {
     "error 500": ((500, b"boom"), "status 500, 'boom'"),
     "busy": ((429, b""), "status 429"),
     "bad JSON": ((200, b'{"rewards": [1.0,'), "JSONDecodeError"),
     "no rewards": ((200, b"[1.0, 2.0, 3.0]"), "not of the form"),
-    "wrong count": ((200, b'{"rewards": [1.0]}'), "1 rewards came for 3 answers"),
+    "wrong count": ((200, b'{"rewards": [1.0]}'), "the response has 1 rewards for 3 answers"),
     "slow": (0.4, "timed out"),
 }
 
 
-@pytest.mark.parametrize(("answer", "words"), PASSING.values(), ids=PASSING.keys())
-def test_a_passing_fault_is_asked_again_and_a_lasting_one_ends(answer, words):
+@pytest.mark.parametrize(("answer", "words"), TRANSIENT.values(), ids=TRANSIENT.keys())
+def test_a_transient_failure_is_retried_and_a_lasting_one_ends(answer, words):
     limit = {"timeout_s": 0.2} if isinstance(answer, float) else {}
     with scripted(answer, GOOD) as (url, asked):
         assert call_reward_function(client(url, **limit), reward_requests()) == [1.0, 2.0, 3.0]
@@ -115,7 +115,7 @@ def test_a_passing_fault_is_asked_again_and_a_lasting_one_ends(answer, words):
     assert "question 0" in str(error.value)
 
 
-def test_a_server_that_is_down_is_given_up(monkeypatch):
+def test_a_server_that_is_down_is_retried_with_growing_pauses(monkeypatch):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), None).socket) as socket:
@@ -125,14 +125,14 @@ def test_a_server_that_is_down_is_given_up(monkeypatch):
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]  # of the first batch alone
 
 
-def test_a_request_that_is_refused_is_not_sent_again():
+def test_a_client_error_is_not_retried():
     with scripted((404, b"no such judge")) as (url, asked):
         (fault, *_) = client(url)(reward_requests())
     assert len(asked) == 1
     assert "status 404, 'no such judge'" in fault.reason
 
 
-def test_numbers_that_are_none_are_faults_of_their_answers():
+def test_nan_null_and_inf_are_failures_of_their_answers():
     with scripted((200, b'{"rewards": [NaN, null, Infinity]}')) as (url, asked):
         found = call_reward_function(client(url), reward_requests(), skip_failures=True)
     assert len(asked) == 1

@@ -1,14 +1,14 @@
-"""Weighted sums of rewards, as a text names them."""
+"""Weighted sums of reward functions, parsed from text."""
 
 import pytest
 from reward_requests import reward_requests
 
 from glm_rlhf.engine.rewards.function import RewardError, RewardFailure, call_reward_function
-from glm_rlhf.engine.rewards.weighted_sum import RewardSum, RewardTerm, find_reward
+from glm_rlhf.engine.rewards.weighted_sum import RewardSum, RewardTerm, parse_reward_function
 
 
 def over_http(url: str):
-    """A server that gives every answer the length of its address."""
+    """A server whose reward is the length of its address."""
     return lambda requests: [float(len(url))] * len(requests)
 
 
@@ -25,7 +25,7 @@ def over_http(url: str):
     ],
 )
 def test_a_text_names_a_weighted_sum(text, expected):
-    function = find_reward(text, over_http=over_http)
+    function = parse_reward_function(text, over_http=over_http)
     assert (
         call_reward_function(function, reward_requests()) == [expected] * 3
     )  # ids 4 and 55, of which one is below 48
@@ -34,16 +34,16 @@ def test_a_text_names_a_weighted_sum(text, expected):
 @pytest.mark.parametrize(
     "text", ["", "a:b + ", "a:b+c:d", "1.2.3 * reward_rules:low_id_tokens", "reward_rules", "x * y:z"]
 )
-def test_another_form_is_refused(text):
+def test_another_form_is_an_error(text):
     with pytest.raises(RewardError):
-        find_reward(text, over_http=over_http)
+        parse_reward_function(text, over_http=over_http)
 
 
-def test_a_fault_of_one_term_is_one_of_the_sum_and_named():
+def test_a_failure_of_one_term_is_a_failure_of_the_sum_and_named():
     terms = (
         RewardTerm(name="good", weight=1.0, function=lambda requests: [1.0] * len(requests)),
         RewardTerm(name="bad", weight=0.5, function=lambda requests: [2.0, None, 2.0]),
     )
-    first, fault, last = call_reward_function(RewardSum(terms=terms), reward_requests(), skip_failures=True)
+    first, failure, last = call_reward_function(RewardSum(terms=terms), reward_requests(), skip_failures=True)
     assert (first, last) == (2.0, 2.0)
-    assert fault == RewardFailure(reason="of bad: it is None, a finite number is required")
+    assert failure == RewardFailure(reason="of bad: it is None, a finite number is required")

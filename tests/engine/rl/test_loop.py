@@ -86,7 +86,7 @@ def test_answers_without_a_reward_are_left_out_alike_in_every_layout(ranks, inpu
         "ppo.reference_baseline=false",
     ]
     assert main(command(inputs, tmp_path / "one", *options)) == 0
-    assert "8 answers are left out, the first reward of the answer" in capsys.readouterr().err
+    assert "8 answers are excluded, the first reward of the answer" in capsys.readouterr().err
     assert ranks.run(main, command(inputs, tmp_path / "four", *options, "parallel.tp=2")) == [0] * 4
     one, four = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "four"))
     assert one["reward/num_excluded"] == four["reward/num_excluded"] == 8

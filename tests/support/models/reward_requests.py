@@ -1,4 +1,4 @@
-"""Answers to be judged."""
+"""Answers to score."""
 
 from glm_rlhf.engine.rewards.function import RewardRequest
 

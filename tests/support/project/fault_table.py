@@ -106,7 +106,7 @@ FELL_BACK = Promise(
 REFUSED = Promise(
     promise="asked again, then all ranks end and the answers without a reward are named",
     deadline_s=DEADLINE_S,
-    said=(r"gave none in \d attempts, at last: ConnectionRefusedError", r"rank {rank}\D"),
+    said=(r"gave none in \d attempts, the last error: ConnectionRefusedError", r"rank {rank}\D"),
 )
 
 
