@@ -1,4 +1,4 @@
-"""Whether the installation and the ranks are well: doctor, watchdog, stopped ranks.
+"""Checks of the installation and the ranks: doctor, watchdog, stopped ranks.
 
 Imports `config`, `data` and `types`.
 """

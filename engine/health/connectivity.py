@@ -1,7 +1,7 @@
-"""Whether the ranks of a launch reach each other, tried within a time limit.
+"""Whether the ranks of a launch reach each other, tested within a time limit.
 
-What each rank found travels through the launch's key-value store and not through the collectives that
-are under test: a rank that cannot talk to the others still reports why.
+Results are exchanged through the launch's key-value store, not through the collectives under test: a rank
+that cannot reach the others still reports why.
 """
 
 import os
@@ -19,18 +19,19 @@ _WARM_UPS = 1
 
 
 def join(timeout_s: float) -> dist.Store:
-    """Return the key-value store of this launch, from torchrun's environment; every rank calls it.
+    """Return the key-value store of this launch, from torchrun's environment; every rank calls this.
 
     Raises:
-        ValueError: the environment does not say where the ranks meet, or nothing answers there within
+        ValueError: the environment does not give the rendezvous address, or nothing answers there within
             `timeout_s` seconds.
     """
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except dist.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
-            f"no meeting of the ranks at {place} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s: {error}"
+            f"no rendezvous of the ranks at {address} (MASTER_ADDR, MASTER_PORT) within "
+            f"{timeout_s:g} s: {error}"
         ) from error
     return dist.PrefixStore("glm-rlhf/doctor", store)
 
@@ -38,9 +39,9 @@ def join(timeout_s: float) -> dist.Store:
 def try_collectives(
     store: dist.Store, *, rank: int, world_size: int, timeout_s: float
 ) -> tuple[Collective, ...]:
-    """Return how a small all-reduce over all ranks went, for each backend; every rank calls it.
+    """Return the outcome of a small all-reduce over all ranks, for each backend; every rank calls this.
 
-    gloo is always tried, NCCL where CUDA devices are. Never raises for a collective that fails.
+    gloo is always tested, NCCL if there are CUDA devices. A collective that fails raises nothing.
     """
     backends = ["gloo"]
     if torch.cuda.is_available() and dist.is_nccl_available():
@@ -49,7 +50,7 @@ def try_collectives(
         within(
             lambda backend=backend: _all_reduce(backend, store, rank, world_size, timeout_s),
             backend=backend,
-            # The backend's own limit should speak first: it says more.
+            # The backend's own timeout should come first: its message says more.
             timeout_s=1.5 * timeout_s + 1.0,
         )
         for backend in backends
@@ -59,7 +60,7 @@ def try_collectives(
 def exchange(
     store: dist.Store, text: str, *, rank: int, world_size: int, timeout_s: float
 ) -> list[str | None]:
-    """Return, on rank 0, every rank's text, None for one that gave none in time; elsewhere an empty list."""
+    """Return all ranks' texts on rank 0, None for a rank that is late; an empty list on other ranks."""
     store.set(f"rank/{rank}", text)
     if rank != 0:
         return []
@@ -68,10 +69,10 @@ def exchange(
 
 
 def within(check: Callable[[], str], *, backend: str, timeout_s: float) -> Collective:
-    """Return the outcome of a check, which counts as failed when it takes longer than `timeout_s`.
+    """Return the outcome of a check, which fails if it takes longer than `timeout_s`.
 
-    The check runs in a thread of its own, which is left behind when it hangs: a communicator that waits
-    for a peer cannot be interrupted.
+    The check runs in its own thread, which is abandoned if it hangs: a communicator that waits for a peer
+    cannot be interrupted.
     """
     outcome: list[Collective] = []
 

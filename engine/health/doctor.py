@@ -1,4 +1,4 @@
-"""The command `doctor`: what is installed, what runs fast, and whether the ranks reach each other."""
+"""The command `doctor`: versions, fast paths, and whether the ranks reach each other."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from glm_rlhf.engine.health.survey import RankSurvey, survey_rank
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorReport:
-    """What rank 0 knows in the end."""
+    """The report, on rank 0."""
 
     world_size: int
-    """Ranks that were launched."""
+    """Number of launched ranks."""
     surveys: tuple[RankSurvey, ...]
     """One for each rank that answered, rank 0 first."""
     silent_ranks: tuple[int, ...]
-    """Ranks that gave no answer in time."""
+    """Ranks that did not answer in time."""
     differences: tuple[str, ...]
-    """What other ranks have in other versions, or other fast paths, than rank 0."""
+    """Versions and fast paths of other ranks that differ from rank 0: one sentence each."""
 
     @property
     def is_healthy(self) -> bool:
@@ -33,9 +33,9 @@ class DoctorReport:
 
 
 def run(config: DoctorConfig) -> int:
-    """Return 0 when all ranks answer and reach each other, else 1; rank 0 prints the report.
+    """Return 0 if all ranks answer and reach each other, else 1; rank 0 prints the report.
 
-    Every rank of a launch calls it. Without torchrun it reports on the machine alone.
+    Every rank of a launch calls this. Without torchrun it reports on this machine only.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,24 +47,24 @@ def run(config: DoctorConfig) -> int:
 
 
 def diagnose(*, rank: int, world_size: int, timeout_s: float) -> DoctorReport | None:
-    """Return the report on rank 0, None elsewhere; every rank calls it.
+    """Return the report on rank 0, None on other ranks; every rank calls this.
 
     Args:
-        rank: this process among the ranks.
-        world_size: how many were launched.
-        timeout_s: seconds that each meeting of the ranks may take.
+        rank: of this process.
+        world_size: number of launched ranks.
+        timeout_s: longest rendezvous, collective and exchange of results, in seconds each.
 
     Raises:
-        ValueError: the environment does not say where the ranks meet.
+        ValueError: the environment does not give the rendezvous address.
     """
     if world_size == 1:
-        own = survey_rank(rank=0, local_rank=None)
-        return DoctorReport(world_size=1, surveys=(own,), silent_ranks=(), differences=())
+        survey = survey_rank(rank=0, local_rank=None)
+        return DoctorReport(world_size=1, surveys=(survey,), silent_ranks=(), differences=())
     store = join(timeout_s)
-    own = survey_rank(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    survey = survey_rank(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     outcomes = try_collectives(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
-    own = replace(own, collectives=outcomes)
-    texts = exchange(store, own.to_json(), rank=rank, world_size=world_size, timeout_s=timeout_s)
+    survey = replace(survey, collectives=outcomes)
+    texts = exchange(store, survey.to_json(), rank=rank, world_size=world_size, timeout_s=timeout_s)
     if rank != 0:
         return None
     surveys = tuple(RankSurvey.from_json(text) for text in texts if text is not None)
@@ -77,7 +77,7 @@ def diagnose(*, rank: int, world_size: int, timeout_s: float) -> DoctorReport | 
 
 
 def differences(surveys: Sequence[RankSurvey]) -> Iterator[str]:
-    """Yield what each later rank has that the first has not, one sentence each."""
+    """Yield one sentence for each version or fast path of a later rank that differs from the first rank's."""
     first, *others = surveys
     for survey in others:
         for here, there in zip(first.versions, survey.versions, strict=True):
@@ -130,7 +130,7 @@ def to_text(report: DoctorReport) -> str:
 
 
 def _fast_paths(survey: RankSurvey) -> Iterator[str]:
-    """Yield, for each purpose, what serves it, then every candidate with its reason."""
+    """Yield, for each purpose, the implementation in use, then all candidates with reasons."""
     rows = [("yes" if path.is_active else "no", path.name, path.reason) for path in survey.fast_paths]
     purpose = None
     for path, row in zip(survey.fast_paths, _aligned(rows, indent=4), strict=True):
@@ -143,7 +143,7 @@ def _fast_paths(survey: RankSurvey) -> Iterator[str]:
 
 
 def _collectives(report: DoctorReport) -> list[str]:
-    """Return one line for each outcome of a rank; all that went well share the first rank's."""
+    """Return one line per failed outcome, and rank 0's outcomes, which stand for all that are ok."""
     shown = [
         (collective.backend, f"rank {survey.rank}", "ok" if collective.is_ok else "FAILED", collective.detail)
         for survey in report.surveys
@@ -154,7 +154,7 @@ def _collectives(report: DoctorReport) -> list[str]:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, indent: int = 2) -> list[str]:
-    """Return rows with the columns below each other."""
+    """Return rows with aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         (

@@ -1,7 +1,7 @@
-"""Ranks that somebody stopped: alive, but they run no handler and no watchdog until they go on.
+"""Stopped ranks (SIGSTOP): alive, but running no signal handler and no watchdog until SIGCONT.
 
-torchrun asks a rank to end by SIGTERM, which waits for a stopped process, and kills 30 s later. A rank of the
-same machine that is not stopped can do it at once.
+torchrun ends ranks by SIGTERM, which a stopped process does not handle, and kills them 30 s later. A running
+rank of the same machine can kill them at once.
 """
 
 import os
@@ -18,45 +18,47 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProcess:
-    """The process of a rank, so that no other one is taken for it."""
+    """The process of a rank, identified beyond reuse of its pid."""
 
     rank: int
     """In the world."""
     pid: int
-    """As its machine, or container, counts."""
+    """In its pid namespace."""
     host: str
-    """Where processes are counted: the machine since it was started, and the container."""
+    """Boot id of the machine and pid namespace: a pid is unique within it."""
     start_ticks: int
-    """When it was started: a number that is used again has another."""
+    """Start time; a later process with the same pid has another."""
 
 
 def rank_processes() -> tuple[RankProcess, ...]:
-    """Return the processes of the ranks on this machine, this one among them; every rank calls this.
+    """Return the processes of the ranks on this machine, this one included; every rank calls this.
 
-    A few bytes are gathered in the world. None without a process group, and where there is no /proc.
+    The world gathers a few bytes. Empty without a process group and where there is no /proc.
     """
     if not dist.is_initialized():
         return ()
-    own = None
+    mine = None
     if _BOOT.exists():
-        pid, place = os.getpid(), f"{_BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        pid, host = os.getpid(), f"{_BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
         _, start_ticks = _state_and_start(pid)
-        own = RankProcess(rank=dist.get_rank(), pid=pid, host=place, start_ticks=start_ticks)
-    found: list[RankProcess | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return tuple(one for one in found if one is not None and own is not None and one.host == own.host)
+        mine = RankProcess(rank=dist.get_rank(), pid=pid, host=host, start_ticks=start_ticks)
+    gathered: list[RankProcess | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    if mine is None:
+        return ()
+    return tuple(process for process in gathered if process is not None and process.host == mine.host)
 
 
 def kill_stopped(processes: Sequence[RankProcess]) -> list[int]:
-    """Kill those of the ranks that are stopped; return which they were.
+    """Kill those of the ranks that are stopped now; return their numbers.
 
     Args:
-        processes: as `rank_processes` returned them, in whatever state they are by now.
+        processes: as returned by `rank_processes`; they may have ended since.
     """
     killed = []
     for process in processes:
         try:
-            descriptor = os.pidfd_open(process.pid)  # from here on nobody else is meant by it
+            descriptor = os.pidfd_open(process.pid)  # from here on it cannot mean another process
         except OSError:
             continue
         try:
@@ -71,6 +73,6 @@ def kill_stopped(processes: Sequence[RankProcess]) -> list[int]:
 
 
 def _state_and_start(pid: int) -> tuple[str, int]:
-    """Return a process's state, a letter, and when it was started, in ticks since its machine was."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # names hold anything
+    """Return the state of a process, a letter, and its start time in clock ticks since boot."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may hold ") "
     return fields[0], int(fields[19])

@@ -1,4 +1,4 @@
-"""What one rank finds on its machine: versions, devices, fast paths."""
+"""Versions, devices and fast paths that one rank finds on its machine."""
 
 import json
 import os
@@ -39,9 +39,9 @@ class Version:
     """One piece of software."""
 
     name: str
-    """Its name, for a package the distribution's."""
+    """Its name; of a package that of the distribution."""
     version: str
-    """What is there, or why nothing is."""
+    """The version, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,30 +51,30 @@ class Collective:
     backend: str
     """`gloo` or `nccl`."""
     is_ok: bool
-    """Whether the sum came back right and in time."""
+    """Whether the sum was right and in time."""
     detail: str
-    """How long it took, or what went wrong."""
+    """The time that it took, or the error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSurvey:
-    """Everything one rank has to say."""
+    """Everything one rank reports."""
 
     rank: int
     """Its number in the world."""
     host: str
     """Name of its machine."""
     devices: tuple[str, ...]
-    """What it computes on."""
+    """Its devices."""
     versions: tuple[Version, ...]
     """Software, python first."""
     fast_paths: tuple[FastPath, ...]
-    """Optional accelerations, active or not."""
+    """Optional fast paths, active or not."""
     collectives: tuple[Collective, ...] = ()
-    """Outcomes for each backend; empty for a rank alone."""
+    """One outcome per backend; empty for a single rank."""
 
     def to_json(self) -> str:
-        """Return it as text that `from_json` reads back."""
+        """Return the survey as text that `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -88,11 +88,11 @@ class RankSurvey:
 
 
 def survey_rank(*, rank: int, local_rank: int | None) -> RankSurvey:
-    """Return what this rank finds, its collectives not yet tried.
+    """Return the survey of this rank, without collectives.
 
     Args:
         rank: its number in the world.
-        local_rank: which device of the host is its own; None lists every device.
+        local_rank: number of its device on the host; None lists all devices.
     """
     return RankSurvey(
         rank=rank,

@@ -1,4 +1,4 @@
-"""A rank that makes no progress says where it stands, and ends."""
+"""Ends a rank that makes no progress, after reporting where it hangs."""
 
 import contextlib
 import faulthandler
@@ -22,18 +22,18 @@ _GRACE_S = 5.0
 def watchdog(
     timeout_s: float | None, *, rank: int, end: Callable[[int], object] = os._exit
 ) -> Iterator[None]:
-    """End this process when the main thread makes no progress; torchrun then ends the other ranks.
+    """End this process if the main thread makes no progress; torchrun then ends the other ranks.
 
-    Progress is a span that begins or ends, a micro-batch, or a round of generation. Before the end stderr
+    Progress is the begin or end of a span, a micro-batch, or a round of generation. Before the end, stderr
     gets one line with the phase and the collective that the main thread waits in, if any, and the stacks of
-    all threads. Where no Python runs any more, the stacks alone, some seconds later. Ranks of this machine
-    that are stopped (SIGSTOP), for which this one may have waited, are named and killed: a launcher's
-    SIGTERM does not reach them. Every rank enters; where each has its process is gathered once.
+    all threads; where Python itself is blocked, only the stacks, some seconds later. Stopped ranks (SIGSTOP)
+    of this machine, for which this rank may have waited, are reported and killed: a launcher's SIGTERM does
+    not end them. Every rank enters; process ids are gathered once.
 
     Args:
-        timeout_s: without progress; None for no watchdog.
+        timeout_s: longest time without progress, in seconds; None: no watchdog.
         rank: of this process, for the line.
-        end: what ends the process.
+        end: called with the exit code to end the process.
     """
     if timeout_s is None:
         yield
@@ -46,12 +46,12 @@ def watchdog(
             faulthandler.dump_traceback_later(timeout_s + _GRACE_S, exit=True, file=sys.__stderr__)
             idle_s = time.monotonic() - max(progress_time(), entered)
             if idle_s > timeout_s:
-                where = _where(sys._current_frames()[main])
+                position = _position(sys._current_frames()[main])
                 phase = "/".join(open_spans()) or "none"
-                log_rank(f"hung for {idle_s:.0f} s in phase {phase}: {where}", rank)
+                log_rank(f"hung for {idle_s:.0f} s in phase {phase}: {position}", rank)
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 for stopped in kill_stopped(processes):
-                    log_rank(f"rank {stopped} is stopped (SIGSTOP), and is killed", rank)
+                    log_rank(f"rank {stopped} was stopped (SIGSTOP); it is killed", rank)
                 end(HUNG)
                 return
 
@@ -65,9 +65,9 @@ def watchdog(
         faulthandler.cancel_dump_traceback_later()
 
 
-def _where(frame: FrameType | None) -> str:
-    """Return the collective that a stack stands in and who called it, or that it stands in none."""
-    place, collective, caller = f"{frame.f_code.co_filename}:{frame.f_lineno}", None, None
+def _position(frame: FrameType | None) -> str:
+    """Return the collective that a stack is in, with its caller; outside of one the innermost line."""
+    innermost, collective, caller = f"{frame.f_code.co_filename}:{frame.f_lineno}", None, None
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         if file.endswith("distributed_c10d.py") and name != "wrapper":
@@ -76,5 +76,5 @@ def _where(frame: FrameType | None) -> str:
             caller = f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     if collective is None:
-        return f"in no collective, at {place}"
+        return f"in no collective, at {innermost}"
     return f"in the collective {collective}, called at {caller}"

@@ -7,15 +7,15 @@ from torch.nn.functional import logsigmoid
 
 
 def answer_mask(lengths: Sequence[int], prompt_lengths: Sequence[int], *, num_tokens: int) -> torch.Tensor:
-    """Return bool [T], true for the tokens of answers: those that a next-token loss trains on.
+    """Return bool [T], true for the tokens of answers, which a next-token loss trains on.
 
-    mask[t] is true where token t stands behind the prompt of its sequence. An answer without tokens has
-    none; filler behind the last sequence has none.
+    mask[t] is true where token t comes after the prompt of its sequence, and false for padding after the
+    last sequence.
 
     Args:
         lengths: tokens of each packed sequence, prompt and answer.
         prompt_lengths: tokens of each sequence's prompt.
-        num_tokens: T, filler included.
+        num_tokens: T, padding included.
 
     Raises:
         ValueError: a prompt longer than its sequence, or sequences longer than the stream.
@@ -26,17 +26,17 @@ def answer_mask(lengths: Sequence[int], prompt_lengths: Sequence[int], *, num_to
 def answer_weights(
     lengths: Sequence[int], prompt_lengths: Sequence[int], *, num_tokens: int, discount: float = 1.0
 ) -> torch.Tensor:
-    """Return fp32 [T]: discount^i for the i-th token of an answer, from 0; 0 for prompts and filler.
+    """Return fp32 [T]: discount^i for the i-th token of an answer, from 0; 0 for prompts and padding.
 
     Args:
         lengths, prompt_lengths, num_tokens: as in `answer_mask`.
-        discount: in (0, 1]; 1 weighs every token of an answer alike.
+        discount: in (0, 1]; 1 gives all tokens of an answer the same weight.
 
     Raises:
         ValueError: as `answer_mask`, or a discount out of range.
     """
     if not 0.0 < discount <= 1.0:
-        raise ValueError(f"discount is {discount}; it must be above 0, at most 1")
+        raise ValueError(f"discount is {discount}; it must be above 0 and at most 1")
     weights_T = torch.zeros(num_tokens)
     start = 0
     for length, prompt_length in zip(lengths, prompt_lengths, strict=True):
@@ -61,17 +61,17 @@ def pairwise_loss(
 
     −log σ(w_b − l_b) + l2_coef · (w_b² + l_b²), divided by `denominator`,
 
-    with w the score of the chosen and l that of the rejected answer. The second term anchors the scores,
-    of which the first only sees differences, at zero. Two equal answers have w = l: log 2, and no gradient
-    but the second term's. Computed in fp32 (fp64 for fp64 scores); no difference overflows.
+    with w the score of the chosen and l that of the rejected answer. The first term depends on differences of
+    scores only; the second keeps the scores near zero. Two equal answers have w = l: the first term is log 2
+    and has no gradient. Computed in fp32 (fp64 for fp64 scores); large differences do not overflow.
 
     Args:
         chosen_scores_B, rejected_scores_B: [B] float; B may be 0.
         l2_coef: at least 0.
-        denominator: pairs of the whole step, over all micro-batches and data-parallel ranks.
+        denominator: number of pairs in the step, over all micro-batches and data-parallel ranks.
 
     Returns:
-        0-dim, differentiable in both scores; summed over micro-batches and ranks it is the step's loss.
+        0-dim, differentiable in both scores; its sum over micro-batches and ranks is the step's loss.
 
     Raises:
         ValueError: shapes that differ, or a coefficient below 0.
@@ -107,25 +107,26 @@ def dpo_loss(
         r_b(y) = beta · (log π(y|x_b) − log π_ref(y|x_b)) [ / weight of y, if length_normalised ]
 
     the loss is the sum over pairs of −(1 − ε) log σ(r_b(w) − r_b(l)) − ε log σ(r_b(l) − r_b(w)), divided by
-    `denominator`. Token-weighted forms hand in weighted sums of log-probabilities, the reference's with the
-    same weights. Two equal answers give log 2 and no gradient. An answer without tokens has the reward 0.
+    `denominator`. For token weights, pass weighted sums of log-probabilities, with the same weights for the
+    reference. Two equal answers give log 2 and no gradient. An answer without tokens has the reward 0.
 
     Args:
         policy_chosen_B, policy_rejected_B: [B] float, (weighted) sums of the answers' log-probabilities.
         reference_chosen_B, reference_rejected_B: [B], the same under the reference; constants.
-        beta: strength of the tie to the reference, above 0.
-        denominator: pairs of the whole step, over all micro-batches and data-parallel ranks.
-        chosen_weights_B, rejected_weights_B: [B], sums of the token weights (of weight 1: the number of
+        beta: strength of the KL regularisation towards the reference, above 0.
+        denominator: number of pairs in the step, over all micro-batches and data-parallel ranks.
+        chosen_weights_B, rejected_weights_B: [B], sums of the token weights (with weight 1: the number of
             tokens); required with `length_normalised`.
-        length_normalised: divide each answer's log-ratio by its weight, so that length alone gains nothing.
-        label_smoothing: ε in [0, 0.5), the share of labels that are taken to be swapped.
+        length_normalised: divide each answer's log-ratio by its weight, so that length by itself has no
+            effect.
+        label_smoothing: ε in [0, 0.5), the assumed share of swapped labels.
 
     Returns:
         loss: 0-dim fp32 (fp64 for fp64 sums), differentiable in the policy's sums.
         chosen_rewards_B, rejected_rewards_B: [B], not differentiable.
 
     Raises:
-        ValueError: shapes that differ, a number out of range, or weights that are missing.
+        ValueError: shapes that differ, a number out of range, or missing weights.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; label smoothing as in Mitchell 2023's
     conservative DPO.
@@ -134,7 +135,7 @@ def dpo_loss(
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it must be above 0")
     if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0, below 0.5")
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5")
     rewards = []
     for policy_B, reference_B, weights_B in (
         (policy_chosen_B, reference_chosen_B, chosen_weights_B),
@@ -147,7 +148,7 @@ def dpo_loss(
                     "length_normalised needs chosen_weights_B and rejected_weights_B of the shape "
                     f"{list(policy_B.shape)}: sums of the answers' token weights"
                 )
-            # No token at all has log-ratio 0, and stays 0.
+            # An answer without tokens has log-ratio 0, which stays 0.
             reward_B = reward_B / torch.where(weights_B > 0, weights_B, 1.0)
         rewards.append(reward_B)
     margin_B = rewards[0] - rewards[1]
@@ -160,8 +161,8 @@ def dpo_loss(
 def _check_pairs(first_B: torch.Tensor, *others: torch.Tensor) -> None:
     for tensor in (first_B, *others):
         if tensor.dim() != 1 or tensor.shape != first_B.shape:
-            shapes = ", ".join(str(list(given.shape)) for given in (first_B, *others))
-            raise ValueError(f"one number a pair is required in every argument; the shapes are {shapes}")
+            shapes = ", ".join(str(list(other.shape)) for other in (first_B, *others))
+            raise ValueError(f"all arguments must have one number per pair; their shapes are {shapes}")
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is watched of scores of preferred and other answers, as sums that add up over batches and ranks."""
+"""Statistics of the scores of preference pairs, as sums that add up over batches and ranks."""
 
 import math
 from collections.abc import Mapping
@@ -24,19 +24,19 @@ _MOMENTS = (
 _BINS = ("bin_pairs", "bin_confidence", "bin_right")
 
 PAIR_SUMS = (*_MOMENTS, *(f"{name}_{index}" for name in _BINS for index in range(NUM_BINS)))
-"""Names of what `pair_sums` counts, in order."""
+"""Names of the sums that `pair_sums` returns, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationBin:
-    """Pairs about which the scores are equally sure."""
+    """Pairs of similar confidence."""
 
     start: float
     """Lowest confidence."""
     end: float
     """Highest confidence."""
     num_pairs: int
-    """Pairs in the bin."""
+    """Number of pairs in the bin."""
     mean_confidence: float | None
     """Mean of max(p, 1 − p) with p = σ(difference of scores); None without pairs."""
     accuracy: float | None
@@ -49,10 +49,10 @@ def pair_sums(
     chosen_lengths_B: torch.Tensor,
     rejected_lengths_B: torch.Tensor,
 ) -> torch.Tensor:
-    """Return fp64 [K], the sums named by `PAIR_SUMS`, of B pairs; zeros for none.
+    """Return fp64 [K], the sums named by `PAIR_SUMS` over B pairs; zeros for B = 0.
 
-    A pair is right when the preferred answer has the higher score; equal scores count half. Scores and
-    lengths are those of both answers. A pair's confidence is σ(|w − l|), from 1/2 to 1.
+    A pair is right if the preferred answer has the higher score; equal scores count half. Sums of scores and
+    lengths are over both answers. A pair's confidence is σ(|w − l|), from 1/2 to 1.
 
     Args:
         chosen_scores_B, rejected_scores_B: [B] float, w and l.
@@ -84,9 +84,9 @@ def pair_sums(
 
 
 def pair_metrics(sums: Mapping[str, float]) -> dict[str, float | None]:
-    """Return accuracy, margin, spread of scores and their tie to length; None for what is not defined.
+    """Return accuracy, margin, spread of scores and their correlation with length; None where undefined.
 
-    - `num_pairs`: how many there are.
+    - `num_pairs`: number of pairs.
     - `accuracy`: share of right pairs; `accuracy_shorter`: among pairs whose preferred answer is the shorter.
     - `margin`: mean of w − l. `score_mean`, `score_std`: over both answers.
     - `corr_score_length`: Pearson's correlation of an answer's score with its length in tokens.
@@ -129,7 +129,7 @@ METRICS = (
 
 
 def calibration_table(sums: Mapping[str, float]) -> list[CalibrationBin]:
-    """Return how often the scores are right where they are how sure, by bins of confidence."""
+    """Return the accuracy of the scores by bins of confidence."""
     table = []
     for index in range(NUM_BINS):
         num_pairs = sums[f"bin_pairs_{index}"]
@@ -147,6 +147,6 @@ def calibration_table(sums: Mapping[str, float]) -> list[CalibrationBin]:
 
 
 def _variance(mean_square: float, mean: float) -> float:
-    """Return the variance; a difference that rounding alone makes counts as none."""
+    """Return the variance; 0 where it is within rounding error."""
     variance = mean_square - mean * mean
     return variance if variance > 1e-12 * mean_square else 0.0

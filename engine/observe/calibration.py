@@ -1,4 +1,4 @@
-"""How often a reward model is right where it is how sure: a table, and a picture where one can be drawn."""
+"""The calibration of a reward model: accuracy by confidence as a table, and as a plot with matplotlib."""
 
 import importlib.util
 import json
@@ -10,10 +10,10 @@ from glm_rlhf.engine.objectives.pair_statistics import CalibrationBin
 
 
 def write_calibration(folder: str | Path, step: int, table: Sequence[CalibrationBin]) -> None:
-    """Write `<folder>/step_N.json`, a list of bins, and with matplotlib installed `step_N.png`.
+    """Write `<folder>/step_N.json`, a list of bins, and `step_N.png` if matplotlib is installed.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,18 +26,18 @@ def write_calibration(folder: str | Path, step: int, table: Sequence[Calibration
 def _draw(path: Path, step: int, table: Sequence[CalibrationBin]) -> None:
     from matplotlib.figure import Figure  # an extra; slow to import
 
-    seen = [row for row in table if row.num_pairs]
+    filled = [row for row in table if row.num_pairs]
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0.5, 1.0], [0.5, 1.0], color="0.6", linestyle="--", label="perfect")
     axes.bar(
-        [(row.start + row.end) / 2 for row in seen],
-        [row.accuracy for row in seen],
-        width=[0.9 * (row.end - row.start) for row in seen],
+        [(row.start + row.end) / 2 for row in filled],
+        [row.accuracy for row in filled],
+        width=[0.9 * (row.end - row.start) for row in filled],
         color="tab:blue",
         label="pairs",
     )
-    for row in seen:
+    for row in filled:
         axes.annotate(str(row.num_pairs), ((row.start + row.end) / 2, row.accuracy), ha="center", va="bottom")
     axes.set(xlim=(0.5, 1.0), ylim=(0.0, 1.05), xlabel="confidence", ylabel="accuracy", title=f"step {step}")
     axes.legend(loc="lower right")

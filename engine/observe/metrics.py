@@ -1,4 +1,4 @@
-"""The numbers of a run, step by step: `metrics.jsonl`, TensorBoard and, if asked for, wandb."""
+"""Writes the metrics of each step: to `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import contextlib
 import importlib.util
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 WriteMetrics = Callable[[int, Mapping[str, float | None]], None]
-"""Takes a step and its numbers by name; None stands for what is not defined at that step."""
+"""Takes a step and its metrics by name; None: undefined at that step."""
 
 FILE_NAME = "metrics.jsonl"
 
@@ -25,31 +25,31 @@ def open_metrics(
     config: Mapping[str, Any] | None = None,
     last_step: int | None = None,
 ) -> Iterator[WriteMetrics]:
-    """Return, as a context manager, a function that writes the numbers of one step.
+    """Return, as a context manager, a function that writes the metrics of one step.
 
-    A line of `<folder>/metrics.jsonl` is `{"step": n, name: number, …}`, complete on disk when the function
-    returns. A number that is not finite, or is not defined, is null there, and left out elsewhere. A file
-    of an earlier run in the folder is replaced.
+    A line of `<folder>/metrics.jsonl` is `{"step": n, name: number, …}`, flushed when the function returns.
+    NaN, Inf and None are null there and omitted elsewhere. A new run replaces the file of an earlier one.
 
     Args:
-        folder: of the run; made when missing.
-        is_owner: whether this process writes; elsewhere the function does nothing.
-        uses_tensorboard: write `<folder>/tensorboard/` too.
-        wandb_project: write to this project of Weights & Biases too.
-        run_name: of the run there.
-        config: settings of the run, shown there.
-        last_step: of a run that goes on: lines up to this step stay; None for a new one.
+        folder: of the run; created if missing.
+        is_owner: whether this process writes; on other ranks the function does nothing.
+        uses_tensorboard: also write `<folder>/tensorboard/`.
+        wandb_project: also write to this Weights & Biases project; None: do not.
+        run_name: name of the run in Weights & Biases.
+        config: config of the run, stored in Weights & Biases.
+        last_step: of a resumed run: lines up to this step are kept; None: a new run.
 
     Raises:
-        ValueError: wandb is asked for but not installed.
-        OSError: the folder cannot be made or written.
+        ValueError: `wandb_project` is set but wandb is not installed.
+        OSError: the folder cannot be created or written.
     """
     if not is_owner:
         yield _write_nothing
         return
     if wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            f"observe.wandb is {wandb_project!r}, but wandb is not installed: pip install wandb, or null"
+            f"observe.wandb is {wandb_project!r}, but wandb is not installed: run pip install wandb, "
+            "or set it to null"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,19 +81,19 @@ def _finite(number: float | None) -> float | None:
 
 
 def _write_nothing(_step: int, _metrics: Mapping[str, float | None]) -> None:
-    """What ranks do that own no file."""
+    """Do nothing: on ranks that own no file."""
 
 
 def _keep_lines(path: Path, last_step: int) -> None:
-    """Cut what a run wrote behind its last checkpoint, a torn line among it, in one step."""
+    """Remove lines after `last_step`, and incomplete ones, in one atomic replacement of the file."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= last_step:
                 kept.append(f"{line}\n")
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    replacement = path.with_name(f".{path.name}.new")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(path)
 
 
 def _tensorboard(

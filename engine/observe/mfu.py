@@ -1,4 +1,4 @@
-"""The share of what the GPUs could do at their peak that training used, where the peak is known."""
+"""Model FLOP utilisation (MFU): the FLOP of a model's training, and the peak rates of known GPUs."""
 
 import re
 
@@ -8,9 +8,9 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 
 def known_peak_flop_per_s(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a GPU by the name that its driver gives; None where it is not known.
+    """Return the dense bf16 peak of a GPU, by the name that its driver reports; None if it is unknown.
 
-    PCIe forms have other peaks than those that are known here.
+    PCIe cards are unknown: their peaks differ from those listed here.
     """
     words = re.split(r"[^a-z0-9]+", device_name.lower())
     if "pcie" in words or "nvl" in words:
@@ -22,11 +22,11 @@ def known_peak_flop_per_s(device_name: str) -> float | None:
 def training_flop(
     glm: GLMConfig, *, num_sequences: float, mean_tokens: float, num_targets: float = 0.0
 ) -> float:
-    """Return the operations of forward and backward over so many sequences, without recomputed layers.
+    """Return the FLOP of forward and backward over `num_sequences` sequences, without recomputation.
 
-    Matrix products of the layers, 2 a weight and token; causal attention, 2 · tokens² · heads · head size a
-    layer and sequence, taken at the mean length; the vocabulary head at `num_targets` tokens. Backward
-    counts twice.
+    Matrix products of the layers: 2 per weight and token. Causal attention: 2 · tokens² · heads · head size
+    per layer and sequence, at the mean length. The vocabulary head: at `num_targets` tokens. Backward counts
+    twice.
 
     Source: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B, with attention halved for its mask.
     """

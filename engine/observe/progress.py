@@ -1,4 +1,4 @@
-"""How a PPO run stands: one live line on a terminal, a line an iteration elsewhere."""
+"""Progress of a PPO run: a progress bar on a terminal, otherwise one line per iteration."""
 
 import time
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from glm_rlhf.parallel.runtime.log import log
 
 
 class ProgressLine:
-    """Owns the live line; a context manager."""
+    """Owns the progress bar; a context manager."""
 
     def __init__(self, *, steps: int, is_shown: bool, first_step: int = 0) -> None:
-        """Begin the line.
+        """Open the progress bar.
 
         Args:
             steps: iterations of the whole run.
-            is_shown: whether this process tells it.
-            first_step: iterations done before, by a run that this one goes on with.
+            is_shown: whether this process shows progress.
+            first_step: iterations done before the run was resumed.
         """
         self._steps, self._first, self._is_shown = steps, first_step, is_shown
         self._start = time.monotonic()
@@ -27,11 +27,11 @@ class ProgressLine:
             desc="ppo",
             unit="it",
             smoothing=0.1,
-            disable=None if is_shown else True,  # None: where stderr is no terminal
+            disable=None if is_shown else True,  # None: disabled unless stderr is a terminal
         )
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell iteration `step`, from 1: reward, KL in nats an answer, tokens a second of all ranks, ETA."""
+        """Show iteration `step`, from 1: reward, KL in nats per answer, tokens/s of all ranks, time left."""
         if not self._is_shown:
             return
         speed = metrics["perf/tokens_per_s"]

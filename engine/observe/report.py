@@ -1,4 +1,4 @@
-"""What a run did, as one HTML file that needs nothing else."""
+"""The report of a run: one self-contained HTML file."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from glm_rlhf.parallel.runtime.log import log
 FILE_NAME = "report.html"
 SAMPLES_FOLDER = "samples"
 SAMPLES_AFTER = "after.jsonl"
-"""Answers, after the last iteration, to the prompts of the first one's samples."""
+"""Answers after the last iteration, to the prompts of the first iteration's samples."""
 
 _TOTALS = ("timing_s/iteration", "timing_s/step")
 _MAX_SAMPLES = 24
@@ -34,16 +34,16 @@ _GROUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportTable:
-    """Results that are no metric of a step, such as an evaluation's."""
+    """A table of results that are not metrics of a step, such as those of an evaluation."""
 
     title: str
-    """Stands above."""
+    """Heading above the table."""
     columns: tuple[str, ...]
-    """Heads of the columns."""
+    """Column headings."""
     rows: tuple[tuple[object, ...], ...]
-    """Cells: floats are shown in four digits, other things as `str` has them."""
+    """Cells: floats are shown with four digits, other values by `str`."""
     note: str = ""
-    """Stands below."""
+    """Text below the table."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -56,15 +56,15 @@ class ReportTable:
 def write_report(
     run_folder: str | Path, *, title: str | None = None, tables: Sequence[ReportTable] = ()
 ) -> Path:
-    """Write `<run_folder>/report.html` from what the folder holds, and return its path.
+    """Write `<run_folder>/report.html` from the files in the folder, and return its path.
 
-    Shown is what there is of: curves of `metrics.jsonl`, seconds of each phase, answers before and after of
-    `samples/`, the settings of `config.yaml`. The file refers to no other one and runs no script.
+    The report shows, as far as they exist: curves of `metrics.jsonl`, seconds of each phase, answers before
+    and after training from `samples/`, and `config.yaml`. It refers to no other file and runs no script.
 
     Args:
-        run_folder: of a run; a line of the metrics that was cut by a kill is left out, and of a step that
-            was done twice the last counts.
-        title: of the page; None is the folder's name.
+        run_folder: of a run. Incomplete lines of the metrics are skipped; of a repeated step the last line
+            counts.
+        title: of the page; None: the folder's name.
         tables: shown first.
 
     Raises:
@@ -95,8 +95,8 @@ def write_report(
     return path
 
 
-def tell_report(run_folder: str | Path, *, title: str) -> None:
-    """Write the report at the end of a run, and say where it is; a run that is done does not fail by it."""
+def try_write_report(run_folder: str | Path, *, title: str) -> None:
+    """Write the report at the end of a run and log its path; log an error instead of raising it."""
     try:
         log(f"report: {write_report(run_folder, title=title)}")
     except (ValueError, OSError) as error:
@@ -104,7 +104,7 @@ def tell_report(run_folder: str | Path, *, title: str) -> None:
 
 
 def _curves(path: Path) -> dict[str, list[Point]]:
-    """Return the numbers of each metric by ascending step."""
+    """Return the points of each metric, ascending in step."""
     by_step: dict[int, Mapping[str, float | None]] = {}
     for line in _lines(path):
         by_step[line["step"]] = line
@@ -150,14 +150,14 @@ def _summary(curves: Mapping[str, list[Point]]) -> str:
                 )
             )
     total = next((sum(_known(curves[name])) for name in _TOTALS if name in curves), None)
-    said = f"Steps {min(steps)} to {max(steps)}" + (f", {_duration(total)}" if total is not None else "")
+    summary = f"Steps {min(steps)} to {max(steps)}" + (f", {_duration(total)}" if total is not None else "")
     table = ReportTable(
         title="",
-        columns=("metric", "first tenth", "last tenth", "least", "most"),
+        columns=("metric", "first tenth", "last tenth", "min", "max"),
         rows=tuple(rows),
-        note="Means over the first and the last tenth of the steps that have a number.",
+        note="Means over the first and the last tenth of the steps that have a value.",
     )
-    return f"<p>{said}.</p>" + _details("All metrics in numbers", _table(table))
+    return f"<p>{summary}.</p>" + _details("All metrics in numbers", _table(table))
 
 
 def _curve_groups(curves: Mapping[str, list[Point]]) -> str:
@@ -172,7 +172,7 @@ def _curve_groups(curves: Mapping[str, list[Point]]) -> str:
 
 
 def _phases(curves: Mapping[str, list[Point]]) -> str:
-    """Return a table of phases with bars; a phase may lie inside of another one."""
+    """Return a table of phases with bars; phases may be nested."""
     total_name = next((name for name in _TOTALS if name in curves), None)
     if total_name is None:
         return ""
@@ -181,7 +181,7 @@ def _phases(curves: Mapping[str, list[Point]]) -> str:
     for name, points in curves.items():
         values = _known(points)
         if name.startswith("timing_s/") and name != total_name and values:
-            # A phase that is not in every step counts with the steps that it is in.
+            # A phase that is not in all steps counts only in the steps that it is in.
             share = sum(values) / (total * len(curves[total_name])) if total else 0.0
             rows.append((name.removeprefix("timing_s/"), statistics.fmean(values), max(values), share))
     rows.sort(key=lambda row: -row[3])
@@ -191,14 +191,14 @@ def _phases(curves: Mapping[str, list[Point]]) -> str:
         for name, mean, most, share in rows
     )
     return (
-        f"<h2>Phases</h2><p>A step takes {number(total)} s on average. Phases may lie inside others.</p>"
-        "<table><tr><th>phase</th><th>mean s</th><th>most s</th><th>share of all steps</th><th></th></tr>"
+        f"<h2>Phases</h2><p>A step takes {number(total)} s on average. Phases may be nested.</p>"
+        "<table><tr><th>phase</th><th>mean s</th><th>max s</th><th>share of all steps</th><th></th></tr>"
         f"{body}</table>"
     )
 
 
 def _samples(folder: Path) -> str:
-    """Return answers of the first file, beside those to the same prompts after the last step."""
+    """Return a table of the first file's answers, with those to the same prompts after the last step."""
     files = sorted(folder.glob("step_*.jsonl"), key=_step_of)
     if not files:
         return ""
@@ -216,11 +216,11 @@ def _samples(folder: Path) -> str:
         rows.append(f"<tr><td>{_prompt(sample)}</td>{_answer(sample)}{cells}</tr>")
     if not num_paired:  # the last file has other prompts: show them too
         for samples in list(after.values())[:_MAX_SAMPLES]:
-            rows += [f"<tr><td>{_prompt(one)}</td><td></td><td></td>{_answer(one)}</tr>" for one in samples]
+            rows += [f"<tr><td>{_prompt(s)}</td><td></td><td></td>{_answer(s)}</tr>" for s in samples]
     return (
         "<h2>Samples</h2>"
-        f"<p>Before: {html.escape(files[0].stem)}, whose answers come before the first update where it is "
-        f"step 1. After: {html.escape(last.stem)}.</p>"
+        f"<p>Before: {html.escape(files[0].stem)} (the answers of step 1 are from before the first update). "
+        f"After: {html.escape(last.stem)}.</p>"
         '<table class="samples"><tr><th>prompt</th><th>before</th><th>reward</th><th>after</th>'
         f"<th>reward</th></tr>{''.join(rows)}</table>"
     )

@@ -20,15 +20,15 @@ _FILE_STYLE = (
 )
 
 Point = tuple[float, float | None]
-"""A step, and its number; None where there is none: the curve has a gap there."""
+"""A step and its value; None is a gap of the curve."""
 
 
 def line_chart(title: str, points: Sequence[Point]) -> str:
-    """Return a curve over steps as one `<svg>` element; past 400 points the means of equal spans are drawn.
+    """Return a curve over steps as one `<svg>` element; beyond 400 points, means of equal spans are drawn.
 
     Args:
-        title: any text.
-        points: ascending in their steps.
+        title: any text, drawn above the curve.
+        points: ascending in step.
     """
     thinned = _thinned(points)
     known = [(x, y) for x, y in thinned if y is not None]
@@ -139,7 +139,7 @@ def scaling_chart(title: str, ranks: Sequence[int], series: Mapping[str, Sequenc
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return round numbers evenly apart, few of them; the first and the last enclose low and high."""
+    """Return a few round, evenly spaced numbers; the first and the last enclose low and high."""
     if high <= low:
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin
@@ -151,7 +151,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Return a number in at most about six characters."""
+    """Return a number as text of at most about six characters."""
     if value == 0 or 0.01 <= abs(value) < 1e5:
         text = f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
         return text.replace("e+0", "e")
@@ -170,7 +170,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _runs(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
-    """Return the stretches of points that have numbers."""
+    """Return the runs of consecutive points that have values."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None:

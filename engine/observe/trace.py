@@ -1,4 +1,4 @@
-"""What each rank did when, for Perfetto or Chrome's `about:tracing`: `<run folder>/trace/rank_N.json`."""
+"""A rank's timeline for Perfetto or Chrome's `about:tracing`: `<run folder>/trace/rank_N.json`."""
 
 import contextlib
 import json
@@ -11,20 +11,19 @@ from pathlib import Path
 from glm_rlhf.parallel.runtime.spans import WAIT, recording
 
 FOLDER = "trace"
-_SHORTEST_WAIT_S = 20e-6  # shorter ones count, but are not written: there are thousands in a second
+_SHORTEST_WAIT_S = 20e-6  # shorter waits count but are not written: there are thousands per second
 
 
 class Trace:
-    """Owns a rank's file of spans, and the seconds that it waited since it was last asked.
+    """Owns a rank's trace file, and the seconds waited since the last `take_wait_s`.
 
-    The file is an array of complete events, in microseconds of the wall clock, so that the files of ranks
-    whose clocks agree lie over each other; a rank is a process there, and its waits are a thread of their
-    own, as are calls in background threads. A run that was killed leaves the array open, which both viewers
-    take.
+    The file is an array of complete events in microseconds of the wall clock, so that the timelines of ranks
+    with synchronised clocks align. A rank is a process of the trace; its waits are one thread, and each
+    background thread is another. A killed run leaves the array open, which both viewers accept.
     """
 
     def __init__(self, path: Path, *, rank: int) -> None:
-        """Begin the file.
+        """Open the file.
 
         Raises:
             OSError: it cannot be written.
@@ -37,38 +36,38 @@ class Trace:
         self._threads: dict[str, int] = {threading.main_thread().name: 0}
         self._waited_s = 0.0
         names = [("process_name", 0, f"rank {rank}"), ("thread_name", 0, "work"), ("thread_name", 1, WAIT)]
-        self._file.write("[\n" + ",\n".join(json.dumps(self._named(*one)) for one in names))
+        self._file.write("[\n" + ",\n".join(json.dumps(self._name_event(*name)) for name in names))
 
     def take_wait_s(self) -> float:
-        """Return the seconds waited since the last call, and write the spans so far."""
+        """Return the seconds waited since the last call, and write the spans recorded so far."""
         waited_s, self._waited_s = self._waited_s, 0.0
         self._flush()
         return waited_s
 
     def close(self) -> None:
-        """End the file."""
+        """Write the rest and close the file."""
         self._flush()
         self._file.write("\n]\n")
         self._file.close()
 
     def record(self, name: str, start: float, end: float) -> None:
-        """Take one span, in seconds of `time.perf_counter`."""
+        """Record one span, from `start` to `end` in seconds of `time.perf_counter`."""
         if name == WAIT:
             self._waited_s += end - start
             if end - start < _SHORTEST_WAIT_S:
                 return
         self._events.append((name, start, end, threading.current_thread().name))
 
-    def _named(self, kind: str, thread: int, name: str) -> dict[str, object]:
+    def _name_event(self, kind: str, thread: int, name: str) -> dict[str, object]:
         return {"name": kind, "ph": "M", "pid": self._rank, "tid": thread, "args": {"name": name}}
 
     def _flush(self) -> None:
         while self._events:
             name, start, end, thread = self._events.popleft()
             if thread not in self._threads:
-                self._threads[thread] = len(self._threads) + 1  # 1 is that of waits
-                named = self._named("thread_name", self._threads[thread], thread)
-                self._file.write(",\n" + json.dumps(named))
+                self._threads[thread] = len(self._threads) + 1  # 1 is the thread of waits
+                name_event = self._name_event("thread_name", self._threads[thread], thread)
+                self._file.write(",\n" + json.dumps(name_event))
             event = {
                 "name": name,
                 "ph": "X",
@@ -83,7 +82,7 @@ class Trace:
 
 @contextlib.contextmanager
 def tracing(run_folder: str | Path, *, rank: int) -> Iterator[Trace]:
-    """Return, as a context manager, the trace of this rank, which records while the block runs.
+    """Return, as a context manager, the trace of this rank, which records during the block.
 
     Raises:
         OSError: the file cannot be written.
