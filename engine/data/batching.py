@@ -1,63 +1,63 @@
-"""Which sequences go through the model together: shares of ranks, micro-batches by a budget of tokens."""
+"""Assigns sequences to ranks and to micro-batches of a limited number of tokens."""
 
 import heapq
 from collections.abc import Sequence
 
 
 def pack_by_tokens(lengths: Sequence[int], *, max_tokens: int) -> list[tuple[int, ...]]:
-    """Return groups of indices whose lengths sum to at most `max_tokens`, few and evenly filled.
+    """Return few, evenly filled groups of indices whose lengths sum to at most `max_tokens`.
 
-    First fit, longest first: each sequence joins the first group that has room. One that is longer than
-    the budget gets a group of its own.
+    First fit, longest first: each sequence joins the first group that has room. A sequence longer than
+    `max_tokens` gets a group of its own.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: the budget, at least 1.
+        max_tokens: most tokens per group, at least 1.
 
     Returns:
-        Groups of indices, each ascending, every index in exactly one; the fullest groups come first.
+        Groups of ascending indices, every index in exactly one group; the fullest groups come first.
 
     Raises:
-        ValueError: the budget is below 1.
+        ValueError: max_tokens is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, a micro-batch needs at least 1")
     groups: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((g for g, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
-            place = len(groups)
+        target = next((g for g, free in enumerate(room) if free >= lengths[index]), None)
+        if target is None:
+            target = len(groups)
             groups.append([])
             room.append(max_tokens)
-        groups[place].append(index)
-        room[place] -= lengths[index]
+        groups[target].append(index)
+        room[target] -= lengths[index]
     return [tuple(sorted(groups[g])) for g in sorted(range(len(groups)), key=lambda g: (room[g], g))]
 
 
 def deal_by_tokens(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Return each rank's share of the sequences, their tokens as even as a greedy deal makes them.
+    """Return each rank's share of the sequences, with numbers of tokens balanced greedily.
 
-    Longest first, each sequence to the rank with the fewest tokens so far: the fullest rank has at most
-    4/3 - 1/(3 · num_ranks) times the tokens of the best deal there is. The same lengths give the same deal on
-    every rank, without communication.
+    Longest first, each sequence goes to the rank with the fewest tokens so far: the fullest rank has at most
+    4/3 - 1/(3 · num_ranks) times the tokens of the optimal assignment. The same lengths give the same result
+    on all ranks, without communication.
 
     Args:
-        lengths: tokens of each sequence; a sequence may stand for a pair, whose answers stay together.
+        lengths: tokens of each sequence; an entry may stand for a pair, whose answers stay together.
         num_ranks: data-parallel ranks, at least 1.
 
     Returns:
-        `num_ranks` ascending lists of indices, every index in exactly one. A list is empty only where there
-        are fewer sequences than ranks.
+        `num_ranks` ascending lists of indices, every index in exactly one. A list is empty only if there are
+        fewer sequences than ranks.
 
     Raises:
         ValueError: num_ranks is below 1.
 
-    Source: R. L. Graham, Bounds on multiprocessing timing anomalies (1969), the rule of longest processing
-    time; ties go to the rank with fewer sequences, then to the lower rank.
+    Source: R. L. Graham, Bounds on multiprocessing timing anomalies (1969), the longest-processing-time rule;
+    ties go to the rank with fewer sequences, then to the lower rank.
     """
     if num_ranks < 1:
-        raise ValueError(f"num_ranks is {num_ranks}; sequences are dealt to at least 1")
+        raise ValueError(f"num_ranks is {num_ranks}; it must be at least 1")
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     fewest = [(0, 0, rank) for rank in range(num_ranks)]  # tokens, sequences, rank: a heap
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -70,23 +70,23 @@ def deal_by_tokens(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
 def deal_micro_batches(
     lengths: Sequence[int], *, num_ranks: int, max_tokens: int
 ) -> list[list[tuple[int, ...]]]:
-    """Return each rank's micro-batches, equally many on all ranks.
+    """Return each rank's micro-batches, the same number on all ranks.
 
     `deal_by_tokens` gives each rank its sequences and `pack_by_tokens` groups them. Ranks with fewer groups
-    than the others then split their fullest ones, which costs nothing but launches. A rank that has not
-    enough sequences to split gets empty micro-batches, `()`: it runs them on filler that no mask selects, so
-    that it takes part in every collective.
+    than the others then split their fullest ones, which costs only launches. A rank without enough sequences
+    to split gets empty micro-batches, `()`: it runs them on padding that no mask selects, so that it takes
+    part in every collective.
 
     Args:
         lengths: tokens of each sequence.
         num_ranks: data-parallel ranks, at least 1.
-        max_tokens: the budget of a micro-batch, at least 1; a longer sequence gets one of its own.
+        max_tokens: most tokens per micro-batch, at least 1; a longer sequence gets one of its own.
 
     Returns:
         `num_ranks` lists of the same length, every index in exactly one micro-batch, empty ones last.
 
     Raises:
-        ValueError: a budget or a number of ranks below 1.
+        ValueError: max_tokens or num_ranks is below 1.
     """
     dealt = []
     for share in deal_by_tokens(lengths, num_ranks):
@@ -97,8 +97,8 @@ def deal_micro_batches(
 
 
 def _split_to(groups: list[tuple[int, ...]], count: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the groups split until there are `count`, the fullest that can be split first."""
-    # A heap: fullest first; groups of one sequence cannot be split and go to the result.
+    """Return `count` groups, made by splitting the fullest first; empty groups where none can be split."""
+    # A heap, fullest first; groups of one sequence cannot be split and go to the result.
     waiting = [(-sum(lengths[i] for i in group), group) for group in groups if len(group) > 1]
     heapq.heapify(waiting)
     done = [group for group in groups if len(group) == 1]

@@ -1,4 +1,4 @@
-"""The turns of a conversation: who speaks, what is said, in which order that is allowed."""
+"""The turns of a conversation, and the check of their order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,17 +31,17 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    """Who speaks: one of `ROLES`. `observation` is the result of a tool."""
+    """One of `ROLES`. `observation` is the result of a tool."""
     content: str
-    """What is said. Role markers in it are ordinary characters."""
+    """Text of the turn. Role markers in it are ordinary characters."""
     metadata: str = ""
-    """What stands on the marker's own line: the name of the tool an assistant's turn calls, else empty."""
+    """Text on the line of the role marker: the name of the tool that an assistant turn calls; else empty."""
 
 
 def lone_surrogate(text: str) -> int:
-    """Return the 0-based position of the first character that UTF-8 cannot hold, or -1.
+    """Return the 0-based index of the first character that UTF-8 cannot encode, or -1.
 
-    Such characters (U+D800..U+DFFF alone) come from broken escapes such as `"\\ud83d"` in JSON.
+    Such characters (single surrogates U+D800..U+DFFF) come from broken escapes such as `"\\ud83d"` in JSON.
     """
     try:
         text.encode("utf-8")
@@ -51,19 +51,20 @@ def lone_surrogate(text: str) -> int:
 
 
 def check_conversation(messages: Sequence[Message], *, ends_open: bool) -> None:
-    """Return nothing when the turns may be rendered; raise at the first one that may not.
+    """Check that the turns can be rendered.
 
-    The order: at most one system turn, first; then user and assistant in turn. An observation follows an
-    assistant turn and is answered by one. An assistant turn with metadata (a tool call) may follow another
-    assistant turn, as ChatGLM3 writes a thought and then a call.
+    The order: at most one system turn, which comes first; then user and assistant turns alternate. An
+    observation follows an assistant turn and precedes one. An assistant turn with metadata (a tool call) may
+    follow another assistant turn, as ChatGLM3 writes a thought and then a call.
 
     Args:
         messages: the turns, oldest first; at least one.
-        ends_open: True when an answer is to follow: the last turn must then be a user's or an observation.
+        ends_open: whether an answer follows: the last turn must then be a user turn or an observation.
 
     Raises:
         RoleError: an empty conversation, an unknown role, content or metadata that is not text, a role out
-            of order, a blank last user turn, or (with `ends_open`) an assistant's or system turn at the end.
+            of order, a blank last user turn, or (with `ends_open`) an assistant or system turn at the end.
+            It names the first invalid turn.
     """
     if not messages:
         raise RoleError(0, "there is no message; at least one user turn is required")
@@ -84,8 +85,8 @@ def check_conversation(messages: Sequence[Message], *, ends_open: bool) -> None:
     if ends_open and last.role not in ("user", "observation"):
         raise RoleError(
             len(messages) - 1,
-            f"the last turn is {last.role!r}, but an answer is to follow; end with user or observation "
-            "(an assistant's last turn belongs in the record's answer)",
+            f"the last turn is {last.role!r}, but an answer must follow; end with user or observation "
+            "(the last assistant turn belongs in the record's answer)",
         )
     if last.role == "user" and not last.content.strip():
         raise RoleError(len(messages) - 1, "the last user turn is blank; it must hold some text")
@@ -97,10 +98,10 @@ def _check_message(position: int, message: Message) -> None:
     for name, text in (("content", message.content), ("metadata", message.metadata)):
         if not isinstance(text, str):
             raise RoleError(position, f"{name} must be text, not {type(text).__name__}")
-        place = lone_surrogate(text)
-        if place >= 0:
+        index = lone_surrogate(text)
+        if index >= 0:
             raise RoleError(
-                position, f"{name} holds a lone surrogate at character {place}; repair its escape"
+                position, f"{name} holds a lone surrogate at character {index}; fix its \\u escape"
             )
     if "\n" in message.metadata:
-        raise RoleError(position, "metadata must be one line, because a line end closes it in the prompt")
+        raise RoleError(position, "metadata must be one line, because a line break ends it in the prompt")

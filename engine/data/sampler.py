@@ -1,4 +1,4 @@
-"""Which records a training step takes: a function of the seed and the step's number, with no other state."""
+"""The records of each training step, as a function of seed and step, without other state."""
 
 from functools import lru_cache
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 class BatchSampler:
-    """Batches of record numbers, every record once an epoch.
+    """Batches of record numbers, each record once per epoch.
 
-    The epochs' permutations stand end to end in one endless stream, and step s takes the `batch_size` numbers
-    from s · batch_size on. So a batch may span two epochs (no record is left over, none is short), and then
-    may hold a record twice. Nothing is kept between steps: a run that resumes at a step draws what it would
-    have drawn, and so does one with another number of ranks.
+    The permutations of all epochs form one endless stream, and step s takes the `batch_size` numbers from
+    s · batch_size on. A batch may span two epochs (no record is dropped, no batch is short), and may then
+    hold a record twice. No state is kept between steps: a resumed run, and one with another number of ranks,
+    draws the same batches.
     """
 
     def __init__(
@@ -23,14 +23,14 @@ class BatchSampler:
         shuffles: bool = True,
         allows_repeats: bool = False,
     ) -> None:
-        """Check and keep the numbers.
+        """Check the arguments.
 
         Args:
-            num_records: records there are, numbered from 0.
-            batch_size: records a step takes, over all ranks.
-            seed: from 0; with the epoch's number it decides the epoch's order.
-            shuffles: whether each epoch has an order of its own; otherwise all have the file's.
-            allows_repeats: accept fewer records than a batch, which then repeats them.
+            num_records: number of records, which are numbered from 0.
+            batch_size: records per step, over all ranks.
+            seed: at least 0; seed and epoch number determine the order of an epoch.
+            shuffles: whether each epoch is shuffled; otherwise all have the file's order.
+            allows_repeats: accept fewer records than a batch, which then repeats records.
 
         Raises:
             ValueError: a number out of range, or fewer records than a batch.
@@ -43,7 +43,7 @@ class BatchSampler:
         if num_records < batch_size and not allows_repeats:
             raise ValueError(
                 f"there are {num_records} records, a batch takes {batch_size}: it would hold records more "
-                f"than once; lower the batch to {num_records} or less, give more records, or allow repeats"
+                f"than once; lower the batch to {num_records} or less, add records, or allow repeats"
             )
         self.num_records = num_records
         self.batch_size = batch_size
@@ -51,15 +51,15 @@ class BatchSampler:
         self.shuffles = shuffles
 
     def batch(self, step: int) -> list[int]:
-        """Return the record numbers of a step, `batch_size` of them, in the order of the stream.
+        """Return the `batch_size` record numbers of a step, in the order of the stream.
 
         Raises:
             ValueError: a negative step.
         """
-        place = self._place(step)
+        offset = self._offset(step)
         numbers: list[int] = []
         while len(numbers) < self.batch_size:
-            epoch, start = divmod(place + len(numbers), self.num_records)
+            epoch, start = divmod(offset + len(numbers), self.num_records)
             end = start + self.batch_size - len(numbers)
             if self.shuffles:
                 numbers += _permutation(self.num_records, self.seed, epoch)[start:end].tolist()
@@ -68,20 +68,20 @@ class BatchSampler:
         return numbers
 
     def epoch_of(self, step: int) -> int:
-        """Return the number, from 0, of the epoch that the step's first record belongs to.
+        """Return the epoch, from 0, of the step's first record.
 
         Raises:
             ValueError: a negative step.
         """
-        return self._place(step) // self.num_records
+        return self._offset(step) // self.num_records
 
-    def _place(self, step: int) -> int:
+    def _offset(self, step: int) -> int:
         if step < 0:
             raise ValueError(f"step is {step}; steps are numbered from 0")
         return step * self.batch_size
 
 
-@lru_cache(maxsize=4)  # two epochs that a batch spans, of training and of evaluation data
+@lru_cache(maxsize=4)  # the two epochs that a batch spans, for training and for evaluation data
 def _permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_records)
     order.setflags(write=False)

@@ -1,1 +1,1 @@
-"""Cleaning preference pairs: duplicates, contradictions, length bias, and what is reported of them."""
+"""Cleaning of preference pairs: repeats, contradictions and length bias, with reports."""

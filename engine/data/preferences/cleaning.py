@@ -1,7 +1,7 @@
-"""Which preferences and prompts are worth learning from: contradictions, length bias and flat rewards go.
+"""Filters of preference pairs and prompts: contradictions, length bias, equal rewards.
 
-Each function returns the indices it keeps, ascending, and a report that accounts for every other one; none
-changes what it is given. The order of use is `drop_contradictions`, then `balance_lengths` on what is left.
+Each function returns the kept indices, ascending, and a report that accounts for all others; none changes
+its input. The order of use is `drop_contradictions`, then `balance_lengths` on the kept pairs.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from glm_rlhf.engine.data.preferences.strongly_connected import strong_component
 from glm_rlhf.engine.data.store.token_store import TokenStore
 
 DEFAULT_LENGTH_EDGES = (8, 16, 32, 64, 128, 256)
-"""Where buckets of length difference begin, in tokens; ours, the paper names none."""
+"""Lower edges of the buckets of length difference, in tokens; chosen here, the paper states none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """One comparison. Two answers to one prompt are the same when their keys are equal."""
+    """One comparison. Two answers to one prompt are the same if their keys are equal."""
 
     prompt: Hashable
     """Key of the prompt: its text or ids, or a checksum of them."""
@@ -51,22 +51,22 @@ def preferences_of(store: TokenStore) -> list[Preference]:
 def drop_contradictions(
     preferences: Sequence[Preference], *, drops_repeats: bool = False
 ) -> tuple[list[int], ContradictionReport]:
-    """Return the comparisons that contradict neither themselves nor others.
+    """Return the comparisons that are neither ties nor part of a cycle.
 
     Each prompt has a directed graph: its answers are nodes, each comparison an edge chosen → rejected. Ties
-    are dropped, then every edge inside a strongly connected component of more than one node: each such edge
-    lies on a cycle. What is left has no cycle, so some ranking of a prompt's answers agrees with all of it.
+    are dropped, then all edges inside a strongly connected component of more than one node: each of them lies
+    on a cycle. The rest has no cycle, so there is a ranking of each prompt's answers that agrees with it.
 
     Args:
         preferences: the comparisons.
-        drops_repeats: drop comparisons equal to an earlier one too. They are kept by default: two people who
-            prefer the same answer say more than one.
+        drops_repeats: also drop comparisons equal to an earlier one. They are kept by default: two annotators
+            who prefer the same answer are more evidence than one.
 
     Returns:
-        Indices kept, ascending, and the report.
+        Kept indices, ascending, and the report.
 
-    Source: ChatGLM-RLHF (arXiv 2404.00934) removes ties and cyclic preferences; the rule by components is
-    ours.
+    Source: ChatGLM-RLHF (arXiv 2404.00934) removes ties and cyclic preferences; the use of strongly connected
+    components is this project's.
     """
     node_of: dict[tuple[Hashable, Hashable], int] = {}
     edges = []
@@ -116,27 +116,28 @@ def balance_lengths(
     seed: int,
     edges: Sequence[int] = DEFAULT_LENGTH_EDGES,
 ) -> tuple[list[int], BalanceReport]:
-    """Return pairs of which, at every difference of length, as many winners are longer as shorter.
+    """Return pairs in which, in each bucket of length difference, the chosen answer is longer in one half.
 
     Pairs go into buckets by d = |len(chosen) - len(rejected)|: 1 <= d < edges[0], edges[0] <= d < edges[1],
-    …, edges[-1] <= d. In each bucket the more frequent sort, winner longer or winner shorter, is sampled
-    down to the other's number; a bucket with one sort only loses all its pairs. Pairs of equal length tell
-    nothing about length and are all kept.
+    …, edges[-1] <= d. In each bucket the more frequent kind, chosen longer or chosen shorter, is subsampled
+    to the number of the other kind; a bucket with one kind only loses all its pairs. Pairs of equal length
+    are all kept.
 
     Args:
         chosen_lengths: tokens of each preferred answer.
-        rejected_lengths: tokens of each other answer, as many.
-        seed: of the sampling, from 0.
-        edges: where buckets begin, in tokens, ascending, each at least 2; none at all makes one bucket.
+        rejected_lengths: tokens of each other answer.
+        seed: of the sampling, at least 0.
+        edges: lower edges of the buckets after the first, in tokens, ascending, each at least 2; empty: one
+            bucket.
 
     Returns:
-        Indices kept, ascending, and the report.
+        Kept indices, ascending, and the report.
 
     Raises:
         ValueError: lengths that do not match, edges out of order, a negative seed.
 
     Source: ChatGLM-RLHF (arXiv 2404.00934) buckets pairs by length difference and balances within a bucket;
-    token lengths, edges and the treatment of equal lengths are ours.
+    token lengths, edges and the treatment of equal lengths are this project's.
     """
     chosen, rejected = np.asarray(chosen_lengths, np.int64), np.asarray(rejected_lengths, np.int64)
     if chosen.shape != rejected.shape or chosen.ndim != 1:
@@ -148,7 +149,7 @@ def balance_lengths(
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0")
     difference = chosen - rejected
-    # Bucket 0 holds equal lengths, bucket b the differences from starts[b - 1] on.
+    # Bucket 0 holds equal lengths, bucket b the differences from starts[b - 1].
     starts = [1, *edges]
     bucket_of = np.searchsorted(starts, np.abs(difference), side="right")
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -183,26 +184,26 @@ def balance_lengths(
 def filter_prompts_by_reward_variance(
     rewards_by_prompt: Sequence[Sequence[float]], epsilon: float
 ) -> tuple[list[int], VarianceReport]:
-    """Return the prompts whose sampled answers earn different rewards, from which a policy can learn.
+    """Return the prompts whose sampled answers have different rewards, from which a policy can learn.
 
-    A prompt is kept when Var_k(r_k) = 1/K Σ_k (r_k - mean)² >= epsilon, over the rewards of its K answers.
-    A prompt with fewer than 2 rewards, or with one that is NaN or infinite, is dropped under that name.
+    A prompt is kept if Var_k(r_k) = 1/K Σ_k (r_k - mean)² >= epsilon, over the rewards of its K answers.
+    A prompt with fewer than 2 rewards, or with NaN or Inf, is dropped and counted apart.
 
     Args:
         rewards_by_prompt: the rewards of each prompt's answers; K may differ.
-        epsilon: smallest variance kept, from 0; 0 keeps identical rewards too.
+        epsilon: smallest variance to keep, at least 0; 0 keeps identical rewards too.
 
     Returns:
-        Indices kept, ascending, and the report.
+        Kept indices, ascending, and the report.
 
     Raises:
         ValueError: epsilon is negative or not finite.
 
     Source: ChatGLM-RLHF (arXiv 2404.00934) drops prompts whose reward variance is small; epsilon, K and the
-    1/K are ours.
+    1/K are this project's.
     """
     if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise ValueError(f"epsilon is {epsilon}; it must be a finite number from 0")
+        raise ValueError(f"epsilon is {epsilon}; it must be finite and at least 0")
     kept: list[int] = []
     variances: list[float] = []
     num_flat = num_few = num_not_finite = 0

@@ -1,40 +1,40 @@
-"""What the cleaning of preferences and prompts took away and why, for people or as JSON."""
+"""Reports of what the cleaning of preferences and prompts dropped and why, as text or JSON."""
 
 from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContradictionReport:
-    """What `drop_contradictions` found."""
+    """The result of `drop_contradictions`."""
 
     num_pairs: int
-    """Comparisons given."""
+    """Comparisons before."""
     num_kept: int
     """Comparisons kept."""
     num_ties: int
     """Dropped: both answers are the same."""
     num_cyclic: int
-    """Dropped: the other answer is preferred to the chosen one too, directly or through others."""
+    """Dropped: the rejected answer is also preferred to the chosen one, directly or through others."""
     num_repeats: int
-    """Comparisons, of those neither tied nor cyclic, that repeat an earlier one; kept or dropped as asked."""
+    """Comparisons that repeat an earlier one, ties and cyclic ones not counted."""
     drops_repeats: bool
     """Whether repeats were dropped."""
     num_prompts: int
-    """Different prompts given."""
+    """Different prompts before."""
     num_cyclic_prompts: int
     """Prompts with at least one cycle."""
     largest_cycle: int
-    """Answers in the largest set in which each is preferred to each other, through others; 0 for none."""
+    """Answers in the largest strongly connected component; 0: no cycle."""
 
     def lines(self) -> list[str]:
-        """Return the report for people."""
-        fate = "dropped" if self.drops_repeats else "kept"
+        """Return the report as lines of text."""
+        action = "dropped" if self.drops_repeats else "kept"
         cycles = f" in {self.num_cyclic_prompts} prompts, up to {self.largest_cycle} answers in one"
         return [
             f"contradictions: kept {self.num_kept} of {self.num_pairs} pairs of {self.num_prompts} prompts",
             f"  dropped {self.num_ties}: ties, both answers are the same",
             f"  dropped {self.num_cyclic}: cyclic preferences{cycles if self.num_cyclic else ''}",
-            f"  {fate} {self.num_repeats}: repeats of an earlier pair",
+            f"  {action} {self.num_repeats}: repeats of an earlier pair",
         ]
 
     def as_dict(self) -> dict:
@@ -44,51 +44,51 @@ class ContradictionReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthBucket:
-    """Pairs whose answers differ by a like number of tokens."""
+    """Pairs whose answers differ by a similar number of tokens."""
 
     start: int
     """Smallest difference, in tokens."""
     end: int | None
-    """One more than the largest difference; None where there is no bound."""
+    """One more than the largest difference; None: no upper bound."""
     num_longer: int
-    """Pairs whose winner is the longer answer."""
+    """Pairs whose chosen answer is the longer one."""
     num_shorter: int
-    """Pairs whose winner is the shorter answer."""
+    """Pairs whose chosen answer is the shorter one."""
     num_kept_each: int
-    """Pairs kept of either sort: the smaller of the two."""
+    """Pairs kept of each kind: the smaller of the two numbers."""
 
     @property
     def num_dropped(self) -> int:
-        """Pairs left out, all of the more frequent sort."""
+        """Pairs dropped, all of the more frequent kind."""
         return self.num_longer + self.num_shorter - 2 * self.num_kept_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalanceReport:
-    """What `balance_lengths` found."""
+    """The result of `balance_lengths`."""
 
     num_pairs: int
-    """Pairs given."""
+    """Pairs before."""
     num_kept: int
     """Pairs kept."""
     num_equal: int
     """Pairs whose answers have the same length; all are kept."""
     buckets: tuple[LengthBucket, ...]
-    """By difference, smallest first; those without a pair too."""
+    """All buckets, by ascending difference."""
     mean_difference_before: float
-    """Mean of len(chosen) - len(rejected) over the pairs given, in tokens."""
+    """Mean of len(chosen) - len(rejected) over the pairs before, in tokens."""
     mean_difference_after: float
-    """The same over the pairs kept; 0 when none is left."""
+    """The same over the kept pairs; 0 without pairs."""
 
     def lines(self) -> list[str]:
-        """Return the report for people."""
+        """Return the report as lines of text."""
         rows = [
             f"  {_span(bucket):>12} {bucket.num_longer:>8} {bucket.num_shorter:>8} "
             f"{2 * bucket.num_kept_each:>8} {bucket.num_dropped:>8}"
             for bucket in self.buckets
         ]
         return [
-            f"length balance: kept {self.num_kept} of {self.num_pairs} pairs; winner longer by "
+            f"length balance: kept {self.num_kept} of {self.num_pairs} pairs; chosen longer by "
             f"{self.mean_difference_before:.1f} tokens on average before, "
             f"{self.mean_difference_after:.1f} after",
             f"  {'tokens apart':>12} {'longer':>8} {'shorter':>8} {'kept':>8} {'dropped':>8}",
@@ -103,10 +103,10 @@ class BalanceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VarianceReport:
-    """What `filter_prompts_by_reward_variance` found."""
+    """The result of `filter_prompts_by_reward_variance`."""
 
     num_prompts: int
-    """Prompts given."""
+    """Prompts before."""
     num_kept: int
     """Prompts kept."""
     epsilon: float
@@ -118,10 +118,10 @@ class VarianceReport:
     num_not_finite: int
     """Dropped: a reward is NaN or infinite."""
     median_variance: float
-    """Median variance over prompts with at least 2 rewards, all finite; 0 when there are none."""
+    """Median variance over prompts with at least 2 rewards, all finite; 0 without such prompts."""
 
     def lines(self) -> list[str]:
-        """Return the report for people."""
+        """Return the report as lines of text."""
         return [
             f"reward variance: kept {self.num_kept} of {self.num_prompts} prompts; the median variance is "
             f"{self.median_variance:.3g}",

@@ -1,1 +1,1 @@
-"""A record of a file: formats, fields, messages, and token ids in place of text."""
+"""Records of a file: formats, fields, messages, and token ids instead of text."""

@@ -1,4 +1,4 @@
-"""Files of records of every form, told apart by their names."""
+"""Reads record files; the format follows from the file's name."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +18,11 @@ def read_record_file(
 ) -> Iterator[Record]:
     """Return an iterator over a file's records: `.parquet` by `read_parquet_rows`, else `read_json_lines`.
 
-    `max_line_bytes` bounds a line of JSON; parquet has none. The other arguments are the same for both.
+    `max_line_bytes` limits a line of JSON; parquet has no such limit. The other arguments are the same for
+    both.
 
     Raises:
-        RecordError, ValueError: as the two.
+        RecordError, ValueError: as both.
     """
     if _is_parquet(path):
         return read_parquet_rows(path, parse, on_error=on_error, report=report)
@@ -29,10 +30,10 @@ def read_record_file(
 
 
 def check_record_file(path: Path) -> None:
-    """Return nothing when a file can be read, as far as its beginning, and of parquet its end, tell.
+    """Check that a file can be read, as far as its beginning and the end of a parquet file show.
 
     Raises:
-        RecordError: as `read_record_file` at once.
+        RecordError: as `read_record_file` when called.
     """
     if _is_parquet(path):
         check_parquet(path)

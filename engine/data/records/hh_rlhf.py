@@ -1,4 +1,4 @@
-"""The form of Anthropic's hh-rlhf: two whole dialogues as texts, of which the last answer differs."""
+"""The form of Anthropic's hh-rlhf: two whole dialogues as texts that differ in the last answer."""
 
 import re
 
@@ -9,14 +9,14 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def split_dialogue_pair(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
-    """Return `(messages, chosen answer, rejected answer)` of two dialogues that share all but their end.
+    """Return `(messages, chosen answer, rejected answer)` of two dialogues that differ in the last turn only.
 
-    A dialogue is `\\n\\nHuman: …\\n\\nAssistant: …` and so on, ended by an assistant's turn. One space behind
-    the colon belongs to the mark; all else is kept as it is. A mark that repeats the speaker, as a few of the
-    published dialogues have it, is text of the turn it stands in. The last answer may be empty.
+    A dialogue is `\\n\\nHuman: …\\n\\nAssistant: …` and so on, ending with an assistant turn. One space after
+    the colon belongs to the marker; all other text is unchanged. A marker that repeats the speaker, which a
+    few published dialogues have, is text of its turn. The last answer may be empty.
 
     Raises:
-        ValueError: a text that is no such dialogue, or two that differ before their last turn.
+        ValueError: a text that is not such a dialogue, or two that differ before the last turn.
     """
     chosen_turns, rejected_turns = split_dialogue(chosen), split_dialogue(rejected)
     for name, turns in (("chosen", chosen_turns), ("rejected", rejected_turns)):
@@ -28,10 +28,10 @@ def split_dialogue_pair(chosen: str, rejected: str) -> tuple[tuple[Message, ...]
 
 
 def split_dialogue(text: str) -> list[Message]:
-    """Return the turns of one dialogue, user and assistant by turns.
+    """Return the turns of one dialogue, user and assistant alternating.
 
     Raises:
-        ValueError: a text that does not open with `\\n\\nHuman:`.
+        ValueError: a text that does not begin with `\\n\\nHuman:`.
     """
     marks = []
     speaker = "Assistant"
@@ -40,7 +40,7 @@ def split_dialogue(text: str) -> list[Message]:
             speaker = mark.group(1)
             marks.append(mark)
     if not marks or marks[0].start() != 0:
-        raise ValueError("the dialogue must open with two line ends and 'Human:'")
+        raise ValueError("the dialogue must begin with two line breaks and 'Human:'")
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [
         Message(role=_ROLES[mark.group(1)], content=text[mark.end() : end].removeprefix(" "))

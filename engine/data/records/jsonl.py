@@ -1,4 +1,4 @@
-"""JSON-lines files, read line by line, with the file and the line in every error."""
+"""Reads JSON-lines files, with file and line in every error."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from glm_rlhf.engine.data.records.reading import (
 )
 
 DEFAULT_MAX_LINE_BYTES = 16 * 2**20
-"""A line longer than this (16 MiB, uncompressed) is an error, and never wholly in memory."""
+"""A longer line (16 MiB, uncompressed) is an error, and is never fully read into memory."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -36,23 +36,23 @@ def read_json_lines(
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
 ) -> Iterator[Record]:
-    """Return an iterator over a file's records, one JSON object a line, read as it goes.
+    """Return an iterator over a file's records, one JSON object per line, read lazily.
 
-    The form: UTF-8 (a byte order mark at the start is passed over), lines ended by LF or CRLF, blank lines
-    passed over and counted, `.gz` decompressed. JSON is strict: no `NaN` or `Infinity`, no number beyond a
-    float's range, no key twice, no raw control character. A last line without a line end is read; where it is
-    not JSON, the error says that the file seems cut off.
+    Format: UTF-8 (a byte order mark at the start is skipped), lines ended by LF or CRLF, blank lines skipped
+    and counted, `.gz` decompressed. JSON is strict: no `NaN` or `Infinity`, no number outside the range of a
+    float, no duplicate key, no raw control character. A last line without a line break is read; if it is not
+    JSON, the error says that the file seems to be truncated.
 
-    A file that cannot be read as a whole (missing, a folder, empty, UTF-16, gzip under a name without `.gz`
-    or the reverse) is always an error, whatever `on_error` says, and noticed by the call itself. So are,
-    while iterating, a gzip stream that breaks off and a file from which no record is left.
+    A file that cannot be read at all (missing, a folder, empty, UTF-16, gzip under a name without `.gz` or
+    the reverse) is an error for any `on_error`, raised by the call itself. So are, during iteration, a
+    truncated gzip stream and a file without a valid record.
 
     Args:
         path: the file.
-        parse: makes a record of an object, or raises `RecordError` (see `Place.error`).
-        on_error: `raise` at the first bad line, or `skip` it: counted in `report`, and logged as a warning
-            with the count and the first error when the file is through.
-        max_line_bytes: longest line accepted, in bytes, its end not counted.
+        parse: returns the record of an object, or raises `RecordError` (see `RecordLocation.error`).
+        on_error: `raise` at the first bad line, or `skip` bad lines: they are counted in `report`, and a
+            warning with the count and the first error is logged at the end of the file.
+        max_line_bytes: longest line in bytes, without its line break.
         report: filled while reading; a new one for each file.
 
     Raises:
@@ -64,13 +64,13 @@ def read_json_lines(
     path = Path(path)
     check_file(path)
 
-    def parse_line(line: tuple[bytes, bool], place: RecordLocation) -> Record:
+    def parse_line(line: tuple[bytes, bool], location: RecordLocation) -> Record:
         content, is_too_long = line
         if is_too_long:
-            raise place.error(
+            raise location.error(
                 f"the line is longer than {max_line_bytes} bytes; split it, or raise max_line_bytes"
             )
-        return parse(_parse_object(content, place), place)
+        return parse(_parse_object(content, location), location)
 
     return parse_records(
         path,
@@ -83,11 +83,11 @@ def read_json_lines(
 
 
 def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, tuple[bytes, bool] | None]]:
-    """Yield `(line number, (content, is_too_long))`, None of a blank line.
+    """Yield `(line number, (content, is_too_long))`; None instead of the pair for a blank line.
 
-    Of a line over the limit only the beginning is kept.
+    Of a line that is too long only the beginning is kept.
     """
-    limit = max_line_bytes + 2  # room for CR LF, so that a line of exactly the limit is read with its end
+    limit = max_line_bytes + 2  # with CR LF, so that a line of exactly the limit is read with its end
     with _open(path) as file:
         number = 0
         while True:
@@ -99,7 +99,7 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, tuple[bytes, 
                     rest = file.readline(2**16)
                     is_ended = rest.endswith(b"\n") or not rest
             except (OSError, EOFError, zlib.error) as error:
-                reason = f"the file cannot be read on from here: {error}; fetch it again"
+                reason = f"the file cannot be read beyond this line: {error}; download it again"
                 raise RecordError(path, number + 1, reason) from error
             if not content:
                 return
@@ -114,34 +114,34 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def check_file(path: Path) -> None:
-    """Return nothing when a file can be read as JSON lines, as far as its beginning tells.
+    """Check that a file can be read as JSON lines, as far as its beginning shows.
 
     Raises:
-        RecordError: it is missing, empty, a folder, UTF-16, parquet, or its name and its compression
-            disagree.
+        RecordError: it is missing, empty, a folder, UTF-16 or parquet, or its compression does not match its
+            name.
     """
     head = file_head(path)
     if head == _PARQUET_MARK:
-        raise RecordError(path, 0, f"is parquet; name it {path.stem}.parquet")
+        raise RecordError(path, 0, f"is parquet; rename it to {path.stem}.parquet")
     is_gzip, is_named_gzip = head.startswith(_GZIP_MARK), path.suffix == ".gz"
     if is_gzip and not is_named_gzip:
-        raise RecordError(path, 0, f"is gzip; name it {path.name}.gz, or unpack it with gunzip")
+        raise RecordError(path, 0, f"is gzip; rename it to {path.name}.gz, or unpack it with gunzip")
     if is_named_gzip and not is_gzip:
-        raise RecordError(path, 0, "is not gzip; take the .gz from its name, or pack it with gzip")
+        raise RecordError(path, 0, "is not gzip; remove .gz from its name, or pack it with gzip")
     zeros = [byte == 0 for byte in head]
     if head.startswith(_UTF16_MARKS) or zeros in ([True, False] * 2, [False, True] * 2):
         raise RecordError(path, 0, "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
 
 
-def _parse_object(content: bytes, place: RecordLocation) -> dict:
+def _parse_object(content: bytes, location: RecordLocation) -> dict:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise place.error(
+        raise location.error(
             f"invalid UTF-8 at byte {error.start} of the line; convert the file to UTF-8"
         ) from error
     if "\0" in text:
-        raise place.error(
+        raise location.error(
             f"a NUL character at column {text.index(chr(0)) + 1}; the file is damaged or binary"
         )
     try:
@@ -150,23 +150,23 @@ def _parse_object(content: bytes, place: RecordLocation) -> dict:
         )
     except json.JSONDecodeError as error:
         is_cut_off = not content.endswith(b"\n")
-        tail = " (the last line, without a line end: the file seems cut off)" if is_cut_off else ""
-        what = error.msg.removesuffix(" at")  # some of Python's messages end so, for the column to follow
+        tail = " (the last line, without a line break: the file seems truncated)" if is_cut_off else ""
+        problem = error.msg.removesuffix(" at")  # some of Python's messages end with "at"
         is_object = text.strip().startswith("{") and text.strip() != "{"
-        form = "" if is_object else "; each line is one JSON object"
-        raise place.error(f"not JSON: {what} at column {error.colno}{tail}{form}") from error
+        form = "" if is_object else "; each line must be one JSON object"
+        raise location.error(f"not JSON: {problem} at column {error.colno}{tail}{form}") from error
     except RecursionError as error:
-        raise place.error("not usable: the JSON is nested too deeply") from error
+        raise location.error("not usable: the JSON is nested too deeply") from error
     except ValueError as error:
-        raise place.error(f"not usable: {error}") from error
+        raise location.error(f"not usable: {error}") from error
     if not isinstance(value, dict):
-        hint = "; write a list's items one a line" if isinstance(value, list) else ""
-        raise place.error(f"expected a JSON object, found {json_type(value)}{hint}")
+        hint = "; write the list's items one per line" if isinstance(value, list) else ""
+        raise location.error(f"expected a JSON object, found {json_type(value)}{hint}")
     return value
 
 
 def json_type(value: object) -> str:
-    """Return what a parsed JSON value is called in JSON: `null`, `a number`, `a list`, …"""
+    """Return the name of a parsed value's JSON type: `null`, `a number`, `a list`, …"""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -180,17 +180,17 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     value = dict(pairs)
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {duplicate!r} is in one object twice")
     return value
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON; write null, or leave the field out")
+    raise ValueError(f"{name} is not JSON; write null, or omit the field")
 
 
 def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text} is beyond a float's range")
+        raise ValueError(f"the number {text} is outside the range of a float")
     return value

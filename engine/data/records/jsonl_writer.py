@@ -1,4 +1,4 @@
-"""JSON lines that appear under their name only when they are complete."""
+"""Writes JSON-lines files that get their name only when they are complete."""
 
 import contextlib
 import errno
@@ -13,13 +13,13 @@ WriteLine = Callable[[dict], None]
 
 @contextlib.contextmanager
 def json_lines(path: str | Path) -> Iterator[WriteLine]:
-    """Return, as a context manager, a function that writes one record a line.
+    """Return, as a context manager, a function that writes one record per line.
 
-    Lines go to `<path>.partial`, which becomes `path` at the end of the block; an exception leaves what
-    stood under `path` before as it was, and the partial file for a look.
+    Lines go to `<path>.partial`, which is renamed to `path` at the end of the block. After an exception an
+    earlier file at `path` is unchanged, and the partial file is kept for inspection.
 
     Raises:
-        OSError: the folder cannot be made or written, or `path` is a folder itself.
+        OSError: the folder cannot be created or written, or `path` is a folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def json_lines(path: str | Path) -> Iterator[WriteLine]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        if error.filename is None:  # a disk that is full does not say where
+        if error.filename is None:  # the error of a full disk names no file
             error.filename = str(partial)
         raise
     partial.replace(path)

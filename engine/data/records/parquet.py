@@ -1,4 +1,4 @@
-"""Parquet files, read a few rows at a time, with the file and the row in every error."""
+"""Reads parquet files, a few rows at a time, with file and row in every error."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyarrow import parquet
 
 _ROWS_AT_ONCE = 256
-"""Rows that are Python objects at a time."""
+"""Rows decoded to Python objects at a time."""
 _MARK = b"PAR1"
 
 _log = logging.getLogger(__name__)
@@ -36,23 +36,22 @@ def read_parquet_rows(
     on_error: OnError = "raise",
     report: ReadReport | None = None,
 ) -> Iterator[Record]:
-    """Return an iterator over a file's records, one object a row, row groups read in turn.
+    """Return an iterator over a file's records, one object per row, reading row groups in order.
 
     A row becomes the object that the same record has in JSON: columns are its fields, lists and structs nest.
-    A row of a table has every column, so that null can only mean "not given": such a field is left out, of
-    the record and of a struct in it. A null in a list stays. A float that is not finite makes a bad record.
+    A row has all columns, so null means "not set": such fields are dropped from the record and from structs
+    in it. Null in a list is kept. NaN or Inf makes a bad record.
 
-    Columns of a type that JSON has no form for (bytes, dates, decimals, maps) are not read, and named once
-    in a warning.
+    Columns of a type that JSON lacks (bytes, dates, decimals, maps) are not read; one warning names them.
 
-    A file that cannot be read as a whole (missing, a folder, empty, no parquet or cut off, without a column
-    that can be read) is always an error, whatever `on_error` says, and noticed by the call itself. So are,
-    while iterating, a row group that is damaged and a file from which no record is left.
+    A file that cannot be read at all (missing, a folder, empty, not parquet, truncated, without a readable
+    column) is an error for any `on_error`, raised by the call itself. So are, during iteration, a damaged row
+    group and a file without a valid record.
 
     Args:
         path: the file.
-        parse: makes a record of an object, or raises `RecordError` (see `Place.error`).
-        on_error: `raise` at the first bad row, or `skip` it, as `parse_records` says.
+        parse: returns the record of an object, or raises `RecordError` (see `RecordLocation.error`).
+        on_error: `raise` at the first bad row, or `skip` bad rows, see `parse_records`.
         report: filled while reading; a new one for each file.
 
     Raises:
@@ -63,18 +62,16 @@ def read_parquet_rows(
     with _open(path) as file:
         columns, excluded = _columns(file.schema_arrow, path)
     if excluded:
-        _log.warning(
-            "%s: %s not read: JSON has no form for the type", path, f"column {', '.join(excluded)} is"
-        )
+        _log.warning("%s: %s not read: JSON has no such type", path, f"column {', '.join(excluded)} is")
 
-    def parse_row(row: dict | ValueError, place: RecordLocation) -> Record:
+    def parse_row(row: dict | ValueError, location: RecordLocation) -> Record:
         if isinstance(row, ValueError):
-            raise place.error(f"not usable: {row}") from row
+            raise location.error(f"not usable: {row}") from row
         try:
             fields = _without_nulls(row)
         except ValueError as error:
-            raise place.error(str(error)) from error
-        return parse(fields, place)
+            raise location.error(str(error)) from error
+        return parse(fields, location)
 
     return parse_records(
         path,
@@ -87,7 +84,7 @@ def read_parquet_rows(
 
 
 def check_parquet(path: Path) -> None:
-    """Return nothing when a file can be read as parquet, as far as its beginning and its end tell.
+    """Check that a file can be read as parquet, as far as its beginning and end show.
 
     Raises:
         RecordError: see `read_parquet_rows`.
@@ -110,19 +107,21 @@ def _open(path: Path) -> "parquet.ParquetFile":
     try:
         return parquet.ParquetFile(path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise RecordError(path, 0, f"is damaged or cut off: {_first_line(error)}; fetch it again") from error
+        raise RecordError(
+            path, 0, f"is damaged or truncated: {_first_line(error)}; download it again"
+        ) from error
 
 
 def _columns(schema: "pyarrow.Schema", path: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the columns that are read, and `'name' (type)` of the others."""
+    """Return the names of the readable columns, and `'name' (type)` of the others."""
     readable = {field.name: _is_json(field.type) for field in schema}
     if len(readable) < len(schema):
-        twice = next(name for name in schema.names if schema.names.count(name) > 1)
-        raise RecordError(path, 0, f"has two columns named {twice!r}; rename one")
+        duplicate = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise RecordError(path, 0, f"has two columns named {duplicate!r}; rename one")
     excluded = [f"{name!r} ({schema.field(name).type})" for name, reads in readable.items() if not reads]
     if len(excluded) == len(readable):
-        found = ", ".join(excluded) or "none"
-        raise RecordError(path, 0, f"has no column of texts, numbers, lists or structs; it has {found}")
+        columns = ", ".join(excluded) or "none"
+        raise RecordError(path, 0, f"has no column of texts, numbers, lists or structs; it has {columns}")
     return [name for name, reads in readable.items() if reads], excluded
 
 
@@ -141,7 +140,7 @@ def _is_json(kind: "pyarrow.DataType") -> bool:
 
 
 def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield `(row number, its columns)`, in place of the columns an error where they cannot be decoded."""
+    """Yield `(row number, columns)`; an error instead of the columns where they cannot be decoded."""
     number = 0
     with _open(path) as file:
         try:
@@ -153,14 +152,14 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict | ValueErr
                     number += 1
                     yield number, row
         except (OSError, ValueError, NotImplementedError) as error:
-            reason = f"the file cannot be read on from here: {_first_line(error)}; fetch it again"
+            reason = f"the file cannot be read beyond this row: {_first_line(error)}; download it again"
             raise RecordError(path, number + 1, reason) from error
 
 
 def _decoded(batch: "pyarrow.RecordBatch") -> list[dict | ValueError]:
     try:
         return batch.to_pylist()
-    except ValueError as error:  # a text that is no UTF-8: find whose it is
+    except ValueError as error:  # a text is not UTF-8: find its row
         if batch.num_rows == 1:
             return [error]
         half = batch.num_rows // 2
@@ -168,13 +167,13 @@ def _decoded(batch: "pyarrow.RecordBatch") -> list[dict | ValueError]:
 
 
 def _without_nulls(value: object) -> object:
-    """Return a value with the nulls of its objects taken out, at every depth."""
+    """Return a value without the nulls in its objects, at any depth."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"the number {value} is no JSON; give null in its place")
+        raise ValueError(f"the number {value} is not JSON; write null instead")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What every reader of record files shares: places, errors, the report, and what a bad record does."""
+"""Shared by all readers of record files: locations, errors, the report, and the handling of bad records."""
 
 import logging
 import stat
@@ -17,10 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 class RecordError(ValueError):
-    """A data file or a record of it that cannot be used."""
+    """A data file, or a record of it, that cannot be used."""
 
     def __init__(self, path: str | Path, line: int, reason: str) -> None:
-        """Keep the place: `line`, or row of a table, counts from 1; 0 stands for the file as a whole."""
+        """Keep path, line and reason; `line` (or row) counts from 1, and 0 means the whole file."""
         super().__init__(f"{path}:{line}: {reason}" if line else f"{path}: {reason}")
         self.path = Path(path)
         self.line = line
@@ -32,36 +32,36 @@ class RecordError(ValueError):
 
 @dataclass(slots=True, kw_only=True)
 class ReadReport:
-    """What became of a file's lines; filled while it is read, complete when the reader is exhausted."""
+    """Counts of a file's lines, filled while it is read and complete at its end."""
 
     num_records: int = 0
-    """Records handed out."""
+    """Records returned."""
     num_skipped: int = 0
-    """Lines left out because they were bad (`on_error="skip"`)."""
+    """Bad lines skipped (`on_error="skip"`)."""
     num_blank: int = 0
-    """Blank lines, which are no records and no errors; a table has none."""
+    """Blank lines, which are neither records nor errors; a parquet file has none."""
     errors: list[RecordError] = field(default_factory=list)
-    """The first 20 errors skipped."""
+    """The first 20 errors of skipped lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordLocation:
-    """Where a record stands."""
+    """The location of a record."""
 
     path: Path
     """The file."""
     line: int
-    """Its line, from 1, blank lines counted; of a table its row, from 1."""
+    """Line from 1, blank lines counted; in a parquet file the row, from 1."""
     index: int
-    """Its place among the file's records, from 0; blank lines do not count, skipped records do."""
+    """Index among the file's records, from 0; skipped records count, blank lines do not."""
 
     def error(self, reason: str) -> RecordError:
-        """Return the error that something is wrong here."""
+        """Return a `RecordError` at this location."""
         return RecordError(self.path, self.line, reason)
 
 
 def check_on_error(on_error: str) -> None:
-    """Return nothing for `raise` and `skip`.
+    """Check that the value is `raise` or `skip`.
 
     Raises:
         ValueError: another value.
@@ -79,29 +79,29 @@ def parse_records(
     report: ReadReport,
     blank: str,
 ) -> Iterator[Record]:
-    """Return an iterator over what `parse` makes of a file's records, bad ones raised or left out.
+    """Return an iterator over the parsed records of a file; bad ones are raised or skipped.
 
     Args:
         path: the file, for errors.
-        raw_records: `(line or row from 1, what stands there)`; None is a blank line.
-        parse: makes a record, or raises `RecordError`.
-        on_error: `raise` at the first bad record, or `skip` it: counted in `report`, and logged as a warning
-            with the count and the first error when the file is through.
+        raw_records: `(line or row from 1, raw record)`; None is a blank line.
+        parse: returns the record of a raw one, or raises `RecordError`.
+        on_error: `raise` at the first bad record, or `skip` bad ones: they are counted in `report`, and a
+            warning with the count and the first error is logged at the end of the file.
         report: filled while reading.
-        blank: said of a file that holds no record at all, not even a bad one.
+        blank: reason in the error of a file that has no records, not even bad ones.
 
     Raises:
-        RecordError: a bad record; a file from which none is left, whatever `on_error` says.
+        RecordError: a bad record with `raise`; a file without a valid record for any `on_error`.
     """
     index = 0
     for line, raw in raw_records:
         if raw is None:
             report.num_blank += 1
             continue
-        place = RecordLocation(path=path, line=line, index=index)
+        location = RecordLocation(path=path, line=line, index=index)
         index += 1
         try:
-            record = parse(raw, place)
+            record = parse(raw, location)
         except RecordError as error:
             if on_error == "raise":
                 raise
@@ -123,7 +123,7 @@ def file_head(path: Path) -> bytes:
     """Return a file's first 4 bytes.
 
     Raises:
-        RecordError: it is missing, a folder, no regular file, or empty.
+        RecordError: it is missing, a folder, not a regular file, or empty.
     """
     try:
         mode = path.stat().st_mode
@@ -132,11 +132,11 @@ def file_head(path: Path) -> bytes:
             hint = f", such as {', '.join(inside)} in it" if inside else ""
             raise RecordError(path, 0, f"is a folder; give a file of records{hint}")
         if not stat.S_ISREG(mode):
-            raise RecordError(path, 0, "is no regular file; write the records to a file first")
+            raise RecordError(path, 0, "is not a regular file; write the records to a file first")
         with path.open("rb") as file:
             head = file.read(4)
     except OSError as error:
         raise RecordError(path, 0, f"cannot be read: {error.strerror or error}") from error
     if not head:
-        raise RecordError(path, 0, "is empty; it must hold one record or more")
+        raise RecordError(path, 0, "is empty; it must hold at least one record")
     return head

@@ -1,4 +1,4 @@
-"""Prompts, demonstrations and preference pairs, read from a file and checked."""
+"""Reads and validates prompts, demonstrations and preference pairs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ PairForm = Literal["pairs", "hh-rlhf"]
 Result = TypeVar("Result")
 
 ANY_ID = 2**31
-"""A vocabulary size for readers that do not know the model's: any id an int32 holds."""
+"""Vocabulary size for readers that do not know the model's: allows any id that fits an int32."""
 
 
-def _as_it_is(record: Result) -> Result:
+def _identity(record: Result) -> Result:
     return record
 
 
@@ -29,58 +29,58 @@ _MESSAGE_KEYS = {"role", "content", "metadata"}
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Ids given in place of a text; they are used as they are, no template and no end id is added."""
+    """Ids that a record gives instead of a text; used unchanged, without template or end id."""
 
     ids: tuple[int, ...]
     """Token ids, at least one, each in [0, vocabulary size)."""
 
 
 Prompt = tuple[Message, ...] | TokenIds
-"""A conversation that an answer is to follow, or its ids."""
+"""A conversation to answer, or its ids."""
 Answer = str | TokenIds
-"""An answer's text, which may be empty, or its ids."""
+"""The text of an answer, which may be empty, or its ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRecord:
-    """A prompt to be answered."""
+    """A prompt to answer."""
 
     location: RecordLocation
     """File, line and index of the record."""
     prompt: Prompt
-    """What is to be answered."""
+    """The prompt."""
     extra: Mapping[str, object]
-    """All further fields of the record, as parsed; a rule reward gets them by name."""
+    """All other fields of the record, as parsed; passed to the reward function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemonstrationRecord:
-    """A prompt with the answer to imitate."""
+    """A prompt with the answer to train on."""
 
     location: RecordLocation
     """File, line and index of the record."""
     prompt: Prompt
-    """What is answered."""
+    """The prompt."""
     response: Answer
     """The answer."""
     extra: Mapping[str, object]
-    """All further fields of the record, as parsed."""
+    """All other fields of the record, as parsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRecord:
-    """A prompt with two answers, one preferred to the other. They may be equal: hygiene is a later step."""
+    """A prompt with two answers, one preferred to the other; they may be equal, `cleaning` drops those."""
 
     location: RecordLocation
     """File, line and index of the record."""
     prompt: Prompt
-    """What is answered."""
+    """The prompt."""
     chosen: Answer
     """The preferred answer."""
     rejected: Answer
     """The other answer."""
     extra: Mapping[str, object]
-    """All further fields of the record, as parsed."""
+    """All other fields of the record, as parsed."""
 
 
 def read_prompts(
@@ -90,31 +90,31 @@ def read_prompts(
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
-    then: Callable[[PromptRecord], Result] = _as_it_is,
+    then: Callable[[PromptRecord], Result] = _identity,
 ) -> Iterator[Result]:
-    """Return an iterator over the prompts of a file; `read_record_file` says what it may be.
+    """Return an iterator over the prompts of a file; see `read_record_file` for its formats.
 
     A record holds exactly one of
-    - `prompt`: a text, which is one user's turn; not blank,
+    - `prompt`: a text, which is one user turn; not blank,
     - `messages`: a list of `{"role", "content"}` and, optionally, `"metadata"`; see `check_conversation`,
-    - `prompt_tokens`: a list of ids, used as they are.
+    - `prompt_tokens`: a list of ids, used unchanged.
 
-    Every other field is kept in `extra`.
+    All other fields are kept in `extra`.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
-        vocab_size: ids given in place of a text must be below it.
-        on_error: `raise` at the first bad record, or `skip` bad records, counting them.
-        max_line_bytes: longest line of JSON accepted, in bytes.
+        vocab_size: upper bound, exclusive, of ids in the file.
+        on_error: `raise` at the first bad record, or `skip` and count bad records.
+        max_line_bytes: longest line of JSON, in bytes.
         report: filled while reading; a new one for each file.
-        then: makes of a record what is handed out; a `RecordError` of it makes the record a bad one.
+        then: converts each record before it is returned; its `RecordError` makes the record a bad one.
 
     Raises:
-        RecordError: with file and line; at once for a file that cannot be read, else while iterating.
+        RecordError: with file and line; by the call for a file that cannot be read, else during iteration.
     """
 
-    def parse(fields: dict, place: RecordLocation) -> Result:
-        return then(_prompt_record(fields, place, vocab_size=vocab_size))
+    def parse(fields: dict, location: RecordLocation) -> Result:
+        return then(_prompt_record(fields, location, vocab_size=vocab_size))
 
     return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
@@ -126,19 +126,19 @@ def read_demonstrations(
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
-    then: Callable[[DemonstrationRecord], Result] = _as_it_is,
+    then: Callable[[DemonstrationRecord], Result] = _identity,
 ) -> Iterator[Result]:
     """Return an iterator over the demonstrations of a file.
 
-    A record is a prompt (see `read_prompts`, where the arguments are explained too) and exactly one of
-    `response`, a text which may be empty, and `response_tokens`, a list of ids which may not.
+    A record is a prompt (see `read_prompts`, also for the arguments) and exactly one of `response`, a text
+    that may be empty, and `response_tokens`, a list of ids that may not be empty.
 
     Raises:
         RecordError: as `read_prompts`.
     """
 
-    def parse(fields: dict, place: RecordLocation) -> Result:
-        return then(_demonstration_record(fields, place, vocab_size=vocab_size))
+    def parse(fields: dict, location: RecordLocation) -> Result:
+        return then(_demonstration_record(fields, location, vocab_size=vocab_size))
 
     return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
@@ -151,15 +151,15 @@ def read_pairs(
     on_error: OnError = "raise",
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
     report: ReadReport | None = None,
-    then: Callable[[PairRecord], Result] = _as_it_is,
+    then: Callable[[PairRecord], Result] = _identity,
 ) -> Iterator[Result]:
     """Return an iterator over the preference pairs of a file.
 
-    A record is a prompt (see `read_prompts`, where the other arguments are explained too), exactly one of
-    `chosen` and `chosen_tokens`, and exactly one of `rejected` and `rejected_tokens`.
+    A record is a prompt (see `read_prompts`, also for the other arguments), exactly one of `chosen` and
+    `chosen_tokens`, and exactly one of `rejected` and `rejected_tokens`.
 
     Args:
-        form: `pairs` as above, or `hh-rlhf`: `chosen` and `rejected` are whole dialogues and there is no
+        form: `pairs` as above, or `hh-rlhf`: `chosen` and `rejected` are whole dialogues without a separate
             prompt; see `split_dialogue_pair`.
 
     Raises:
@@ -169,120 +169,120 @@ def read_pairs(
     if form not in parsers:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(parsers)}")
 
-    def parse(fields: dict, place: RecordLocation) -> Result:
-        return then(parsers[form](fields, place))
+    def parse(fields: dict, location: RecordLocation) -> Result:
+        return then(parsers[form](fields, location))
 
     return read_record_file(path, parse, on_error=on_error, max_line_bytes=max_line_bytes, report=report)
 
 
-def _prompt_record(fields: dict, place: RecordLocation, *, vocab_size: int) -> PromptRecord:
-    prompt = _take_prompt(fields, place, vocab_size)
-    return PromptRecord(location=place, prompt=prompt, extra=fields)
+def _prompt_record(fields: dict, location: RecordLocation, *, vocab_size: int) -> PromptRecord:
+    prompt = _take_prompt(fields, location, vocab_size)
+    return PromptRecord(location=location, prompt=prompt, extra=fields)
 
 
-def _demonstration_record(fields: dict, place: RecordLocation, *, vocab_size: int) -> DemonstrationRecord:
-    prompt = _take_prompt(fields, place, vocab_size)
-    response = _take_answer(fields, place, "response", vocab_size)
-    return DemonstrationRecord(location=place, prompt=prompt, response=response, extra=fields)
+def _demonstration_record(fields: dict, location: RecordLocation, *, vocab_size: int) -> DemonstrationRecord:
+    prompt = _take_prompt(fields, location, vocab_size)
+    response = _take_answer(fields, location, "response", vocab_size)
+    return DemonstrationRecord(location=location, prompt=prompt, response=response, extra=fields)
 
 
-def _pair_record(fields: dict, place: RecordLocation, *, vocab_size: int) -> PairRecord:
-    prompt = _take_prompt(fields, place, vocab_size)
-    chosen = _take_answer(fields, place, "chosen", vocab_size)
-    rejected = _take_answer(fields, place, "rejected", vocab_size)
-    return PairRecord(location=place, prompt=prompt, chosen=chosen, rejected=rejected, extra=fields)
+def _pair_record(fields: dict, location: RecordLocation, *, vocab_size: int) -> PairRecord:
+    prompt = _take_prompt(fields, location, vocab_size)
+    chosen = _take_answer(fields, location, "chosen", vocab_size)
+    rejected = _take_answer(fields, location, "rejected", vocab_size)
+    return PairRecord(location=location, prompt=prompt, chosen=chosen, rejected=rejected, extra=fields)
 
 
-def _hh_rlhf_record(fields: dict, place: RecordLocation) -> PairRecord:
-    given = [key for key in _PROMPT_KEYS if key in fields]
-    if given:
-        raise place.error(
-            f"{given[0]!r} is given, but hh-rlhf's dialogues hold their prompt; read it as form=pairs"
+def _hh_rlhf_record(fields: dict, location: RecordLocation) -> PairRecord:
+    prompt_keys = [key for key in _PROMPT_KEYS if key in fields]
+    if prompt_keys:
+        raise location.error(
+            f"{prompt_keys[0]!r} is given, but hh-rlhf's dialogues hold their prompt; read it as form=pairs"
         )
-    dialogues = [_text(fields.pop(name, None), place, name) for name in ("chosen", "rejected")]
+    dialogues = [_text(fields.pop(name, None), location, name) for name in ("chosen", "rejected")]
     try:
         messages, chosen, rejected = split_dialogue_pair(*dialogues)
         check_conversation(messages, ends_open=True)
     except ValueError as error:
-        raise place.error(str(error)) from error
-    return PairRecord(location=place, prompt=messages, chosen=chosen, rejected=rejected, extra=fields)
+        raise location.error(str(error)) from error
+    return PairRecord(location=location, prompt=messages, chosen=chosen, rejected=rejected, extra=fields)
 
 
-def _take_prompt(fields: dict, place: RecordLocation, vocab_size: int) -> Prompt:
-    name = _one_of(fields, place, _PROMPT_KEYS)
+def _take_prompt(fields: dict, location: RecordLocation, vocab_size: int) -> Prompt:
+    name = _one_of(fields, location, _PROMPT_KEYS)
     value = fields.pop(name)
     if name == "prompt_tokens":
-        return _token_ids(value, place, name, vocab_size)
+        return _token_ids(value, location, name, vocab_size)
     if name == "prompt":
         hint = "; give turns as 'messages', ids as 'prompt_tokens'" if isinstance(value, list) else ""
-        text = _text(value, place, name, hint)
+        text = _text(value, location, name, hint)
         if not text.strip():
-            raise place.error("'prompt' is blank; it must hold some text")
+            raise location.error("'prompt' is blank; it must hold some text")
         return (Message(role="user", content=text),)
-    return _messages(value, place)
+    return _messages(value, location)
 
 
-def _messages(value: object, place: RecordLocation) -> tuple[Message, ...]:
+def _messages(value: object, location: RecordLocation) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise place.error(f"'messages' must be a list of turns, not {json_type(value)}")
+        raise location.error(f"'messages' must be a list of turns, not {json_type(value)}")
     messages = []
     for position, turn in enumerate(value):
         where = f"messages[{position}]"
         if not isinstance(turn, dict):
-            raise place.error(f"{where} must be an object with role and content, not {json_type(turn)}")
+            raise location.error(f"{where} must be an object with role and content, not {json_type(turn)}")
         unknown = sorted(turn.keys() - _MESSAGE_KEYS)
         if unknown:
-            raise place.error(
+            raise location.error(
                 f"{where} has the unknown field {unknown[0]!r}; a turn has role, content, metadata"
             )
-        role = _text(turn.get("role"), place, f"{where}.role")
-        content = _text(turn.get("content"), place, f"{where}.content")
-        metadata = _text(turn.get("metadata", ""), place, f"{where}.metadata")
+        role = _text(turn.get("role"), location, f"{where}.role")
+        content = _text(turn.get("content"), location, f"{where}.content")
+        metadata = _text(turn.get("metadata", ""), location, f"{where}.metadata")
         messages.append(Message(role=role, content=content, metadata=metadata))
     try:
         check_conversation(messages, ends_open=True)
     except RoleError as error:
-        raise place.error(str(error)) from error
+        raise location.error(str(error)) from error
     return tuple(messages)
 
 
-def _take_answer(fields: dict, place: RecordLocation, key: str, vocab_size: int) -> Answer:
-    name = _one_of(fields, place, (key, f"{key}_tokens"))
+def _take_answer(fields: dict, location: RecordLocation, key: str, vocab_size: int) -> Answer:
+    name = _one_of(fields, location, (key, f"{key}_tokens"))
     value = fields.pop(name)
-    return _text(value, place, name) if name == key else _token_ids(value, place, name, vocab_size)
+    return _text(value, location, name) if name == key else _token_ids(value, location, name, vocab_size)
 
 
-def _one_of(fields: dict, place: RecordLocation, names: tuple[str, ...]) -> str:
-    given = [name for name in names if name in fields]
-    if len(given) == 1:
-        return given[0]
-    wanted = " or ".join(map(repr, names))
-    if given:
-        raise place.error(
-            f"{' and '.join(map(repr, given))} are both given; exactly one of {wanted} is required"
+def _one_of(fields: dict, location: RecordLocation, names: tuple[str, ...]) -> str:
+    present = [name for name in names if name in fields]
+    if len(present) == 1:
+        return present[0]
+    required = " or ".join(map(repr, names))
+    if present:
+        raise location.error(
+            f"{' and '.join(map(repr, present))} are both given; exactly one of {required} is required"
         )
-    present = ", ".join(sorted(map(repr, fields))) or "none"  # a prompt that was found is not among them
-    raise place.error(f"there is no {wanted}; other fields of the record: {present}")
+    others = ", ".join(sorted(map(repr, fields))) or "none"  # without fields that were taken before
+    raise location.error(f"there is no {required}; other fields of the record: {others}")
 
 
-def _text(value: object, place: RecordLocation, name: str, hint: str = "") -> str:
+def _text(value: object, location: RecordLocation, name: str, hint: str = "") -> str:
     if not isinstance(value, str):
-        raise place.error(f"'{name}' must be a text, not {json_type(value)}{hint}")
+        raise location.error(f"'{name}' must be a text, not {json_type(value)}{hint}")
     position = lone_surrogate(value)
     if position >= 0:
-        raise place.error(f"'{name}' holds a lone surrogate at character {position}; mend its \\u escape")
+        raise location.error(f"'{name}' holds a lone surrogate at character {position}; fix its \\u escape")
     return value
 
 
-def _token_ids(value: object, place: RecordLocation, name: str, vocab_size: int) -> TokenIds:
+def _token_ids(value: object, location: RecordLocation, name: str, vocab_size: int) -> TokenIds:
     if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else json_type(value)
-        raise place.error(f"'{name}' must be a list of at least one token id, not {found}")
+        kind = "an empty list" if value == [] else json_type(value)
+        raise location.error(f"'{name}' must be a list of at least one token id, not {kind}")
     for position, token in enumerate(value):
         if type(token) is not int:
-            raise place.error(
+            raise location.error(
                 f"{name}[{position}] must be a whole number, not {json_type(token)}: {token!r:.40}"
             )
         if not 0 <= token < vocab_size:
-            raise place.error(f"{name}[{position}] is {token}; ids go from 0 to {vocab_size - 1}")
+            raise location.error(f"{name}[{position}] is {token}; ids go from 0 to {vocab_size - 1}")
     return TokenIds(tuple(value))

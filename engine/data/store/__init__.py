@@ -1,1 +1,1 @@
-"""Token ids on disk: the store, its writer, and the cache that builds it once."""
+"""Token ids on disk: the store, its writer, and the build cache."""

@@ -1,4 +1,4 @@
-"""A folder of computed files that is whole or counts as absent, so that damaged ones are rebuilt."""
+"""A cached folder of computed files, which is either complete or rebuilt."""
 
 import contextlib
 import fcntl
@@ -17,25 +17,25 @@ _log = logging.getLogger(__name__)
 
 
 class DamagedFolder(ValueError):
-    """A cached folder that is missing, incomplete, altered, or made of something else."""
+    """A cached folder that is missing, incomplete, altered, or of another identity."""
 
 
 def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
-    """Return the facts of a cached folder, which is filled now unless a whole one stands there.
+    """Return the facts of a cached folder, and build it first unless it is complete.
 
-    The files are written to a folder beside, which takes its name when it is complete, so a kill at any time
-    leaves at most a `.partial` folder; the next build on that host removes it. A folder that stands there is
-    believed only when its identity is equal and every file has the size and the checksum its manifest names.
-    Processes that come here at once take turns by a `.lock` file, which stays, and the later ones find the
-    work done.
+    Files are written to a `.partial` folder next to it, which is renamed when complete: a kill at any time
+    leaves at most a `.partial` folder, which the next build on that host removes. An existing folder is
+    accepted only if its identity is equal and all files have the size and checksum in its manifest.
+    Concurrent processes wait for each other by a `.lock` file, which is kept; the later ones find the folder
+    complete.
 
     Args:
-        path: the folder; its parents are made.
-        identity: what the content follows from, as JSON values.
-        fill: writes the files into the empty folder it is given, and returns facts about them (JSON values).
+        path: the folder; its parents are created.
+        identity: all inputs that determine the content, as JSON values.
+        fill: writes the files into the given empty folder and returns facts about them (JSON values).
 
     Raises:
-        OSError: the place cannot be written. Whatever `fill` raises; the partial folder is then removed.
+        OSError: the folder cannot be written. Also what `fill` raises; the partial folder is then removed.
     """
     with contextlib.suppress(DamagedFolder):
         return read_folder(path, identity, checks_content=True)
@@ -45,24 +45,24 @@ def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> d
             return read_folder(path, identity, checks_content=True)
         except DamagedFolder as damage:
             if path.exists():
-                _log.warning("%s; it is built anew", damage)
+                _log.warning("%s; it is rebuilt", damage)
                 _remove(path)
         if is_locked:
-            # Nobody else on this host builds here, so its partial folders were left by a kill. Those of other
-            # hosts stay: some shared file systems grant the same lock to each host.
+            # No other process of this host builds here, so its partial folders were left by a kill. Those of
+            # other hosts are kept: some shared file systems grant the same lock to every host.
             for leftover in path.parent.glob(_partial_name(path, "*")):
                 shutil.rmtree(leftover)
         return _build(path, identity, fill)
 
 
 def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
-    """Return the facts of a cached folder that stands there.
+    """Return the facts of an existing cached folder.
 
     Args:
         path: the folder.
-        identity: what its content must follow from.
-        checks_content: read every file and compare checksums; otherwise only sizes are compared, which is
-            enough right after another process has checked.
+        identity: the inputs that must have determined its content.
+        checks_content: read all files and compare checksums; otherwise only compare sizes, which is enough
+            right after another process has checked.
 
     Raises:
         DamagedFolder: it is missing, incomplete, altered, or of another identity.
@@ -73,7 +73,7 @@ def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
         if checksum != _digest_of_json(manifest):
             raise DamagedFolder(f"{path / _MANIFEST} is damaged: its checksum differs")
         if manifest["identity"] != identity:
-            raise DamagedFolder(f"{path} was made from something else")
+            raise DamagedFolder(f"{path} was built from other inputs")
         for name, (num_bytes, digest) in manifest["files"].items():
             if (path / name).stat().st_size != num_bytes:
                 raise DamagedFolder(f"{path / name} is damaged: it must have {num_bytes} bytes")
@@ -81,7 +81,7 @@ def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
                 raise DamagedFolder(f"{path / name} is damaged: its checksum differs")
         return manifest["facts"]
     except FileNotFoundError as error:
-        raise DamagedFolder(f"{error.filename} is not there") from error
+        raise DamagedFolder(f"{error.filename} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DamagedFolder):
             raise
@@ -111,10 +111,10 @@ def _build(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
         manifest["checksum"] = _digest_of_json(manifest)
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
-            # Without fsync: what a power cut loses is found by its checksum.
+            # No fsync: the checksum detects what a power failure loses.
             partial.rename(path)
         except OSError:
-            # Where locks do not work another process may have been first; its files are as good as these.
+            # Without working locks another process may have been first; its files are the same.
             facts = read_folder(path, identity, checks_content=True)
             shutil.rmtree(partial)
     except BaseException:
@@ -136,7 +136,7 @@ def _lock(path: Path) -> Iterator[bool]:
             _log.warning("%s: no file locks here (%s); several runs may build it at once", path.parent, error)
             yield False
             return
-        yield True  # closing the file, or the end of the process however it comes, lets go
+        yield True  # closing the file releases the lock, and so does any end of the process
 
 
 def _remove(path: Path) -> None:

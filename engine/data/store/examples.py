@@ -1,4 +1,4 @@
-"""Records of a store as the sequences that a model is trained on."""
+"""The records of a store as sequences to train on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,33 +12,33 @@ from glm_rlhf.engine.data.store.token_store import TokenStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One sequence: a prompt and an answer to it."""
+    """One sequence: a prompt and its answer."""
 
     tokens_T: torch.Tensor
-    """Ids of both, int64 [T]."""
+    """Token ids of both, int64 [T]."""
     num_prompt: int
-    """How many of them are the prompt's."""
+    """Number of prompt tokens."""
 
 
 class Records(Protocol):
-    """Records by number, from 0, each of which is one or several sequences."""
+    """Records numbered from 0; each is one or several sequences."""
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of records."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that each record sends through a model, int64 [n]."""
+        """Tokens of each record over all its sequences, int64 [n]."""
 
     def examples(self, number: int) -> tuple[Example, ...]:
         """Return the sequences of one record."""
 
     def name(self, number: int) -> str:
-        """Return what to call a record when it is at fault."""
+        """Return the name of a record for messages."""
 
 
 class Demonstrations:
-    """Prompts with the answer to imitate: one sequence a record."""
+    """Prompts with the answer to train on: one sequence per record."""
 
     def __init__(self, store: TokenStore, path: str) -> None:
         self.store, self.path = store, path
@@ -52,20 +52,20 @@ class Demonstrations:
         return (_joined(self.store.prompt(number), self.store.response(number)),)
 
     def name(self, number: int) -> str:
-        """Return the record's place in its file."""
+        """Return the record's index and file."""
         return f"record {self.store.record_index(number)} of {self.path}"
 
 
 class Pairs:
-    """Prompts with two answers: the sequence of the chosen one, then that of the other."""
+    """Prompts with two answers: the sequence of the chosen answer, then that of the rejected one."""
 
     def __init__(self, store: TokenStore, path: str, kept: Sequence[int] | None = None) -> None:
-        """Take a store's pairs.
+        """Select pairs of a store.
 
         Args:
-            store: of pairs.
-            path: the file they come from.
-            kept: the pairs of the store that count, in order; all when None.
+            store: a store of pairs.
+            path: the file of the pairs.
+            kept: indices of the pairs to use, in order; None: all.
         """
         self.store, self.path = store, path
         self.kept = np.arange(len(store)) if kept is None else np.asarray(kept, dtype=np.int64)
@@ -75,13 +75,13 @@ class Pairs:
         return len(self.kept)
 
     def examples(self, number: int) -> tuple[Example, Example]:
-        """Return the prompt with the chosen answer, and with the other."""
-        place = int(self.kept[number])
-        prompt = self.store.prompt(place)
-        return _joined(prompt, self.store.chosen(place)), _joined(prompt, self.store.rejected(place))
+        """Return the prompt with the chosen answer, and with the rejected one."""
+        stored = int(self.kept[number])
+        prompt = self.store.prompt(stored)
+        return _joined(prompt, self.store.chosen(stored)), _joined(prompt, self.store.rejected(stored))
 
     def name(self, number: int) -> str:
-        """Return the record's place in its file."""
+        """Return the record's index and file."""
         return f"record {self.store.record_index(int(self.kept[number]))} of {self.path}"
 
 

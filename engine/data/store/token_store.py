@@ -1,4 +1,4 @@
-"""Records tokenised once, kept on disk, mapped into memory by every rank that reads them."""
+"""A store of records as token ids: tokenised once, kept on disk, memory-mapped by all ranks."""
 
 import hashlib
 import json
@@ -29,26 +29,26 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreReport:
-    """What became of a file's records on their way into a store."""
+    """Counts of a file's records when they are stored."""
 
     num_records: int
     """Records stored."""
     num_skipped: int
-    """Bad records left out (`on_error="skip"`), those over a limit of tokens among them."""
+    """Bad records skipped (`on_error="skip"`), including those over a limit of tokens."""
     num_blank: int
-    """Blank lines, which are no records."""
+    """Blank lines, which are not records."""
     num_truncated: int
-    """Answers cut at the context's end (`truncates=True`)."""
+    """Answers truncated at `max_tokens` (`truncates=True`)."""
     num_tokens: int
-    """Tokens stored, prompts and answers once each."""
+    """Tokens stored; each prompt and answer counts once."""
     errors: tuple[RecordError, ...]
-    """The first 20 reasons to skip, with file and line."""
+    """The first 20 errors of skipped records, with file and line."""
 
     def lines(self) -> list[str]:
-        """Return the report for people."""
+        """Return the report as lines of text."""
         parts = [f"{self.num_records} records with {self.num_tokens} tokens"]
         if self.num_truncated:
-            parts.append(f"{self.num_truncated} answers cut at the context's end")
+            parts.append(f"{self.num_truncated} answers truncated")
         if self.num_skipped:
             parts.append(f"{self.num_skipped} bad records skipped")
         if self.num_blank:
@@ -68,8 +68,8 @@ class StoreReport:
 class TokenStore:
     """The ids of a file's records, as views of arrays that all processes of a machine share.
 
-    Made by `open_store`. Every view is a read-only int32 array that stays valid as long as it is held; torch
-    needs a copy (`torch.tensor(view)`), for it has no read-only tensors.
+    Made by `open_store`. A view is a read-only int32 array and stays valid while it is referenced; torch has
+    no read-only tensors and needs a copy (`torch.tensor(view)`).
     """
 
     def __init__(self, folder: Path, kind: Kind, report: StoreReport) -> None:
@@ -86,11 +86,11 @@ class TokenStore:
         return self.report.num_records
 
     def prompt(self, i: int) -> np.ndarray:
-        """Return the ids before the answer of record `i`, int32, at least one."""
+        """Return the ids of the prompt of record `i`, int32, at least one."""
         return self._part(i, 0)
 
     def response(self, i: int) -> np.ndarray:
-        """Return the ids of the answer to imitate, int32, at least one. Demonstrations only."""
+        """Return the ids of the answer, int32, at least one. Demonstrations only."""
         return self._part(i, self._column("response"))
 
     def chosen(self, i: int) -> np.ndarray:
@@ -98,22 +98,22 @@ class TokenStore:
         return self._part(i, self._column("chosen"))
 
     def rejected(self, i: int) -> np.ndarray:
-        """Return the ids of the other answer, int32, at least one. Pairs only."""
+        """Return the ids of the rejected answer, int32, at least one. Pairs only."""
         return self._part(i, self._column("rejected"))
 
     def record_index(self, i: int) -> int:
-        """Return the place of record `i` among the file's records, from 0; skipped ones count, so it is >= i.
+        """Return the index of record `i` in the file, from 0; skipped records count, so it is >= i.
 
-        Outputs carry it as `index`.
+        Output files hold it as `index`.
         """
         return int(self._records[self._checked(i)])
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that record i sends through a model, int64 [n].
+        """Tokens of each record over all its sequences, int64 [n].
 
-        Of a prompt: its own; of a demonstration: prompt + response; of a pair: prompt + chosen and
-        prompt + rejected, which are two sequences, so the prompt counts twice.
+        Prompts: the prompt; demonstrations: prompt + response; pairs: prompt + chosen and prompt + rejected,
+        which are two sequences, so the prompt counts twice.
         """
         return self._part_lengths.sum(1) + (len(self._answers) > 1) * self.prompt_lengths
 
@@ -134,7 +134,7 @@ class TokenStore:
 
     @property
     def rejected_lengths(self) -> np.ndarray:
-        """Tokens of each other answer, header and end id included, int64 [n]. Pairs only."""
+        """Tokens of each rejected answer, header and end id included, int64 [n]. Pairs only."""
         return self._part_lengths[:, self._column("rejected")]
 
     def _part(self, i: int, column: int) -> np.ndarray:
@@ -152,8 +152,8 @@ class TokenStore:
         return 1 + self._answers.index(name)
 
 
-def _alone() -> None:
-    """Wait for nobody: the barrier of a single process."""
+def _no_barrier() -> None:
+    """Do nothing: the barrier of a single process."""
 
 
 def open_store(
@@ -169,38 +169,38 @@ def open_store(
     on_error: OnError = "raise",
     truncates: bool = False,
     is_builder: bool = True,
-    barrier: Callable[[], object] = _alone,
+    barrier: Callable[[], object] = _no_barrier,
 ) -> TokenStore:
-    """Return the records of a file as ids, tokenised at the first call and mapped afterwards.
+    """Return the records of a file as ids, tokenised by the first call and memory-mapped afterwards.
 
-    Arrays lie in a folder whose name follows from the file's content, the tokenizer, the kind, the limits and
-    the form's version, so that a changed input is tokenised anew; a damaged folder is rebuilt, see
-    `ensure_folder`. Prompts are rendered with the generation prompt and never cut; answers end with the chat
-    form's end id, unless they are cut or were given as ids.
+    The arrays are in a folder whose name depends on the file's content, the tokenizer, the kind, the limits
+    and the format version, so that a changed input is tokenised again; a damaged folder is rebuilt, see
+    `ensure_folder`. Prompts are rendered with the generation prompt and never truncated; answers end with the
+    chat format's end id, unless they are truncated or the record gives ids.
 
-    Every rank calls it, and reaches `barrier` exactly once whatever goes wrong with the data; the builder
-    writes before it, the others read behind it. A fault of the builder's is an error on all ranks.
+    Every rank calls this and reaches `barrier` exactly once, whatever is wrong with the data: the builder
+    writes before it, the other ranks read after it. If the builder fails, all ranks raise.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
-        kind: what its records are.
-        folder: where arrays are kept, seen by all ranks of a machine; runs may share it, and may build at
-            once. It may be removed when no run uses it.
-        tokenizer: the model's; None where the records carry ids.
-        max_prompt_tokens: longest prompt, in tokens; a longer one is a bad record.
-        max_tokens: the model's context, in tokens: prompt + answer may have as many. A prompt that fills it
-            leaves no room for an answer and is a bad record.
+        kind: kind of its records.
+        folder: folder of the arrays, visible to all ranks of a machine. Runs may share it, and may build
+            concurrently. It may be removed when no run uses it.
+        tokenizer: of the model; None if the records give ids.
+        max_prompt_tokens: longest prompt, in tokens; a record with a longer one is bad.
+        max_tokens: longest prompt + answer, in tokens. A record whose prompt leaves no room for an answer is
+            bad.
         vocab_size: rows of the embedding; every id must be below it.
         form: of pairs, see `read_pairs`.
         on_error: `raise` at the first bad record, or `skip` bad records, counted in `report`.
-        truncates: cut an answer that would pass `max_tokens`, counted in `report`, in place of taking its
-            record for a bad one. It then has no end id.
-        is_builder: true on one rank of those that see the same `folder`.
-        barrier: returns when every rank has called it; must outwait the tokenising.
+        truncates: truncate an answer beyond `max_tokens`, without end id and counted in `report`; otherwise
+            its record is bad.
+        is_builder: true on exactly one of the ranks that see the same `folder`.
+        barrier: returns when all ranks have called it; its timeout must exceed the time of tokenising.
 
     Raises:
         RecordError: a bad file or record, with file and line.
-        ValueError: impossible arguments; on the other ranks, that the builder failed.
+        ValueError: invalid arguments; on other ranks, that the builder failed.
         OSError: the folder cannot be written.
     """
     source = Source(
@@ -214,36 +214,36 @@ def open_store(
         truncates=truncates,
     )
     _check_vocabulary(tokenizer, vocab_size)
-    fault: Exception | None = None
+    failure: Exception | None = None
     try:
         check_record_file(source.path)
         identity = _identity(source, tokenizer)
         name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
-        place = Path(folder) / f"{kind}-{name}"
+        store_folder = Path(folder) / f"{kind}-{name}"
         if is_builder:
-            ensure_folder(place, identity, partial(write_records, source=source, tokenizer=tokenizer))
+            ensure_folder(store_folder, identity, partial(write_records, source=source, tokenizer=tokenizer))
     except (ValueError, OSError) as error:
-        fault = error
+        failure = error
     barrier()
-    if fault is not None:
-        raise fault
+    if failure is not None:
+        raise failure
     try:
-        facts = read_folder(place, identity, checks_content=False)
+        facts = read_folder(store_folder, identity, checks_content=False)
     except DamagedFolder as error:
         raise ValueError(
-            f"{error}: the rank that tokenises {path} has failed, see its error; or the ranks do not see the "
-            "same files"
+            f"{error}: either the rank that tokenises {path} failed, see its error, or the ranks do not see "
+            "the same files"
         ) from error
     errors = tuple(RecordError(path, line, reason) for line, reason in facts.pop("errors"))
-    return TokenStore(place, kind, StoreReport(errors=errors, **facts))
+    return TokenStore(store_folder, kind, StoreReport(errors=errors, **facts))
 
 
 def _identity(source: Source, tokenizer: Tokenizer | None) -> dict:
-    """Return what a store's content follows from, as JSON values; not where the file lies."""
-    given = asdict(source)
-    del given["path"]
+    """Return all inputs that determine a store's content, as JSON values; the path is not among them."""
+    settings = asdict(source)
+    del settings["path"]
     vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
-    return {"format": FORMAT, "file": file_digest(source.path), "tokenizer": vocabulary, **given}
+    return {"format": FORMAT, "file": file_digest(source.path), "tokenizer": vocabulary, **settings}
 
 
 def _check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> None:
@@ -252,10 +252,10 @@ def _check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> None:
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding only {vocab_size} rows; "
-            "they do not belong together"
+            "they are not of the same model"
         )
 
 
 def _mapped(path: Path, dtype: type, count: int) -> np.ndarray:
-    # As a plain array, because slices of np.memmap itself are several times slower to make.
+    # A plain array, because slicing np.memmap itself is several times slower.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,)))

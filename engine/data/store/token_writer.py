@@ -1,4 +1,4 @@
-"""The ids of a file's records, laid end to end in files of plain numbers."""
+"""Writes the ids of a file's records, concatenated, to files of raw numbers."""
 
 import hashlib
 import pickle
@@ -29,13 +29,13 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 Kind = Literal["prompts", "demonstrations", "pairs"]
 
 ANSWERS = {"prompts": (), "demonstrations": ("response",), "pairs": ("chosen", "rejected")}
-"""Names of the answers that a record of each kind has, in the order they are stored."""
+"""Kind of records → names of their answers, in storage order."""
 
 FORMAT = 1
-"""Raised whenever the same file would be stored otherwise: another layout, another reading or rendering."""
+"""Format version, raised when the same file would be stored differently: by layout, reading or rendering."""
 
 TOKENS, OFFSETS, RECORDS = "tokens.int32", "offsets.int64", "records.int64"
-"""Files of a store: all ids; where each prompt and answer starts, and the end; each record's index."""
+"""Files of a store: all ids; the offset of each prompt and answer, and the end; the index of each record."""
 
 _PROBE = [
     Message(role="user", content="1 + 1 = ?"),
@@ -46,30 +46,30 @@ _PROBE = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What is read, and what of it is stored."""
+    """The file to read, and the checks and limits of its records."""
 
     path: Path
     """The file."""
     kind: Kind
-    """What its records are."""
+    """Kind of its records."""
     form: PairForm
     """Form of pairs."""
     vocab_size: int
-    """Every id is below it."""
+    """Upper bound of ids, exclusive."""
     on_error: OnError
-    """What a bad record does."""
+    """Whether a bad record raises or is skipped."""
     max_prompt_tokens: int
     """Longest prompt, in tokens."""
     max_tokens: int
     """Longest prompt + answer, in tokens."""
     truncates: bool
-    """Whether an answer is cut where it would pass `max_tokens`."""
+    """Whether an answer beyond `max_tokens` is truncated."""
 
     def __post_init__(self) -> None:
         if self.kind not in ANSWERS:
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(ANSWERS)}")
         if self.kind != "pairs" and self.form != "pairs":
-            raise ValueError(f"form is {self.form!r}, but {self.kind} have only one form; leave it out")
+            raise ValueError(f"form is {self.form!r}, but {self.kind} have only one form; omit it")
         if self.max_prompt_tokens < 1 or self.max_tokens < 2:
             raise ValueError(
                 f"max_prompt_tokens is {self.max_prompt_tokens}, max_tokens is {self.max_tokens}; a prompt "
@@ -88,26 +88,26 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRecord:
-    """A record as it is stored."""
+    """A record in its stored form."""
 
     index: int
-    """Its place among the file's records."""
+    """Its index in the file."""
     parts: list[list[int]]
-    """The prompt's ids, then each answer's."""
+    """Ids of the prompt, then of each answer."""
     num_truncated: int
-    """Answers that were cut."""
+    """Number of truncated answers."""
 
 
 def write_records(folder: Path, source: Source, tokenizer: Tokenizer | None) -> dict:
-    """Write a file's records as ids into `folder`, one at a time, and return what became of them.
+    """Write a file's records as ids into `folder`, one at a time, and return their counts.
 
-    Shows a progress bar where standard error is a terminal.
+    Shows a progress bar if stderr is a terminal.
 
     Returns:
         The fields of `StoreReport` as JSON values; errors as `[line, reason]`.
 
     Raises:
-        RecordError: a bad file or record, or a file that changed meanwhile. OSError: no room.
+        RecordError: a bad file or record, or a file that changed during reading. OSError: the disk is full.
     """
     path = source.path
     before = path.stat()
@@ -127,7 +127,7 @@ def write_records(folder: Path, source: Source, tokenizer: Tokenizer | None) -> 
     np.frombuffer(indices, dtype=np.int64).tofile(folder / RECORDS)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise RecordError(path, 0, "changed while it was read; start again when it is complete")
+        raise RecordError(path, 0, "changed while it was read; run again when it is complete")
     return {
         "num_records": report.num_records,
         "num_skipped": report.num_skipped,
@@ -139,13 +139,13 @@ def write_records(folder: Path, source: Source, tokenizer: Tokenizer | None) -> 
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Return a checksum of all that decides which ids a text becomes; the same in every process."""
+    """Return a checksum of everything that determines the ids of a text; the same in every process."""
     table, chat = tokenizer.table, tokenizer.chat
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(sorted(table.bytes_by_id.items())).encode())
     digest.update(repr(sorted(table.name_by_id.items())).encode())
     digest.update(repr((chat.name, chat.prefix, chat.opening, chat.header, chat.end)).encode())
-    # The merges stand in no table, only in the encoder; the form's code shows in what it renders.
+    # The encoder holds the merges, which are in no table; a rendered probe covers the chat format's code.
     digest.update(pickle.dumps(tokenizer.encode_text, protocol=4))
     digest.update(repr(tokenizer.render_prompt_response(_PROBE, " ok\n")).encode())
     return digest.hexdigest()
@@ -157,31 +157,31 @@ def _entry(
     source: Source,
     tokenizer: Tokenizer | None,
 ) -> StoredRecord:
-    place = record.location
-    prompt = prompt_ids(record.prompt, place, tokenizer)
+    location = record.location
+    prompt = prompt_ids(record.prompt, location, tokenizer)
     if len(prompt) > source.max_prompt_tokens:
-        raise place.error(
+        raise location.error(
             f"the prompt has {len(prompt)} tokens, max_prompt_tokens allows {source.max_prompt_tokens}"
         )
     room = source.max_tokens - len(prompt)
     if room < 1:
-        raise place.error(
+        raise location.error(
             f"the prompt has {len(prompt)} tokens and leaves no room for an answer in a context of "
             f"{source.max_tokens}"
         )
     parts, num_truncated = [prompt], 0
     for name in ANSWERS[source.kind]:
-        ids = answer_ids(getattr(record, name), place, tokenizer)
+        ids = answer_ids(getattr(record, name), location, tokenizer)
         if len(ids) > room:
-            ids = _cut(ids, room, name, place, source)
+            ids = _cut(ids, room, name, location, source)
             num_truncated += 1
         parts.append(ids)
-    return StoredRecord(index=place.index, parts=parts, num_truncated=num_truncated)
+    return StoredRecord(index=location.index, parts=parts, num_truncated=num_truncated)
 
 
-def _cut(ids: list[int], room: int, name: str, place: RecordLocation, source: Source) -> list[int]:
+def _cut(ids: list[int], room: int, name: str, location: RecordLocation, source: Source) -> list[int]:
     if not source.truncates:
-        raise place.error(
+        raise location.error(
             f"prompt and {name} have {source.max_tokens - room + len(ids)} tokens, the model's context is "
             f"{source.max_tokens}; shorten them, skip bad records, or let answers be cut"
         )

@@ -1,1 +1,1 @@
-"""The tokenizers of the three families, and their chat formats."""
+"""Tokenizers of the three model families, and their chat formats."""

@@ -1,4 +1,4 @@
-"""How a conversation becomes a sequence of markers and plain text, one form per model family."""
+"""Chat formats: a conversation as a sequence of markers and plain text, for each model family."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,40 +9,42 @@ from glm_rlhf.engine.data.messages import Message, RoleError
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """A special token that only a chat format may place; text never becomes one."""
+    """A special token that only a chat format inserts; text is never encoded as one."""
 
     name: str
     """The token's name in the vocabulary, such as `<|user|>`."""
 
 
 Segment = Marker | str
-"""A piece of a rendered conversation. Each `str` is encoded alone, so its edges are token edges."""
+"""A piece of a rendered conversation. Each `str` is encoded separately: no token crosses its ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
-    """One family's way to write conversations."""
+    """The chat format of one model family."""
 
     name: str
     """`chatglm2`, `chatglm3` or `glm4`."""
     prefix: tuple[str, ...]
-    """Names of the markers that open every sequence."""
+    """Names of the markers at the beginning of every sequence."""
     turns: Callable[[Sequence[Message]], list[Segment]]
-    """Checked turns → segments, without the prefix."""
+    """Returns the segments of checked turns, without the prefix."""
     opening: tuple[Segment, ...]
-    """What `add_generation_prompt` appends: the segments that open the answer, when there are any."""
+    """Segments that `add_generation_prompt` appends; may be empty."""
     header: str
-    """Text between the opening and the answer that belongs to the answer's ids (the model writes it)."""
+    """Text between the opening and the answer that the model generates, so that it is part of the answer's
+    ids."""
     joins_header: bool
-    """Whether header and content are one text for the tokenizer, as in a rendered template string."""
+    """Whether header and content are encoded as one text, as in a rendered template string."""
     end: str
-    """Name of the token a training answer ends with."""
+    """Name of the token at the end of a training answer."""
     stops: tuple[str, ...]
     """Names of the tokens that end a generated answer."""
     pad: str
-    """Name of the token that fills places no loss and no attention looks at."""
+    """Name of the padding token."""
     emitted: tuple[str, ...]
-    """Names of the special tokens a model may generate: the stops and a further assistant turn."""
+    """Names of the special tokens that a model may generate: the stops, and the marker of another assistant
+    turn."""
 
     def answer(self, text: str) -> list[Segment]:
         """Return the segments of a training answer: header, text, end marker."""
@@ -53,10 +55,10 @@ class ChatFormat:
 
 
 def with_opening_text(chat_format: ChatFormat, text: str) -> ChatFormat:
-    """Return the format with `text` moved behind the opening marker, into the prompt.
+    """Return the format with `text` after the opening marker, as part of the prompt.
 
-    Some GLM-4 folders end their generation prompt with `<|assistant|>` alone and let the model write the line
-    end; others write it, and GLM-Z1 adds `<think>`. With text in the prompt, the answer has no header.
+    Some GLM-4 folders end the generation prompt with `<|assistant|>` and let the model generate the line
+    break; others include it, and GLM-Z1 adds `<think>`. With text in the prompt, the answer has no header.
     """
     if not text:
         return chat_format
@@ -69,21 +71,21 @@ _OPENING_IN_TEMPLATE = re.compile(
 
 
 def opening_text_of_template(template: str) -> str:
-    """Return the literal text a Hugging Face chat template writes behind its last `<|assistant|>`.
+    """Return the literal text that a Hugging Face chat template writes after its last `<|assistant|>`.
 
-    Only that text is read from a template; it is empty when the template has no such place or computes it.
-    A `{%-` behind the text strips the white space before it, as the template language says.
+    Nothing else is read from a template; the text is empty if the template has none there or computes it.
+    A `{%-` after the text strips the white space before it, as in Jinja.
     """
-    found = _OPENING_IN_TEMPLATE.search(template)
-    if found is None:
+    match = _OPENING_IN_TEMPLATE.search(template)
+    if match is None:
         return ""
-    text, space, dash = found.group(3), found.group(4), found.group(5)
+    text, space, dash = match.group(3), match.group(4), match.group(5)
     return text if dash else text + space
 
 
 def _chatglm2_turns(messages: Sequence[Message]) -> list[Segment]:
-    # One text for the whole conversation. The form has no closing of a user's turn but the opening of its
-    # answer, so the answer's opening is always written.
+    # One text for the whole conversation. In this format a user turn ends with the opening of its answer, so
+    # the opening is always written.
     text, num_rounds = "", 0
     for position, message in enumerate(messages):
         if message.role == "user":
@@ -95,7 +97,7 @@ def _chatglm2_turns(messages: Sequence[Message]) -> list[Segment]:
         else:
             kind = "tool call" if message.metadata else message.role
             raise RoleError(
-                position, f"ChatGLM2's format has no {kind} turn; put its text into the user's turn"
+                position, f"ChatGLM2's format has no {kind} turn; put its text into the user turn"
             )
     return [text]
 

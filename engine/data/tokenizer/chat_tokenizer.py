@@ -1,4 +1,4 @@
-"""A tokenizer that alone places special tokens: text in, ids out, conversations by its family's form."""
+"""The tokenizer: text and conversations to ids and back; only a chat format inserts special tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ from glm_rlhf.engine.data.tokenizer.vocabulary import StreamDecoder, TokenTable,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """Text ⇄ ids of one vocabulary and one chat form. Made by `load_tokenizer`; can be pickled."""
+    """Text ⇄ ids with one vocabulary and one chat format. Made by `load_tokenizer`; can be pickled."""
 
     table: TokenTable
-    """What every id stands for."""
+    """Bytes or name of every id."""
     chat: ChatFormat
-    """How conversations are written."""
+    """The chat format."""
     encode_text: Callable[[str], list[int]] = field(repr=False)
-    """The vocabulary's own encoder of plain text, which never yields a special id."""
+    """The vocabulary's encoder of plain text, which never returns a special id."""
     extra_stop_ids: tuple[int, ...] = ()
-    """Ids the model's folder names as ends besides the chat form's."""
+    """Stop ids that the model's folder declares in addition to those of the chat format."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,23 +31,23 @@ class Tokenizer:
 
     @property
     def prefix_ids(self) -> list[int]:
-        """Ids every sequence opens with, as others have a `bos`: those of `[gMASK]` and `sop`."""
+        """Ids at the beginning of every sequence: those of `[gMASK]` and `sop`."""
         return [self.id_of(name) for name in self.chat.prefix]
 
     @property
     def end_id(self) -> int:
-        """Id a training answer ends with; always among `stop_ids`."""
+        """Id at the end of a training answer; always among `stop_ids`."""
         return self.id_of(self.chat.end)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated answer, the chat form's first, no id twice."""
+        """Ids that end a generated answer, those of the chat format first, without duplicates."""
         named = [self.id_of(name) for name in self.chat.stops]
         return tuple(dict.fromkeys([*named, *self.extra_stop_ids]))
 
     @property
     def pad_id(self) -> int:
-        """Id for places without meaning; it may be a stop id (GLM-4), so never tell an end by it."""
+        """Padding id; it may be a stop id (GLM-4), so it does not mark the end of an answer."""
         return self.id_of(self.chat.pad)
 
     def id_of(self, name: str) -> int:
@@ -56,25 +56,25 @@ class Tokenizer:
         Raises:
             ValueError: no special token has that name.
         """
-        found = self.table.id_by_name.get(name)
-        if found is None:
+        token = self.table.id_by_name.get(name)
+        if token is None:
             known = ", ".join(self.table.id_by_name)
-            raise ValueError(f"{name!r} is no special token of this tokenizer; it has {known}")
-        return found
+            raise ValueError(f"{name!r} is not a special token of this tokenizer; it has {known}")
+        return token
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without prefix or end.
 
-        Special tokens in the text, such as a typed `<|user|>`, are encoded as the characters they are.
+        Names of special tokens in the text, such as a typed `<|user|>`, are encoded as ordinary characters.
 
         Raises:
             ValueError: not a `str`, or one with a lone surrogate, which UTF-8 cannot hold.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode needs a str, not {type(text).__name__}")
-        place = lone_surrogate(text)
-        if place >= 0:
-            raise ValueError(f"the text holds a lone surrogate at character {place}; repair its escape")
+        index = lone_surrogate(text)
+        if index >= 0:
+            raise ValueError(f"the text holds a lone surrogate at character {index}; fix its \\u escape")
         ids = self.encode_text(text)
         assert self.table.name_by_id.keys().isdisjoint(ids), "plain text became a special token"
         return ids
@@ -82,9 +82,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True, unknown: Unknown = "raise") -> str:
         """Return the text of `ids`; see `vocabulary.decode` for cut characters and ids without a token.
 
-        `decode(encode(text)) == text` but for what the vocabulary's own normalisation changes: with
-        ChatGLM's sentencepiece model only U+2581, its sign for a space, which comes back as a space; with
-        GLM-4 nothing.
+        `decode(encode(text)) == text` except for what the vocabulary normalises: with ChatGLM's sentencepiece
+        model only U+2581, its sign for a space, which is decoded as a space; with GLM-4 nothing.
         """
         return vocabulary.decode(self.table, ids, skip_special=skip_special, unknown=unknown)
 
@@ -93,39 +92,39 @@ class Tokenizer:
         return StreamDecoder(self.table, skip_special=skip_special, unknown=unknown)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """Return the ids of a conversation in the family's form, prefix included, end not.
+        """Return the ids of a conversation in the chat format, with the prefix and without the end.
 
         ChatGLM3: `[gMASK] sop`, then for each turn `<|role|>`, the encoding of `metadata + "\\n"` and that of
-        the content; the generation prompt is `<|assistant|>` alone, for the model writes the line end.
+        the content; the generation prompt is only `<|assistant|>`, as the model generates the line break.
         GLM-4: `[gMASK] <sop>`, then `<|role|>` and the encoding of `metadata + "\\n" + content`.
         ChatGLM2: `[gMASK] sop` and one text, `[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]…`.
 
         Args:
             messages: the turns, oldest first.
-            add_generation_prompt: open the answer that is to follow; the last turn must then be a user's or
+            add_generation_prompt: append the opening of an answer; the last turn must then be a user turn or
                 an observation.
 
         Raises:
-            RoleError: turns that cannot stand so, naming the first bad one.
+            RoleError: an invalid order of turns; it names the first invalid one.
         """
         check_conversation(messages, ends_open=add_generation_prompt)
         opening = self.chat.opening if add_generation_prompt else ()
         return self.prefix_ids + self._ids_of([*self.chat.turns(messages), *opening])
 
     def render_response(self, response: str) -> list[int]:
-        """Return the ids of a training answer: what the model is to write behind the prompt, end included."""
+        """Return the ids of a training answer, which follow the prompt, end included."""
         return self._ids_of(self.chat.answer(response))
 
     def render_prompt_response(
         self, messages: Sequence[Message], response: str
     ) -> tuple[list[int], list[int]]:
-        """Return `(prompt_ids, response_ids)`; the sequence to train on is their sum.
+        """Return `(prompt_ids, response_ids)`; the training sequence is their concatenation.
 
         The prompt is `render(messages, add_generation_prompt=True)`. The response's ids are exactly what the
-        model has to generate: the header line, where its form leaves that to the model, the text, the end id.
+        model has to generate: the header line, if the format leaves it to the model, the text, the end id.
 
         Raises:
-            RoleError: turns that cannot stand so.
+            RoleError: an invalid order of turns.
             ValueError: a response that is not text.
         """
         return self.render(messages, add_generation_prompt=True), self.render_response(response)
@@ -133,8 +132,8 @@ class Tokenizer:
     def decode_response(self, ids: Sequence[int], *, unknown: Unknown = "raise") -> str:
         """Return the text of a generated answer, without its header line and special tokens.
 
-        `decode_response(render_response(text)) == text` within the limits `decode` names. An answer that
-        opens with a tool's name keeps that line.
+        `decode_response(render_response(text)) == text` with the exceptions of `decode`. An answer that
+        begins with a tool's name keeps that line.
         """
         header = self.chat.header
         if header:
@@ -144,7 +143,7 @@ class Tokenizer:
         return self.decode(ids, unknown=unknown).removeprefix(header)
 
     def ids_without_token(self, num_rows: int) -> torch.Tensor:
-        """Return a bool tensor [num_rows], true for rows of the embedding that no token has.
+        """Return a bool tensor [num_rows], true for rows of the embedding without a token.
 
         Raises:
             ValueError: fewer rows than ids.
@@ -152,10 +151,11 @@ class Tokenizer:
         return vocabulary.ids_without_token(self.table, num_rows)
 
     def unsampleable_ids(self, num_rows: int) -> torch.Tensor:
-        """Return a bool tensor [num_rows], true for rows a sampler must never choose.
+        """Return a bool tensor [num_rows], true for rows that a sampler must never choose.
 
-        Rows without a token, and special tokens only a chat form may place (`[gMASK]`, `<|system|>`, `<unk>`,
-        …). Stop ids and `<|assistant|>`, with which ChatGLM3 and GLM-4 open a tool call, stay possible.
+        These are rows without a token, and special tokens that only a chat format inserts (`[gMASK]`,
+        `<|system|>`, `<unk>`, …). Stop ids and `<|assistant|>`, with which ChatGLM3 and GLM-4 begin a tool
+        call, remain possible.
 
         Raises:
             ValueError: fewer rows than ids.

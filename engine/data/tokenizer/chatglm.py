@@ -1,4 +1,4 @@
-"""ChatGLM2's and ChatGLM3's tokenizer: a sentencepiece model and special tokens numbered behind it."""
+"""The tokenizer of ChatGLM2 and ChatGLM3: a sentencepiece model, and special tokens numbered after it."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer.vocabulary import TokenTable
 
 SPACE_SIGN = "\u2581"
-"""Sentencepiece writes a space as this character inside its pieces."""
+"""The character that represents a space in sentencepiece's pieces."""
 
 _SPECIALS = {
     "chatglm2": ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
@@ -26,29 +26,29 @@ _FORMATS = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM3}
 def load_chatglm(
     folder: Path, *, chat_format: str, tokenizer_config: Mapping, model_config: Mapping
 ) -> Tokenizer:
-    """Return the tokenizer of a ChatGLM2 or ChatGLM3 folder, `extra_stop_ids` not yet set.
+    """Return the tokenizer of a ChatGLM2 or ChatGLM3 folder, without `extra_stop_ids`.
 
-    The special tokens stand in no file: the family's code numbers them from the sentencepiece model's size
-    on, in the order of `_SPECIALS`. ChatGLM3's real model has 64789 pieces, hence `[MASK]` 64789, `[gMASK]`
+    No file lists the special tokens: the family's code numbers them from the size of the sentencepiece model,
+    in the order of `_SPECIALS`. The real ChatGLM3 has 64789 pieces, hence `[MASK]` 64789, `[gMASK]`
     64790, `[sMASK]` 64791, `sop` 64792, `eop` 64793, `<|system|>` 64794, `<|user|>` 64795, `<|assistant|>`
     64796, `<|observation|>` 64797. Padding is `<unk>`, id 0. `added_tokens_decoder` in the tokenizer's config
     may repeat them, and may add more.
 
     Args:
         folder: holds `tokenizer.model`.
-        chat_format: `chatglm2`, `chatglm3`, or `auto`: told by the folder, see `chatglm_version`.
-        tokenizer_config: parsed `tokenizer_config.json`, empty when there is none.
-        model_config: parsed `config.json`, empty when there is none.
+        chat_format: `chatglm2`, `chatglm3`, or `auto`: detected, see `chatglm_version`.
+        tokenizer_config: parsed `tokenizer_config.json`; empty without one.
+        model_config: parsed `config.json`; empty without one.
 
     Raises:
-        ValueError: not a sentencepiece model, a version that cannot be told, or special tokens that
-            contradict the family's table.
+        ValueError: not a sentencepiece model, an unknown version, or special tokens that contradict the
+            family's table.
     """
     path = folder / "tokenizer.model"
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a sentencepiece model: {error}; fetch the file again") from error
+        raise ValueError(f"{path} is not a sentencepiece model: {error}; download the file again") from error
     version = (
         chatglm_version(folder, tokenizer_config, model_config) if chat_format == "auto" else chat_format
     )
@@ -63,13 +63,13 @@ def load_chatglm(
 
 
 def chatglm_version(folder: Path, tokenizer_config: Mapping, model_config: Mapping) -> str:
-    """Return `chatglm2` or `chatglm3`, whose tokenizer files have the same names and the same class.
+    """Return `chatglm2` or `chatglm3`, whose tokenizer files have the same names and class.
 
-    Asked in this order: a chat template (only ChatGLM3's has role markers); the family's own code in the
-    folder, `tokenization_chatglm.py`, which is read as text and never run; the name the configs carry.
+    Checked in this order: the chat template (only ChatGLM3's has role markers); the family's code in the
+    folder, `tokenization_chatglm.py`, which is read as text and never run; the model name in the configs.
 
     Raises:
-        ValueError: the folder does not tell.
+        ValueError: the version cannot be detected.
     """
     template = tokenizer_config.get("chat_template")
     if isinstance(template, str) and "<|" in template:
@@ -79,19 +79,19 @@ def chatglm_version(folder: Path, tokenizer_config: Mapping, model_config: Mappi
         return "chatglm3" if "<|user|>" in code.read_text(encoding="utf-8", errors="replace") else "chatglm2"
     for config in (tokenizer_config, model_config):
         for key in ("name_or_path", "_name_or_path"):
-            found = re.search(r"chatglm([23])", str(config.get(key, "")).lower())
-            if found is not None:
-                return f"chatglm{found.group(1)}"
+            match = re.search(r"chatglm([23])", str(config.get(key, "")).lower())
+            if match is not None:
+                return f"chatglm{match.group(1)}"
     raise ValueError(
-        f"{folder} does not tell ChatGLM2 from ChatGLM3 (no chat template, no tokenization_chatglm.py, no "
-        "name in its configs); say which with chat_format=chatglm2 or chat_format=chatglm3"
+        f"{folder} may be of ChatGLM2 or ChatGLM3 (no chat template, no tokenization_chatglm.py, no name in "
+        "its configs); pass chat_format=chatglm2 or chat_format=chatglm3"
     )
 
 
 def table_of_pieces(pieces: sentencepiece.SentencePieceProcessor, specials: Mapping[int, str]) -> TokenTable:
-    """Return what every id stands for: the model's pieces and the special tokens numbered behind them.
+    """Return the token table of the model's pieces and of the special tokens numbered after them.
 
-    Control pieces (`<s>`, `</s>`) and `<unk>` are special, unused pieces are no tokens.
+    Control pieces (`<s>`, `</s>`) and `<unk>` are special; unused pieces are not tokens.
     """
     ids = list(range(pieces.vocab_size()))
     names = pieces.id_to_piece(ids)
@@ -109,7 +109,7 @@ def table_of_pieces(pieces: sentencepiece.SentencePieceProcessor, specials: Mapp
             bytes_by_id[i] = name.replace(SPACE_SIGN, " ").encode()
             if name.startswith(SPACE_SIGN):
                 spaced.append(i)
-    # Whether the model puts a space before a text is a setting inside it; its own decoder shows which.
+    # Whether the model puts a space before a text is a setting inside it, which its decoder shows.
     puts_space = bool(spaced) and not pieces.decode([spaced[0]]).startswith(bytes_by_id[spaced[0]].decode())
     return TokenTable(
         bytes_by_id=bytes_by_id,
@@ -136,7 +136,7 @@ def _declared_specials(
             continue
         if id_of.get(name, token) != token or expected.get(token, name) != name:
             raise ValueError(
-                f"{config_path} gives {name!r} id {token}, but behind the {num_pieces} pieces of "
+                f"{config_path} gives {name!r} id {token}, but after the {num_pieces} pieces of "
                 f"tokenizer.model it has id {id_of.get(name, 'none')}; the two files are of different models"
             )
         further[token] = name

@@ -1,4 +1,4 @@
-"""GLM-4's tokenizer: a byte-level BPE through the library `tokenizers`, markers as added tokens."""
+"""The tokenizer of GLM-4: a byte-level BPE of the library `tokenizers`, with markers as added tokens."""
 
 import json
 from collections.abc import Mapping
@@ -29,16 +29,16 @@ _REQUIRED = (
 
 
 def load_tokenizer_json(path: Path, *, template: str) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`, `extra_stop_ids` not yet set.
+    """Return the tokenizer of a `tokenizer.json`, without `extra_stop_ids`.
 
-    Added tokens the file calls special, and GLM-4's markers in any case, are taken out of the encoder, so
-    that only the chat form places them; added tokens it calls not special (GLM-4.5's `<think>`) are words
-    like any other. Truncation and padding stored in the file are switched off.
+    Added tokens that the file marks as special, and always GLM-4's markers, are removed from the encoder, so
+    that only the chat format inserts them; added tokens marked as not special (GLM-4.5's `<think>`) are
+    ordinary tokens. Truncation and padding stored in the file are switched off.
 
     Args:
         path: the file.
-        template: the folder's chat template, empty when there is none; only the text it puts behind the
-            generation prompt's `<|assistant|>` is taken from it.
+        template: the folder's chat template; empty without one. Only the text after `<|assistant|>` in the
+            generation prompt is read from it.
 
     Raises:
         ValueError: not a byte-level BPE, or GLM-4's markers are missing.
@@ -50,32 +50,32 @@ def load_tokenizer_json(path: Path, *, template: str) -> Tokenizer:
         vocabulary, kind = description["model"]["vocab"], description["model"].get("type", "BPE")
         cutting = json.dumps([description["pre_tokenizer"], description["decoder"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no tokenizer.json of the library tokenizers: {error!r}") from error
+        raise ValueError(f"{path} is not a tokenizer.json of the library tokenizers: {error!r}") from error
     if kind != "BPE" or "ByteLevel" not in cutting:
         raise ValueError(
             f"{path} holds a {kind} model that is not byte-level; GLM-4's is a byte-level BPE, "
             "so check tokenizer.path"
         )
     words = [entry for entry in added.values() if not _is_marker(entry)]
-    # The post-processor only adds markers, which are gone; texts are never cut or padded here.
+    # The post-processor only adds markers, which are removed; texts are never truncated or padded here.
     stripped = {"post_processor": None, "truncation": None, "padding": None, "added_tokens": words}
-    # The library numbers added tokens anew, and those left would move up, unless the model knows their ids.
+    # The library renumbers added tokens, so that the remaining ones would move up, unless the model has them.
     known = {"vocab": vocabulary | {entry["content"]: entry["id"] for entry in words}}
     model = description["model"] | known
     try:
         encoder = ByteLevelBpe.from_str(json.dumps(description | stripped | {"model": model}))
-    except Exception as error:  # the library has no exception of its own
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be loaded by the library tokenizers: {error}") from error
     table = _table(path, vocabulary, special, {entry["id"]: entry["content"].encode() for entry in words})
     return _tokenizer(path, encoder, table, template)
 
 
 def load_ranks(path: Path, *, tokenizer_config: Mapping, template: str) -> Tokenizer:
-    """Return the tokenizer of GLM-4's remote-code folders, whose `tokenizer.model` is in tiktoken's form.
+    """Return the tokenizer of GLM-4's remote-code folders, whose `tokenizer.model` has tiktoken's format.
 
     The markers' ids are read from `added_tokens_decoder` in the tokenizer's config; without it they are
-    numbered from the last rank on, as the family's code does: `<|endoftext|>` 151329 to `<|end_of_video|>`
-    151342 behind the real file's 151329 ranks.
+    numbered after the last rank, as the family's code does: `<|endoftext|>` 151329 to `<|end_of_video|>`
+    151342 after the real file's 151329 ranks.
 
     Raises:
         ValueError: a bad line, or a marker's id that is a rank.
@@ -114,7 +114,7 @@ def _table(
             if token not in special and token not in added
         }
     except KeyError as error:
-        raise ValueError(f"{path} is no byte-level vocabulary: {error} stands for no byte") from error
+        raise ValueError(f"{path} is not a byte-level vocabulary: {error} encodes no byte") from error
     return TokenTable(bytes_by_id=ordinary | dict(added), name_by_id=dict(special))
 
 

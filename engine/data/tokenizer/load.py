@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a Hugging Face folder, choosing by the files that lie there."""
+"""Loads the tokenizer of a Hugging Face folder, whose files determine its kind."""
 
 import json
 from collections.abc import Mapping
@@ -16,25 +16,24 @@ __all__ = ["CHAT_FORMATS", "Tokenizer", "load_tokenizer"]
 
 
 def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
-    """Return the tokenizer of a model's folder; nothing in the folder is run, nothing is fetched.
+    """Return the tokenizer of a model's folder; no code in the folder is run, nothing is downloaded.
 
-    | the folder holds | it is |
+    | the folder holds | model family |
     |---|---|
     | `tokenizer.model`, a sentencepiece model | ChatGLM2 or ChatGLM3 |
     | `tokenizer.json` | GLM-4, GLM-4-0414 |
-    | `tokenizer.model`, base64 lines (tiktoken's form) | GLM-4 with remote code |
+    | `tokenizer.model`, base64 lines (tiktoken's format) | GLM-4 with remote code |
 
-    The first row that fits is taken. `eos_token_id` of `generation_config.json` and `config.json` (a number
-    or a list) joins the chat form's own stop ids.
+    The first matching row counts. `eos_token_id` of `generation_config.json` and `config.json` (a number or a
+    list) is added to the chat format's stop ids.
 
     Args:
         path: the folder, or one of the two files in it.
-        chat_format: `auto`, or `chatglm2` | `chatglm3` | `glm4` where the folder does not tell or
-                tells wrong.
+        chat_format: `auto`, or `chatglm2` | `chatglm3` | `glm4` where detection fails or is wrong.
 
     Raises:
-        ValueError: no tokenizer there, a damaged or foreign one, one that takes typed markers for special
-            tokens, or a chat format that does not fit it.
+        ValueError: no tokenizer, a damaged or unknown one, one that encodes typed markers as special tokens,
+            or a chat format that does not match it.
     """
     if chat_format not in CHAT_FORMATS:
         raise ValueError(f"chat_format is {chat_format!r}; it must be one of {', '.join(CHAT_FORMATS)}")
@@ -46,8 +45,8 @@ def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
     tokenizer_config = _read_object(folder / "tokenizer_config.json")
     model_config = _read_object(folder / "config.json")
     model, description = folder / "tokenizer.model", folder / "tokenizer.json"
-    _refuse_pointer(model)
-    _refuse_pointer(description)
+    _raise_if_not_content(model)
+    _raise_if_not_content(description)
     is_ranks = model.is_file() and is_ranks_file(model)
     if model.is_file() and not is_ranks:
         tokenizer = load_chatglm(
@@ -72,7 +71,7 @@ def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Return whether a folder holds a tokenizer's files, of whatever kind and state."""
+    """Return whether a folder holds a tokenizer file of any kind, valid or not."""
     return any((Path(path) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
@@ -82,7 +81,7 @@ def _check_markers_stay_text(folder: Path, tokenizer: Tokenizer) -> None:
         if not special.keys().isdisjoint(tokenizer.encode_text(name) + tokenizer.encode_text(f"a{name}b")):
             raise ValueError(
                 f"{folder}: a typed {name!r} would become a special token, and a user could forge a turn; "
-                "take it out of the vocabulary's own words and keep it as an added token"
+                "remove it from the vocabulary's words and keep it as an added token"
             )
 
 
@@ -94,8 +93,8 @@ def _declared_stops(folder: Path, model_config: Mapping, tokenizer: Tokenizer) -
         for token in declared if isinstance(declared, list) else [] if declared is None else [declared]:
             if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
                 raise ValueError(
-                    f"{folder / name}: eos_token_id {token!r} is no id of the tokenizer, which has ids from "
-                    f"0 to {tokenizer.vocab_size - 1}; the config belongs to another tokenizer"
+                    f"{folder / name}: eos_token_id {token!r} is not an id of the tokenizer, which has ids "
+                    f"from 0 to {tokenizer.vocab_size - 1}; the config is of another tokenizer"
                 )
             stops.append(token)
     return tuple(dict.fromkeys(stops))
@@ -110,19 +109,20 @@ def _template(folder: Path, tokenizer_config: Mapping) -> str:
 
 
 def _read_object(path: Path) -> Mapping:
-    """Return the JSON object in a file, or an empty one when there is no file."""
+    """Return the JSON object in a file, or an empty one without a file."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; fetch the file again") from error
+        raise ValueError(f"{path} is not JSON: {error}; download the file again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
 
 
-def _refuse_pointer(path: Path) -> None:
+def _raise_if_not_content(path: Path) -> None:
+    """Raise ValueError if a file is a git-lfs pointer or empty."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -132,4 +132,4 @@ def _refuse_pointer(path: Path) -> None:
             f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository"
         )
     if not head:
-        raise ValueError(f"{path} is empty; fetch the file again")
+        raise ValueError(f"{path} is empty; download the file again")

@@ -1,4 +1,4 @@
-"""Vocabulary files in tiktoken's form (a base64 token and its rank per line) as a byte-level BPE."""
+"""Vocabulary files in tiktoken's format (a base64 token and its rank per line) as a byte-level BPE."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ GLM4_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How GLM-4 cuts text into words before merging; the pattern its own code gives to tiktoken."""
+"""Regex by which GLM-4 splits text into words before merging; its own code passes it to tiktoken."""
 
 
 def is_ranks_file(path: Path) -> bool:
@@ -24,10 +24,10 @@ def is_ranks_file(path: Path) -> bool:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Return token bytes → rank (which is the token's id).
+    """Return token bytes → rank, which is the token's id.
 
     Raises:
-        ValueError: a line of another form, a rank or token twice, a single byte that is missing.
+        ValueError: a line of another form, a duplicate rank or token, or a missing single byte.
     """
     ranks: dict[bytes, int] = {}
     with path.open("rb") as file:
@@ -40,26 +40,26 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             except (binascii.Error, ValueError) as error:
                 raise ValueError(f"{path}:{number}: expected a base64 token and its rank: {error}") from error
             if not token or token in ranks:
-                raise ValueError(f"{path}:{number}: token {token!r} is empty or stands twice")
+                raise ValueError(f"{path}:{number}: token {token!r} is empty or a duplicate")
             ranks[token] = value
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
-            f"{path} lacks {len(missing)} single bytes, the first {missing[0]:#04x}; fetch it again"
+            f"{path} lacks {len(missing)} single bytes, the first {missing[0]:#04x}; download it again"
         )
     if len(set(ranks.values())) != len(ranks):
-        raise ValueError(f"{path} gives one rank to two tokens; fetch it again")
+        raise ValueError(f"{path} gives one rank to two tokens; download it again")
     return ranks
 
 
 def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Tokenizer:
     """Return a `tokenizers` BPE that merges as tiktoken does with these ranks.
 
-    Tiktoken joins, again and again, the neighbours whose joined bytes have the lowest rank. The same in
-    merge rules: every way to cut a token into two tokens is a rule, the rules stand in the order of the
-    joined rank, and a word that is itself a token is taken whole. Only where two overlapping cuts of one
-    token compete inside a word (both join to the same bytes) is the order another: tiktoken takes the left
-    one, this the one with the lower ranks. The text that comes back is the same.
+    Tiktoken repeatedly joins the neighbours whose joined bytes have the lowest rank. As merge rules: each
+    split of a token into two tokens is a rule, rules are ordered by the joined rank, and a word that is a
+    token is not split. The order differs only where two overlapping splits of one token compete inside a word
+    (both join to the same bytes): tiktoken takes the left one, this the one with the lower ranks. The decoded
+    text is the same.
     """
     letters = byte_letters()
 
@@ -88,9 +88,9 @@ def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Token
 
 
 def byte_letters() -> list[str]:
-    """Return the letter that stands for each byte in a byte-level vocabulary, as GPT-2 fixed it.
+    """Return the character of each byte in a byte-level vocabulary, as defined by GPT-2.
 
-    Printable Latin-1 bytes stand for themselves, the others for U+0100 and on, in their order.
+    Printable Latin-1 bytes keep their character; the others get U+0100, U+0101, … in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters: list[str] = []

@@ -1,4 +1,4 @@
-"""What each token id stands for: the bytes of an ordinary token, the name of a special one."""
+"""The token table, id → bytes of an ordinary or name of a special token, and decoding with it."""
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +14,15 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTable:
-    """A vocabulary seen from its ids. Ids in neither table are rows without a token."""
+    """A vocabulary by ids. Ids in neither mapping are rows of the embedding without a token."""
 
     bytes_by_id: Mapping[int, bytes] = field(repr=False)
-    """Ordinary tokens: id → the UTF-8 bytes it writes, which need not be whole characters."""
+    """Ordinary tokens: id → UTF-8 bytes, which need not be whole characters."""
     name_by_id: Mapping[int, str]
-    """Special tokens: id → name, such as `<|user|>`. They write nothing but their name, on request."""
+    """Special tokens: id → name, such as `<|user|>`. They decode to nothing, or to their name on request."""
     spaced_ids: frozenset[int] = field(default=frozenset(), repr=False)
-    """Ids whose leading space is dropped where they open a run of ordinary tokens: sentencepiece puts a
-    space before every text it encodes, and takes it away again."""
+    """Ids whose leading space is dropped at the beginning of a run of ordinary tokens: sentencepiece puts a
+    space before every text that it encodes, and drops it when decoding."""
     id_by_name: Mapping[str, int] = field(init=False, repr=False)
     """Special tokens: name → id."""
     size: int = field(init=False)
@@ -41,13 +41,13 @@ def decode(
     """Return the text of `ids`.
 
     Runs of ordinary tokens are decoded as UTF-8; a special token ends a run. Bytes that are not UTF-8, such
-    as a character cut in two at the end, become U+FFFD, one for each maximal invalid part, and are no error.
+    as an incomplete character at the end, become U+FFFD, one for each maximal invalid part.
 
     Args:
-        table: what the ids stand for.
-        ids: token ids, any number.
-        skip_special: leave special tokens out; otherwise their names are written.
-        unknown: what an id without a token does: `raise`, or `replace` it by U+FFFD.
+        table: of the vocabulary.
+        ids: any number of token ids.
+        skip_special: omit special tokens; otherwise write their names.
+        unknown: for an id without a token: `raise`, or `replace` it by U+FFFD.
 
     Raises:
         ValueError: an id without a token, with `unknown="raise"`.
@@ -71,10 +71,10 @@ def decode(
 
 
 class StreamDecoder:
-    """Decodes ids one by one; the pieces joined equal `decode` of all ids.
+    """Decodes ids one by one; the concatenated pieces equal `decode` of all ids.
 
-    A character whose bytes are spread over several tokens is written with its last one, so that no piece ever
-    shows half a character. Text once written never changes.
+    A character whose bytes are spread over several tokens is returned with the last of them, so that no piece
+    holds part of a character. Returned text never changes.
     """
 
     def __init__(self, table: TokenTable, *, skip_special: bool = True, unknown: Unknown = "raise") -> None:
@@ -86,7 +86,7 @@ class StreamDecoder:
         self._position = 0
 
     def push(self, token: int) -> str:
-        """Return the text that this id completes, often empty.
+        """Return the text that this id completes; may be empty.
 
         Raises:
             ValueError: an id without a token, with `unknown="raise"`.
@@ -105,7 +105,7 @@ class StreamDecoder:
         return self.finish() + text
 
     def finish(self) -> str:
-        """Return what is left: U+FFFD for a character that never became whole, else nothing."""
+        """Return the rest: U+FFFD for an incomplete character, else an empty text."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._opens_run = True
@@ -116,7 +116,7 @@ def ids_without_token(table: TokenTable, num_rows: int) -> torch.Tensor:
     """Return a bool tensor [num_rows], true where no token has that id.
 
     Args:
-        table: what the ids stand for.
+        table: of the vocabulary.
         num_rows: rows of the embedding, at least `table.size`.
 
     Raises:
@@ -125,7 +125,7 @@ def ids_without_token(table: TokenTable, num_rows: int) -> torch.Tensor:
     if num_rows < table.size:
         raise ValueError(
             f"the embedding has {num_rows} rows, but the tokenizer's ids go up to {table.size - 1}; "
-            "this tokenizer is not that model's"
+            "they are not of the same model"
         )
     is_without_V = torch.ones(num_rows, dtype=torch.bool)
     is_without_V[_as_tensor([*table.bytes_by_id, *table.name_by_id])] = False
@@ -135,7 +135,7 @@ def ids_without_token(table: TokenTable, num_rows: int) -> torch.Tensor:
 def with_special_ids(
     is_masked_V: torch.Tensor, table: TokenTable, *, except_names: Iterable[str]
 ) -> torch.Tensor:
-    """Return the mask with every special token's id set too, but those of `except_names`."""
+    """Return the mask with the ids of all special tokens set too, except those of `except_names`."""
     keep = set(except_names)
     masked_V = is_masked_V.clone()
     masked_V[_as_tensor([token for token, name in table.name_by_id.items() if name not in keep])] = True

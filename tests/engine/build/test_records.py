@@ -121,7 +121,7 @@ def test_parquet_is_opened_as_json_lines_are(ranks, tmp_path):
 
     path.write_bytes(path.read_bytes()[:-20])
     said = ranks.run(open_on_all_ranks, path, tmp_path / "cut", "skip")
-    assert all("pairs.parquet: is damaged or cut off" in answer for answer in said)
+    assert all("pairs.parquet: is damaged or truncated" in answer for answer in said)
 
     lines, _ = open_lines("demonstrations", [DEMONSTRATION] * 3, tmp_path)
     table = as_parquet([DEMONSTRATION] * 3, tmp_path / "demonstrations.parquet")

@@ -57,7 +57,7 @@ def test_a_tool_call_may_follow_the_assistants_own_thought():
 @pytest.mark.parametrize("roles", [["user", "assistant"], ["system"]])
 def test_a_last_turn_that_awaits_no_answer_is_refused_only_when_one_is_to_follow(roles):
     check_conversation(turns(*roles), ends_open=False)
-    with pytest.raises(RoleError, match="an answer is to follow"):
+    with pytest.raises(RoleError, match="an answer must follow"):
         check_conversation(turns(*roles), ends_open=True)
 
 

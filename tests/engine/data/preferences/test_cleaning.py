@@ -255,7 +255,7 @@ def test_epsilon_0_keeps_identical_rewards_and_nothing_is_below_it():
     assert filter_prompts_by_reward_variance([[1.0, 1.0], [1.0, 2.0]], 0.0)[0] == [0, 1]
     assert filter_prompts_by_reward_variance([], 0.0)[1].median_variance == 0.0
     for epsilon in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="it must be a finite number from 0"):
+        with pytest.raises(ValueError, match="it must be finite and at least 0"):
             filter_prompts_by_reward_variance([], epsilon)
 
 

@@ -35,10 +35,10 @@ def test_a_mark_that_repeats_the_speaker_is_text():
         (
             "Human: a\n\nAssistant: b",
             "\n\nHuman: a\n\nAssistant: c",
-            "must open with two line ends and 'Human:'",
+            "must begin with two line breaks and 'Human:'",
         ),
-        ("\n\nAssistant: b", "\n\nAssistant: c", "must open"),
-        ("", "", "must open"),
+        ("\n\nAssistant: b", "\n\nAssistant: c", "must begin"),
+        ("", "", "must begin"),
         ("\n\nHuman: \n\nAssistant: b", "\n\nHuman: \n\nAssistant: c", "the last user turn is blank"),
         (None, "\n\nHuman: a\n\nAssistant: c", "'chosen' must be a text, not null"),
     ],

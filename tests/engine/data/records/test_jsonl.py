@@ -68,8 +68,8 @@ WHOLE_FILE = {
     "UTF-16 with mark": ('{"a": 1}\n'.encode("utf-16"), "data.jsonl", "is UTF-16; convert it: iconv"),
     "UTF-16 little end": ('{"a": 1}\n'.encode("utf-16-le"), "data.jsonl", "is UTF-16"),
     "UTF-16 big end": ('{"a": 1}\n'.encode("utf-16-be"), "data.jsonl", "is UTF-16"),
-    "gzip named jsonl": (gzip.compress(GOOD), "data.jsonl", r"is gzip; name it data\.jsonl\.gz"),
-    "parquet named jsonl": (b"PAR1", "data.jsonl", r"is parquet; name it data\.parquet"),
+    "gzip named jsonl": (gzip.compress(GOOD), "data.jsonl", r"is gzip; rename it to data\.jsonl\.gz"),
+    "parquet named jsonl": (b"PAR1", "data.jsonl", r"is parquet; rename it to data\.parquet"),
     "jsonl named gz": (GOOD, "data.jsonl.gz", "is not gzip"),
 }
 
@@ -106,22 +106,22 @@ BAD_LINES = {
     "trailing comma": (b'{"a": 1,}\n', "not JSON"),
     "two objects": (b'{"a": 1} {"a": 2}\n', "not JSON: Extra data at column 10"),
     "one object over lines": (b'{"a":\n', "not JSON"),
-    "printed JSON": (b"{\n", "not JSON.*; each line is one JSON object"),
+    "printed JSON": (b"{\n", "not JSON.*; each line must be one JSON object"),
     "another form": (
         b"prompt,answer\n",
-        "Expecting value at column 1; each line is one JSON object",
+        "Expecting value at column 1; each line must be one JSON object",
     ),
     "single quotes": (b"{'a': 1}\n", "not JSON"),
     "a second byte order mark": (b'\xef\xbb\xbf{"a": 1}\n', "not JSON"),
-    "NaN": (b'{"a": NaN}\n', "NaN is no JSON"),
-    "Infinity": (b'{"a": [-Infinity]}\n', "-Infinity is no JSON"),
-    "a number beyond floats": (b'{"a": 1e999}\n', "1e999 is beyond"),
+    "NaN": (b'{"a": NaN}\n', "NaN is not JSON"),
+    "Infinity": (b'{"a": [-Infinity]}\n', "-Infinity is not JSON"),
+    "a number beyond floats": (b'{"a": 1e999}\n', "1e999 is outside"),
     "a number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}\n", "not usable"),
-    "duplicate key": (b'{"a": 1, "a": 1}\n', "the key 'a' stands twice"),
-    "duplicate key inside": (b'{"a": {"b": 1, "b": 2}}\n', "the key 'b' stands twice"),
+    "duplicate key": (b'{"a": 1, "a": 1}\n', "the key 'a' is in one object twice"),
+    "duplicate key inside": (b'{"a": {"b": 1, "b": 2}}\n', "the key 'b' is in one object twice"),
     "top-level list": (
         b'[{"a": 1}]\n',
-        "expected a JSON object, found a list; write a list's items one a line",
+        "expected a JSON object, found a list; write the list's items one per line",
     ),
     "top-level text": (b'"a"\n', "expected a JSON object, found a text"),
     "top-level null": (b"null\n", "expected a JSON object, found null"),
@@ -152,7 +152,7 @@ def test_a_bad_line_is_named_with_file_and_line_or_skipped_and_counted(write, ba
 
 def test_a_cut_off_last_line_is_called_so(write):
     with pytest.raises(
-        RecordError, match=r":2: not JSON.*the last line, without a line end: the file seems cut off"
+        RecordError, match=r":2: not JSON.*the last line, without a line break: the file seems truncated"
     ):
         read(write(GOOD + b'{"a": "x'))
 
@@ -196,11 +196,11 @@ def test_a_damaged_gzip_stream_is_an_error_even_when_skipping(write, damage, on_
     else:
         packed[len(packed) // 2] ^= 0x10
     path = write(bytes(packed), "data.jsonl.gz")
-    with pytest.raises(RecordError, match=r"cannot be read on from here|not JSON|UTF-8|NUL") as caught:
+    with pytest.raises(RecordError, match=r"cannot be read beyond this line|not JSON|UTF-8|NUL") as caught:
         read(path, on_error=on_error)
     assert caught.value.line > 1
     if on_error == "skip":
-        assert "cannot be read on" in caught.value.reason
+        assert "cannot be read beyond" in caught.value.reason
 
 
 def test_reading_streams(write):

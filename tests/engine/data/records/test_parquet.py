@@ -117,8 +117,8 @@ def missing(path, content):
 
 BAD_FILES = {
     "not parquet": (not_parquet, "is not parquet; a file of JSON lines is named"),
-    "empty": (empty, "is empty; it must hold one record or more"),
-    "cut off": (cut_off, "is damaged or cut off: .*; fetch it again"),
+    "empty": (empty, "is empty; it must hold at least one record"),
+    "cut off": (cut_off, "is damaged or truncated: .*; download it again"),
     "a folder": (folder, r"is a folder; give a file of records, such as train-00000\.parquet in it"),
     "missing": (missing, "cannot be read: No such file"),
 }
@@ -163,9 +163,9 @@ def test_values_that_json_refuses_make_a_bad_row(write):
     records = read(path, on_error="skip", report=report)
     assert [(line, index) for line, index, _ in records] == [(1, 0), (4, 3)]
     assert [(error.line, error.reason.split(":")[0]) for error in report.errors] == [
-        (2, "the number nan is no JSON; give null in its place"),
+        (2, "the number nan is not JSON; write null instead"),
         (3, "not usable"),
-        (5, "the number inf is no JSON; give null in its place"),
+        (5, "the number inf is not JSON; write null instead"),
     ]
 
 
@@ -180,7 +180,9 @@ def test_row_groups_are_read_in_turn(write):
     for on_error in ("raise", "skip"):
         records = read_parquet_rows(path, as_read, on_error=on_error)
         assert [next(records)[0] for _ in range(2000)] == list(range(1, 2001))
-        with pytest.raises(RecordError, match=r":2001: the file cannot be read on from here: .*; fetch it"):
+        with pytest.raises(
+            RecordError, match=r":2001: the file cannot be read beyond this row: .*; download it"
+        ):
             next(records)
 
 

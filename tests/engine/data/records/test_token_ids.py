@@ -25,7 +25,7 @@ def test_ids_need_no_tokenizer_and_are_used_as_they_are():
 
 def test_text_without_a_tokenizer_is_an_error_of_the_record():
     for ids_of, value in ((prompt_ids, TURNS), (answer_ids, "7")):
-        with pytest.raises(RecordError, match=r"^data\.jsonl:3: .*no tokenizer is given") as caught:
+        with pytest.raises(RecordError, match=r"^data\.jsonl:3: .*there is no tokenizer") as caught:
             ids_of(value, PLACE, None)
         assert caught.value.line == 3
 

@@ -88,11 +88,11 @@ def test_answers_are_cut_only_when_asked_and_counted(write, folder):
     store = open_ids(path, "pairs", folder, truncates=True)
     assert parts(store)[:2] == [[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4]]] * 2
     assert store.report.num_truncated == 3
-    assert store.report.lines() == ["3 records with 31 tokens, 3 answers cut at the context's end"]
+    assert store.report.lines() == ["3 records with 31 tokens, 3 answers truncated"]
 
 
 def test_a_text_without_a_tokenizer_is_a_bad_record(write, folder):
-    with pytest.raises(RecordError, match="no tokenizer is given"):
+    with pytest.raises(RecordError, match="there is no tokenizer"):
         open_ids(write({"prompt": "hi"}), "prompts", folder)
 
 

@@ -52,7 +52,7 @@ def test_chatglm2_has_the_same_table_without_roles_and_one_stop(chatglm2):
     assert chatglm2.vocab_size == 64794
     assert chatglm2.id_of("eop") == 64793
     assert (chatglm2.stop_ids, chatglm2.end_id) == ((2,), 2)
-    with pytest.raises(ValueError, match=r"'<\|user\|>' is no special token"):
+    with pytest.raises(ValueError, match=r"'<\|user\|>' is not a special token"):
         chatglm2.id_of("<|user|>")
 
 
@@ -183,7 +183,7 @@ def test_chatglm2_and_chatglm3_are_told_apart(tmp_path, tiny, tiny_model, files,
 
 def test_a_folder_that_does_not_tell_the_version_asks_for_it(tmp_path, tiny_model):
     shutil.copy(tiny_model, tmp_path)
-    with pytest.raises(ValueError, match="say which with chat_format=chatglm2 or chat_format=chatglm3"):
+    with pytest.raises(ValueError, match="pass chat_format=chatglm2 or chat_format=chatglm3"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="not 'glm4'"):
         load_tokenizer(tmp_path, chat_format="glm4")
@@ -192,7 +192,7 @@ def test_a_folder_that_does_not_tell_the_version_asks_for_it(tmp_path, tiny_mode
 @pytest.mark.parametrize(
     ("declared", "says"),
     [
-        ({"632": {"content": "sop"}}, "'sop' id 632, but behind the 631 pieces .* id 634"),
+        ({"632": {"content": "sop"}}, "'sop' id 632, but after the 631 pieces .* id 634"),
         ({"637": {"content": "<|tool|>"}}, "'<|tool|>' id 637"),
         ({"x": {"content": "sop"}}, "names no token"),
         ({"640": "sop"}, "names no token"),

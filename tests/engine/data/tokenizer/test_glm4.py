@@ -110,12 +110,12 @@ def test_stored_truncation_padding_and_post_processing_are_off(glm4, glm4_folder
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda description: description.pop("added_tokens"), "no tokenizer.json"),
-        (lambda description: description.update(model={"type": "BPE"}), "no tokenizer.json"),
+        (lambda description: description.pop("added_tokens"), "not a tokenizer.json"),
+        (lambda description: description.update(model={"type": "BPE"}), "not a tokenizer.json"),
         (lambda description: description.update(pre_tokenizer=None, decoder=None), "not byte-level"),
         (lambda description: description["model"].update(merges=[["zzz", "zzz"]]), "cannot be loaded"),
         (lambda description: description["added_tokens"].pop(), r"lacks the markers <\|observation\|>"),
-        (lambda description: description["model"]["vocab"].update({"中": 499}), "stands for no byte"),
+        (lambda description: description["model"]["vocab"].update({"中": 499}), "encodes no byte"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused(glm4_folder, tmp_path, edit, says):

@@ -118,7 +118,7 @@ def test_declared_ids_win_over_counting(tmp_path):
         (b"!!! 256\n", "257: expected a base64 token"),
         (b"YWI= x\n", "257: expected a base64 token"),
         (b"YWI=\n", "257: expected a base64 token"),
-        (b"YQ== 256\n", r"257: token b'a' is empty or stands twice"),
+        (b"YQ== 256\n", r"257: token b'a' is empty or a duplicate"),
         (b"YWI= 97\n", "one rank to two tokens"),
     ],
 )
