@@ -1,4 +1,4 @@
-"""The model of time and memory that `plan`, `bench` and the metrics use: arithmetic, no devices.
+"""The cost model of time and memory used by `plan`, `bench` and the metrics: arithmetic, no devices.
 
 Imports `config` and `types`.
 """

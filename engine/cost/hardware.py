@@ -1,4 +1,4 @@
-"""The machines that a plan is for: their memory, how they are joined, what rates they reach."""
+"""The machines of a plan: memory, links and rates."""
 
 import json
 from dataclasses import dataclass, fields
@@ -10,23 +10,23 @@ from glm_rlhf.parallel.spec.presets import PRESETS, preset
 from glm_rlhf.parallel.storage.hf_config import read_config
 
 ASSUMED_SHARE_OF_FLOP = 0.5
-"""Share of the peak that matrix products of training are taken to reach where nothing was measured."""
+"""Share of the peak rate that is assumed for matrix products of training without measured rates."""
 ASSUMED_SHARE_OF_BYTES = 0.8
-"""Share of the peak that memory and links are taken to reach where nothing was measured."""
+"""Share of the peak rate that is assumed for memory and links without measured rates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPU:
-    """A kind of GPU, by its maker's public figures."""
+    """A type of GPU, with public figures of its maker."""
 
     memory_bytes: int
     """Device memory."""
     peak_flop_per_s: float
-    """Dense bf16 matrix products."""
+    """Of dense bf16 matrix products."""
     peak_bytes_per_s: float
-    """Device memory's bandwidth."""
+    """Bandwidth of device memory."""
     node_bytes_per_s: float
-    """To GPUs of the same node, one direction."""
+    """Bandwidth to GPUs of the same node, in one direction."""
 
 
 GPUS = {
@@ -52,45 +52,45 @@ GPUS = {
         memory_bytes=180 * 10**9, peak_flop_per_s=2250e12, peak_bytes_per_s=7.7e12, node_bytes_per_s=900e9
     ),
 }
-"""Figures of the data sheets of NVIDIA, SXM forms, without sparsity."""
+"""Figures of NVIDIA's data sheets for SXM modules, without sparsity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a rank reaches; measured by `bench`, or assumed from public figures."""
+    """Rates that a rank reaches; measured by `bench`, or assumed from public figures."""
 
     flop_per_s: float
     """Large matrix products."""
     attention_flop_per_s: float
     """Attention over whole sequences."""
     bytes_per_s: float
-    """Memory, read plus written."""
+    """Device memory, reads plus writes."""
     node_bytes_per_s: float
-    """A rank's collectives within a node, one direction."""
+    """Collectives of a rank within a node, in one direction."""
     network_bytes_per_s: float
-    """A rank's collectives between nodes, one direction."""
+    """Collectives of a rank between nodes, in one direction."""
     node_latency_s: float
-    """A collective or message within a node, however small."""
+    """Fixed time of a collective or message within a node."""
     network_latency_s: float
-    """The same between nodes."""
+    """Fixed time of a collective or message between nodes."""
     layer_s: float
-    """One layer's forward pass in training, however few rows."""
+    """Fixed time of one layer's forward pass in training."""
     decode_layer_s: float
-    """One layer's decode step, however few rows."""
+    """Fixed time of one layer's decode step."""
     pass_s: float
-    """One micro-batch's way through a chunk, beside its layers."""
+    """Fixed time of one micro-batch in a chunk, in addition to its layers."""
     turn_s: float
-    """One step of generation on a stage, beside its layers: host, sampling."""
+    """Fixed time of one step of generation on a stage, in addition to its layers: host work, sampling."""
     step_s: float
-    """One optimizer step, however small the model."""
+    """Fixed time of one optimizer step."""
     backward_factor: float
-    """A layer's backward by its forward."""
+    """Time of a layer's backward / time of its forward."""
     source: str
-    """Where these come from, as a report says it."""
+    """Origin of these rates, for the report."""
 
 
 def assumed_rates(gpu: GPU, *, network_bytes_per_s: float) -> Rates:
-    """Return rates guessed from public peaks; the report says so."""
+    """Return rates assumed as shares of public peak rates; the report says so."""
     return Rates(
         flop_per_s=ASSUMED_SHARE_OF_FLOP * gpu.peak_flop_per_s,
         attention_flop_per_s=0.8 * ASSUMED_SHARE_OF_FLOP * gpu.peak_flop_per_s,
@@ -110,28 +110,28 @@ def assumed_rates(gpu: GPU, *, network_bytes_per_s: float) -> Rates:
 
 
 def read_rates(path: str | Path) -> Rates:
-    """Return the rates in a JSON file, an object with every name of `Rates`.
+    """Return the rates in a JSON file, an object with all names of `Rates`.
 
     Raises:
-        ValueError: no file, no JSON, a name missing or unknown, or a number that is not above 0.
+        ValueError: the file is missing or not JSON, a name is missing or unknown, or a number is not above 0.
     """
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cluster.rates names {path}: {error.strerror}") from error
+        raise ValueError(f"cluster.rates is {path}, which cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; `glm-rlhf bench` writes such a file") from error
+        raise ValueError(f"{path} is not JSON: {error}; `glm-rlhf bench` writes such a file") from error
     names = [field.name for field in fields(Rates)]
-    if not isinstance(given, dict) or sorted(given) != sorted(names):
-        found = sorted(given) if isinstance(given, dict) else type(given).__name__
-        raise ValueError(f"{path} holds {found}, required is one object with {', '.join(names)}")
+    if not isinstance(values, dict) or sorted(values) != sorted(names):
+        content = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{path} holds {content}, it must hold one object with {', '.join(names)}")
     for name in names:
-        value = given[name]
-        is_sound = isinstance(value, str) if name == "source" else _is_positive(value)
-        if not is_sound:
-            wanted = "text" if name == "source" else "a number above 0"
-            raise ValueError(f"{path}: {name} is {value!r}, required is {wanted}")
-    return Rates(**given)
+        value = values[name]
+        is_valid = isinstance(value, str) if name == "source" else _is_positive(value)
+        if not is_valid:
+            required = "text" if name == "source" else "a number above 0"
+            raise ValueError(f"{path}: {name} is {value!r}, it must be {required}")
+    return Rates(**values)
 
 
 def _is_positive(value: object) -> bool:
@@ -143,20 +143,20 @@ class Cluster:
     """The machines of a plan."""
 
     gpu: GPU
-    """Their kind of GPU."""
+    """Type of GPU."""
     num_gpus: int
-    """GPUs, one rank each."""
+    """Number of GPUs, one rank each."""
     gpus_per_node: int
-    """GPUs a node."""
+    """GPUs per node."""
     rates: Rates
-    """What they reach."""
+    """Rates that a rank reaches."""
     usable_bytes: int
-    """Memory a rank that a plan may fill."""
+    """Memory per rank that a plan may use."""
 
     def link(self, *, num_ranks: int, stride: int) -> tuple[float, float]:
         """Return bandwidth and latency between `num_ranks` ranks that are `stride` apart.
 
-        Ranks of a node join their network adapters: a ring through several of them a node uses all of theirs.
+        A ring with several ranks per node uses the network adapters of all of them.
         """
         rates = self.rates
         in_node = max(1, min(num_ranks, self.gpus_per_node // stride))
@@ -166,7 +166,7 @@ class Cluster:
 
 
 def shape_of(path: str) -> GLMConfig:
-    """Return the shape of a preset, or of a folder.
+    """Return the shape of a preset's name or of a Hugging Face folder.
 
     Raises:
         ValueError: it is neither.

@@ -1,4 +1,4 @@
-"""Seconds of an iteration of PPO under a layout, phase by phase."""
+"""Estimated time of a PPO iteration under a layout, by phase."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from glm_rlhf.engine.cost.pass_time import (
     layer_matrix_elements,
     optimizer_step,
 )
-from glm_rlhf.engine.cost.pipeline_simulation import is_filler, play_passes, play_rounds
+from glm_rlhf.engine.cost.pipeline_simulation import is_padding, simulate_generation, simulate_passes
 from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
@@ -21,23 +21,23 @@ from glm_rlhf.parallel.spec.pipeline_order import Pass, num_padding_micro_batche
 from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES
 
 _CONTEXTS = 8
-"""Places along an answer at which a decode step's time is worked out."""
+"""Number of positions along an answer at which the time of a decode step is computed."""
 _ROUNDS = 16
-"""Rounds of generation that are played at each of them."""
+"""Rounds of generation simulated at each of these positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTime:
-    """One phase of an iteration, on the average stage."""
+    """Time of one phase of an iteration, averaged over stages."""
 
     seconds: float
-    """Its length."""
+    """Total time."""
     communication_s: float
-    """Of it, collectives."""
+    """Part of it in collectives."""
     idle_s: float
-    """Of it, waiting for other stages."""
+    """Part of it waiting for other stages."""
     flop: float
-    """Products and attention of all ranks together that the phase is for; nothing is counted twice."""
+    """Useful FLOP of products and attention on all ranks together, without recomputation."""
 
     def __add__(self, other: "PhaseTime") -> "PhaseTime":
         return PhaseTime(
@@ -53,29 +53,29 @@ NOTHING = PhaseTime(seconds=0.0, communication_s=0.0, idle_s=0.0, flop=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """An iteration."""
+    """Estimated time of an iteration."""
 
     phases: dict[str, PhaseTime]
     """By name: generate, baseline, score, train critic, train policy."""
     num_tokens: int
     """Tokens of all sequences, prompts included."""
     num_gpus: int
-    """Ranks."""
+    """Number of GPUs, one rank each."""
     peak_flop_per_s: float
-    """Of one GPU."""
+    """Peak rate of one GPU."""
 
     @property
     def total(self) -> PhaseTime:
-        """All phases."""
+        """Sum of all phases."""
         return sum(self.phases.values(), NOTHING)
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Tokens of an iteration by its time and the GPUs."""
+        """Tokens of an iteration / (its time × GPUs)."""
         return self.num_tokens / self.total.seconds / self.num_gpus
 
     def mfu(self, names: tuple[str, ...]) -> float:
-        """Return useful FLOP by what the GPUs could do at their peak during the named phases."""
+        """Return useful FLOP / (peak rate of all GPUs × time), over the named phases."""
         phases = [self.phases[name] for name in names if name in self.phases]
         seconds = sum(phase.seconds for phase in phases)
         flop = sum(phase.flop for phase in phases)
@@ -85,15 +85,15 @@ class Estimate:
 def estimate(
     roles: Roles, work: Workload, choice: Choice, cluster: Cluster, *, num_concurrent: int, has_baseline: bool
 ) -> Estimate:
-    """Return the time of an iteration; schedules are played event by event.
+    """Return the estimated time of an iteration; pipeline schedules are simulated.
 
     Args:
         roles: shapes of the models.
-        work: of the iteration.
+        work: workload of the iteration.
         choice: layout and micro-batches.
         cluster: rates and links.
-        num_concurrent: sequences that generate at once on a rank, as the key/value cache allows.
-        has_baseline: whether the reference answers each prompt once too.
+        num_concurrent: sequences generated at once on a rank, limited by the key/value cache.
+        has_baseline: whether the reference also answers each prompt once.
     """
     plan = _Plan(roles=roles, work=work, choice=choice, cluster=cluster)
     num_sequences = plan.num_sequences
@@ -108,7 +108,9 @@ def estimate(
         if name != "policy":
             score += plan.scoring(name, model, num_sequences)
         else:
-            share = num_sequences if work.recomputes_logprobs else min(num_sequences, plan.sequences_a_batch)
+            share = num_sequences
+            if not work.recomputes_logprobs:
+                share = min(num_sequences, plan.sequences_per_batch)
             score += plan.scoring(name, model, share)
     phases["score"] = score
     trained = {"critic": roles.critic, "policy": roles.policy}
@@ -136,12 +138,12 @@ class _Plan:
 
     @property
     def num_sequences(self) -> int:
-        """Answers on a data-parallel copy."""
+        """Answers per data-parallel rank."""
         return self.choice.num_sequences(self.work, self.cluster.num_gpus)
 
     @property
-    def sequences_a_batch(self) -> int:
-        """Sequences of mean length in a micro-batch."""
+    def sequences_per_batch(self) -> int:
+        """Sequences of mean length per micro-batch."""
         return max(1, self.choice.micro_batch_tokens // self.work.mean_tokens)
 
     @property
@@ -149,12 +151,12 @@ class _Plan:
         return self.choice.layout.dp(self.cluster.num_gpus)
 
     def training(self, models: Mapping[str, GLMConfig]) -> dict[str, PhaseTime]:
-        """Return all optimizer steps of roles whose micro-batches share a schedule, a phase each.
+        """Return the time of all optimizer steps of roles whose micro-batches share a schedule, by phase.
 
-        The schedule's time is shared as the passes of each take it.
+        The time of the schedule is divided in proportion to the passes of each role.
         """
         in_step = -(-self.num_sequences // self.work.minibatches)
-        found = {}
+        phases = {}
         for role, passes in self._passes(models, in_step, trains=True).items():
             update = optimizer_step(
                 models[role],
@@ -166,19 +168,19 @@ class _Plan:
             step = passes + PhaseTime(
                 seconds=update.total_s, communication_s=update.communication_s, idle_s=0.0, flop=0.0
             )
-            found[f"train {role}"] = _times(step, self.work.epochs * self.work.minibatches)
-        return found
+            phases[f"train {role}"] = _times(step, self.work.epochs * self.work.minibatches)
+        return phases
 
     def scoring(self, role: str, model: GLMConfig, num_sequences: int) -> PhaseTime:
-        """Return one pass without gradients over a copy's sequences."""
+        """Return the time of one pass without gradients over the sequences of a data-parallel rank."""
         return self._passes({role: model}, num_sequences, trains=False)[role]
 
     def _passes(
         self, models: Mapping[str, GLMConfig], num_sequences: int, *, trains: bool
     ) -> dict[str, PhaseTime]:
-        """Return one schedule of a copy's sequences through each model, one after the other."""
+        """Return the times of one schedule that runs the sequences through each model in turn."""
         work, layout = self.work, self.choice.layout
-        num_batches = -(-num_sequences // self.sequences_a_batch)
+        num_batches = -(-num_sequences // self.sequences_per_batch)
         tokens = num_sequences * work.mean_tokens // num_batches
         share = work.mean_new_tokens / work.mean_tokens
         forward, backward, hops = {}, {}, []
@@ -197,20 +199,20 @@ class _Plan:
             backward[role] = costs.backward()
             hops.append(costs.hop_s())
         roles = [role for role in models for _ in range(num_batches)]
-        fillers = num_padding_micro_batches(layout, len(roles))
+        num_padding = num_padding_micro_batches(layout, len(roles))
         busy_s = dict.fromkeys(models, 0.0)
 
-        def duration(stage: int, one: Pass) -> float:
-            if is_filler(layout, len(roles), one):
+        def duration(stage: int, entry: Pass) -> float:
+            if is_padding(layout, len(roles), entry):
                 return 0.0
-            role = roles[one.micro_batch - fillers]
+            role = roles[entry.micro_batch - num_padding]
             cost = backward[role]
-            if one.kind == "forward":
-                cost = forward[role, stage == layout.pp - 1 and one.chunk == layout.vpp - 1]
+            if entry.kind == "forward":
+                cost = forward[role, stage == layout.pp - 1 and entry.chunk == layout.vpp - 1]
             busy_s[role] += cost.total_s
             return cost.total_s
 
-        played = play_passes(layout, len(roles), duration, hop_s=max(hops), forward_only=not trains)
+        simulated = simulate_passes(layout, len(roles), duration, hop_s=max(hops), forward_only=not trains)
         phases, answered = {}, self._dp * num_sequences
         for role, model in models.items():
             part = busy_s[role] / sum(busy_s.values())
@@ -218,15 +220,15 @@ class _Plan:
             has_head = role in ("policy", "reference")
             flop = forward_flop(model, answered, work.mean_tokens, has_head * answered * work.mean_new_tokens)
             phases[role] = PhaseTime(
-                seconds=played.seconds * part,
+                seconds=simulated.seconds * part,
                 communication_s=num_batches * layout.vpp * communication_s,
-                idle_s=played.idle_fraction * played.seconds * part,
+                idle_s=simulated.idle_fraction * simulated.seconds * part,
                 flop=flop * (3 if trains else 1),
             )
         return phases
 
     def generation(self, model: GLMConfig, num_sequences: int, num_concurrent: int) -> PhaseTime:
-        """Return the time in which a copy's sequences are answered, in waves of what runs at once."""
+        """Return the time of generating a data-parallel rank's answers, in waves of `num_concurrent`."""
         work, layout = self.work, self.choice.layout
         mine = -(-num_sequences // layout.cp)
         running = max(1, min(mine, num_concurrent))
@@ -239,7 +241,7 @@ class _Plan:
         for part in range(_CONTEXTS):
             context = work.mean_prompt_tokens + (part + 0.5) / _CONTEXTS * work.mean_new_tokens
             steps = [costs.step(rows, context=context, is_last=s == layout.pp - 1) for s in range(layout.pp)]
-            played = play_rounds(
+            simulated = simulate_generation(
                 [step.total_s for step in steps],
                 num_groups=num_groups,
                 num_rounds=_ROUNDS,
@@ -247,8 +249,8 @@ class _Plan:
                 back_s=hop_s,
             )
             factor = num_waves * work.mean_new_tokens / _CONTEXTS / _ROUNDS
-            seconds += played.seconds * factor
-            busy_s += sum(played.busy_s) / layout.pp * factor
+            seconds += simulated.seconds * factor
+            busy_s += sum(simulated.busy_s) / layout.pp * factor
             communication_s += steps[0].communication_s * _ROUNDS * num_groups * factor
         num_prompts = mine / work.num_samples if num_sequences == self.num_sequences else mine
         prompts = costs.prefill(int(num_prompts * work.mean_prompt_tokens), length=work.mean_prompt_tokens)
@@ -264,7 +266,7 @@ class _Plan:
 
 
 def _elements(model: GLMConfig) -> int:
-    """Return the elements of all layers' matrices."""
+    """Return the number of elements of all layers' matrices."""
     return model.num_layers * layer_matrix_elements(model, Layout())
 
 

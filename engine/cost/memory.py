@@ -1,4 +1,4 @@
-"""Memory of PPO on one rank, by phase, under a layout: arithmetic, nothing is allocated."""
+"""Estimated memory of PPO on one rank, by phase, under a layout; nothing is allocated."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,32 +15,32 @@ from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES
 TRAINED = ("policy", "critic")
 _FP32 = 4
 _EXPERIENCE_BYTES = 8 + 7 * _FP32
-"""A token of the experience: its id, and seven numbers in fp32."""
+"""Bytes per token of the experience: its id, and seven numbers in fp32."""
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
-"""Elements to which Megatron-core fills up each parameter, and each buffer, of the distributed optimizer."""
+"""Elements to which Megatron-core pads each parameter, and each buffer, of the distributed optimizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleBytes:
-    """What one role holds on a rank all the time."""
+    """Bytes that one role holds on a rank in all phases."""
 
     weights: int
-    """Weights, in the buffers of the distributed optimizer where they are trained."""
+    """Weights; of a trained role in the buffers of the distributed optimizer."""
     gradients: int = 0
     """Gradient buffers, fp32."""
     masters: int = 0
-    """This rank's share of the optimizer's fp32 weights."""
+    """This rank's shard of the optimizer's fp32 weights."""
     moments: int = 0
-    """This rank's share of Adam's two moments; they come with the first step."""
+    """This rank's shard of the two Adam moments, allocated by the first step."""
 
     @property
     def optimizer(self) -> int:
-        """What the optimizer holds."""
+        """Bytes of the optimizer's state."""
         return self.masters + self.moments
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes of the role."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -53,35 +53,35 @@ class RankMemory:
     roles: dict[str, RoleBytes]
     """What each role holds from the first step on."""
     phases: dict[str, int]
-    """What each phase takes beside the roles, the key/value cache apart, less what is parked in it; `start`
-    holds less than they do later where it is below 0."""
+    """What each phase takes in addition to the roles, minus what is offloaded in it, without the key/value
+    cache. Negative for `start` if the roles hold less at the start than later."""
     cache_page: int
-    """One page of the key/value cache, of the policy or the reference, whichever takes more."""
+    """One page of the key/value cache: the larger one of policy and reference."""
 
     @property
     def resident(self) -> int:
-        """What all roles hold."""
+        """Bytes that all roles hold."""
         return sum(role.total for role in self.roles.values())
 
     @property
     def peak(self) -> int:
-        """The fullest moment, without the key/value cache."""
+        """Peak over all phases, without the key/value cache."""
         return self.resident + max(self.phases.values())
 
 
 def fullest_rank(
     roles: Roles, work: Workload, choice: Choice, *, num_gpus: int, kernels: Kernels = CUDA
 ) -> RankMemory:
-    """Return the rank that holds most: one of the first or of the last stage.
+    """Return the memory of the rank with the highest peak, which is in the first or the last stage.
 
-    Those between hold no embedding and no head, and fewer micro-batches in flight than the first.
+    Stages between them hold neither embedding nor head, and fewer micro-batches in flight than the first.
 
     Raises:
-        ValueError: the layout cannot split a model, or does not divide the GPUs.
+        ValueError: the layout does not split a model evenly, or does not divide the GPUs.
     """
     stages = {0, choice.layout.pp - 1}
-    found = [rank_memory(roles, work, choice, num_gpus=num_gpus, stage=s, kernels=kernels) for s in stages]
-    return max(found, key=lambda rank: rank.peak)
+    ranks = [rank_memory(roles, work, choice, num_gpus=num_gpus, stage=s, kernels=kernels) for s in stages]
+    return max(ranks, key=lambda rank: rank.peak)
 
 
 def rank_memory(
@@ -89,9 +89,9 @@ def rank_memory(
 ) -> RankMemory:
     """Return the memory of a rank of pipeline stage `stage`.
 
-    Phases: `start` (optimizers are made, each with a copy of its weights), `generate` (without the cache),
-    `score`, `train policy`, `train critic` (over pipeline stages one, `train`), `step` (the optimizer's own
-    temporaries).
+    Phases: `start` (optimizers are created, each with a copy of its weights), `generate` (without the cache),
+    `score`, `train policy`, `train critic` (with pipeline stages one phase, `train`), `step` (temporary
+    memory of the optimizer).
 
     Raises:
         ValueError: as `fullest_rank`.
@@ -118,12 +118,12 @@ def rank_memory(
         "start": _start_bytes(held),
         "generate": max(
             *(generation_bytes(m, work, choice, num_gpus=num_gpus) for m in answering),
-            _early_score_bytes(roles, work, choice),
+            _overlapped_score_bytes(roles, work, choice),
         ),
         "score": experience + max(batch(model).forward_workspace_bytes() for _, model in roles.items),
     }
     trained = {name: (batch(getattr(roles, name)), share if name == "policy" else None) for name in TRAINED}
-    # Over pipeline stages both share a schedule.
+    # With pipeline stages, both share one schedule.
     together = {"train": list(trained.values())}
     apart = {f"train {name}": [one] for name, one in trained.items()}
     for phase, batches in (together if layout.pp > 1 else apart).items():
@@ -131,8 +131,8 @@ def rank_memory(
             batches, choice.recompute_layers, stage=stage, num_micro_batches=num_in_step
         )
     phases["step"] = experience + max(held[name].moments // 2 for name in TRAINED)
-    for phase, parked in _parked_bytes(held, work, phases).items():
-        phases[phase] -= parked
+    for phase, offloaded in _offloaded_bytes(held, work, phases).items():
+        phases[phase] -= offloaded
     cache_page = max(page_bytes(model, layout, work) for model in answering)
     return RankMemory(stage=stage, roles=held, phases=phases, cache_page=cache_page)
 
@@ -140,10 +140,10 @@ def rank_memory(
 def role_bytes(
     model: GLMConfig, layout: Layout, *, stage: int, itemsize: int, num_shards: int, role: str
 ) -> RoleBytes:
-    """Return what a role's weights, gradient buffers and optimizer take on a rank.
+    """Return the bytes of a role's weights, gradient buffers and optimizer state on a rank.
 
-    Trained roles keep fp32 gradients. The optimizer's fp32 weights (none beside fp32 weights) and two
-    moments are split over `num_shards` = dp × cp ranks.
+    Trained roles have fp32 gradients. The optimizer's fp32 weights (none if the weights are fp32) and two
+    moments are sharded over `num_shards` = dp × cp ranks.
     """
     chunks = [
         chunk_sizes(model, layout, has_scalar_head=role in SCALAR_ROLES, stage=stage, chunk=chunk)
@@ -160,16 +160,16 @@ def role_bytes(
     )
 
 
-def _parked_bytes(held: dict[str, RoleBytes], work: Workload, phases: Iterable[str]) -> dict[str, int]:
-    """Return what is in host memory in each phase; the reference's answers are generated with all models."""
+def _offloaded_bytes(held: dict[str, RoleBytes], work: Workload, phases: Iterable[str]) -> dict[str, int]:
+    """Return the bytes offloaded in each phase; baseline answers are generated with all models loaded."""
     optimizers = sum(held[name].optimizer + held[name].gradients for name in TRAINED)
     frozen = sum(role.weights for name, role in held.items() if name in work.offloads)
-    found = {"generate": optimizers, "score": optimizers} if "optimizers" in work.offloads else {}
-    return found | {name: frozen for name in phases if name.startswith("train") or name == "step"}
+    by_phase = {"generate": optimizers, "score": optimizers} if "optimizers" in work.offloads else {}
+    return by_phase | {name: frozen for name in phases if name.startswith("train") or name == "step"}
 
 
 def _buffers(chunk: ChunkSizes, num_shards: int) -> tuple[int, int]:
-    """Return the elements of the buffers in which the distributed optimizer lays the weights out."""
+    """Return the elements of the distributed optimizer's buffers for a chunk: model dtype, fp32."""
     multiple = math.lcm(num_shards, _BUCKET_ALIGNMENT)
     padded = []
     for sizes in (chunk.model_dtype, chunk.fp32):
@@ -179,10 +179,10 @@ def _buffers(chunk: ChunkSizes, num_shards: int) -> tuple[int, int]:
 
 
 def _start_bytes(held: dict[str, RoleBytes]) -> int:
-    """Return by how much making the critic's optimizer, the last one, exceeds what is held later.
+    """Return by how much creating the critic's optimizer, the last one, exceeds the bytes held later.
 
-    Its weights are there twice while they move to its buffers, before its fp32 weights are made; moments
-    come with the first step only.
+    Its weights exist twice while they are copied to its buffers, before its fp32 weights are created; moments
+    are allocated by the first step.
     """
     critic = held["critic"]
     return max(0, critic.weights - critic.masters) - sum(role.moments for role in held.values())
@@ -195,14 +195,14 @@ def training_bytes(
     stage: int,
     num_micro_batches: int,
 ) -> int:
-    """Return what forward and backward of one optimizer step take on a rank at most.
+    """Return the peak bytes of forward and backward of one optimizer step on a rank.
 
     Args:
         batches: a full micro-batch of each model in the schedule, with the share of its tokens that are
-            trained on; None for a scalar head, which reads all.
-        recomputes: whether backward runs each layer again.
+            trained on; None for a scalar head, which reads all tokens.
+        recomputes: whether backward recomputes the activations of each layer.
         stage: of the rank.
-        num_micro_batches: of each model in the step, on this copy.
+        num_micro_batches: of each model in the step, per data-parallel rank.
     """
     layout = batches[0][0].layout
     kept = [
@@ -210,13 +210,13 @@ def training_bytes(
         for batch, _ in batches
     ]
     in_flight = num_in_flight(layout, num_micro_batches * len(batches), stage=stage)
-    passes = sorted((one for one in kept for _ in range(num_micro_batches * layout.vpp)), reverse=True)
-    saved = sum(passes[:in_flight])  # of the larger model's, and where these are few of the other's
+    passes = sorted((size for size in kept for _ in range(num_micro_batches * layout.vpp)), reverse=True)
+    saved = sum(passes[:in_flight])  # those of the larger model first
     return saved + max(_pass_bytes(batch, share, recomputes, stage=stage) for batch, share in batches)
 
 
 def _pass_bytes(batch: RankMicroBatch, trained_share: float | None, recomputes: bool, *, stage: int) -> int:
-    """Return what the fullest pass takes beside what is saved for backward."""
+    """Return the peak bytes of a pass, in addition to those saved for backward."""
     layer = batch.backward_workspace_bytes(recomputes=recomputes)
     if stage < batch.layout.pp - 1:
         return layer + batch.residual_bytes  # the gradient that came from the next stage
@@ -228,7 +228,7 @@ def _pass_bytes(batch: RankMicroBatch, trained_share: float | None, recomputes: 
 
 
 def generation_bytes(model: GLMConfig, work: Workload, choice: Choice, *, num_gpus: int) -> int:
-    """Return what a step of generation takes at most, the cache apart: a full step of prompts."""
+    """Return the peak bytes of a step of generation, without the cache: those of a full prefill step."""
     layout = choice.layout
     num_sequences = min(work.max_batch, choice.num_sequences(work, num_gpus))
     num_prompts = -(-num_sequences // work.num_samples)  # samples share their prompt's pages
@@ -241,8 +241,8 @@ def generation_bytes(model: GLMConfig, work: Workload, choice: Choice, *, num_gp
     return max(plain.forward_workspace_bytes(), logits)
 
 
-def _early_score_bytes(roles: Roles, work: Workload, choice: Choice) -> int:
-    """Return what `ppo.overlap_scoring` takes at most: a forward pass over the longest answer."""
+def _overlapped_score_bytes(roles: Roles, work: Workload, choice: Choice) -> int:
+    """Return the peak bytes of `ppo.overlap_scoring`: of a forward pass over the longest answer."""
     if choice.layout.pp == 1 or choice.layout.cp > 1:
         return 0
     options = {"layout": choice.layout, "num_tokens": work.longest, "itemsize": work.itemsize}
@@ -250,7 +250,7 @@ def _early_score_bytes(roles: Roles, work: Workload, choice: Choice) -> int:
 
 
 def page_bytes(model: GLMConfig, layout: Layout, work: Workload) -> int:
-    """Return a page of the cache: keys and values of its positions in every layer of the rank."""
+    """Return the bytes of a page: keys and values of its positions in all layers of the rank."""
     num_heads = max(1, model.num_kv_heads // layout.tp)
     elements = 2 * (model.num_layers // layout.pp) * work.page_size * num_heads * model.head_size
     return elements * work.itemsize

@@ -1,4 +1,4 @@
-"""Seconds of the pieces of an iteration on one rank, from rates: passes, decode steps, messages, updates."""
+"""Estimated time of passes, decode steps, messages and optimizer steps on one rank, from rates."""
 
 from dataclasses import dataclass, replace
 
@@ -11,21 +11,21 @@ from glm_rlhf.parallel.spec.shard_sizes import chunk_sizes
 
 _FP32 = 4
 _OPTIMIZER_BYTES = 44
-"""Read and written for each weight that a rank's optimizer owns: gradient, fp32 weight, two moments."""
+"""Bytes read and written per weight of a rank's optimizer shard: gradient, fp32 weight, two moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Seconds of one piece of work, apart by what they are spent on."""
+    """Seconds of some work, split into computation and communication."""
 
     compute_s: float = 0.0
-    """Arithmetic and memory."""
+    """Arithmetic and memory access."""
     communication_s: float = 0.0
-    """Collectives in it."""
+    """Collectives."""
 
     @property
     def total_s(self) -> float:
-        """Both: they do not overlap."""
+        """Their sum: they do not overlap."""
         return self.compute_s + self.communication_s
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -35,24 +35,24 @@ class Cost:
         )
 
     def times(self, factor: float) -> "Cost":
-        """Return it `factor` times."""
+        """Return the cost multiplied by `factor`."""
         return Cost(compute_s=self.compute_s * factor, communication_s=self.communication_s * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassCosts:
-    """Passes of one micro-batch through one chunk of a model."""
+    """Costs of the passes of one micro-batch through one chunk of a model."""
 
     cluster: Cluster
     choice: Choice
     batch: RankMicroBatch
-    """A micro-batch; `num_tokens` are its own, not the budget."""
+    """A micro-batch, with its actual number of tokens."""
     length: int
-    """Tokens of a sequence: what attention grows with."""
+    """Tokens per sequence, which determine the cost of attention."""
     has_scalar_head: bool
-    """Whether it is a critic or reward model."""
+    """Whether the model is a critic or reward model."""
     num_targets: int
-    """Rows that go through the vocabulary head."""
+    """Rows of the vocabulary head."""
 
     @property
     def _layers(self) -> int:
@@ -60,11 +60,11 @@ class PassCosts:
         return self.batch.model.num_layers // (layout.pp * layout.vpp)
 
     def forward(self, *, is_last: bool, trains: bool) -> Cost:
-        """Return a forward pass; the last chunk's holds the head, whose gradients are taken there.
+        """Return the cost of a forward pass; in the last chunk with the head, whose gradients it computes.
 
         Args:
-            is_last: whether it is the chunk with the head.
-            trains: whether backward will follow.
+            is_last: whether the chunk has the head.
+            trains: whether backward follows.
         """
         rates = self.cluster.rates
         layers = self._layers_once()
@@ -78,19 +78,19 @@ class PassCosts:
         return layers + Cost(compute_s=rates.pass_s + head_s)
 
     def backward(self) -> Cost:
-        """Return a backward pass, with forward in it where layers are run again."""
+        """Return the cost of a backward pass, with a forward pass in it if layers are recomputed."""
         layers = self._layers_once()
         factor = self.cluster.rates.backward_factor + self.choice.recompute_layers
-        # Sequence parallelism gathers a layer's inputs once more for the weights' gradients.
+        # Sequence parallelism gathers a layer's inputs once more, for the gradients of the weights.
         gathers = 1.5 if self.choice.layout.sequence_parallel else 1.0
-        again = 1.0 if self.choice.recompute_layers else 0.0
+        recomputed = 1.0 if self.choice.recompute_layers else 0.0
         return Cost(
             compute_s=layers.compute_s * factor + self.cluster.rates.pass_s,
-            communication_s=layers.communication_s * (gathers + again),
+            communication_s=layers.communication_s * (gathers + recomputed),
         )
 
     def hop_s(self) -> float:
-        """Return the time of the residual stream's way to the next stage."""
+        """Return the time to send the residual stream to the next stage."""
         layout, cluster = self.choice.layout, self.cluster
         if layout.pp == 1:
             return 0.0
@@ -99,7 +99,7 @@ class PassCosts:
         return latency + self.batch.residual_bytes / bandwidth
 
     def _layers_once(self) -> Cost:
-        """Return forward of the chunk's layers."""
+        """Return the cost of a forward pass through the chunk's layers."""
         rates, batch, layout = self.cluster.rates, self.batch, self.choice.layout
         model = batch.model
         products = 2 * batch.rows * layer_matrix_elements(model, layout)
@@ -117,7 +117,7 @@ class PassCosts:
     def _layer_communication_s(self) -> float:
         batch, layout = self.batch, self.choice.layout
         seconds = 0.0
-        if layout.tp > 1:  # two all-reduces, or their halves apart
+        if layout.tp > 1:  # two all-reduces, or all-gathers and reduce-scatters
             bandwidth, latency = self.cluster.link(num_ranks=layout.tp, stride=1)
             seconds += 2 * all_reduce_s(batch.hidden_bytes, layout.tp, bandwidth, latency)
         if layout.cp > 1:
@@ -129,12 +129,12 @@ class PassCosts:
 
 
 def all_reduce_s(num_bytes: float, num_ranks: int, bandwidth: float, latency_s: float) -> float:
-    """Return a ring's all-reduce; half of it is an all-gather or a reduce-scatter."""
+    """Return the time of a ring all-reduce; an all-gather or a reduce-scatter takes half of it."""
     return latency_s + 2 * num_bytes * (num_ranks - 1) / num_ranks / bandwidth
 
 
 def layer_matrix_elements(model: GLMConfig, layout: Layout) -> int:
-    """Return the elements of a layer's matrices on a rank."""
+    """Return the number of elements of a layer's matrices on a rank."""
     kv_heads = max(model.num_kv_heads, layout.tp)  # replicated where there are fewer than ranks
     attention = (2 * model.num_heads + 2 * kv_heads) * model.head_size
     return model.hidden_size * (attention + 3 * model.ffn_size) // layout.tp
@@ -143,10 +143,10 @@ def layer_matrix_elements(model: GLMConfig, layout: Layout) -> int:
 def forward_flop(
     model: GLMConfig, num_sequences: float, mean_tokens: float, num_targets: float = 0.0
 ) -> float:
-    """Return the operations of a forward pass over so many sequences, on all ranks together.
+    """Return the FLOP of a forward pass over `num_sequences` sequences, on all ranks together.
 
-    Matrix products of the layers, causal attention at the mean length, the vocabulary head at `num_targets`
-    tokens.
+    Matrix products of the layers, causal attention at the mean length, and the vocabulary head at
+    `num_targets` tokens.
     """
     layers = model.num_layers * layer_matrix_elements(model, Layout())
     flop = 2 * num_sequences * mean_tokens * layers
@@ -157,7 +157,7 @@ def forward_flop(
 def optimizer_step(
     model: GLMConfig, cluster: Cluster, choice: Choice, *, itemsize: int, has_scalar_head: bool
 ) -> Cost:
-    """Return what follows a step's last backward pass: gradients summed, weights changed and gathered."""
+    """Return the cost after a step's last backward pass: reduce gradients, update and gather weights."""
     layout, rates = choice.layout, cluster.rates
     sizes = [
         chunk_sizes(model, layout, has_scalar_head=has_scalar_head, stage=layout.pp - 1, chunk=chunk)
@@ -176,7 +176,7 @@ def optimizer_step(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeCosts:
-    """Steps of generation on one rank of a stage."""
+    """Costs of steps of generation on one rank of a stage."""
 
     cluster: Cluster
     choice: Choice
@@ -188,7 +188,7 @@ class DecodeCosts:
         return self.policy.num_layers // self.choice.layout.pp
 
     def step(self, num_rows: int, *, context: float, is_last: bool) -> Cost:
-        """Return one token of `num_rows` sequences of `context` tokens each, through a stage."""
+        """Return the cost of one decode step on a stage: `num_rows` sequences of `context` tokens each."""
         rates, layout, model = self.cluster.rates, self.choice.layout, self.policy
         itemsize = self.work.itemsize
         elements = layer_matrix_elements(model, layout) * self._layers
@@ -201,7 +201,10 @@ class DecodeCosts:
         return Cost(compute_s=compute_s, communication_s=self._reductions_s(num_rows))
 
     def prefill(self, num_tokens: int, *, length: int) -> Cost:
-        """Return `num_tokens` of prompts of `length` through a stage, the weights' reading aside."""
+        """Return the cost of prefilling `num_tokens` tokens of prompts of `length` on a stage.
+
+        Reading the weights is not included.
+        """
         plain = replace(self.choice, layout=Layout(tp=self.choice.layout.tp, pp=self.choice.layout.pp))
         batch = RankMicroBatch(
             model=self.policy, layout=plain.layout, num_tokens=num_tokens, itemsize=self.work.itemsize
@@ -217,7 +220,7 @@ class DecodeCosts:
         return costs.forward(is_last=False, trains=False)
 
     def hop_s(self, num_rows: int) -> float:
-        """Return the time of a step's way to the next stage."""
+        """Return the time to send a step's hidden states to the next stage."""
         layout = self.choice.layout
         if layout.pp == 1:
             return 0.0

@@ -1,4 +1,4 @@
-"""The command `plan`: memory and time of PPO on a cluster, before anything is launched."""
+"""The command `plan`: estimates memory and time of PPO on a cluster before a launch."""
 
 import sys
 from dataclasses import replace
@@ -12,10 +12,10 @@ from glm_rlhf.engine.plan.search import Limits, search
 
 
 def run(config: PlanConfig) -> None:
-    """Print the best plans and write the first one's config and launch scripts.
+    """Print the best plans and write the config and launch scripts of the first one.
 
     Raises:
-        ValueError: a model, a rates file or a length that the user has to mend, or nothing fits.
+        ValueError: an invalid model, rates file or length, or no layout fits.
     """
     roles, work, cluster = roles_of(config), work_of(config), cluster_of(config)
     check_lengths(roles, work)
@@ -36,7 +36,7 @@ def roles_of(config: PlanConfig) -> Roles:
     """Return the shapes of all roles.
 
     Raises:
-        ValueError: neither a preset's name nor a folder that can be read.
+        ValueError: a path is neither a preset's name nor a readable folder.
     """
     policy = shape_of(config.model.path)
     reward = None
@@ -53,7 +53,7 @@ def roles_of(config: PlanConfig) -> Roles:
 
 
 def work_of(config: PlanConfig) -> Workload:
-    """Return what an iteration has to do."""
+    """Return the workload of an iteration."""
     data, generation = config.data, config.generation
     return Workload(
         max_prompt_tokens=data.max_prompt_tokens,
@@ -74,7 +74,7 @@ def work_of(config: PlanConfig) -> Workload:
 
 
 def check_lengths(roles: Roles, work: Workload) -> None:
-    """Return nothing where the lengths agree with each other and with the policy's context.
+    """Check that mean lengths are at most the longest ones, and that sequences fit the policy's context.
 
     Raises:
         ValueError: they do not.
@@ -84,7 +84,7 @@ def check_lengths(roles: Roles, work: Workload) -> None:
         ("generation.mean_new_tokens", work.mean_new_tokens, work.max_new_tokens),
     ):
         if mean > longest:
-            raise ValueError(f"{name} is {mean}, above the longest, {longest}")
+            raise ValueError(f"{name} is {mean}, above the longest length, {longest}")
     if work.longest > roles.policy.max_positions:
         raise ValueError(
             f"prompt and answer together have up to {work.longest} tokens, the policy's context is "
@@ -96,28 +96,28 @@ def cluster_of(config: PlanConfig) -> Cluster:
     """Return the machines with their rates.
 
     Raises:
-        ValueError: the rates file cannot be used.
+        ValueError: the rates file is invalid.
     """
-    given = config.cluster
-    gpu = GPUS[given.gpu]
-    if given.memory is not None:
-        gpu = replace(gpu, memory_bytes=given.memory)
+    section = config.cluster
+    gpu = GPUS[section.gpu]
+    if section.memory is not None:
+        gpu = replace(gpu, memory_bytes=section.memory)
     rates = (
-        assumed_rates(gpu, network_bytes_per_s=given.network)
-        if given.rates is None
-        else read_rates(given.rates)
+        assumed_rates(gpu, network_bytes_per_s=section.network)
+        if section.rates is None
+        else read_rates(section.rates)
     )
     return Cluster(
         gpu=gpu,
-        num_gpus=given.gpus,
-        gpus_per_node=given.per_node,
+        num_gpus=section.gpus,
+        gpus_per_node=section.per_node,
         rates=rates,
-        usable_bytes=int(gpu.memory_bytes * (1 - given.reserve)),
+        usable_bytes=int(gpu.memory_bytes * (1 - section.reserve)),
     )
 
 
 def limits_of(config: PlanConfig) -> Limits:
-    """Return what the user has decided."""
+    """Return the sizes that the user fixed."""
     axes = config.parallel
     return Limits(
         tp=axes.tp,

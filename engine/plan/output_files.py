@@ -1,4 +1,4 @@
-"""A plan as files that run: the config of `ppo`, and scripts that launch it."""
+"""The files of a plan: the config of `ppo`, and scripts that launch it."""
 
 import math
 import shlex
@@ -23,7 +23,7 @@ CONFIG_NAME, TORCHRUN_NAME, SLURM_NAME = "ppo.yaml", "torchrun.sh", "slurm.sbatc
 
 
 def ppo_config(config: PlanConfig, plan: LayoutPlan) -> PPOConfig:
-    """Return the settings of `ppo` that carry a plan out; what a plan does not touch has its default."""
+    """Return the config of `ppo` for a plan; settings that a plan does not choose have their defaults."""
     layout = plan.choice.layout
     reward_path = config.reward.path
     if reward_path is None and config.reward.function is None:
@@ -89,7 +89,7 @@ def write_files(config: PlanConfig, plan: LayoutPlan) -> list[Path]:
 
 
 def torchrun_script(config: PlanConfig, path: Path) -> str:
-    """Return a script that every node runs; several nodes meet at HEAD_NODE."""
+    """Return a script to run on each node; several nodes rendezvous at HEAD_NODE."""
     nodes, per_node = _nodes(config)
     where = (
         "--standalone"
@@ -107,7 +107,7 @@ def torchrun_script(config: PlanConfig, path: Path) -> str:
 
 
 def slurm_script(config: PlanConfig, path: Path) -> str:
-    """Return a batch script for Slurm: one torchrun a node, the first node is where they meet."""
+    """Return a batch script for Slurm: one torchrun per node, with the rendezvous at the first node."""
     nodes, per_node = _nodes(config)
     return (
         "#!/usr/bin/env bash\n"

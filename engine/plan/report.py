@@ -1,4 +1,4 @@
-"""Plans as text for a terminal."""
+"""The report of plans as text for a terminal."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ Row = tuple[str, ...]
 def report(
     config: PlanConfig, roles: Roles, work: Workload, cluster: Cluster, plans: Sequence[LayoutPlan]
 ) -> str:
-    """Return everything there is to say of the plans, the first one at length."""
+    """Return the report on all plans, with details of the first one."""
     best = plans[0]
     lines = [*_heading(config, roles, work, cluster), "", "plans, fastest first"]
     lines += _table(_plan_rows(plans, cluster))
@@ -45,17 +45,17 @@ def _heading(config: PlanConfig, roles: Roles, work: Workload, cluster: Cluster)
     yield f"{config.model.path}: {sizes} parameters, {config.train.dtype}"
     yield (
         f"{cluster.num_gpus} × {config.cluster.gpu}, {_gb(cluster.gpu.memory_bytes)} GB each, of which "
-        f"{_gb(cluster.usable_bytes)} may be filled; {min(cluster.gpus_per_node, cluster.num_gpus)} a node"
+        f"{_gb(cluster.usable_bytes)} usable; {min(cluster.gpus_per_node, cluster.num_gpus)} per node"
     )
     yield (
-        f"{work.num_prompts} prompts × {work.num_samples} an iteration; up to {work.max_prompt_tokens} + "
+        f"{work.num_prompts} prompts × {work.num_samples} per iteration; up to {work.max_prompt_tokens} + "
         f"{work.max_new_tokens} tokens, {work.mean_prompt_tokens} + {work.mean_new_tokens} on average"
     )
     yield f"rates: {cluster.rates.source}"
 
 
 def _plan_rows(plans: Sequence[LayoutPlan], cluster: Cluster) -> Iterator[Row]:
-    yield ("", "layout", "micro-batch", "layers run again", "peak GB", "s", "tokens/s/GPU", "MFU", "idle")
+    yield ("", "layout", "micro-batch", "recompute", "peak GB", "s", "tokens/s/GPU", "MFU", "idle")
     for number, plan in enumerate(plans, start=1):
         total = plan.estimate.total
         yield (
@@ -76,18 +76,18 @@ def _reason(plan: LayoutPlan, best: LayoutPlan, cluster: Cluster) -> str:
     if plan is best:
         longest = max(phases, key=lambda name: phases[name].seconds)
         return (
-            f"the fastest that fits; {phases[longest].seconds / total.seconds:.0%} of it is {longest}, "
+            f"the fastest that fits; {phases[longest].seconds / total.seconds:.0%} of its time is {longest}, "
             f"{total.communication_s / total.seconds:.0%} communication, "
-            f"{_gb(cluster.usable_bytes - plan.peak_bytes)} GB stay free"
+            f"{_gb(cluster.usable_bytes - plan.peak_bytes)} GB remain free"
         )
     others = best.estimate.phases
     slower = max(phases, key=lambda name: phases[name].seconds - others[name].seconds)
-    mine, its = phases[slower], others[slower]
+    phase, of_best = phases[slower], others[slower]
     causes = {
-        "communication": mine.communication_s - its.communication_s,
-        "waiting for other stages": mine.idle_s - its.idle_s,
+        "communication": phase.communication_s - of_best.communication_s,
+        "waiting for other stages": phase.idle_s - of_best.idle_s,
     }
-    causes["computing"] = mine.seconds - its.seconds - sum(causes.values())
+    causes["computing"] = phase.seconds - of_best.seconds - sum(causes.values())
     cause = max(causes, key=causes.__getitem__)
     factor = total.seconds / best.estimate.total.seconds
     return f"{factor:.2f} × the time of plan 1, most of it in {slower}: {causes[cause]:+.1f} s of {cause}"
@@ -112,7 +112,7 @@ def _memory_rows(roles: Roles, work: Workload, cluster: Cluster, plan: LayoutPla
             yield ("+ generate: a full step", *(_gb(rank.phases[phase]) for rank in ranks))
         elif phase != "start":
             yield (f"+ {phase}", *(_gb(rank.phases[phase]) for rank in ranks))
-    yield ("while optimizers are made", *(_gb(rank.resident + rank.phases["start"]) for rank in ranks))
+    yield ("while optimizers are created", *(_gb(rank.resident + rank.phases["start"]) for rank in ranks))
     peaks = [
         rank.resident
         + max(size + plan.cache_bytes * (name == "generate") for name, size in rank.phases.items())
@@ -173,14 +173,14 @@ def _estimated(
 
 def _notes(config: PlanConfig) -> Iterator[str]:
     yield (
-        "Memory is for full lengths, time for mean ones. Sequences of one length each: answers whose lengths "
-        "differ leave a tail of generation that is not in these figures, nor is PPO's term on demonstrations "
-        "(data.sft_path)."
+        "Memory is estimated for maximum lengths, time for mean lengths. All sequences are taken to have one "
+        "length: the tail of generation that answers of different lengths cause is not included, nor is the "
+        "SFT loss on demonstrations (data.sft_path)."
     )
     unset = [f"model.path ({config.model.path})", f"data.path ({config.data.path})"]
     if config.reward.path is None and config.reward.function is None:
         unset.append(f"reward.path ({REWARD_PLACEHOLDER})")
-    yield f"Before launching, let the config name what is there: {', '.join(unset)}."
+    yield f"Before launching, set these paths in the config: {', '.join(unset)}."
 
 
 def _gb(num_bytes: float) -> str:
@@ -188,15 +188,15 @@ def _gb(num_bytes: float) -> str:
 
 
 def _table(rows: Iterator[Row]) -> list[str]:
-    """Return rows with the first two columns to the left and numbers to the right."""
+    """Return aligned rows: names left-aligned, numbers right-aligned."""
     cells = list(rows)
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     is_named = cells[0][:2] == ("", "layout")
     lines = []
     for row in cells:
         padded = [
-            cell.ljust(width) if place < 1 + is_named else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 1 + is_named else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append(("  " + "  ".join(padded)).rstrip())
     return lines

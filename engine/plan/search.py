@@ -1,4 +1,4 @@
-"""Which layouts fit a cluster, and which of them are fastest; what to change where none fits."""
+"""Finds the fastest layouts that fit a cluster, or the changes that make one fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ _TP = (1, 2, 4, 8, 16)
 _VPP = (1, 2, 4)
 _CP = (1, 2, 4, 8)
 _LONG = 8192
-"""Tokens of a sequence above which context parallelism is looked at."""
+"""Sequence length in tokens above which context parallelism is considered."""
 _MOST_BATCH_TOKENS = 32768
 _AXES = ("tp", "pp", "vpp", "cp")
 _MORE_GPUS = (2, 4, 8, 16, 32, 64)
@@ -21,7 +21,7 @@ _MORE_GPUS = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the user has decided; None leaves it to the search."""
+    """Sizes that the user fixed; None: the search chooses."""
 
     tp: int | None = None
     pp: int | None = None
@@ -33,22 +33,22 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutPlan:
-    """One choice with what it takes."""
+    """One choice with its memory and time."""
 
     choice: Choice
     """Layout and micro-batches."""
     memory: RankMemory
-    """Of the fullest rank."""
+    """Memory of the rank with the highest peak."""
     max_batch: int
-    """Sequences that generate at once on a copy of the model."""
+    """Sequences generated at once per model replica."""
     cache_bytes: int
-    """Of the key/value cache a rank."""
+    """Bytes of the key/value cache per rank."""
     estimate: Estimate
-    """Seconds of an iteration."""
+    """Estimated time of an iteration."""
 
     @property
     def peak_bytes(self) -> int:
-        """The fullest moment, the cache in its phase."""
+        """Peak over all phases, with the key/value cache in generation."""
         phases = dict(self.memory.phases)
         phases["generate"] += self.cache_bytes
         return self.memory.resident + max(phases.values())
@@ -65,18 +65,18 @@ def search(
 
     Args:
         roles: shapes of the models.
-        work: of an iteration.
-        cluster: what it runs on.
-        limits: what is decided already.
-        has_baseline: whether the reference answers each prompt once too.
-        count: the most plans.
+        work: workload of an iteration.
+        cluster: the machines.
+        limits: sizes that the user fixed.
+        has_baseline: whether the reference also answers each prompt once.
+        count: most plans to return.
 
     Raises:
-        NoFit: there is none.
+        NoFit: no layout fits.
     """
     fitting = _fitting(roles, work, cluster, limits)
     if not fitting:
-        raise NoFit(_refusal(roles, work, cluster, limits))
+        raise NoFit(_no_fit_message(roles, work, cluster, limits))
     plans = []
     for choice, memory in fitting:
         max_batch, cache_bytes = _cache(memory, work, choice, cluster)
@@ -95,7 +95,7 @@ def search(
 
 
 def layouts(roles: Roles, work: Workload, num_gpus: int, limits: Limits) -> Iterator[Layout]:
-    """Yield every layout that splits all models evenly, divides the GPUs and leaves each copy a prompt."""
+    """Yield each layout that splits all models evenly, divides the GPUs and has a prompt per dp rank."""
     model = roles.policy
     sizes = range(1, min(model.num_layers, num_gpus) + 1)
     for tp in _TP if limits.tp is None else (limits.tp,):
@@ -119,7 +119,7 @@ def _splits(layout: Layout, roles: Roles) -> bool:
 
 
 def _choices(roles: Roles, work: Workload, num_gpus: int, limits: Limits) -> Iterator[list[Choice]]:
-    """Yield for each layout its choices, the ones that are likely faster first."""
+    """Yield for each layout its choices, those that are likely faster first."""
     if limits.micro_batch_tokens is not None:
         budgets = [limits.micro_batch_tokens]
     else:
@@ -129,8 +129,8 @@ def _choices(roles: Roles, work: Workload, num_gpus: int, limits: Limits) -> Ite
     recomputes = (False, True) if limits.recompute_layers is None else (limits.recompute_layers,)
     for layout in layouts(roles, work, num_gpus, limits):
         yield [
-            Choice(layout=layout, micro_batch_tokens=budget, recompute_layers=again)
-            for again in recomputes
+            Choice(layout=layout, micro_batch_tokens=budget, recompute_layers=recompute)
+            for recompute in recomputes
             for budget in reversed(budgets)
         ]
 
@@ -141,8 +141,8 @@ _KEPT_BATCHES = 2
 def _fitting(
     roles: Roles, work: Workload, cluster: Cluster, limits: Limits
 ) -> list[tuple[Choice, RankMemory]]:
-    """Return for each layout the largest micro-batches that fit; layers run again only where they must."""
-    found = []
+    """Return for each layout the largest micro-batches that fit, with recomputation only if needed."""
+    fitting = []
     for choices in _choices(roles, work, cluster.num_gpus, limits):
         kept: list[tuple[Choice, RankMemory]] = []
         for choice in choices:
@@ -153,8 +153,8 @@ def _fitting(
                 kept.append((choice, memory))
             if len(kept) == _KEPT_BATCHES:
                 break
-        found += kept
-    return found
+        fitting += kept
+    return fitting
 
 
 def _fits(memory: RankMemory, work: Workload, choice: Choice, cluster: Cluster) -> bool:
@@ -162,60 +162,61 @@ def _fits(memory: RankMemory, work: Workload, choice: Choice, cluster: Cluster) 
 
 
 def _needed_bytes(memory: RankMemory, work: Workload, choice: Choice) -> int:
-    """Return the fullest moment with the smallest cache that generates: a sequence a pipeline stage."""
+    """Return the peak bytes with the smallest usable cache: one sequence per pipeline stage."""
     cache = choice.layout.pp * _sequence_pages(work) * memory.cache_page
     return max(memory.peak, memory.resident + memory.phases["generate"] + cache)
 
 
 def _cache(memory: RankMemory, work: Workload, choice: Choice, cluster: Cluster) -> tuple[int, int]:
-    """Return how many sequences generate at once on a rank, and the bytes of the cache for them."""
+    """Return the number of sequences generated at once on a rank, and the bytes of their cache."""
     room = cluster.usable_bytes - memory.resident - memory.phases["generate"]
-    a_sequence = _sequence_pages(work) * memory.cache_page
-    mine = -(-choice.num_sequences(work, cluster.num_gpus) // choice.layout.cp)
-    max_batch = max(choice.layout.pp, min(work.max_batch, mine, room // a_sequence))
-    return max_batch, max_batch * a_sequence
+    sequence_bytes = _sequence_pages(work) * memory.cache_page
+    num_sequences = -(-choice.num_sequences(work, cluster.num_gpus) // choice.layout.cp)
+    max_batch = max(choice.layout.pp, min(work.max_batch, num_sequences, room // sequence_bytes))
+    return max_batch, max_batch * sequence_bytes
 
 
 def _sequence_pages(work: Workload) -> int:
-    """Return the pages that the engine sets aside for a sequence: one more than it fills, for copies."""
+    """Return the pages that the engine reserves per sequence: one more than it fills, for copies."""
     return -(-work.longest // work.page_size) + 1
 
 
-def _refusal(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> str:
-    """Return what is missing, and which single changes make a layout fit."""
+def _no_fit_message(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> str:
+    """Return how much memory is missing, and which single changes make a layout fit."""
     least = _least(roles, work, cluster, limits)
     if least is None:
-        decided = [f"parallel.{axis} {getattr(limits, axis)}" for axis in _AXES if getattr(limits, axis)]
-        if decided and _least(roles, work, cluster, Limits()) is not None:
+        fixed = [f"parallel.{axis} {getattr(limits, axis)}" for axis in _AXES if getattr(limits, axis)]
+        if fixed and _least(roles, work, cluster, Limits()) is not None:
             return (
-                f"no layout with {', '.join(decided)} divides {cluster.num_gpus} GPUs, splits every model "
-                f"evenly and leaves each of its copies one of {work.num_prompts} prompts: others do, "
-                "leave some of it to the plan"
+                f"no layout with {', '.join(fixed)} divides {cluster.num_gpus} GPUs, splits every model "
+                f"evenly and has one of {work.num_prompts} prompts per data-parallel rank: other layouts do, "
+                "set some of these keys to null"
             )
         return (
-            f"no layout divides {cluster.num_gpus} GPUs, splits every model evenly and leaves each of its "
-            f"copies one of {work.num_prompts} prompts: give more prompts, or another number of GPUs"
+            f"no layout divides {cluster.num_gpus} GPUs, splits every model evenly and has one of "
+            f"{work.num_prompts} prompts per data-parallel rank: give more prompts, or change the number of "
+            "GPUs"
         )
     choice, memory = least
     layout = choice.layout
     roles_gb = ", ".join(f"{name} {_gb(held.total)}" for name, held in memory.roles.items())
     phase = max(memory.phases, key=memory.phases.__getitem__)
     changes = [text for text, is_enough in _changes(roles, work, cluster, limits) if is_enough]
-    mend = "; or ".join(changes) if changes else "no single change that was tried is enough: combine them"
+    fix = "; or ".join(changes) if changes else "no single change that was tried is enough: combine them"
     return (
-        f"nothing fits {cluster.num_gpus} GPUs with {_gb(cluster.usable_bytes)} to fill: the leanest layout "
-        f"({layout_name(layout, cluster.num_gpus)}, "
-        f"layers run again: {'yes' if choice.recompute_layers else 'no'}) "
-        f"takes {_gb(_needed_bytes(memory, work, choice))} a GPU: {roles_gb}, "
+        f"no layout fits {cluster.num_gpus} GPUs with {_gb(cluster.usable_bytes)} usable memory: the "
+        f"smallest ({layout_name(layout, cluster.num_gpus)}, "
+        f"layers recomputed: {'yes' if choice.recompute_layers else 'no'}) "
+        f"takes {_gb(_needed_bytes(memory, work, choice))} per GPU: {roles_gb}, "
         f"and {_gb(memory.phases[phase])} in the phase {phase}. "
-        f"What would do: {mend}"
+        f"Changes that make it fit: {fix}"
     )
 
 
 def _changes(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> Iterator[tuple[str, bool]]:
-    """Yield single changes, and whether with them a layout fits."""
+    """Yield single changes, and whether a layout fits with them."""
     if limits != Limits():
-        yield "leave the layout to the plan", bool(_fitting(roles, work, cluster, Limits()))
+        yield "let the plan choose the layout", bool(_fitting(roles, work, cluster, Limits()))
     for factor in _MORE_GPUS:
         more = replace(cluster, num_gpus=cluster.num_gpus * factor)
         enough = replace(work, num_prompts=max(work.num_prompts, more.num_gpus))
@@ -233,7 +234,7 @@ def _changes(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> 
             break
     if roles.reward is not None:
         yield (
-            "a reward function in place of the reward model (reward.function)",
+            "a reward function instead of the reward model (reward.function)",
             bool(_fitting(replace(roles, reward=None), work, cluster, limits)),
         )
     half = replace(
@@ -246,12 +247,12 @@ def _changes(roles: Roles, work: Workload, cluster: Cluster, limits: Limits) -> 
 def _least(
     roles: Roles, work: Workload, cluster: Cluster, limits: Limits
 ) -> tuple[Choice, RankMemory] | None:
-    """Return the choice whose fullest rank holds least."""
-    found = [
+    """Return the choice that needs the fewest bytes on its fullest rank."""
+    candidates = [
         (choices[-1], fullest_rank(roles, work, choices[-1], num_gpus=cluster.num_gpus))
         for choices in _choices(roles, work, cluster.num_gpus, limits)
     ]
-    return min(found, key=lambda one: _needed_bytes(one[1], work, one[0]), default=None)
+    return min(candidates, key=lambda pair: _needed_bytes(pair[1], work, pair[0]), default=None)
 
 
 def _gb(num_bytes: float) -> str:
@@ -259,7 +260,7 @@ def _gb(num_bytes: float) -> str:
 
 
 def layout_name(layout: Layout, num_gpus: int) -> str:
-    """Return a layout in words, data parallelism included."""
+    """Return a layout as text, data parallelism included."""
     parts = [f"tp {layout.tp}", f"pp {layout.pp}", f"dp {layout.dp(num_gpus)}"]
     parts += [f"cp {layout.cp}"] if layout.cp > 1 else []
     parts += [f"vpp {layout.vpp}"] if layout.vpp > 1 else []

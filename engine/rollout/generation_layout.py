@@ -1,4 +1,4 @@
-"""The policy in the layout that it generates in, where that is not the one it trains in."""
+"""The policy in a generation layout that differs from the training layout."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,23 @@ from glm_rlhf.parallel.spec.layout import Layout
 def generation_layout(
     chunks: Sequence[GLMModel], topology: Topology, *, tp: int | None, pp: int | None, timeout_s: float
 ) -> Iterator[ReshardedWeights | None]:
-    """Return, as a context manager, the policy's parameters in another layout; None where it is the same one.
+    """Return, as a context manager, the policy's weights in the generation layout; None if it is the same.
 
-    Every rank of the world enters. Groups and plan are made once; memory is held, and weights move, only
-    while `weights_for_generation` lasts.
+    Every rank of the world enters. Groups and the reshard plan are made once; memory is allocated, and
+    weights are sent, only inside `weights_for_generation`.
 
     Args:
-        chunks: this rank's chunks of the policy, bare.
+        chunks: this rank's chunks of the policy, unwrapped.
         topology: their layout and groups.
-        tp, pp: tensor and pipeline parallelism while generating; None for that of `topology`.
-        timeout_s: seconds after which a collective that some rank never entered fails.
+        tp, pp: tensor- and pipeline-parallel size of generation; None: that of `topology`.
+        timeout_s: seconds after which a collective fails that some rank has not entered.
 
     Raises:
-        ValueError: the layout divides the world or the model into no whole parts.
+        ValueError: the layout does not divide the world or the model evenly.
     """
-    mine = topology.layout
-    layout = Layout(tp=mine.tp if tp is None else tp, pp=mine.pp if pp is None else pp)
-    if (layout.tp, layout.pp) == (mine.tp, mine.pp):
+    training = topology.layout
+    layout = Layout(tp=training.tp if tp is None else tp, pp=training.pp if pp is None else pp)
+    if (layout.tp, layout.pp) == (training.tp, training.pp):
         yield None
         return
     layout.check_model(chunks[0].glm)
@@ -46,9 +46,9 @@ def weights_for_generation(
     """Return, as a context manager, the policy to generate with, and its layout and groups.
 
     Args:
-        chunks: this rank's chunks of the policy, bare; used as they are where there is no second layout.
+        chunks: this rank's chunks of the policy, unwrapped; used in place without a generation layout.
         topology: their layout and groups.
-        resharded: of `generation_layout`; the world communicates, all its ranks enter.
+        resharded: from `generation_layout`; if it is not None, the world communicates and all ranks enter.
     """
     if resharded is None:
         yield chunks, topology

@@ -1,4 +1,4 @@
-"""Answers to prompts, generated on the ranks and weights that train."""
+"""One phase of generation on the ranks and weights that train."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,10 +23,10 @@ _SHARE_OF_FREE_MEMORY = 0.8
 
 
 class GenerationPhase:
-    """Owns what generation needs beside the weights while it lasts: the cache, and recorded decode steps.
+    """Owns the memory of generation: the key/value cache and captured decode steps.
 
-    A context manager: training may have the memory again after it. The weights stay where they are, and may
-    be updated in place while the phase lasts.
+    A context manager that frees this memory at its end. The weights are used in place, and may be updated in
+    place during the phase.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class GenerationPhase:
         longest: int,
         record: Record | None = None,
     ) -> None:
-        """Plan a phase on a policy.
+        """Compute the size of the cache.
 
         Args:
-            chunks: this rank's chunks of the policy, or their parameters in a second layout.
+            chunks: this rank's chunks of the policy, or their weights in a generation layout.
             topology: layout and groups of the chunks.
             batch: how much at once: max_batch, max_step_tokens, page_size, cache_bytes.
             longest: positions of the longest sequence that may come, prompt and answer.
@@ -73,23 +73,23 @@ class GenerationPhase:
         stop_check: Callable[[Sequence[int]], bool] | None = None,
         when_idle: Callable[[], None] | None = None,
     ) -> Iterator[Completion]:
-        """Yield completions as they end, the same on every rank of the pipeline and tensor-parallel groups.
+        """Yield completions as they end, the same on all ranks of the pipeline and tensor-parallel groups.
 
-        Where memory runs out in a step, its sequences wait again and steps are half as large for the rest of
-        the phase. Tensor-parallel ranks can do so where it runs out on all of them at the same collective.
+        If a step runs out of memory, its sequences wait again and steps are half as large for the rest of the
+        phase. With tensor parallelism this needs all ranks to run out at the same collective.
 
         Args:
-            requests: this data-parallel rank's prompts.
-            sampling: the distribution.
-            stop_check: says of an answer's tokens so far whether it ends here, beside its stop ids.
-            when_idle: uses turns in which pipeline stages have nothing to do, as `run_queue` tells.
+            requests: prompts of this data-parallel rank.
+            sampling: the sampling distribution.
+            stop_check: returns whether an answer ends with its tokens so far, in addition to its stop ids.
+            when_idle: called in idle slots of the pipeline, see `run_queue`.
 
         Raises:
-            ValueError: a request that the cache can never hold; the message names it. Or memory ran out for a
-                single token, on one tensor-parallel rank alone or with pipeline stages, whose messages are on
-                their way.
-            FloatingPointError: logits are not finite; the message names the prompts that were being answered.
-                On every rank of the pipeline and tensor-parallel groups.
+            ValueError: a request that the cache can never hold; the message names it. Or an out-of-memory
+                error that smaller steps cannot avoid: at a single token, on one tensor-parallel rank only, or
+                with pipeline stages, whose messages are in flight.
+            FloatingPointError: logits are NaN or Inf; the message names the prompts of the step. On all ranks
+                of the pipeline and tensor-parallel groups.
         """
         assert self._cache is not None, "a generation phase is used inside its with block"
         if not requests:
@@ -116,33 +116,33 @@ class GenerationPhase:
                 except torch.OutOfMemoryError as error:
                     self._shrink(queue, error)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} (prompts {abbreviate(queue.drawing)})") from error
+            raise FloatingPointError(f"{error} (prompts {abbreviate(queue.requests_in_flight)})") from error
         finally:
             queue.close()
 
     def _shrink(self, queue: GenerationQueue, error: torch.OutOfMemoryError) -> None:
-        """Have smaller steps where memory ran out in one; see `run`."""
+        """Halve the size of steps after one ran out of memory, or raise ValueError; see `run`."""
         topology, most = self.topology, 0
         if topology.layout.pp == 1 and has_failed_on_peers(topology.rank, [topology.tp_group]):
             most = queue.shrink()
         if not most:
             raise ValueError(
-                f"rank {topology.rank} has no memory for a step of generation, and with pipeline stages, on "
-                "one tensor-parallel rank alone or for a single token it cannot be made smaller: lower "
+                f"rank {topology.rank} is out of memory in a step of generation, which cannot be made "
+                "smaller with pipeline stages, on one tensor-parallel rank only, or at a single token: lower "
                 f"generation.max_step_tokens, generation.max_batch or generation.cache_bytes ({error})"
             ) from error
         self.batch = replace(self.batch, max_batch=min(self.batch.max_batch, most), max_step_tokens=most)
-        self._stage = None  # and its recorded steps
+        self._stage = None  # and its captured steps
         if topology.device.type == "cuda":
             torch.cuda.empty_cache()
         log_rank(
-            f"out of memory in a step of generation: {most} tokens a step and as many "
-            "sequences at once, at most, from here on until the phase ends",
+            f"out of memory in a step of generation: at most {most} tokens per step, and as many sequences "
+            "at once, for the rest of the phase",
             topology.rank,
         )
 
     def _stage_for(self, sampling: SamplingSettings) -> GenerationStage:
-        """Return the stage that draws from a distribution; recorded steps are kept while it is the same."""
+        """Return the stage for a sampling distribution; captured steps are kept while it is the same."""
         if self._stage is None or self._stage.settings is not sampling:
             self._stage = GenerationStage(
                 self._chunks, self._cache, sampling, longest=self._longest, record=self._record
@@ -150,22 +150,22 @@ class GenerationPhase:
         return self._stage
 
     def _plan_pages(self, longest: int) -> int:
-        """Return the pages of the pool, the same on every rank that shares the queue."""
+        """Return the number of pages of the pool, the same on all ranks that share the queue."""
         glm, layout = self._chunks[0].glm, self.topology.layout
         options = {"page_size": self.batch.page_size, "dtype": self._chunks[0].dtype}
-        # One page a sequence more than it fills: shared prompts are copied on write.
-        wanted = self.batch.max_batch * (-(-longest // self.batch.page_size) + 1)
+        # One page per sequence more than it fills: the last page of a shared prompt is copied.
+        most = self.batch.max_batch * (-(-longest // self.batch.page_size) + 1)
         if self.batch.cache_bytes is not None:
-            return min(wanted, num_pages_within(self.batch.cache_bytes, glm, layout, **options))
+            return min(most, num_pages_within(self.batch.cache_bytes, glm, layout, **options))
         if self.topology.device.type == "cuda":
-            torch.cuda.empty_cache()  # what training let go of is free to the allocator alone until then
+            torch.cuda.empty_cache()  # returns memory that training freed from the allocator to the device
             free_bytes, _ = torch.cuda.mem_get_info(self.topology.device)
             fitting = num_pages_within(int(free_bytes * _SHARE_OF_FREE_MEMORY), glm, layout, **options)
-            return self._smallest(min(wanted, fitting))
-        return wanted
+            return self._smallest(min(most, fitting))
+        return most
 
     def _smallest(self, num_pages: int) -> int:
-        """Return the least that any rank of the model has room for: all replay one queue."""
+        """Return the smallest number among the ranks of the model, which all run the same schedule."""
         least = torch.tensor([num_pages], device=self.topology.device)
         for group in (self.topology.tp_group, self.topology.pp_group):
             torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group)
@@ -173,14 +173,14 @@ class GenerationPhase:
 
 
 def deal_by_length(lengths: Sequence[int], *, rank: int, num_ranks: int) -> list[int]:
-    """Return the indices of the sequences that a rank takes: longest first, dealt there and back again.
+    """Return the indices of the sequences of a rank: longest first, assigned in alternating rank order.
 
-    Every index goes to exactly one of `num_ranks` ranks, and their totals differ by at most the longest.
+    Every index goes to exactly one of `num_ranks` ranks; their total lengths differ by at most the longest.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    taken = []
+    indices = []
     for turn, index in enumerate(order):
-        lap, place = divmod(turn, num_ranks)
-        if (place if lap % 2 == 0 else num_ranks - 1 - place) == rank:
-            taken.append(index)
-    return taken
+        lap, position = divmod(turn, num_ranks)
+        if (position if lap % 2 == 0 else num_ranks - 1 - position) == rank:
+            indices.append(index)
+    return indices

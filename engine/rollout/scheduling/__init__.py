@@ -1,1 +1,1 @@
-"""Which request computes next, and with which pages of the cache."""
+"""Scheduling of requests and of pages of the key/value cache."""

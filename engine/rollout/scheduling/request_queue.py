@@ -1,4 +1,4 @@
-"""Hands out the steps of generation and takes in what they drew: continuous batching without a tensor."""
+"""The queue of generation: returns step plans and takes sampled tokens; continuous batching, no tensors."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -27,24 +27,24 @@ __all__ = [
 
 
 class GenerationQueue:
-    """All sequences of one phase of generation, the pages they own and the groups they run in.
+    """All sequences of one phase of generation, their pages and their groups.
 
     Ranks that make the same calls in the same order get the same steps. For each group: `next`, then, if it
-    gave a step, `take`, before its next `next`. With several groups: next(0), next(1), …, next(G − 1),
+    returned a step, `take`, before its next `next`. With several groups: next(0), next(1), …, next(G − 1),
     take(0), next(0), take(1), next(1), … Between `next` and `take` a group's step is in flight: its sequences
-    and their pages are left alone. `roster` tells the rules by which sequences run, share, wait and yield.
+    and pages do not change. The module `scheduler` states the rules of running, sharing and preemption.
 
     Args:
         requests: the prompts; their indices differ.
-        num_pages: pages of the cache, owned by this queue from now to `close`.
-        page_size: positions a page.
-        max_batch: the most sequences that run at once, over all groups; at least one a group.
-        max_step_tokens: the most tokens fed in one step; at least a group's share of `max_batch`.
-        num_groups: groups that take turns, at least the number of pipeline stages.
-        stop_check: given the tokens drawn for a sequence after each new one, says whether it ends there.
+        num_pages: pages of the cache, owned by this queue until `close`.
+        page_size: positions per page.
+        max_batch: most sequences that run at once, over all groups; at least one per group.
+        max_step_tokens: most tokens fed in one step; at least a group's share of `max_batch`.
+        num_groups: groups that alternate, at least the number of pipeline stages.
+        stop_check: called with a sequence's sampled tokens after each new one; returns whether it ends.
 
     Raises:
-        ValueError: a request (named by its index) cannot be answered, or a limit does not fit.
+        ValueError: a request (named by its index) cannot be answered, or a limit is invalid.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class GenerationQueue:
         )
         self._page_size = page_size
         self._stop_check = stop_check
-        self._in_flight: list[list[SequenceState] | None] = [None] * num_groups  # those that draw, in order
+        self._in_flight: list[list[SequenceState] | None] = [None] * num_groups  # those that sample, in order
 
     @property
     def pool(self) -> PagePool:
-        """Who owns which page; for reading."""
+        """The pages and their owners; read only."""
         return self._scheduler.pool
 
     @property
@@ -83,8 +83,8 @@ class GenerationQueue:
         return self._scheduler.num_unfinished == 0
 
     @property
-    def drawing(self) -> list[int]:
-        """Requests for which the steps in flight draw a token."""
+    def requests_in_flight(self) -> list[int]:
+        """Indices of the requests for which the steps in flight sample a token."""
         steps = [step for step in self._in_flight if step]
         return sorted({sequence.prompt.request.index for step in steps for sequence in step})
 
@@ -100,22 +100,22 @@ class GenerationQueue:
 
     @property
     def statistics(self) -> QueueStatistics:
-        """What was done so far."""
+        """Counts so far."""
         return self._scheduler.statistics
 
     def next(self, group: int) -> StepPlan | None:
-        """Return what `group` does now, or None if it has nothing to do; other groups may have."""
+        """Return the next step of `group`, or None if it has nothing to do; other groups may have."""
         assert self._in_flight[group] is None, f"next({group}) although its step is in flight"
         planned, copies = self._scheduler.schedule(group)
         if not planned:
             return None
-        decodes = [one for one in planned if one.is_decode]
-        prefills = [one for one in planned if not one.is_decode]
-        self._in_flight[group] = [one.sequence for one in decodes + prefills if one.samples]
+        decodes = [entry for entry in planned if entry.is_decode]
+        prefills = [entry for entry in planned if not entry.is_decode]
+        self._in_flight[group] = [entry.sequence for entry in decodes + prefills if entry.samples]
         return StepPlan(
             copies=tuple(copies),
-            decodes=tuple(self._work(one) for one in decodes),
-            prefills=tuple(self._work(one) for one in prefills),
+            decodes=tuple(self._work(entry) for entry in decodes),
+            prefills=tuple(self._work(entry) for entry in prefills),
         )
 
     def take(
@@ -125,32 +125,32 @@ class GenerationQueue:
         logprobs: Sequence[float],
         untempered_logprobs: Sequence[float],
     ) -> list[Completion]:
-        """Return the sequences that end with the tokens drawn in the last step of `group`.
+        """Return the sequences that end with the tokens sampled in the last step of `group`.
 
         Args:
-            group: whose step is in flight.
-            tokens: the drawn ids: of the decodes, then of the prefills that sample, in the step's order.
-            logprobs: of each, under the distribution it was drawn from.
-            plain_logprobs: of each, under the model's own distribution.
+            group: the group of the step in flight.
+            tokens: sampled ids: of the decodes, then of the prefills that sample, in the step's order.
+            logprobs: of each token, under the sampling distribution.
+            untempered_logprobs: of each token, under the model's untempered distribution.
 
         Raises:
-            ValueError: not as many as the step draws; nothing was taken.
+            ValueError: another number of tokens than the step samples; nothing is changed.
         """
-        drawing = self._in_flight[group]
-        assert drawing is not None, f"take({group}) without a step in flight"
-        given = (len(tokens), len(logprobs), len(untempered_logprobs))
-        if given != (len(drawing),) * 3:
+        sequences = self._in_flight[group]
+        assert sequences is not None, f"take({group}) without a step in flight"
+        counts = (len(tokens), len(logprobs), len(untempered_logprobs))
+        if counts != (len(sequences),) * 3:
             raise ValueError(
-                f"take({group}) was given {given} tokens, logprobs and plain logprobs; the step draws "
-                f"{len(drawing)}: one for each decode, then one for each prefill that samples"
+                f"take({group}) was given {counts} tokens, logprobs and untempered logprobs; the step "
+                f"samples {len(sequences)}: one for each decode, then one for each prefill that samples"
             )
         self._in_flight[group] = None
         self._scheduler.on_step_done(group)
         completions = []
-        for sequence, *drawn in zip(drawing, tokens, logprobs, untempered_logprobs, strict=True):
-            sequence.tokens.append(int(drawn[0]))
-            sequence.logprobs.append(float(drawn[1]))
-            sequence.untempered_logprobs.append(float(drawn[2]))
+        for sequence, *sampled in zip(sequences, tokens, logprobs, untempered_logprobs, strict=True):
+            sequence.tokens.append(int(sampled[0]))
+            sequence.logprobs.append(float(sampled[1]))
+            sequence.untempered_logprobs.append(float(sampled[2]))
             reason = self._finish_reason(sequence)
             if reason is not None:
                 self._scheduler.finish(sequence)
@@ -158,13 +158,13 @@ class GenerationQueue:
         return completions
 
     def shrink(self) -> int:
-        """Give up the steps in flight, whose sequences wait again, and make those to come half as large.
+        """Cancel the steps in flight, preempt all running sequences, and halve the size of later steps.
 
-        For one group: with several each would have to keep a sequence.
+        For a single group only: with several, each must keep a sequence.
 
         Returns:
-            The most tokens of a step from now on, and the most sequences at once; 0 where a step of a single
-            token was in flight, which stays.
+            The new limit of tokens per step and of sequences at once; 0 if the step in flight has a single
+            token, and nothing changes.
         """
         most = self._scheduler.shrink()
         if most:
@@ -172,27 +172,27 @@ class GenerationQueue:
         return most
 
     def close(self) -> None:
-        """Give every page back and forget all sequences, also in mid-run; may be called twice.
+        """Release all pages and drop all sequences, also before they end; may be called twice.
 
-        The pool checks that no page was lost.
+        The pool checks that no page is leaked.
         """
         self._in_flight = [None] * len(self._in_flight)
         self._scheduler.clear()
 
-    def _work(self, one: Planned) -> SequenceWork:
-        sequence, end = one.sequence, one.sequence.num_cached + one.num_tokens
+    def _work(self, entry: Planned) -> SequenceWork:
+        sequence, end = entry.sequence, entry.sequence.num_cached + entry.num_tokens
         return SequenceWork(
             sequence=sequence.identity,
-            tokens=sequence.unfed_tokens(one.num_tokens),
+            tokens=sequence.unfed_tokens(entry.num_tokens),
             start=sequence.num_cached,
             pages=sequence.pages[: -(-end // self._page_size)],
-            samples=one.samples,
+            samples=entry.samples,
             seed=sequence.seed,
             num_generated=len(sequence.tokens),
         )
 
     def _finish_reason(self, sequence: SequenceState) -> Literal["stop", "length"] | None:
-        """Return why `sequence` ends with the token drawn last, or None if it does not."""
+        """Return why `sequence` ends with its last token, or None if it does not."""
         request = sequence.prompt.request
         if sequence.tokens[-1] in request.stop_ids:
             return "stop"

@@ -1,4 +1,4 @@
-"""What is asked of generation, what a step does and what comes out: the frozen types of the queue."""
+"""The frozen types of the queue: requests, completions and statistics."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,20 +15,20 @@ _WORD = 2**64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt and how it is to be answered."""
+    """One prompt, with the number, length and seed of its answers."""
 
     index: int
-    """Its place in the caller's list; unique, and named in errors and completions."""
+    """Its index in the caller's list; unique, and used in errors and completions."""
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     num_samples: int = 1
-    """Answers wanted, at least one."""
+    """Number of answers, at least one."""
     max_new_tokens: int
-    """The most tokens an answer may have, at least one."""
+    """Most tokens per answer, at least one."""
     stop_ids: frozenset[int]
-    """Token ids that end an answer; the answer keeps the one that ended it."""
+    """Token ids that end an answer; the answer includes the one that ended it."""
     seed: int
-    """Of this request, any integer; sample k draws from `sample_seed(seed, k)`."""
+    """Seed of this request, any integer; sample k uses `sample_seed(seed, k)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,33 +40,33 @@ class Completion:
     sample: int
     """0 … num_samples − 1."""
     tokens: tuple[int, ...]
-    """The drawn token ids, with the stop id if one ended it."""
+    """Sampled token ids, including the stop id if one ended the answer."""
     logprobs: tuple[float, ...]
-    """Of each token, under the distribution it was drawn from."""
+    """Of each token, under the sampling distribution."""
     untempered_logprobs: tuple[float, ...]
-    """Of each token, under the model's own distribution."""
+    """Of each token, under the model's untempered distribution."""
     finish_reason: Literal["stop", "length"]
     """"stop": a stop id or the stop check ended it; "length": max_new_tokens did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStatistics:
-    """What a queue has done so far."""
+    """Counts of a queue so far."""
 
     num_steps: int = 0
-    """Steps given out."""
+    """Steps returned."""
     num_skips: int = 0
-    """Times a group had nothing to do although the queue was not finished."""
+    """Times that a group had nothing to do before the queue was finished."""
     num_preemptions: int = 0
-    """Times a sequence lost its pages to an earlier one."""
+    """Times that a sequence lost its pages to an earlier one."""
     num_tokens: int = 0
-    """Tokens fed, those fed again after a preemption included."""
+    """Tokens fed, including those fed again after a preemption."""
     num_shared_pages: int = 0
-    """Pages that a sequence took over from another sample of its prompt instead of computing them."""
+    """Pages that a sequence shares with another sample of its prompt instead of computing them."""
     num_copied_pages: int = 0
     """Partly filled pages that were copied for the same purpose."""
     peak_pages: int = 0
-    """The most pages owned at once."""
+    """Most pages owned at once."""
 
 
 def sample_seed(seed: int, sample: int) -> int:

@@ -1,21 +1,21 @@
 """Decides which sequences run, on which pages.
 
-Waiting: largest max_new_tokens first, then longest prompt, then the caller's order, samples of a prompt side
-by side. Long work first leaves short work for the end, when the batch can no longer be filled. A preempted
-sequence goes before all that have not started.
+Waiting sequences start in this order: largest max_new_tokens first, then longest prompt, then the caller's
+order; samples of a prompt are adjacent. Long sequences first leaves short ones for the end, when the batch
+can no longer be filled. Preempted sequences come before all that have not started.
 
-Samples of one prompt: the first one started prefills the prompt, its siblings are parked until all but the
+Samples of one prompt: the first one to start prefills the prompt; its siblings are blocked until all but the
 prompt's last token is in the cache. A sibling then shares the pages before the one that holds the last prompt
-token, gets a copy of that one if it holds anything else, and feeds the last prompt token again. Feeding it
-again costs one token, and draws the sibling's first token as every other token is drawn: by a forward of its
-own row, with its own seed, at num_generated = 0. Nothing is written to a shared page: the pages before the
-copied one are full. If a sample finishes while siblings wait and none of them runs, its prompt pages are kept
-for the next one, but given up before any sequence is preempted, and to what starts before that one.
+token, gets a copy of that one if it holds anything else, and feeds the last prompt token again. This costs
+one token, and makes the sibling's first token the result of a forward of its own row, with its own seed, at
+num_generated = 0, like every other token. Nothing is written to a shared page: the pages before the copied
+one are full. If a sample finishes while siblings wait and none of them runs, its prompt pages are held for
+the next sibling, and released before any sequence is preempted and for sequences that start before it.
 
-Pages: a sequence gets the pages of all tokens it has when it starts, later one at a time. Without a free page
-it preempts the most recently started sequence, if that started after it, of the groups that have no step in
-flight. If there is none, it keeps its pages and sits out, and nothing is started before it moves again. The
-earliest started sequence is preempted by nobody and fits alone, so each sequence finishes.
+Pages: a sequence gets the pages of all its tokens when it starts, later one page at a time. Without a free
+page it preempts the most recently started sequence, of the groups without a step in flight, that started
+after it. If there is none, it keeps its pages and stalls, and no sequence starts until it runs again. The
+earliest started sequence is never preempted and fits alone, so every sequence finishes.
 """
 
 import heapq
@@ -32,26 +32,26 @@ __all__ = ["Planned", "Scheduler"]
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A sequence of a step."""
+    """A sequence in a step."""
 
     sequence: SequenceState
     num_tokens: int
-    """How many of its unfed tokens it feeds."""
+    """Number of its unfed tokens to feed."""
     samples: bool
-    """Whether they are all, so that the next token can be drawn."""
+    """Whether these are all, so that the next token is sampled."""
 
     @property
     def is_decode(self) -> bool:
-        """Whether it feeds one token and draws the next."""
+        """Whether it feeds one token and samples the next."""
         return self.samples and self.num_tokens == 1
 
 
 class Scheduler:
-    """Who waits, who runs in which group and who owns which page.
+    """Owns the waiting sequences, the running ones of each group, and the pool of pages.
 
     Args:
-        requests: checked.
-        num_pages, page_size, max_batch, max_step_tokens, num_groups: as for `GenerationQueue`, checked.
+        requests: validated.
+        num_pages, page_size, max_batch, max_step_tokens, num_groups: as for `GenerationQueue`, validated.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Scheduler:
         self._groups: list[list[SequenceState]] = [[] for _ in range(num_groups)]  # earliest started first
         self._in_flight: list[list[Planned] | None] = [None] * num_groups
         self._waiting = [(sequence.rank, sequence) for sequence in states_of(requests, page_size)]  # a heap
-        self._stalled: set[SequenceState] = set()  # sit out for want of a page
+        self._stalled: set[SequenceState] = set()  # running, but without a free page
         self._holders: list[PromptState] = []  # those with held pages
         self._num_started = 0
 
@@ -83,36 +83,36 @@ class Scheduler:
         return sum(len(running) for running in self._groups)
 
     def schedule(self, group: int) -> tuple[list[Planned], list[tuple[int, int]]]:
-        """Return what `group` does now and the copies of pages before it.
+        """Return the next step of `group` and the page copies before it.
 
-        If it does anything, its step is in flight until `on_step_done`.
+        Unless the step is empty, it is in flight until `on_step_done`.
         """
         planned = self._continue_running(group)
         copies = self._start_waiting(group, planned)
         if planned:
             self._in_flight[group] = planned
-            self._count(num_steps=1, num_tokens=sum(one.num_tokens for one in planned))
+            self._count(num_steps=1, num_tokens=sum(entry.num_tokens for entry in planned))
         elif self.num_unfinished:
             self._count(num_skips=1)
         return planned, copies
 
     def on_step_done(self, group: int) -> None:
-        """Note that the tokens of the step in flight are in the cache."""
-        for one in self._in_flight[group] or ():
-            sequence, prompt = one.sequence, one.sequence.prompt
-            sequence.num_cached += one.num_tokens
+        """Record that the tokens of the step in flight are in the cache."""
+        for entry in self._in_flight[group] or ():
+            sequence, prompt = entry.sequence, entry.sequence.prompt
+            sequence.num_cached += entry.num_tokens
             if prompt.prefiller is sequence and sequence.num_cached >= prompt.num_reused:
                 self._end_prefill(prompt)
         self._in_flight[group] = None
 
     def shrink(self) -> int:
-        """Give up the steps in flight and preempt all that run; feed half as much a step from here on.
+        """Cancel the steps in flight, preempt all running sequences, and halve the size of later steps.
 
         Returns:
-            The most tokens a step, and sequences at once, from now on; 0 where the largest step that was in
-            flight had a single token, and nothing changes.
+            The new limit of tokens per step and of sequences at once; 0 if the largest step in flight has a
+            single token, and nothing changes.
         """
-        sizes = [sum(one.num_tokens for one in planned) for planned in self._in_flight if planned]
+        sizes = [sum(entry.num_tokens for entry in planned) for planned in self._in_flight if planned]
         assert sizes, "no step is in flight that could have been too large"
         most = max(sizes) // 2
         if most:
@@ -124,7 +124,7 @@ class Scheduler:
         return most
 
     def finish(self, sequence: SequenceState) -> None:
-        """End a sequence; its pages go back, but for those that a waiting sibling can use."""
+        """End a sequence and release its pages, except those that a waiting sibling can reuse."""
         prompt = sequence.prompt
         self._leave(sequence)
         self.num_unfinished -= 1
@@ -138,7 +138,7 @@ class Scheduler:
         sequence.pages = ()
 
     def clear(self) -> None:
-        """Take all pages back and forget all sequences; the pool checks that no page was lost."""
+        """Release all pages and drop all sequences; the pool checks that no page is leaked."""
         for running in self._groups:
             for sequence in running:
                 self.pool.release(sequence.pages)
@@ -152,14 +152,14 @@ class Scheduler:
         self.pool.assert_all_free()
 
     def _continue_running(self, group: int) -> list[Planned]:
-        """Return the work of the sequences that run in `group`, each with the pages it needs."""
+        """Return the entries of the sequences that run in `group`, each with the pages it needs."""
         unfed = [(sequence, sequence.num_unfed) for sequence in self._groups[group]]
-        # Every decode feeds one token; what they leave is for chunks.
+        # Each decode feeds one token; the rest of the budget is for prefill chunks.
         budget = self._max_step_tokens - sum(num_unfed == 1 for _, num_unfed in unfed)
         planned = []
         for sequence, num_unfed in unfed:
             if sequence.group is None:
-                continue  # preempted by an earlier one just now
+                continue  # preempted by an earlier sequence in this loop
             num_tokens = 1 if num_unfed == 1 else min(num_unfed, budget)
             if num_tokens == 0:
                 continue
@@ -172,10 +172,15 @@ class Scheduler:
         return planned
 
     def _grow(self, sequence: SequenceState, num_tokens: int) -> bool:
-        """Return whether `sequence` could be given the pages that `num_tokens` more positions need."""
+        """Return whether `sequence` gets the pages that `num_tokens` more positions need."""
         count = self._num_pages(sequence.num_cached + num_tokens) - len(sequence.pages)
         if count <= 0:
             return True
+        # Held pages save the next sibling a prefill, a preemption costs a prefill of all tokens so far: held
+        # pages go first. Then the last started sequence yields, as it has computed least and as preempting
+        # only later ones lets the earliest always run on. A step in flight reads and writes its pages, so its
+        # group yields none. Without a victim the sequence stalls rather than yield its pages itself: with
+        # one free page it continues at once.
         while self.pool.num_free < count:
             if self._holders:
                 self._drop_held_pages(max(self._holders, key=_last_to_start))
@@ -188,18 +193,18 @@ class Scheduler:
         return True
 
     def _victim(self, sequence: SequenceState) -> SequenceState | None:
-        """Return the last started of the groups without a step in flight, or None if that is `sequence`."""
+        """Return the last started sequence of groups without a step in flight; None if it is `sequence`."""
         last = [
             running[-1]
             for running, in_flight in zip(self._groups, self._in_flight, strict=True)
             if running and in_flight is None
         ]
-        # The group of `sequence` is one of them, so that the victim never started before it.
+        # The group of `sequence` is one of them, so the victim never started before it.
         victim = max(last, key=_started)
         return None if victim is sequence else victim
 
     def _preempt(self, sequence: SequenceState) -> None:
-        """Take every page from `sequence` and put it before all that wait and have not started."""
+        """Release all pages of `sequence` and let it wait, before all sequences that have not started."""
         prompt = sequence.prompt
         self._leave(sequence)
         self.pool.release(sequence.pages)
@@ -211,15 +216,15 @@ class Scheduler:
         self._count(num_preemptions=1)
 
     def _start_waiting(self, group: int, planned: list[Planned]) -> list[tuple[int, int]]:
-        """Add to `planned` what starts in `group` now; return the copies of pages it needs."""
+        """Add to `planned` the sequences that start in `group` now; return the page copies they need."""
         copies: list[tuple[int, int]] = []
-        budget = self._max_step_tokens - sum(one.num_tokens for one in planned)
+        budget = self._max_step_tokens - sum(entry.num_tokens for entry in planned)
         while budget > 0 and self._waiting and not self._stalled and self._has_room(group):
             _, sequence = self._waiting[0]
             prompt = sequence.prompt
             if prompt.prefiller is not None:
                 heapq.heappop(self._waiting)
-                prompt.parked.append(sequence)
+                prompt.blocked.append(sequence)
                 continue
             if not self._give_first_pages(sequence, copies):
                 break
@@ -236,16 +241,17 @@ class Scheduler:
         return copies
 
     def _has_room(self, group: int) -> bool:
-        """Return whether `group` runs less than its even share of the sequences that could run."""
+        """Return whether `group` runs fewer than its even share of the sequences that could run."""
         num_sequences = min(self._max_batch, self.num_unfinished)
         share, rest = divmod(num_sequences, len(self._groups))
         return len(self._groups[group]) < share + (group < rest)
 
     def _give_first_pages(self, sequence: SequenceState, copies: list[tuple[int, int]]) -> bool:
-        """Return whether `sequence` could be given the pages of all its tokens, from its siblings or new.
+        """Return whether `sequence` gets the pages of all its tokens, from its siblings or new.
 
-        One page for each running sequence is left over: each needs its next page soon, and would have to
-        preempt this one. Nobody is preempted here, so no page in `copies` changes hands before the step.
+        One page per running sequence stays free: each needs its next page soon, and would otherwise preempt
+        this sequence. No sequence is preempted here, so no page in `copies` changes its owner before the
+        step.
         """
         prompt = sequence.prompt
         source = prompt.source
@@ -267,7 +273,7 @@ class Scheduler:
                 copies.append((source.pages[prompt.num_full_pages], pages[0]))
                 self._count(num_copied_pages=1)
         elif reused:
-            # They change their owner; as its pages they serve the siblings after it.
+            # The held pages become pages of this sequence, and serve later siblings as such.
             self._holders.remove(prompt)
             prompt.held_pages = ()
             self._count(num_shared_pages=len(reused))
@@ -279,14 +285,14 @@ class Scheduler:
         return True
 
     def _end_prefill(self, prompt: PromptState) -> None:
-        """Let the parked samples of `prompt` start."""
+        """Unblock the samples of `prompt`."""
         prompt.prefiller = None
-        for sequence in prompt.parked:
+        for sequence in prompt.blocked:
             heapq.heappush(self._waiting, (sequence.rank, sequence))
-        prompt.parked.clear()
+        prompt.blocked.clear()
 
     def _leave(self, sequence: SequenceState) -> None:
-        """Take `sequence` out of its group."""
+        """Remove `sequence` from its group."""
         assert sequence.group is not None
         self._groups[sequence.group].remove(sequence)
         sequence.prompt.running.remove(sequence)
@@ -294,8 +300,8 @@ class Scheduler:
         self._stalled.discard(sequence)
 
     def _drop_held_pages(self, prompt: PromptState) -> None:
-        """Free the pages that `prompt` keeps for its waiting samples: the next one computes them again."""
-        assert prompt.held_pages, f"record {prompt.request.index} keeps no pages"
+        """Release the pages held for the waiting samples of `prompt`: the next one computes them again."""
+        assert prompt.held_pages, f"record {prompt.request.index} holds no pages"
         self._holders.remove(prompt)
         self.pool.release(prompt.held_pages)
         prompt.held_pages = ()

@@ -1,4 +1,4 @@
-"""The state of prompts and their samples while a queue answers them."""
+"""The state of prompts and their samples in the queue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ __all__ = ["PromptState", "SequenceState", "states_of"]
 
 @dataclass(slots=True, eq=False)
 class PromptState:
-    """A request in the queue: what its samples share."""
+    """A request in the queue: the state that its samples share."""
 
     request: GenerationRequest
     num_full_pages: int
-    """Pages before the one that holds the last prompt token: samples share them."""
+    """Number of pages before the one that holds the last prompt token; samples share them."""
     copies_page: bool
     """Whether the page of the last prompt token holds other prompt tokens: siblings get a copy of it."""
     num_unfinished: int
@@ -23,10 +23,10 @@ class PromptState:
     """Samples that own pages, in the order in which they got them."""
     prefiller: "SequenceState | None" = None
     """The sample that computes the prompt now."""
-    parked: list["SequenceState"] = field(default_factory=list)
-    """Samples whose turn came while the prefiller was at work; the roster has all others that wait."""
+    blocked: list["SequenceState"] = field(default_factory=list)
+    """Samples that could start but wait for the prefiller; all other waiting ones are in the scheduler."""
     held_pages: tuple[int, ...] = ()
-    """Prompt pages of a finished sample, kept for the next one to start."""
+    """Prompt pages of a finished sample, held for the next sample to start."""
 
     @property
     def num_waiting(self) -> int:
@@ -35,19 +35,19 @@ class PromptState:
 
     @property
     def num_reused(self) -> int:
-        """Positions that siblings need not compute: all of the prompt but its last token."""
+        """Number of positions that siblings reuse: the prompt without its last token."""
         return len(self.request.prompt) - 1
 
     @property
     def num_prompt_pages(self) -> int:
-        """Pages that hold a reused position."""
+        """Number of pages that hold a reused position."""
         return self.num_full_pages + self.copies_page
 
     @property
     def source(self) -> "SequenceState | None":
-        """The sample whose reused positions siblings take, None if none runs; not asked while one prefills.
+        """The sample whose positions siblings reuse, None if none runs; not used while one prefills.
 
-        Being the first that runs, it did not start in the same step, so that its pages are no copy's target.
+        As the first running sample it did not start in the same step, so its pages are not targets of copies.
         """
         return self.running[0] if self.running else None
 
@@ -61,22 +61,22 @@ class SequenceState:
     sample: int
     seed: int
     rank: tuple[int, int]
-    """Among the waiting, smallest first: (1, place in the queue), after a preemption (0, started)."""
+    """Order of waiting sequences, smallest first: (1, position in the queue); if preempted, (0, started)."""
     started: int = -1
-    """How many sequences had started before; kept over preemptions."""
+    """Number of sequences that started before it; kept when preempted."""
     group: int | None = None
-    """None while it waits."""
+    """Group that it runs in; None while it waits."""
     num_cached: int = 0
-    """Positions in the cache, those of a step in flight not included."""
+    """Positions in the cache, without those of a step in flight."""
     pages: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)
-    """Drawn so far."""
+    """Sampled so far."""
     logprobs: list[float] = field(default_factory=list)
     untempered_logprobs: list[float] = field(default_factory=list)
 
     @property
     def num_unfed(self) -> int:
-        """Tokens that are not in the cache, prompt and drawn ones; at least one."""
+        """Number of prompt and sampled tokens that are not in the cache; at least one."""
         return len(self.prompt.request.prompt) + len(self.tokens) - self.num_cached
 
     def unfed_tokens(self, count: int) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class SequenceState:
 
 
 def states_of(requests: Sequence[GenerationRequest], page_size: int) -> list[SequenceState]:
-    """Return every sequence of `requests`, ranked: most new tokens, longest prompt, caller's order, sample.
+    """Return all sequences of `requests`, ordered by new tokens, prompt length, caller's order and sample.
 
     Identities follow the caller's order.
     """
@@ -108,6 +108,6 @@ def states_of(requests: Sequence[GenerationRequest], page_size: int) -> list[Seq
         return -request.max_new_tokens, -len(request.prompt), sequence.identity
 
     sequences.sort(key=longest_first)
-    for place, sequence in enumerate(sequences):
-        sequence.rank = (1, place)
+    for position, sequence in enumerate(sequences):
+        sequence.rank = (1, position)
     return sequences

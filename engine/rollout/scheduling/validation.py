@@ -1,4 +1,4 @@
-"""Refuses requests and limits with which generation could not end."""
+"""Checks requests and limits, so that generation can finish."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def check_limits(
 
 
 def check_requests(requests: Sequence[GenerationRequest], num_positions: int) -> None:
-    """Raise ValueError, naming the record, unless each request can be answered in `num_positions` alone."""
+    """Raise ValueError, naming the record, unless each request fits alone in `num_positions`."""
     seen = set()
     for request in requests:
         record = f"record {request.index}"

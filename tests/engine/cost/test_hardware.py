@@ -52,9 +52,9 @@ def test_a_file_of_rates_is_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flop_per_s": 0}, "flop_per_s is 0, required is a number above 0"),
+        ({"flop_per_s": 0}, "flop_per_s is 0, it must be a number above 0"),
         ({"layer_s": True}, "layer_s is True"),
-        ({"source": 3}, "source is 3, required is text"),
+        ({"source": 3}, "source is 3, it must be text"),
         ({"flops": 1.0}, "flops"),
         ({"bytes_per_s": float("nan")}, "bytes_per_s is nan"),
     ],
@@ -69,7 +69,7 @@ def test_a_bad_file_is_refused_by_name(tmp_path, change, message):
 def test_a_missing_name_and_no_json_are_refused(tmp_path):
     path = tmp_path / "rates.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"is no JSON: .*glm-rlhf bench"):
+    with pytest.raises(ValueError, match=r"is not JSON: .*glm-rlhf bench"):
         read_rates(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=fields(Rates)[0].name):

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, capsys):
     arguments = ["plan", "model.path=glm-4-0414-32b", "cluster.gpus=8", f"run.output={tmp_path}"]
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "nothing fits 8 GPUs with 72.0 GB" in message
+    assert "no layout fits 8 GPUs with 72.0 GB" in message
     assert "32 GPUs" in message
     assert not (tmp_path / "ppo.yaml").exists()
     assert main([*arguments, "cluster.gpus=32"]) == 0
@@ -154,7 +154,7 @@ def test_a_layout_that_cannot_be_is_refused(tmp_path):
     ("override", "message"),
     [
         ("model.path=chatglm3-6", "chatglm3-6b"),
-        ("cluster.gpus=12", "whole nodes"),
+        ("cluster.gpus=12", "a multiple of 8"),
         ("data.mean_prompt_tokens=2000", "above the longest"),
         ("generation.max_new_tokens=8000", "context is 8192"),
         ("cluster.rates=nowhere.json", "nowhere.json"),

@@ -112,7 +112,7 @@ def test_stop_texts_end_answers_on_every_rank_alike(ranks, tmp_path):
     "prompts, sentence",
     [
         ([[5], []], "prompt 1 has 0 tokens"),
-        ([[5] * 512, [5]], "prompt 0 has 512 tokens, required are 1 to 511"),
+        ([[5] * 512, [5]], "prompt 0 has 512 tokens, it must have 1 to 511"),
         ([[5], "text"], "no tokenizer"),
         ([], "0 prompts"),
     ],

@@ -61,7 +61,7 @@ def check(expected, found, met, rows, most_rows: int) -> None:
 @pytest.mark.parametrize("most_rows", [1, 5])
 def test_steps_become_smaller_and_the_answers_stay(most_rows, capfd):
     check(*with_and_without_memory({}, most_rows), most_rows)
-    assert "out of memory in a step of generation: 20 tokens a step" in capfd.readouterr().err
+    assert "out of memory in a step of generation: at most 20 tokens per step" in capfd.readouterr().err
 
 
 def test_tensor_parallel_ranks_whose_memory_ends_at_one_place_go_on(ranks):
@@ -72,7 +72,7 @@ def test_tensor_parallel_ranks_whose_memory_ends_at_one_place_go_on(ranks):
 @pytest.mark.slow  # ranks that wait for each other are started anew
 @pytest.mark.parametrize("axes, on_rank", [({"tp": 4}, 1), ({"pp": 4}, None)], ids=["tp, one rank", "pp"])
 def test_where_steps_cannot_become_smaller_the_run_ends_and_says_so(ranks, axes, on_rank):
-    with pytest.raises(AssertionError, match=r"rank \d has no memory for a step.*lower generation\.max"):
+    with pytest.raises(AssertionError, match=r"rank \d is out of memory in a step.*lower generation\.max"):
         ranks.run(run_out, axes, on_rank)
 
 
@@ -88,7 +88,7 @@ def test_no_memory_for_one_token_is_an_error_and_no_endless_loop():
         chunks, requests = make_chunks(Case(), topology), make_requests(3)
         with (
             make_phase(chunks, topology, requests, **WIDE) as phase,
-            pytest.raises(ValueError, match=r"rank 0 has no memory for a step of generation"),
+            pytest.raises(ValueError, match=r"rank 0 is out of memory in a step of generation"),
         ):
             answers(phase, requests)
         assert rows[-1] == 1

@@ -30,7 +30,7 @@ def test_a_shared_page_is_free_after_its_last_owner():
 def test_too_much_is_refused_as_a_whole():
     pool = PagePool(3)
     pool.take(2)
-    with pytest.raises(OutOfPages, match="2 pages asked for, 1 of 3 are free"):
+    with pytest.raises(OutOfPages, match="2 pages requested, 1 of 3 are free"):
         pool.take(2)
     assert pool.num_free == 1
     assert pool.take(0) == []

@@ -132,7 +132,7 @@ def earliest_started(queue):
     roster = queue._scheduler
     running = [sequence for group in roster._groups for sequence in group]
     waiting = [sequence for _, sequence in roster._waiting]
-    parked = [one for sequence in running for one in sequence.prompt.parked]
+    parked = [one for sequence in running for one in sequence.prompt.blocked]
     begun = [sequence for sequence in running + waiting + parked if sequence.started >= 0]
     first = min(begun, key=lambda sequence: sequence.started, default=None)
     return None if first is None or first.group is None else first
