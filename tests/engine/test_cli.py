@@ -70,7 +70,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture):
             assert command.summary in printed
 
 
-def test_help_is_quick_and_loads_nothing_heavy():
+def test_help_is_quick_and_imports_nothing_heavy():
     program = (
         "import sys, time\n"
         "from glm_rlhf.engine.cli import main\n"
@@ -113,7 +113,7 @@ def test_it_runs_as_a_module():
         ),
     ],
 )
-def test_a_fault_in_the_arguments_is_one_sentence(
+def test_an_error_in_the_arguments_is_one_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture
 ):
     assert main(arguments) == 2
@@ -133,7 +133,7 @@ def test_a_config_of_another_command_is_named(capsys: pytest.CaptureFixture):
     assert "line 2: unknown key modle.path, the nearest" in capsys.readouterr().err
 
 
-def test_the_command_gets_the_config_and_its_code_is_returned(score: Callable):
+def test_the_command_gets_the_config_and_its_exit_code_is_returned(score: Callable):
     seen = []
     score(lambda config: seen.append(config) or 3)
     Path("c.yaml").write_text("model: {path: m}\ndata: {path: d}\nrun: {seed: 5}\n")
@@ -178,7 +178,7 @@ def test_a_command_without_a_run_folder_writes_nothing(monkeypatch: pytest.Monke
         (OSError(28, "No space left on device", "out"), "out: No space left on device"),
     ],
 )
-def test_a_users_fault_ends_in_one_sentence(
+def test_a_users_error_ends_in_one_sentence(
     score: Callable, capsys: pytest.CaptureFixture, error: Exception, sentence: str
 ):
     score(_raise(error))
@@ -219,7 +219,7 @@ def test_a_bug_ends_the_process_with_1():
     assert "KeyError: 'bug'" in answer.stderr
 
 
-def test_the_traceback_of_a_users_fault_is_shown_on_request(
+def test_the_traceback_of_a_users_error_is_shown_on_request(
     score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     score(_raise(ValueError("wrong")))
@@ -236,7 +236,7 @@ def test_an_interrupt_returns_130(score: Callable, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.splitlines()[-1] == "glm-rlhf score: interrupted"
 
 
-def test_a_fault_of_one_rank_names_the_rank(
+def test_an_error_of_one_rank_names_the_rank(
     score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     score(_raise(ValueError("shard 3 is missing")))
@@ -245,7 +245,7 @@ def test_a_fault_of_one_rank_names_the_rank(
     assert capsys.readouterr().err == "[rank 3] glm-rlhf score: shard 3 is missing\n"
 
 
-def test_a_fault_in_the_arguments_is_told_once_a_host(
+def test_an_error_in_the_arguments_is_reported_once_per_host(
     score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     score(lambda config: pytest.fail("the command must not start"))
@@ -265,7 +265,7 @@ def test_help_is_printed_by_the_first_rank_only(
     assert capsys.readouterr().out == ""
 
 
-def test_what_all_ranks_read_is_warned_of_by_the_first_of_a_host(
+def test_warnings_are_shown_by_the_first_rank_of_a_host(
     score: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     data = tmp_path / "demonstrations.jsonl"

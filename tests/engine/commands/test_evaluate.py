@@ -68,7 +68,7 @@ def test_every_layout_gives_the_same_figures(ranks, inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("evaluate.pass_k=[3]", "draw as many at least"),
+        ("evaluate.pass_k=[3]", "it must be at least the largest k"),
         ("reward.function=reward_rules:too_few", "11 rewards for 12 answers"),
         ("against.path=/nowhere", "/nowhere"),
         ("reward.function=null", "no reward is given"),

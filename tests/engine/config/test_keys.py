@@ -39,7 +39,7 @@ class _Root:
     """The optimizer."""
 
 
-def test_a_key_says_its_kind_in_words():
+def test_a_key_describes_what_it_accepts():
     said = {key.name: key.accepts for key in keys_of(_Root).values()}
     assert said == {
         "lr": "a number, above 0, at most 1",
@@ -58,7 +58,7 @@ def test_a_command_has_its_own_defaults():
     assert keys_of(ScoreConfig)["model.path"].default == Required()
 
 
-def test_only_keys_of_text_take_text_as_it_stands():
+def test_only_keys_of_text_take_text_unparsed():
     assert {key.name for key in keys_of(_Root).values() if key.is_text} == {"kind"}
     assert {key.name for key in keys_of(_Root).values() if key.may_be_null} == {"clip_grad"}
 

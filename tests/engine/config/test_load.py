@@ -132,7 +132,7 @@ def test_lists_become_tuples_and_whole_numbers_floats(tmp_path: Path):
         ('run.name="a b"', "a b"),
     ],
 )
-def test_an_override_of_text_is_taken_as_it_stands(override: str, expected: str):
+def test_an_override_of_text_is_taken_unparsed(override: str, expected: str):
     assert load_config(_Root, None, [override]).run.name == expected
 
 
@@ -181,7 +181,7 @@ def test_null_is_a_value_only_where_it_may_be(tmp_path: Path):
         (b"\x1f\x8b\x08\x00", "is not UTF-8"),
     ],
 )
-def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, text: str | bytes, complaint: str):
+def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path, text: str | bytes, complaint: str):
     assert complaint in _refusal(tmp_path, text)
 
 
@@ -199,7 +199,7 @@ def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, text: str | 
         ("{name: ''}", "run.name is '' (text), it must be text"),
     ],
 )
-def test_a_wrong_type_names_the_key_the_value_and_the_need(tmp_path: Path, text: str, complaint: str):
+def test_a_wrong_type_names_the_key_the_value_and_what_it_must_be(tmp_path: Path, text: str, complaint: str):
     assert _refusal(tmp_path, f"\nrun: {text}") == f"c.yaml line 2: {complaint}"
 
 
@@ -215,7 +215,7 @@ def test_a_wrong_type_names_the_key_the_value_and_the_need(tmp_path: Path, text:
         ("perhaps", "'perhaps' (text), it must be true or false"),
     ],
 )
-def test_text_is_no_statement(tmp_path: Path, value: str, complaint: str):
+def test_text_is_not_converted_to_a_boolean_or_number(tmp_path: Path, value: str, complaint: str):
     expected = f"c.yaml line 1: optimizer.is_fused is {complaint}"
     assert _refusal(tmp_path, f"optimizer: {{is_fused: {value}}}") == expected
     assert load_config(_Root, None, ["optimizer.is_fused=true"]).optimizer.is_fused is True
@@ -249,7 +249,7 @@ def test_a_wrong_override_is_refused(override: str, complaint: str):
     assert complaint in str(caught.value)
 
 
-def test_a_missing_key_says_how_to_give_it(tmp_path: Path):
+def test_a_missing_key_says_how_to_set_it(tmp_path: Path):
     expected = "data.path is required: add data.path=… to the command line, or path: below data: in the file"
     assert _refusal(tmp_path, "", root=_NeedsData) == expected
 
@@ -275,7 +275,7 @@ def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
     assert _refusal(tmp_path, "") == "c.yaml cannot be read: Permission denied"
 
 
-def test_a_fault_in_several_items_of_a_list_is_told_once():
+def test_an_error_in_several_items_of_a_list_is_reported_once():
     with pytest.raises(ConfigError) as caught:
         load_config(_Root, None, ["optimizer.betas=[a,b]"])
     assert str(caught.value).count("optimizer.betas") == 1
@@ -309,6 +309,6 @@ def test_any_config_survives_its_yaml(tmp_path_factory, name, seed, lr, clip, no
     assert load_config(_Root, path) == config
 
 
-def test_overrides_are_told_from_files():
+def test_overrides_are_distinguished_from_files():
     assert [is_override(text) for text in ("a.b=c", "seed=1", "--a.b=c", "a_b.c-d=")] == [True] * 4
     assert [is_override(text) for text in ("c.yaml", "./a=b.yaml", "=x", "--flag", "")] == [False] * 5

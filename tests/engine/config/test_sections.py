@@ -34,7 +34,7 @@ def test_score_has_the_keys_of_the_public_contract():
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_every_key_says_what_it_means(root: type):
+def test_every_key_has_a_description(root: type):
     silent = [key.path for key in keys_of(root).values() if len(key.meaning) < 10]
     assert silent == []
 
@@ -71,7 +71,7 @@ def test_the_run_folder_follows_the_name_of_the_run():
     assert _load(ScoreConfig, "run.name=night", "run.output=/big/<run.name>/1").run.output == "/big/night/1"
 
 
-def test_derived_paths_follow_what_is_given():
+def test_derived_paths_follow_the_config():
     assert _load(ScoreConfig).out_path == Path("outputs/score/score.jsonl")
     assert _load(ScoreConfig, "data.out=there.jsonl").out_path == Path("there.jsonl")
     assert _load(ScoreConfig).tokenizer_path == Path("model")

@@ -34,7 +34,7 @@ def test_a_group_of_ranks_has_the_slowest_link_on_its_way(num_ranks, stride, exp
     assert CLUSTER.link(num_ranks=num_ranks, stride=stride) == expected
 
 
-def test_what_is_assumed_says_so_and_is_below_the_peaks():
+def test_assumed_rates_are_named_so_and_below_the_peaks():
     for gpu in GPUS.values():
         rates = assumed_rates(gpu, network_bytes_per_s=50e9)
         assert "assumed" in rates.source

@@ -9,7 +9,7 @@ from glm_rlhf.engine.cost.memory import TRAINED, rank_memory
 from glm_rlhf.engine.cost.workload import Roles
 
 
-def test_what_is_parked_leaves_the_phases_that_do_not_need_it():
+def test_offloaded_states_take_no_memory_in_the_phases_that_do_not_need_them():
     case = CASES[0]
     roles = Roles(**dict.fromkeys(("policy", "critic", "reference", "reward"), case.model))
     works = (case.work, replace(case.work, offloads=frozenset({"optimizers", "reference"})))

@@ -102,7 +102,7 @@ def test_tensor_parallel_layers_reduce_twice_each_way():
     assert all_reduce_s(100.0, 4, 10.0, 0.5) == pytest.approx(0.5 + 2 * 100 * 3 / 4 / 10)
 
 
-def test_the_vocabulary_head_takes_three_products_where_it_learns():
+def test_the_vocabulary_head_takes_three_products_in_training():
     policy = replace(costs(Layout()), has_scalar_head=False, num_targets=100)
     plain = policy.forward(is_last=False, trains=True).total_s
     head = 2 * 100 * 128 * 64 / 1e9
@@ -153,7 +153,7 @@ def test_more_copies_take_less_time_and_stages_wait():
     assert found.phases["generate"].idle_s < 0.05 * found.phases["generate"].seconds
 
 
-def test_what_is_useful_is_counted_once():
+def test_useful_flop_is_counted_once():
     """Layers that run again take time, and no more of what counts as work."""
     found = [
         estimate(

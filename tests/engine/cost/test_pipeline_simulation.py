@@ -31,7 +31,7 @@ def test_forward_alone_fills_and_drains_once():
     assert simulated.seconds == pytest.approx((5 + 2) * 2.0 + 2 * 0.5)
 
 
-def test_hops_are_waited_for():
+def test_a_stage_waits_for_the_hop():
     """Two stages, one micro-batch: f, hop, f, b, hop, b."""
     simulated = simulate_passes(Layout(pp=2), 1, seconds(1.0, 2.0), hop_s=0.25)
     assert simulated.seconds == pytest.approx(1 + 0.25 + 1 + 2 + 0.25 + 2)
@@ -47,7 +47,7 @@ def test_a_slow_stage_sets_the_pace():
     assert simulated.seconds == pytest.approx(1 + 20 * 6 + 2)
 
 
-def test_fillers_come_first_and_cost_nothing():
+def test_padding_comes_first_and_costs_nothing():
     layout = Layout(pp=2, vpp=2)
 
     def duration(_stage, one):

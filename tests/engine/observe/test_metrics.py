@@ -10,7 +10,7 @@ import pytest
 from glm_rlhf.engine.observe.metrics import open_metrics
 
 
-def test_a_line_a_step_is_on_disk_at_once(tmp_path):
+def test_each_step_is_on_disk_at_once(tmp_path):
     with open_metrics(tmp_path / "run", is_owner=True, uses_tensorboard=False) as write:
         for step in (1, 2):
             write(step, {"actor/loss": 0.5 / step, "timing_s/step": 2.0})
@@ -20,7 +20,7 @@ def test_a_line_a_step_is_on_disk_at_once(tmp_path):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_what_is_not_a_number_is_null(tmp_path):
+def test_nan_and_inf_are_null(tmp_path):
     with open_metrics(tmp_path, is_owner=True) as write:
         write(3, {"a": math.nan, "b": math.inf, "c": None, "d": 1.0})
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -45,7 +45,7 @@ def test_other_ranks_touch_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_is_told_what_is_known(tmp_path, monkeypatch):
+def test_wandb_gets_the_defined_metrics(tmp_path, monkeypatch):
     said = []
     run = types.SimpleNamespace(
         log=lambda numbers, step: said.append((step, numbers)), finish=lambda: said.append("finished")
@@ -59,7 +59,7 @@ def test_wandb_is_told_what_is_known(tmp_path, monkeypatch):
     assert said == ["glm", (1, {"a": 1.0}), "finished"]
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+def test_a_missing_wandb_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb is not installed"):
         with open_metrics(tmp_path, is_owner=True, wandb_project="glm"):

@@ -19,7 +19,7 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
         ("cpu", None),
     ],
 )
-def test_a_peak_is_told_only_where_it_is_known(name, peak):
+def test_a_peak_is_returned_only_if_it_is_known(name, peak):
     assert known_peak_flop_per_s(name) == peak
 
 

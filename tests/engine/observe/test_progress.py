@@ -14,7 +14,7 @@ METRICS = {
 }
 
 
-def test_elsewhere_a_line_an_iteration_with_the_time_left(capsys, monkeypatch):
+def test_without_a_terminal_each_iteration_is_a_line_with_the_time_left(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with ProgressLine(steps=6, is_shown=True, first_step=2) as progress:
@@ -25,7 +25,7 @@ def test_elsewhere_a_line_an_iteration_with_the_time_left(capsys, monkeypatch):
     )
 
 
-def test_a_terminal_has_one_live_line(monkeypatch):
+def test_a_terminal_has_a_progress_bar(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)

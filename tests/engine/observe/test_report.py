@@ -72,7 +72,7 @@ def test_without_answers_to_the_first_prompts_the_last_samples_are_shown(tmp_pat
     assert "<td></td><td></td><td>late</td>" in page
 
 
-def test_a_step_done_twice_counts_once(tmp_path):
+def test_a_repeated_step_counts_once(tmp_path):
     line = '{"step": 1, "reward/minus_baseline/mean": %s, "timing_s/iteration": 2.0}\n'
     (tmp_path / "metrics.jsonl").write_text(line % "5.0" + line % "6.0")
     page = write_report(tmp_path).read_text()
@@ -80,13 +80,13 @@ def test_a_step_done_twice_counts_once(tmp_path):
     assert "2.0 s" in page
 
 
-def test_a_folder_without_metrics_is_refused_and_a_finished_run_goes_on(tmp_path, capsys):
+def test_a_folder_without_metrics_is_an_error_that_does_not_end_a_finished_run(tmp_path, capsys):
     with pytest.raises(ValueError, match="nothing to report"):
         write_report(tmp_path)
     try_write_report(tmp_path, title="run")
     assert "no report was written" in capsys.readouterr().err
 
 
-def test_a_table_that_does_not_fit_its_head_is_refused():
+def test_a_table_whose_rows_do_not_match_its_columns_is_refused():
     with pytest.raises(ValueError, match="3 cells for 2 columns"):
         ReportTable(title="t", columns=("a", "b"), rows=((1, 2, 3),))

@@ -53,7 +53,7 @@ def test_a_long_curve_is_drawn_as_means():
     assert len(heights) == 1  # ten points each, half of them 0 and half 1
 
 
-def test_a_metric_without_a_number_is_said():
+def test_a_metric_without_values_says_so():
     assert "no number" in line_chart("nothing", [(1, None)])
 
 

@@ -91,12 +91,12 @@ def test_the_written_config_is_one_that_ppo_accepts(tmp_path):
         subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
 
 
-def test_one_node_needs_no_meeting_point(tmp_path):
+def test_one_node_needs_no_rendezvous_address(tmp_path):
     run(plan_config(tmp_path, "model.path=chatglm3-6b", "cluster.gpus=4"))
     assert "--standalone --nproc-per-node=4" in (tmp_path / "torchrun.sh").read_text()
 
 
-def test_what_is_decided_is_kept(tmp_path):
+def test_fixed_sizes_are_kept(tmp_path):
     config = plan_config(
         tmp_path,
         "model.path=chatglm3-6b",
@@ -112,7 +112,7 @@ def test_what_is_decided_is_kept(tmp_path):
     assert not others
 
 
-def test_what_does_not_fit_is_refused_with_what_would(tmp_path, capsys):
+def test_a_model_that_does_not_fit_is_refused_with_changes_that_help(tmp_path, capsys):
     arguments = ["plan", "model.path=glm-4-0414-32b", "cluster.gpus=8", f"run.output={tmp_path}"]
     assert main(arguments) == 2
     message = capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_the_cache_counts_the_reference_that_answers_too(tmp_path):
     assert num_pages_within(plan.cache_bytes - 1, larger, plan.choice.layout, **options) == pages - 1
 
 
-def test_a_layout_that_cannot_be_is_refused(tmp_path):
+def test_an_impossible_layout_is_refused(tmp_path):
     with pytest.raises(NoFit, match=r"parallel\.tp 3"):
         plans_of(plan_config(tmp_path, "model.path=chatglm3-6b", "parallel.tp=3"))
     many = ["cluster.gpus=61", "cluster.per_node=61", "train.global_batch_size=1"]
@@ -160,7 +160,7 @@ def test_a_layout_that_cannot_be_is_refused(tmp_path):
         ("cluster.rates=nowhere.json", "nowhere.json"),
     ],
 )
-def test_a_fault_of_the_user_is_named(tmp_path, capsys, override, message):
+def test_an_error_of_the_user_is_named(tmp_path, capsys, override, message):
     assert main(["plan", "model.path=chatglm3-6b", f"run.output={tmp_path}", override]) == 2
     assert message in capsys.readouterr().err
 
@@ -211,6 +211,6 @@ def test_every_saving_saves(tmp_path):
         (["model.path=tiny-glm", "cluster.memory=80"], "cluster.memory is 80 bytes.*unit, such as 80GB"),
     ],
 )
-def test_a_slip_of_the_pen_is_named(tmp_path, capsys, options, sentence):
+def test_a_misspelt_value_is_named(tmp_path, capsys, options, sentence):
     assert main(["plan", f"run.output={tmp_path}", *options]) == 2
     assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])

@@ -29,7 +29,7 @@ def held(axes, tp, pp):
     "axes, tp, pp",
     [({"tp": 2}, None, None), ({"tp": 2}, 2, None), ({"pp": 2, "vpp": 2}, 1, 2), ({"cp": 2}, 1, 1)],
 )
-def test_the_same_layout_is_trainings_own(ranks, axes, tp, pp):
+def test_the_same_layout_uses_the_training_weights(ranks, axes, tp, pp):
     layout = axes.get("tp", 1), axes.get("pp", 1)
     assert ranks.run(held, axes, tp, pp) == [(layout, True, [0, 0, 0])] * 4
 
@@ -38,7 +38,7 @@ def test_the_same_layout_is_trainings_own(ranks, axes, tp, pp):
     "axes, tp, pp, expected",
     [({"tp": 2}, 4, None, (4, 1)), ({"tp": 2, "pp": 2}, None, 1, (2, 1)), ({"cp": 2}, 4, None, (4, 1))],
 )
-def test_a_second_layout_holds_memory_only_while_it_lasts(ranks, axes, tp, pp, expected):
+def test_a_generation_layout_holds_memory_only_during_generation(ranks, axes, tp, pp, expected):
     for layout, is_own, (before, during, after) in ranks.run(held, axes, tp, pp):
         assert (layout, is_own) == (expected, False)
         assert during > before == after == 0
@@ -56,6 +56,6 @@ def refused(axes, tp, pp):
 @pytest.mark.parametrize(
     "tp, pp, sentence", [(4, 2, "does not divide the world"), (None, 3, "not a multiple of pp 3")]
 )
-def test_a_layout_that_cannot_be_is_refused_on_every_rank(ranks, tp, pp, sentence):
+def test_an_impossible_layout_is_refused_on_every_rank(ranks, tp, pp, sentence):
     for message in ranks.run(refused, {"tp": 2}, tp, pp):
         assert sentence in message

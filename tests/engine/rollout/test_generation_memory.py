@@ -64,7 +64,7 @@ def test_steps_become_smaller_and_the_answers_stay(most_rows, capfd):
     assert "out of memory in a step of generation: at most 20 tokens per step" in capfd.readouterr().err
 
 
-def test_tensor_parallel_ranks_whose_memory_ends_at_one_place_go_on(ranks):
+def test_tensor_parallel_ranks_that_run_out_of_memory_together_continue(ranks):
     for answer in ranks.run(with_and_without_memory, {"tp": 2}, 5):
         check(*answer, 5)
 
@@ -83,7 +83,7 @@ def run_out(axes: dict, on_rank: int | None) -> None:
             answers(phase, requests)
 
 
-def test_no_memory_for_one_token_is_an_error_and_no_endless_loop():
+def test_out_of_memory_at_one_token_is_an_error_and_no_endless_loop():
     with open_topology(Layout()) as topology, memory_for(0) as rows:
         chunks, requests = make_chunks(Case(), topology), make_requests(3)
         with (

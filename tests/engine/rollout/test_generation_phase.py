@@ -58,7 +58,7 @@ def live_bytes():
     return sum(held.values())
 
 
-def test_no_page_is_lost_and_the_budget_is_kept(topology, queues):
+def test_no_page_is_leaked_and_the_budget_is_kept(topology, queues):
     chunks, requests = make_chunks(Case(), topology), make_requests(12, num_samples=3)
     config, layout = chunks[0].glm, topology.layout
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -83,7 +83,7 @@ class Injected(RuntimeError):
 
 
 @pytest.mark.parametrize("failing_draw", [1, 7])
-def test_an_exception_in_mid_batch_loses_no_page(topology, queues, monkeypatch, failing_draw):
+def test_an_exception_during_a_batch_leaks_no_page(topology, queues, monkeypatch, failing_draw):
     chunks, requests = make_chunks(Case(), topology), make_requests(12, num_samples=2)
     draw, num_draws = stage.sample_tokens, 0
 
@@ -105,7 +105,7 @@ def test_an_exception_in_mid_batch_loses_no_page(topology, queues, monkeypatch, 
         assert answers(phase, requests) == found
 
 
-def test_leaving_early_loses_no_page(topology, queues):
+def test_an_early_exit_leaks_no_page(topology, queues):
     chunks, requests = make_chunks(Case(), topology), make_requests(6)
     with make_phase(chunks, topology, requests) as phase:
         completions = phase.run(requests, SAMPLED)
@@ -114,7 +114,7 @@ def test_leaving_early_loses_no_page(topology, queues):
     assert queues[0].pool.num_free == phase.num_pages
 
 
-def test_the_memory_is_back_after_the_phase(topology):
+def test_the_memory_is_free_after_the_phase(topology):
     chunks, requests = make_chunks(Case(), topology), make_requests(6)
     with make_phase(chunks, topology, requests) as phase:
         answers(phase, requests)  # what is made once stays: tables of kernels, of positions
@@ -233,7 +233,7 @@ def train_generate_train(axes):
 
 
 @pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2, "sequence_parallel": True}])
-def test_switching_moves_no_weight(ranks, axes):
+def test_generation_moves_no_weight(ranks, axes):
     for is_in_place, traffic in ranks.run(train_generate_train, axes):
         assert is_in_place
         assert traffic["enter"] == traffic["leave"] == (0, 0, 0)

@@ -43,7 +43,7 @@ def test_a_mark_that_repeats_the_speaker_is_text():
         (None, "\n\nHuman: a\n\nAssistant: c", "'chosen' must be a text, not null"),
     ],
 )
-def test_what_is_no_pair_of_dialogues_is_named_with_its_line(tmp_path, chosen, rejected, says):
+def test_an_invalid_pair_of_dialogues_is_named_with_its_line(tmp_path, chosen, rejected, says):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
     with pytest.raises(RecordError, match=says) as caught:

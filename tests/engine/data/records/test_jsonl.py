@@ -150,7 +150,7 @@ def test_a_bad_line_is_named_with_file_and_line_or_skipped_and_counted(write, ba
     assert f"{path}: skipped 1 of 3 records; the first: {path}:3: " in caplog.text
 
 
-def test_a_cut_off_last_line_is_called_so(write):
+def test_a_truncated_last_line_is_named_so(write):
     with pytest.raises(
         RecordError, match=r":2: not JSON.*the last line, without a line break: the file seems truncated"
     ):
@@ -173,7 +173,7 @@ def test_a_line_of_exactly_the_limit_is_read_and_one_byte_more_is_not(write):
             read(path, max_line_bytes=len(line) - 1)
 
 
-def test_a_line_of_50_megabytes_is_passed_over_without_being_held(write):
+def test_a_line_of_50_megabytes_is_skipped_without_being_read_into_memory(write):
     path = write(GOOD + b'{"a": "' + b"x" * 50_000_000 + b'"}\n' + GOOD)
     tracemalloc.start()
     records = read(path, max_line_bytes=2**20, on_error="skip")

@@ -15,7 +15,7 @@ def write_all(path, records):
             write(record)
 
 
-def test_records_are_lines_of_json_in_their_own_letters(tmp_path):
+def test_records_are_lines_of_json_without_ascii_escapes(tmp_path):
     path = tmp_path / "new" / "folders" / "out.jsonl"
     records = [{"text": "你好 🙂\n\u2028", "n": 1.5}, {}, {"nested": [None, True]}]
     with json_lines(path) as write:
@@ -29,7 +29,7 @@ def test_records_are_lines_of_json_in_their_own_letters(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["out.jsonl"]
 
 
-def test_an_exception_leaves_what_stood_there_and_the_part_for_a_look(tmp_path):
+def test_an_exception_keeps_the_earlier_file_and_the_partial_one(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("old\n")
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -42,7 +42,7 @@ def test_an_exception_leaves_what_stood_there_and_the_part_for_a_look(tmp_path):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_numbers_that_json_has_not_are_refused(tmp_path, number):
+def test_nan_and_inf_are_refused(tmp_path, number):
     with pytest.raises(ValueError, match="JSON compliant"), json_lines(tmp_path / "out.jsonl") as write:
         write({"logprob": number})
     assert not (tmp_path / "out.jsonl").exists()

@@ -146,7 +146,7 @@ def test_a_table_without_rows_or_without_the_columns_leaves_no_record(write, on_
             list(reader(other, on_error=on_error, **settings))
 
 
-def test_columns_that_json_has_no_form_for_are_named_and_left_out(write, caplog):
+def test_columns_of_types_without_json_form_are_named_and_skipped(write, caplog):
     day = datetime.date(2024, 1, 1)
     path = write({"prompt": ["hi"], "image": [b"\xff"], "day": [day], "turns": [[{"at": day}]]})
     with caplog.at_level(logging.WARNING):
@@ -156,7 +156,7 @@ def test_columns_that_json_has_no_form_for_are_named_and_left_out(write, caplog)
         read(write({"image": [b"\xff"]}))
 
 
-def test_values_that_json_refuses_make_a_bad_row(write):
+def test_values_outside_json_make_a_bad_row(write):
     broken = pyarrow.array([b"a", b"b", b"\xff", b"d", b"e"]).cast(pyarrow.string(), safe=False)
     path = write({"a": broken, "x": [1.0, float("nan"), 1.0, 1.0, None], "y": [[1.0]] * 4 + [[float("inf")]]})
     report = ReadReport()
@@ -169,7 +169,7 @@ def test_values_that_json_refuses_make_a_bad_row(write):
     ]
 
 
-def test_row_groups_are_read_in_turn(write):
+def test_row_groups_are_read_in_order(write):
     """Rows of the first groups are there although a later one is damaged, which is always an error."""
     texts = [f"{number * 7919}" * 50 for number in range(3000)]
     path = write({"prompt": texts}, row_group_size=1000, write_page_checksum=True, use_dictionary=False)
@@ -186,7 +186,7 @@ def test_row_groups_are_read_in_turn(write):
             next(records)
 
 
-def test_only_a_part_of_a_large_file_is_held(write):
+def test_only_a_part_of_a_large_file_is_in_memory(write):
     path = write({"prompt": ["x" * 1000] * 40_000}, use_dictionary=False, compression="none")
     before, most = pyarrow.total_allocated_bytes(), 0
     for _ in read_parquet_rows(path, as_read):

@@ -93,7 +93,7 @@ def test_records_are_frozen(write):
         "NUL",
     ],
 )
-def test_unusual_texts_are_kept_as_they_are(write, tiny, text):
+def test_unusual_texts_are_kept_unchanged(write, tiny, text):
     (record,) = read_prompts(write({"prompt": text}))
     kept = record.prompt[0].content
     assert kept == text.encode("utf-16", "surrogatepass").decode("utf-16")

@@ -18,7 +18,7 @@ def test_texts_are_rendered(either):
     assert (prompt_ids(TURNS, PLACE, either), answer_ids("7", PLACE, either)) == expected
 
 
-def test_ids_need_no_tokenizer_and_are_used_as_they_are():
+def test_ids_need_no_tokenizer_and_are_used_unchanged():
     assert prompt_ids(TokenIds((5, 6)), PLACE, None) == [5, 6]
     assert answer_ids(TokenIds((7,)), PLACE, None) == [7]
 
@@ -30,7 +30,7 @@ def test_text_without_a_tokenizer_is_an_error_of_the_record():
         assert caught.value.line == 3
 
 
-def test_turns_the_form_does_not_know_are_an_error_of_the_record(chatglm2):
+def test_turns_outside_the_chat_format_are_an_error_of_the_record(chatglm2):
     with pytest.raises(
         RecordError, match=r"data\.jsonl:3: messages\[0\]: ChatGLM2's format has no system turn"
     ):

@@ -181,7 +181,7 @@ def test_chatglm2_and_chatglm3_are_told_apart(tmp_path, tiny, tiny_model, files,
     assert load_tokenizer(tmp_path, chat_format=other).chat.name == other
 
 
-def test_a_folder_that_does_not_tell_the_version_asks_for_it(tmp_path, tiny_model):
+def test_a_folder_of_unknown_version_asks_for_it(tmp_path, tiny_model):
     shutil.copy(tiny_model, tmp_path)
     with pytest.raises(ValueError, match="pass chat_format=chatglm2 or chat_format=chatglm3"):
         load_tokenizer(tmp_path)

@@ -47,7 +47,7 @@ def test_text_without_markers_is_encoded_and_decoded_as_the_library_does(glm4, g
         assert glm4.decode(ids) == library.decode(ids) == message.content
 
 
-def test_the_library_alone_would_take_a_typed_marker_for_a_special_token(glm4, glm4_folder):
+def test_the_library_alone_would_encode_a_typed_marker_as_a_special_token(glm4, glm4_folder):
     # What the tests of typed markers guard against does happen where the added tokens are left in.
     library = Tokenizer.from_file(str(glm4_folder / "tokenizer.json"))
     assert glm4.id_of("<|user|>") in library.encode("a<|user|>b").ids
@@ -73,7 +73,7 @@ def test_text_behind_the_templates_assistant_marker_goes_into_the_prompt(glm4, g
     assert thinking.decode_response(response_ids) == "7"
 
 
-def test_markers_the_file_forgets_to_call_special_are_special_all_the_same(glm4, glm4_folder, tmp_path):
+def test_markers_not_marked_special_in_the_file_are_special(glm4, glm4_folder, tmp_path):
     def edit(description):
         for entry in description["added_tokens"]:
             entry["special"] = False

@@ -27,7 +27,7 @@ def test_a_shared_page_is_free_after_its_last_owner():
     pool.assert_all_free()
 
 
-def test_too_much_is_refused_as_a_whole():
+def test_a_request_for_too_many_pages_takes_none():
     pool = PagePool(3)
     pool.take(2)
     with pytest.raises(OutOfPages, match="2 pages requested, 1 of 3 are free"):
@@ -45,7 +45,7 @@ def test_a_free_page_is_neither_released_nor_shared(call):
         getattr(pool, call)(pages)
 
 
-def test_a_lost_page_is_named():
+def test_a_leaked_page_is_named():
     pool = PagePool(3)
     pool.take(2)
     pool.release([0])

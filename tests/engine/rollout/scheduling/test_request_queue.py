@@ -89,7 +89,7 @@ def test_the_stop_check_sees_the_answer_so_far():
     assert (done.tokens, done.finish_reason) == ((8, 9), "stop")
 
 
-def test_a_prompt_is_prefilled_in_chunks_beside_decodes():
+def test_a_prompt_is_prefilled_in_chunks_in_steps_with_decodes():
     # 4 tokens a step; the long prompt waits first, as max_new_tokens are equal.
     queue = queue_of(
         request(0, [1], max_new_tokens=5),
@@ -184,7 +184,7 @@ def test_prompt_pages_outlive_their_sample_while_another_waits():
     queue.pool.assert_all_free()
 
 
-def test_kept_prompt_pages_are_given_up_before_a_sequence_is_preempted():
+def test_held_prompt_pages_are_released_before_a_sequence_is_preempted():
     queue = queue_of(
         request(0, [1, 2], max_new_tokens=6),
         request(1, [3, 4, 5], max_new_tokens=1, num_samples=2),
@@ -207,7 +207,7 @@ def test_kept_prompt_pages_are_given_up_before_a_sequence_is_preempted():
     assert shape(queue.next(0).prefills) == [(2, (3, 4, 5), 0, (0, 1), True, 0)]
 
 
-def test_kept_prompt_pages_are_given_up_to_what_starts_before_the_next_sample():
+def test_held_prompt_pages_are_released_for_what_starts_before_the_next_sample():
     queue = queue_of(
         request(0, [1], max_new_tokens=8),
         request(1, [2, 2, 2], max_new_tokens=3, num_samples=2),
@@ -247,7 +247,7 @@ def test_a_preempted_sample_takes_over_the_prompt_of_one_that_ended():
     assert shape(queue.next(0).prefills) == [(1, (7, 20, 21), 2, (0, 1, 2), True, 2)]
 
 
-def test_the_most_recent_start_yields_and_resumes_where_it_was():
+def test_the_last_started_sequence_is_preempted_and_resumes_where_it_was():
     # 2 sequences, 4 pages of 2. Both start with 1 page each for 2 tokens and one left for each.
     queue = queue_of(
         request(0, [1, 2], max_new_tokens=6), request(1, [3, 4], max_new_tokens=5), num_pages=4, page_size=2
@@ -275,7 +275,7 @@ def test_the_most_recent_start_yields_and_resumes_where_it_was():
     assert done.tokens == (20, 21, 22, 23, 24)
 
 
-def test_a_group_in_flight_is_left_alone():
+def test_a_group_in_flight_is_not_changed():
     # One sequence in each of two groups; 4 pages of 1: two each after their first draws.
     queue = queue_of(
         request(0, [1], max_new_tokens=3),
@@ -301,7 +301,7 @@ def test_a_group_in_flight_is_left_alone():
     assert done.request == 0
 
 
-def test_nothing_starts_while_a_sequence_sits_out():
+def test_nothing_starts_while_a_sequence_is_stalled():
     queue = queue_of(
         request(0, [1], max_new_tokens=7),
         request(1, [2, 2, 2, 2, 2], max_new_tokens=4, stop_ids=[5]),

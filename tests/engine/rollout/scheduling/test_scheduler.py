@@ -105,7 +105,7 @@ def test_every_sequence_has_the_answer_it_has_alone(case):
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(0, 30))
-def test_a_queue_closed_in_mid_run_loses_no_page(case, num_rounds):
+def test_a_queue_closed_before_its_end_leaks_no_page(case, num_rounds):
     simulation = case.simulation()
     for _, _completions in zip(range(num_rounds), simulation.rounds(), strict=False):
         pass
@@ -204,7 +204,7 @@ def put_last(group, sequence, key):
         (PromptState, "source", property(lambda prompt: (prompt.running or [None])[-1])),
     ],
 )
-def test_a_planted_mistake_is_seen(monkeypatch, owner, name, mistake):
+def test_a_planted_mistake_is_detected(monkeypatch, owner, name, mistake):
     monkeypatch.setattr(owner, name, mistake)
 
     @settings(max_examples=200, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
