@@ -1,4 +1,4 @@
-"""The command line: help without weight, one sentence for a user's fault, exit codes, ranks."""
+"""The command line: quick help, one sentence for a user's error, exit codes, ranks."""
 
 import subprocess
 import sys
@@ -126,8 +126,8 @@ def test_an_error_in_the_arguments_is_one_sentence(
 def test_a_config_of_another_command_is_named(capsys: pytest.CaptureFixture):
     ppo = Path(__file__).parents[2] / "examples" / "glm4_9b" / "ppo_8gpu.yaml"
     assert main(["plan", str(ppo)]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"glm-rlhf plan: {ppo} is a config of ppo: plan does not know critic.lr and 1")
+    message = capsys.readouterr().err
+    assert message.startswith(f"glm-rlhf plan: {ppo} is a config of ppo: plan does not know critic.lr and 1")
     Path("slip.yaml").write_text("critic: {lr: 1.0e-6}\nmodle: {path: m}\n")
     assert main(["plan", "slip.yaml"]) == 2
     assert "line 2: unknown key modle.path, the nearest" in capsys.readouterr().err
@@ -249,12 +249,12 @@ def test_an_error_in_the_arguments_is_reported_once_per_host(
     score: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     score(lambda config: pytest.fail("the command must not start"))
-    told = []
+    counts = []
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
         _become_rank(monkeypatch, rank, local_rank=local_rank)
         assert main([*SCORE, "run.seed=x"]) == 2
-        told.append(capsys.readouterr().err.count("run.seed is 'x'"))
-    assert told == [1, 0, 1, 0]
+        counts.append(capsys.readouterr().err.count("run.seed is 'x'"))
+    assert counts == [1, 0, 1, 0]
 
 
 def test_help_is_printed_by_the_first_rank_only(
@@ -271,12 +271,12 @@ def test_warnings_are_shown_by_the_first_rank_of_a_host(
     data = tmp_path / "demonstrations.jsonl"
     data.write_text('{}\n{"prompt_tokens": [1], "response_tokens": [2]}\n')
     score(lambda config: list(read_demonstrations(data, vocab_size=8, on_error="skip")) and None)
-    told = []
+    counts = []
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
         _become_rank(monkeypatch, rank, local_rank=local_rank)
         caplog.clear()
         assert main(SCORE) == 0
-        told.append(caplog.text.count("skipped 1 of 2 records"))
-    assert told == [1, 0, 1, 0]
+        counts.append(caplog.text.count("skipped 1 of 2 records"))
+    assert counts == [1, 0, 1, 0]
     list(read_demonstrations(data, vocab_size=8, on_error="skip"))
     assert "skipped 1 of 2 records" in caplog.text, "outside of a command nothing is silenced"

@@ -1,4 +1,4 @@
-"""The keys of a configuration, told to a user: kinds, defaults, nearest spelling, help."""
+"""The keys of a config: accepted values, defaults, nearest spelling, help."""
 
 from functools import partial
 from typing import Annotated, Literal
@@ -40,8 +40,8 @@ class _Root:
 
 
 def test_a_key_describes_what_it_accepts():
-    said = {key.name: key.accepts for key in keys_of(_Root).values()}
-    assert said == {
+    accepts = {key.name: key.accepts for key in keys_of(_Root).values()}
+    assert accepts == {
         "lr": "a number, above 0, at most 1",
         "betas": "a list of 2: a number, a number",
         "stop_ids": "a list: a whole number, at least 1 each",

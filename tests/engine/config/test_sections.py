@@ -59,8 +59,10 @@ def test_the_same_key_means_the_same_in_every_command():
     meanings: dict[str, tuple] = {}
     for root in ROOTS:
         for key in keys_of(root).values():
-            said = (key.accepts, key.meaning)
-            assert meanings.setdefault(key.path, said) == said, f"{key.path} differs in {root.__name__}"
+            description = (key.accepts, key.meaning)
+            assert meanings.setdefault(key.path, description) == description, (
+                f"{key.path} differs in {root.__name__}"
+            )
 
 
 def test_the_run_folder_follows_the_name_of_the_run():

@@ -25,8 +25,8 @@ def test_reads_of_other_commands_do_not_count():
     """`sft` overlaps communication and has a layout; `ppo` does not overlap, `convert` has no layout."""
     commands = {command.name: command for command in COMMANDS}
     sections = {name: factory.func for name, factory in section_factories(commands["sft"].config).items()}
-    found = {name: reads_of(commands[name].function, sections) for name in ("sft", "ppo", "convert")}
+    reads = {name: reads_of(commands[name].function, sections) for name in ("sft", "ppo", "convert")}
     for key in (("train", "overlap_communication"), ("parallel", "cp")):
-        assert key in found["sft"]
-    assert ("train", "overlap_communication") not in found["ppo"]
-    assert ("parallel", "cp") not in found["convert"]
+        assert key in reads["sft"]
+    assert ("train", "overlap_communication") not in reads["ppo"]
+    assert ("parallel", "cp") not in reads["convert"]

@@ -28,7 +28,7 @@ def test_offloaded_states_take_no_memory_in_the_phases_that_do_not_need_them():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_predicted_peak_is_within_a_tenth_of_the_counted(case):
-    """On the first stage, and on the last of a long pipeline, where the least is held."""
+    """On the first stage, and on the last of a long pipeline, which holds least."""
     last = case.choice.layout.pp - 1
     for stage in {0, last if last > 1 else 0}:
         counted = count(case, rank=0 if stage == 0 else WORLD_SIZE - 1)

@@ -82,7 +82,7 @@ def test_a_layer_has_the_matrices_of_the_model():
     vectors = MODEL.num_layers * (2 * 64 + (8 + 2 * 2) * 16) + 64
     matrices = MODEL.num_layers * layer_matrix_elements(MODEL, Layout())
     assert whole == matrices + 2 * 128 * 64 + vectors
-    # With more ranks than key/value heads each holds one whole.
+    # With more ranks than key/value heads each rank holds one full head.
     assert layer_matrix_elements(MODEL, Layout(tp=4)) == 64 * ((2 * 8 + 2 * 4) * 16 + 3 * 96) // 4
 
 

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: worked by hand, and what is left out of them."""
+"""Measures of an evaluation: computed by hand, and which answers are excluded."""
 
 import itertools
 
@@ -22,17 +22,17 @@ def answers(*rewards: float | None, length: int = 2) -> list[ScoredAnswer]:
     ]
 
 
-def means(found) -> dict[str, float]:
-    return {one.name: one.estimate.mean for one in found}
+def means(measures) -> dict[str, float]:
+    return {one.name: one.estimate.mean for one in measures}
 
 
 def test_figures_by_hand():
     settings = EvaluationSettings(num_samples=2, pass_k=(1, 2), pass_reward=1.0)
     ours = answers(1.0, 0.0, 0.5, 0.5, 2.0, 1.0)
     theirs = answers(0.5, 0.0, 0.5, 0.5, 3.0, 1.5)
-    found = measure(ours, settings, against=theirs)
+    measures = measure(ours, settings, against=theirs)
     # Pairs of prompt 1: 1 > .5, 1 > 0, 0 < .5, 0 = 0; of prompt 2 all equal; of prompt 3 one of four won.
-    assert means(found) == pytest.approx(
+    assert means(measures) == pytest.approx(
         {
             "reward": (0.5 + 0.5 + 1.5) / 3,
             "win_rate": (2.5 / 4 + 2 / 4 + 1 / 4) / 3,
@@ -43,10 +43,10 @@ def test_figures_by_hand():
             "cut_fraction": (1 / 2 + 0 + 0) / 3,
         }
     )
-    for one in found:
+    for one in measures:
         assert one.estimate.low <= one.estimate.mean <= one.estimate.high
         assert one.estimate.num_units == 3  # prompts, not samples
-    assert {one.interval for one in found if one.name in ("win_rate", "pass@1")} == {"Wilson 95 %"}
+    assert {one.interval for one in measures if one.name in ("win_rate", "pass@1")} == {"Wilson 95 %"}
 
 
 def test_against_itself_nobody_wins():
@@ -57,8 +57,10 @@ def test_against_itself_nobody_wins():
 
 def test_prompts_without_a_reward_are_left_out_of_what_is_made_of_rewards():
     settings = EvaluationSettings(num_samples=1, pass_k=(1,), pass_reward=1.0)
-    found = measure(answers(1.0, None, 1.0, 0.0), settings, against=[*answers(0.0, 5.0), *answers(None, 1.0)])
-    named = {one.name: one.estimate for one in found}
+    measures = measure(
+        answers(1.0, None, 1.0, 0.0), settings, against=[*answers(0.0, 5.0), *answers(None, 1.0)]
+    )
+    named = {one.name: one.estimate for one in measures}
     assert (named["reward"].mean, named["reward"].num_units) == (pytest.approx(2 / 3), 3)
     assert (named["win_rate"].mean, named["win_rate"].num_units) == (0.5, 2)
     assert named["response_length"].num_units == 4

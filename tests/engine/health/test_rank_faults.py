@@ -1,4 +1,4 @@
-"""Faults of one rank of a PPO run: the others end soon and say where, or all save and leave together."""
+"""Failures of one rank of a PPO run: the others end soon and report where, or all save and exit together."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(line, tmp_path):
     assert seconds < DEADLINE_S, said
     assert re.search(r"rank\s*: 1 ", said), said  # torchrun's summary
     assert "Signal 9 (SIGKILL) received" in said
-    # The rank that was left says in which phase it lost the other one.
+    # The remaining rank reports the phase in which it lost the other one.
     assert re.search(r"\[rank 0\] glm-rlhf ppo: failed in phase iteration/update", said), said
 
 

@@ -76,7 +76,7 @@ class TestPairwiseLoss:
         loss = pairwise_loss(chosen, rejected, l2_coef=0.25, denominator=1)
         loss.backward()
         assert loss.item() == pytest.approx(2 * math.log(2) + 0.25 * 2 * (4 + 1))
-        # The two gradients of a pair cancel but for 2 · 0.25 · score each.
+        # The two gradients of a pair cancel, except 2 · 0.25 · score each.
         assert (chosen.grad + rejected.grad).tolist() == pytest.approx([2.0, -1.0])
 
     def test_only_differences_count_without_the_anchor(self):
@@ -162,7 +162,7 @@ class TestDpoLoss:
         assert won.abs().max() == lost.abs().max() == 0
 
     def test_identical_answers_leave_no_gradient(self):
-        # One policy tensor stands for both answers, as identical texts have one log-probability.
+        # One policy tensor is used for both answers, as identical texts have one log-probability.
         policy = leaf(-5.0, -7.0)
         loss, *_ = dpo_loss(policy, policy, leaf(-4.0, -9.0), leaf(-4.0, -9.0), beta=0.2, denominator=2)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Sums of pairs: hand-worked, additive, and defined where they say so."""
+"""Sums of pairs: computed by hand, additive, and None where undefined."""
 
 import math
 
@@ -25,16 +25,16 @@ PAIRS = [(1.0, 0.0, 5, 3), (0.5, 1.5, 2, 8), (2.0, 2.0, 4, 4), (3.0, -1.0, 1, 2)
 
 
 def test_hand_worked():
-    found = pair_metrics(named(*PAIRS))
+    metrics = pair_metrics(named(*PAIRS))
     scores, lengths = [1, 0.5, 2, 3, 0, 1.5, 2, -1], [5, 2, 4, 1, 3, 8, 4, 2]
-    assert found["num_pairs"] == 4
-    assert found["accuracy"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)  # the tie counts half
-    assert found["accuracy_shorter"] == pytest.approx(1 / 2)  # the second and the fourth pair
-    assert found["margin"] == pytest.approx((1 - 1 + 0 + 4) / 4)
-    assert found["score_mean"] == pytest.approx(sum(scores) / 8)
-    assert found["score_std"] == pytest.approx(torch.tensor(scores).std(correction=0).item(), rel=1e-6)
+    assert metrics["num_pairs"] == 4
+    assert metrics["accuracy"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)  # the tie counts half
+    assert metrics["accuracy_shorter"] == pytest.approx(1 / 2)  # the second and the fourth pair
+    assert metrics["margin"] == pytest.approx((1 - 1 + 0 + 4) / 4)
+    assert metrics["score_mean"] == pytest.approx(sum(scores) / 8)
+    assert metrics["score_std"] == pytest.approx(torch.tensor(scores).std(correction=0).item(), rel=1e-6)
     both = torch.tensor([scores, lengths])
-    assert found["corr_score_length"] == pytest.approx(both.corrcoef()[0, 1].item(), rel=1e-5)
+    assert metrics["corr_score_length"] == pytest.approx(both.corrcoef()[0, 1].item(), rel=1e-5)
 
 
 def test_sums_of_parts_are_those_of_the_whole():
@@ -61,20 +61,20 @@ def test_calibration_by_confidence():
 def test_what_is_not_defined_is_none():
     nothing = pair_metrics(named())
     assert nothing == {**dict.fromkeys(METRICS), "num_pairs": 0.0}
-    alike = pair_metrics(named((0.7, 0.7, 3, 3), (0.7, 0.7, 5, 5)))
-    assert alike["corr_score_length"] is None  # the scores do not vary
-    assert alike["accuracy_shorter"] is None  # no preferred answer is the shorter
-    assert (alike["accuracy"], alike["score_std"]) == (0.5, 0.0)
+    equal = pair_metrics(named((0.7, 0.7, 3, 3), (0.7, 0.7, 5, 5)))
+    assert equal["corr_score_length"] is None  # the scores do not vary
+    assert equal["accuracy_shorter"] is None  # no preferred answer is the shorter
+    assert (equal["accuracy"], equal["score_std"]) == (0.5, 0.0)
 
 
 def test_far_away_scores_keep_their_spread():
     # fp32 squares of 1000 would leave nothing of a spread of 0.01; the sums are fp64.
-    found = pair_metrics(named((1000.02, 1000.0, 1, 2), (1000.02, 1000.0, 1, 2)))
-    assert found["score_std"] == pytest.approx(0.01, rel=1e-2)
-    assert found["corr_score_length"] == pytest.approx(-1.0, rel=1e-3)
+    metrics = pair_metrics(named((1000.02, 1000.0, 1, 2), (1000.02, 1000.0, 1, 2)))
+    assert metrics["score_std"] == pytest.approx(0.01, rel=1e-2)
+    assert metrics["corr_score_length"] == pytest.approx(-1.0, rel=1e-3)
 
 
 def test_a_score_that_is_not_a_number_shows():
-    found = pair_metrics(named((math.nan, 0.0, 1, 2), (1.0, 0.0, 1, 2)))
-    assert math.isnan(found["margin"])
-    assert math.isnan(found["score_mean"])
+    metrics = pair_metrics(named((math.nan, 0.0, 1, 2), (1.0, 0.0, 1, 2)))
+    assert math.isnan(metrics["margin"])
+    assert math.isnan(metrics["score_mean"])

@@ -1,4 +1,4 @@
-"""Metrics: one line a step, nothing invented, nothing written by ranks that own no file."""
+"""Metrics: one line per step, null where undefined, nothing written by ranks that own no file."""
 
 import json
 import math
@@ -46,17 +46,17 @@ def test_other_ranks_touch_nothing(tmp_path):
 
 
 def test_wandb_gets_the_defined_metrics(tmp_path, monkeypatch):
-    said = []
+    calls = []
     run = types.SimpleNamespace(
-        log=lambda numbers, step: said.append((step, numbers)), finish=lambda: said.append("finished")
+        log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("finished")
     )
     module = types.ModuleType("wandb")
     module.__spec__ = types.SimpleNamespace()
-    module.init = lambda **options: said.append(options["project"]) or run
+    module.init = lambda **options: calls.append(options["project"]) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
     with open_metrics(tmp_path, is_owner=True, uses_tensorboard=False, wandb_project="glm") as write:
         write(1, {"a": 1.0, "b": math.nan})
-    assert said == ["glm", (1, {"a": 1.0}), "finished"]
+    assert calls == ["glm", (1, {"a": 1.0}), "finished"]
 
 
 def test_a_missing_wandb_is_an_error(tmp_path, monkeypatch):

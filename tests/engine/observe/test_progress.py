@@ -1,4 +1,4 @@
-"""The progress of PPO: what an iteration's line says, and who says it."""
+"""The progress of PPO: the content of an iteration's line, and the rank that writes it."""
 
 import io
 import sys

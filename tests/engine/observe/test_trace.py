@@ -1,4 +1,4 @@
-"""Traces: a file that Perfetto reads, also of a run that was killed, and the seconds that a rank waited."""
+"""Traces: a file that Perfetto reads, also of a killed run, and the seconds that a rank waited."""
 
 import json
 import threading

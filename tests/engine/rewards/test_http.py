@@ -119,7 +119,7 @@ def test_a_server_that_is_down_is_retried_with_growing_pauses(monkeypatch):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), None).socket) as socket:
-        port = socket.getsockname()[1]  # nobody listens there once it is closed
+        port = socket.getsockname()[1]  # no server listens there once it is closed
     found = client(f"http://127.0.0.1:{port}", retries=9, pause_s=0.5, batch_size=1)(reward_requests())
     assert all("refused" in fault.reason for fault in found)
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]  # of the first batch alone

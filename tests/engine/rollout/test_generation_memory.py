@@ -42,7 +42,7 @@ def with_and_without_memory(axes: dict, most_rows: int):
         with memory_for(most_rows) as rows, make_phase(chunks, topology, requests, **WIDE) as phase:
             found = answers(phase, requests)
             met, rows[:] = list(rows), []
-            again = answers(phase, requests)  # the phase goes on with what fitted
+            again = answers(phase, requests)  # the phase continues with the size that fits
     assert again.keys() == found.keys()
     return expected, found, met, rows
 
@@ -69,7 +69,7 @@ def test_tensor_parallel_ranks_that_run_out_of_memory_together_continue(ranks):
         check(*answer, 5)
 
 
-@pytest.mark.slow  # ranks that wait for each other are started anew
+@pytest.mark.slow  # ranks that wait for each other are restarted
 @pytest.mark.parametrize("axes, on_rank", [({"tp": 4}, 1), ({"pp": 4}, None)], ids=["tp, one rank", "pp"])
 def test_where_steps_cannot_become_smaller_the_run_ends_and_says_so(ranks, axes, on_rank):
     with pytest.raises(AssertionError, match=r"rank \d is out of memory in a step.*lower generation\.max"):

@@ -1,4 +1,4 @@
-"""A generation phase: nothing lost, nothing moved, training's logprobs, the stated distribution."""
+"""A generation phase: no leaked page, no moved weight, training's logprobs, the stated distribution."""
 
 import contextlib
 import gc
@@ -50,7 +50,7 @@ def tokens_of(completions):
 
 
 def live_bytes():
-    gc.collect()  # memory of all tensors that somebody holds
+    gc.collect()  # memory of all tensors that are referenced
     held = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
@@ -134,7 +134,7 @@ def test_the_memory_is_free_after_the_phase(topology):
 
 
 def stop_once(state, after):
-    """A check that fails, once, at some call; alike on every rank."""
+    """A check that fails once, at some call; the same on all ranks."""
 
     def check(_tokens):
         state["calls"] = state.get("calls", 0) + 1
@@ -251,7 +251,7 @@ def test_generation_moves_no_weight(ranks, axes):
 def test_bf16_answers_have_the_training_forwards_logprobs(ranks, axes, changes):
     for largest, mean in ranks.run(bf16_distances, axes, changes):
         # Hidden states of bf16, summed in another order, through four layers: a rounding is 2^-8 of them.
-        # fp32 gives 1e-6; one layer's residual left out gives more than 1.
+        # fp32 gives 1e-6; without one layer's residual it is more than 1.
         assert largest < 0.1
         assert mean < 0.02
 
@@ -292,7 +292,7 @@ def test_second_tokens_have_the_stated_frequencies(topology, sampling):
     prompt = (5, 9, 33)
     found = draw_many(chunks, topology, prompt, sampling)
     check_frequencies(Counter(tokens[0] for tokens in found), next_probs(chunks, topology, prompt, sampling))
-    # What is drawn after the most frequent first token: its key and value count too.
+    # Tokens sampled after the most frequent first token: its key and value count too.
     first, count = Counter(tokens[0] for tokens in found).most_common(1)[0]
     seconds = Counter(tokens[1] for tokens in found if tokens[0] == first)
     assert seconds.total() == count

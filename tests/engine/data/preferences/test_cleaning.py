@@ -39,8 +39,8 @@ PREFERENCES = st.lists(
 
 def test_ties_and_a_cycle_go_and_what_hangs_on_the_cycle_stays():
     #        a → b → c → a is a cycle; d beats one of it, one of it beats e.
-    given = preferences("a>b", "b>c", "c>a", "d>a", "b>e", "e>e", "d>e")
-    kept, report = drop_contradictions(given)
+    pairs = preferences("a>b", "b>c", "c>a", "d>a", "b>e", "e>e", "d>e")
+    kept, report = drop_contradictions(pairs)
     assert kept == [3, 4, 6]
     assert report.as_dict() == {
         "num_pairs": 7,
@@ -83,10 +83,10 @@ def test_two_cycles_of_one_prompt_count_as_one_prompt():
 
 
 def test_repeats_are_counted_and_dropped_only_when_asked():
-    given = preferences("a>b", "a>b", "a>c", "a>b")
-    kept, report = drop_contradictions(given)
+    pairs = preferences("a>b", "a>b", "a>c", "a>b")
+    kept, report = drop_contradictions(pairs)
     assert (kept, report.num_repeats, report.num_kept) == ([0, 1, 2, 3], 2, 4)
-    kept, report = drop_contradictions(given, drops_repeats=True)
+    kept, report = drop_contradictions(pairs, drops_repeats=True)
     assert (kept, report.num_repeats, report.num_kept) == ([0, 2], 2, 2)
     assert "  dropped 2: repeats of an earlier pair" in report.lines()
 
@@ -98,20 +98,20 @@ def test_no_preferences_are_no_error():
 
 @EXAMPLES
 @given(PREFERENCES, st.booleans())
-def test_what_is_kept_has_no_cycle_and_what_is_dropped_is_accounted_for(given, drops_repeats):
-    kept, report = drop_contradictions(given, drops_repeats=drops_repeats)
+def test_what_is_kept_has_no_cycle_and_what_is_dropped_is_accounted_for(pairs, drops_repeats):
+    kept, report = drop_contradictions(pairs, drops_repeats=drops_repeats)
     assert kept == sorted(set(kept))
-    nodes = {(p.prompt, key): None for p in given for key in (p.chosen, p.rejected)}
+    nodes = {(p.prompt, key): None for p in pairs for key in (p.chosen, p.rejected)}
     number = {node: i for i, node in enumerate(nodes)}
     followers: list[list[int]] = [[] for _ in nodes]
     for index in kept:
-        p = given[index]
+        p = pairs[index]
         assert p.chosen != p.rejected
         followers[number[p.prompt, p.chosen]].append(number[p.prompt, p.rejected])
     assert len(set(strong_components(followers))) == len(nodes)
     assert report.num_kept == len(kept)
     num_dropped = report.num_ties + report.num_cyclic + report.num_repeats * drops_repeats
-    assert report.num_kept + num_dropped == report.num_pairs == len(given)
+    assert report.num_kept + num_dropped == report.num_pairs == len(pairs)
 
 
 @EXAMPLES
@@ -178,7 +178,7 @@ def test_every_bucket_is_balanced_exactly_and_as_large_as_can_be(pairs, edges, s
     assert kept == sorted(set(kept))
 
     def count(indices) -> Counter:
-        """Count by bucket (told independently, by comparing) and by sort."""
+        """Count by bucket (computed independently, by comparison) and by kind."""
         found = Counter()
         for i in indices:
             difference = chosen[i] - rejected[i]

@@ -65,7 +65,7 @@ def test_all_2312_published_pairs_load_and_render(shared_data, chatglm3):
     assert (len(records), report.num_records, report.num_skipped, report.num_blank) == (2312, 2312, 0, 0)
     assert all(record.prompt[-1].role == "user" for record in records)
     assert sum(not record.chosen for record in records) == 4
-    # Nothing of the file is lost: put together again, prompt and answers are the published texts.
+    # No text is lost: prompt and answers, concatenated, are the published texts.
     names = {"user": "Human", "assistant": "Assistant"}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         published = [json.loads(line) for line in file]

@@ -14,7 +14,7 @@ GOOD = b'{"a": 1}\n'
 
 
 def pairs_of(fields, topology):
-    """Return the object with its place, refusing those that say so."""
+    """Return the object with its location; raise for objects marked as bad."""
     if fields.get("bad"):
         raise topology.error("it says it is bad")
     return (topology.line, topology.index, fields)

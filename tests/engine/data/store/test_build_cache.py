@@ -1,4 +1,4 @@
-"""Folders of computed files: damage, kills and races end in a whole folder, or in none."""
+"""Cached folders: damage, kills and races end in a complete folder, or in none."""
 
 import fcntl
 import json
@@ -37,7 +37,7 @@ def whole(path) -> Path:
 
 
 def names(path: Path) -> set[str]:
-    """Return what stands beside a folder, the lock file left out."""
+    """Return the names next to a folder, without the lock file."""
     return {entry.name for entry in path.parent.iterdir()} - {f"{path.name}.lock"}
 
 
@@ -136,7 +136,7 @@ def test_a_fill_that_fails_leaves_nothing_but_what_was_there(path, whole):
 
     with pytest.raises(OSError, match="no space left"):
         ensure_folder(path, {"of": "letters"}, fail)
-    # The whole folder was of another identity, so it is gone too: it would only be refused.
+    # The complete folder was of another identity, so it is removed too.
     assert names(path) == set()
 
 
@@ -198,17 +198,17 @@ def test_while_one_process_builds_another_waits_and_finds_it_done(path, caplog):
         [sys.executable, "-c", SLOW, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as builder:
         assert builder.stdout.readline() == "filling\n"
-        # The lock is held and a partial folder stands there: it must not be taken for a leftover.
+        # The lock is held and there is a partial folder, which must not be removed as a leftover.
         with (path.parent / "numbers.lock").open("ab") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = []
-        waiter = threading.Thread(target=lambda: found.append(ensure_folder(path, IDENTITY, refuse)))
+        facts = []
+        waiter = threading.Thread(target=lambda: facts.append(ensure_folder(path, IDENTITY, refuse)))
         waiter.start()
         builder.stdin.write("\n")
         builder.stdin.flush()
         waiter.join(timeout=60)
         assert builder.stdout.readline() == "{'sum': 6}\n"
-    assert found == [FACTS]
+    assert facts == [FACTS]
     assert names(path) == {"numbers"}
 
 

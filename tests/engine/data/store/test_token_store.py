@@ -1,4 +1,4 @@
-"""Stores of ids: what is stored is what the tokenizer says, the cache's key, damage, ranks."""
+"""Stores of ids: stored ids are the tokenizer's, the cache's key, damage, ranks."""
 
 import dataclasses
 import hashlib
@@ -283,8 +283,8 @@ def test_two_processes_that_build_at_once_end_with_one_store(write, folder, tiny
         process.stdin.write("\n")
         process.stdin.flush()
         store = open_store(path, "pairs", folder=folder, tokenizer=tiny, **LIMITS)
-        said, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     content = b"".join(np.array(part, np.int32).tobytes() for row in parts(store) for part in row)
-    assert said == f"300 {hashlib.sha256(content).hexdigest()}\n"
+    assert output == f"300 {hashlib.sha256(content).hexdigest()}\n"
     assert len(stores(folder)) == 1

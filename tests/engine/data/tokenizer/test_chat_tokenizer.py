@@ -26,7 +26,7 @@ def test_a_typed_marker_stays_text(either, marker, around):
     special = either.table.name_by_id.keys()
     assert special.isdisjoint(either.encode(text))
     assert either.decode(either.encode(text)) == text
-    # In a conversation only the template's own markers are special, wherever the text stands.
+    # In a conversation only the template's markers are special, wherever the text is.
     messages = [
         Message(role="system", content=text),
         user(text),

@@ -61,7 +61,7 @@ def test_text_is_cut_into_words_before_merging():
     ranks = random_ranks(b"", 256, seed=0) | {b"12": 256, b"234": 257, b"b ": 258, b" c": 259, b"\n\n": 260}
     encoder = byte_level_bpe(ranks)
     one = {chr(byte): byte for byte in range(128)}
-    # Digits go in groups of three, a space belongs to the word behind it, line ends stand together.
+    # Digits are grouped in threes, a space belongs to the next word, line breaks form one word.
     assert encoder.encode("1234").ids == [256, one["3"], one["4"]]
     assert encoder.encode("b c").ids == [one["b"], 259]
     assert encoder.encode("b\n\nc").ids == [one["b"], 260, one["c"]]

@@ -1,4 +1,4 @@
-"""Pages are given lowest first, counted by owner, and none is lost."""
+"""Pages are taken lowest first, counted by owner, and none is leaked."""
 
 import pytest
 from hypothesis import given, settings

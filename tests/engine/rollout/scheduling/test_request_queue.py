@@ -90,7 +90,7 @@ def test_the_stop_check_sees_the_answer_so_far():
 
 
 def test_a_prompt_is_prefilled_in_chunks_in_steps_with_decodes():
-    # 4 tokens a step; the long prompt waits first, as max_new_tokens are equal.
+    # 4 tokens per step; the long prompt waits first, as max_new_tokens are equal.
     queue = queue_of(
         request(0, [1], max_new_tokens=5),
         request(1, range(10, 19), max_new_tokens=5),
@@ -224,7 +224,7 @@ def test_held_prompt_pages_are_released_for_what_starts_before_the_next_sample()
     assert [work.sequence for work in queue.next(0).decodes] == [0, 1]  # 3 is preempted for a page of 0
     (done,) = take(queue, 0, 12, 22)
     assert (done.request, done.sample, queue.pool.num_free) == (1, 0, 9 - 3 - 2)  # 0 has 3, 2 are kept
-    # 0 takes one; 3 needs 4, which leaves none for 0 unless the 2 are given up. 2 waits.
+    # 0 takes one; 3 needs 4, which leaves none for 0 unless the 2 held pages are released. 2 waits.
     step = queue.next(0)
     assert ([work.sequence for work in step.decodes], len(step.prefills)) == ([0], 1)
     assert (step.prefills[0].sequence, step.prefills[0].tokens) == (3, (3, 3, 3, 30))
@@ -258,7 +258,9 @@ def test_the_last_started_sequence_is_preempted_and_resumes_where_it_was():
     take(queue, 0, 11, 21)
     assert [work.start for work in queue.next(0).decodes] == [3, 3]
     take(queue, 0, 12, 22)
-    step = queue.next(0)  # position 4 of sequence 0 needs a page: sequence 1 gives both of its own
+    step = queue.next(
+        0
+    )  # position 4 of sequence 0 needs a page: sequence 1 is preempted and loses both of its pages
     assert shape(step.decodes) == [(0, (12,), 4, (0, 2, 1), True, 3)]
     assert (queue.num_running, queue.num_waiting, queue.statistics.num_preemptions) == (1, 1, 1)
     for token in (13, 14):
@@ -350,7 +352,7 @@ def test_calls_out_of_turn_are_refused():
     queue.next(0)
     with pytest.raises(AssertionError, match="in flight"):
         queue.next(0)
-    with pytest.raises(ValueError, match=r"given \(2, 2, 2\) .* draws 1"):
+    with pytest.raises(ValueError, match=r"given \(2, 2, 2\) .* samples 1"):
         take(queue, 0, 4, 5)
     with pytest.raises(ValueError, match=r"given \(1, 1, 0\)"):
         queue.take(0, [4], [-1.0], [])

@@ -128,12 +128,12 @@ def test_ranks_agree_and_the_order_of_requests_changes_no_answer(case, seed):
 
 
 def earliest_started(queue):
-    """What has started before all others that have and are not done; None while it waits to go on."""
-    roster = queue._scheduler
-    running = [sequence for group in roster._groups for sequence in group]
-    waiting = [sequence for _, sequence in roster._waiting]
-    parked = [one for sequence in running for one in sequence.prompt.blocked]
-    begun = [sequence for sequence in running + waiting + parked if sequence.started >= 0]
+    """The unfinished sequence that started first; None while it is preempted."""
+    scheduler = queue._scheduler
+    running = [sequence for group in scheduler._groups for sequence in group]
+    waiting = [sequence for _, sequence in scheduler._waiting]
+    blocked = [sibling for sequence in running for sibling in sequence.prompt.blocked]
+    begun = [sequence for sequence in running + waiting + blocked if sequence.started >= 0]
     first = min(begun, key=lambda sequence: sequence.started, default=None)
     return None if first is None or first.group is None else first
 
@@ -155,7 +155,7 @@ def test_no_sequence_starves(case):
             assert first.num_cached >= num_cached
         first = earliest_started(simulation.queue)
         num_cached = 0 if first is None else first.num_cached
-    # One after the other, a token a round, they would take that long; twice is a margin for work done again.
+    # One after the other, one token per round, they would take that long; twice allows for repeated work.
     alone = sum((len(one.prompt) + one.max_new_tokens) * one.num_samples for one in case.requests)
     assert num_rounds <= 2 * alone
 
