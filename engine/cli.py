@@ -288,7 +288,8 @@ def _command_help(command: Command) -> str:
     return (
         f"{PROGRAM} {command.name}: {command.summary}\n\n"
         f"usage: {PROGRAM} {command.name} [config.yaml] [section.key=value …]\n\n"
-        f"The file holds sections of keys. Overrides take precedence over it, it over the defaults.\n\n"
+        f"The file holds sections of keys. Overrides take precedence over the file, which takes\n"
+        f"precedence over the defaults.\n\n"
         f"{help_text(command.config)}"
     )
 

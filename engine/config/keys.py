@@ -186,7 +186,7 @@ def _value_type(annotation: Any) -> type:
 
 def _describe(annotation: Any, metadata: list[Any]) -> str:
     """Return what completes "it must be …"."""
-    for entry in metadata:
+    for entry in reversed(metadata):  # the outermost `Annotated` comes last
         if isinstance(entry, Described):
             return entry.accepts
     if get_origin(annotation) is Literal:

@@ -56,7 +56,7 @@ class TrainingRunSection:
 
 @frozen_section
 class OptionalModelSection:
-    """Another model."""
+    """The reference policy."""
 
     path: PathText | None = None
     """Hugging Face folder; null: the initial policy (model.path)."""
