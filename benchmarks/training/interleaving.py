@@ -31,7 +31,7 @@ from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.observe.phases import Phases
-from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.distributed import RewardDispatcher
 from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest
 from glm_rlhf.engine.rl.roles import PPORoles
@@ -188,7 +188,7 @@ def _roles(folder: str, topology: Topology) -> PPORoles:
         topology=topology,
         models=models,
         states=states,
-        rewards=RewardTerms(
+        rewards=CombinedReward(
             topology=topology, micro_batch_tokens=_MICRO_BATCH_TOKENS, model=models["reward"]
         ),
         ppo=PPOSection(),

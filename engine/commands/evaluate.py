@@ -20,7 +20,7 @@ from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.evaluation.measure import EvaluationSettings, Measured, measure, score_rollouts
 from glm_rlhf.engine.evaluation.scored_answers import write_answers
-from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
@@ -120,12 +120,12 @@ def _answer_of_other(
 
 def _rewarder(
     config: EvaluateConfig, function: object, tokenizer: Tokenizer | None, glm: GLMConfig, topology: Topology
-) -> RewardTerms:
+) -> CombinedReward:
     model, path = None, config.reward.path
     if path is not None:
         dtype = DTYPES[config.train.dtype]
         model, _ = load_other("reward.path", path, topology, role="reward", dtype=dtype, beside=glm)
-    return RewardTerms(
+    return CombinedReward(
         topology=topology,
         micro_batch_tokens=config.train.micro_batch_tokens,
         tokenizer=tokenizer,

@@ -18,7 +18,7 @@ AnswerByReference = Callable[[Sequence[PromptInput]], Rollouts]
 """Returns one answer of the reference to each prompt of this rank; ranks that share prompts call together."""
 
 
-class RewardTerms:
+class CombinedReward:
     """Owns the reward model's chunks, the calls of the reward function, and the baselines of prompts."""
 
     def __init__(
@@ -34,7 +34,7 @@ class RewardTerms:
         concurrency: int = 1,
         answer_by_reference: AnswerByReference | None = None,
     ) -> None:
-        """Combine the terms.
+        """Combine the rewards.
 
         Args:
             topology: layout and groups.

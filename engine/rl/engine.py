@@ -16,7 +16,7 @@ from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.config.training import DemonstrationsSection
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
 from glm_rlhf.engine.rl.checkpoint import load_run, save_run
 from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
@@ -199,7 +199,7 @@ def _build(
         topology=topology,
         models=models,
         states=states,
-        rewards=RewardTerms(
+        rewards=CombinedReward(
             topology=topology,
             micro_batch_tokens=config.train.micro_batch_tokens,
             tokenizer=tokenizer,

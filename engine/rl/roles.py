@@ -8,7 +8,7 @@ import torch
 
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.observe.phases import Phases
-from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rl.algorithms.ppo import (
     critic_means,
     critic_metrics,
@@ -65,7 +65,7 @@ class PPORoles:
         topology: Topology,
         models: Mapping[str, Sequence[GLMModel]],
         states: Mapping[str, AnyTrainingState],
-        rewards: RewardTerms,
+        rewards: CombinedReward,
         ppo: PPOSection,
         answers: AnswerSettings,
         micro_batch_tokens: int,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reward_rules import low_id_tokens
 
-from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.function import RewardError
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.topology import open_topology
@@ -40,7 +40,7 @@ def first_prompt_id(requests) -> list[float]:
 
 def test_token_rewards_are_placed_on_their_tokens():
     with open_topology(Layout()) as topology:
-        terms = RewardTerms(
+        terms = CombinedReward(
             topology=topology, micro_batch_tokens=8, function=low_id_tokens, function_weight=0.5
         )
         rewards = terms(make_rollouts())
@@ -58,7 +58,7 @@ def test_the_baseline_is_the_whole_reward_of_the_references_answer():
         return replace(make_rollouts(), tokens_T=torch.full((10,), 3))  # every token has a reward of 1
 
     with open_topology(Layout()) as topology:
-        terms = RewardTerms(
+        terms = CombinedReward(
             topology=topology, micro_batch_tokens=8, function=low_id_tokens, answer_by_reference=answer
         )
         rewards = [terms(make_rollouts()) for _ in range(2)]
@@ -71,7 +71,7 @@ def test_an_answer_without_a_baseline_is_excluded_until_there_is_one():
     scores = iter([[1.0] * 3, [None, 0.25, 0.5], [1.0] * 3, [0.75] * 3])
 
     with open_topology(Layout()) as topology:
-        terms = RewardTerms(
+        terms = CombinedReward(
             topology=topology,
             micro_batch_tokens=8,
             function=lambda requests: next(scores),
@@ -89,12 +89,12 @@ def rewards_on_ranks() -> tuple:
     """On each rank of tp 2 × dp 2: the rewards with failures skipped, and the errors where they are not."""
     with open_topology(Layout(tp=2)) as topology:
         rollouts = make_rollouts(first_id=10 * topology.dp_rank)
-        skipping = RewardTerms(
+        skipping = CombinedReward(
             topology=topology, micro_batch_tokens=8, function=first_prompt_id, skip_failures=True
         )
         rewards = skipping(rollouts)
-        strict = RewardTerms(topology=topology, micro_batch_tokens=8, function=first_prompt_id)
-        nothing = RewardTerms(
+        strict = CombinedReward(topology=topology, micro_batch_tokens=8, function=first_prompt_id)
+        nothing = CombinedReward(
             topology=topology,
             micro_batch_tokens=8,
             function=lambda requests: [None] * len(requests),
@@ -122,4 +122,4 @@ def test_ranks_exclude_the_same_answers_and_fail_with_the_same_message(ranks):
 
 def test_a_reward_without_model_and_function_is_an_error():
     with open_topology(Layout()) as topology, pytest.raises(ValueError, match="a reward model or a function"):
-        RewardTerms(topology=topology, micro_batch_tokens=8)
+        CombinedReward(topology=topology, micro_batch_tokens=8)

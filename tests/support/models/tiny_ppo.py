@@ -8,7 +8,7 @@ from reward_rules import share_of_low_ids
 
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.config.sections import GenerationSection
-from glm_rlhf.engine.rewards.combined import RewardTerms
+from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
 from glm_rlhf.engine.rollout.generate import AnswerSettings
 from glm_rlhf.engine.types import PromptInput
@@ -74,7 +74,7 @@ def make_roles(
         topology=topology,
         models=models,
         states=states,
-        rewards=RewardTerms(
+        rewards=CombinedReward(
             topology=topology,
             micro_batch_tokens=tokens,
             model=models.get("reward"),
