@@ -230,9 +230,9 @@ class _Plan:
     def generation(self, model: GLMConfig, num_sequences: int, num_concurrent: int) -> PhaseTime:
         """Return the time of generating a data-parallel rank's answers, in waves of `num_concurrent`."""
         work, layout = self.work, self.choice.layout
-        mine = -(-num_sequences // layout.cp)
-        running = max(1, min(mine, num_concurrent))
-        num_waves = mine / running
+        num_per_rank = -(-num_sequences // layout.cp)
+        running = max(1, min(num_per_rank, num_concurrent))
+        num_waves = num_per_rank / running
         num_groups = layout.pp
         rows = max(1, running // num_groups)
         costs = DecodeCosts(cluster=self.cluster, choice=self.choice, work=work, policy=model)
@@ -252,7 +252,7 @@ class _Plan:
             seconds += simulated.seconds * factor
             busy_s += sum(simulated.busy_s) / layout.pp * factor
             communication_s += steps[0].communication_s * _ROUNDS * num_groups * factor
-        num_prompts = mine / work.num_samples if num_sequences == self.num_sequences else mine
+        num_prompts = num_per_rank / work.num_samples if num_sequences == self.num_sequences else num_per_rank
         prompts = costs.prefill(int(num_prompts * work.mean_prompt_tokens), length=work.mean_prompt_tokens)
         seconds += prompts.total_s
         busy_s += prompts.total_s
