@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from glm_rlhf.engine.config.training import DemonstrationsSection, PairsSection
@@ -12,6 +11,7 @@ from glm_rlhf.engine.data.store.token_store import TokenStore, open_store
 from glm_rlhf.engine.data.store.token_writer import Kind
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.parallel.runtime.consensus import failure_barriers, raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -126,8 +126,7 @@ class _Report:
     def add(self, path: str, what: str, lines: list[str], values: dict) -> None:
         """Note one thing about a file."""
         self._files.setdefault(path, {})[what] = values
-        if self.topology.is_main_rank:
-            sys.stderr.write("".join(f"{line}\n" for line in (f"{path}: {lines[0]}", *lines[1:])))
+        log("\n".join((f"{path}: {lines[0]}", *lines[1:])), self.topology)
 
     def write(self) -> None:
         """Write all of it; every rank calls this."""

@@ -1,6 +1,5 @@
 """The command `dpo`: a policy learns to prefer the chosen answer of a pair, KL-regularised to a reference."""
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from glm_rlhf.engine.scoring.pair_logprobs import score_reference
 from glm_rlhf.engine.training.record_losses import DPOLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training, sampler_of
 from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 
 
@@ -70,9 +70,9 @@ def _with_reference(
             topology=topology,
         )
         losses.append(DPOLoss(scores, config.dpo))
-    if topology.is_main_rank:
-        sys.stderr.write(
-            f"the reference scored {sum(len(numbers) for _, numbers in wanted)} pairs in "
-            f"{time.monotonic() - start:.1f} s\n"
-        )
+    log(
+        f"the reference scored {sum(len(numbers) for _, numbers in wanted)} pairs in "
+        f"{time.monotonic() - start:.1f} s",
+        topology,
+    )
     return losses

@@ -1,6 +1,5 @@
 """The command `ppo`: a policy learns from rewards, generating and training on the same ranks and weights."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from glm_rlhf.engine.runs.fingerprint import lengths_identity
 from glm_rlhf.engine.training.run import sampler_of
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 
 
@@ -64,8 +64,8 @@ def _read_prompts(engine: PPOEngine) -> list[PromptInput]:
             on_error=config.data.on_error,
             report=report,
         )
-    if report.num_skipped and engine.topology.is_main_rank:
-        sys.stderr.write(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left\n")
+    if report.num_skipped:
+        log(f"{report.num_skipped} bad prompts skipped, {len(prompts)} left", engine.topology)
     return prompts
 
 

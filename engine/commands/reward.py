@@ -1,6 +1,5 @@
 """The command `reward`: a model learns to score the preferred answer of a pair above the other."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from glm_rlhf.engine.observe.calibration import write_calibration
 from glm_rlhf.engine.runs.checkpoints import open_run_folder
 from glm_rlhf.engine.training.record_losses import RewardModelLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 
 
@@ -31,8 +31,8 @@ def run(config: RewardConfig) -> None:
         chunks, created, tokenizer = load_main_model(
             config, topology, role="reward", recompute_layers=config.train.recompute_layers
         )
-        if created and topology.is_main_rank:
-            sys.stderr.write(f"{config.model.path} is a policy: the scalar head starts new\n")
+        if created:
+            log(f"{config.model.path} is a policy: the scalar head starts new", topology)
         records, held_out = open_pairs(
             config.data, config.run.output, tokenizer, chunks[0].glm, seed=config.run.seed, topology=topology
         )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology, open_topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -239,8 +239,8 @@ def _other_models(config: PPOConfig, glm: GLMConfig, topology: Topology) -> dict
     models = {"critic": critic, "reference": reference}
     if config.reward.path is not None:
         models["reward"], _ = load("reward.path", config.reward.path, role="reward")
-    if created and topology.is_main_rank:
-        sys.stderr.write(f"{path} has no scalar head: the critic starts with a new one\n")
+    if created:
+        log(f"{path} has no scalar head: the critic starts with a new one", topology)
     return models
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from glm_rlhf.engine.runs.checkpoints import (
 from glm_rlhf.engine.runs.context import RunContext
 from glm_rlhf.engine.training.lr_schedule import cosine_lr
 from glm_rlhf.engine.types import PromptInput, Rollouts
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.preemption import (
     Preempted,
     defer_preemption,
@@ -115,8 +115,7 @@ def _skip_iteration(
             f"is {limit}: iteration {step + 1}: {error}; lower optimizer.lr and critic.lr, look at these "
             "answers, or start from weights that are finite"
         ) from error
-    if topology.is_main_rank:
-        sys.stderr.write(f"iteration {step + 1} was given up ({num_in_a_row} of {limit} in a row): {error}\n")
+    log(f"iteration {step + 1} was given up ({num_in_a_row} of {limit} in a row): {error}", topology)
 
 
 def _iterate(

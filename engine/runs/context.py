@@ -9,7 +9,7 @@ from typing import Any
 
 from glm_rlhf.engine.health.watchdog import watchdog
 from glm_rlhf.engine.observe.metrics import WriteMetrics, open_metrics
-from glm_rlhf.engine.observe.report import tell_report
+from glm_rlhf.engine.observe.report import try_write_report
 from glm_rlhf.engine.observe.trace import Trace, tracing
 from glm_rlhf.engine.runs.checkpoints import RunCheckpoints, open_checkpoints, resume
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
@@ -117,7 +117,7 @@ def open_run(
         except Preempted:
             pass
     if is_complete and topology.is_main_rank:
-        tell_report(config.run.output, title=config.run.name)
+        try_write_report(config.run.output, title=config.run.name)
 
 
 def _write_nothing(_step: int, _metrics: Mapping[str, float | None]) -> None:

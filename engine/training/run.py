@@ -1,7 +1,6 @@
 """A command that trains on records of a file, from its models to its last checkpoint."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from glm_rlhf.engine.training.lr_schedule import cosine_lr
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.weights.export import export_model
@@ -92,7 +92,7 @@ def run_training(
             return
         result = train(run, state, loss, records, sampler, lr_of=lr_schedule_of(config), held=held)
     if result is not None and topology.is_main_rank:
-        sys.stderr.write(_summary(config, result))
+        log(_summary(config, result))
 
 
 def _identity(config: TrainingConfig, records: Records, topology: Topology) -> dict[str, str]:
@@ -137,5 +137,5 @@ def _summary(config: TrainingConfig, result: LoopResult) -> str:
     return (
         f"trained {steps} steps{skipped} in {result.elapsed_s:.1f} s{loss}, "
         f"{result.num_tokens / result.elapsed_s:.0f} tokens/s; written to "
-        f"{Path(config.run.output) / EXPORTS / f'step_{steps}'}\n"
+        f"{Path(config.run.output) / EXPORTS / f'step_{steps}'}"
     )
