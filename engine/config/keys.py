@@ -104,7 +104,7 @@ def keys_of(config_class: type) -> dict[str, Key]:
                 name=name,
                 accepts=_describe(annotation, metadata) + (" or null" if may_be_null else ""),
                 default=factory.keywords.get(name, _default(field)),
-                meaning=" ".join((field.description or "").split()),
+                meaning=_meaning(factory.func, name),
                 value_type=_value_type(annotation),
                 may_be_null=may_be_null,
             )
@@ -153,6 +153,13 @@ def help_text(config_class: type) -> str:
         lines.append(f"  {key.path:<{width}}  {key.accepts} ({default})")
         lines += textwrap.wrap(key.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])
+
+
+def _meaning(section: type, name: str) -> str:
+    """Return the string below a field; pydantic keeps it only in the class that declares the field."""
+    classes = [base for base in section.__mro__ if "__pydantic_fields__" in base.__dict__]
+    fields = [base.__pydantic_fields__[name] for base in classes if name in base.__pydantic_fields__]
+    return " ".join(next((field.description for field in fields if field.description), "").split())
 
 
 def _default(field: FieldInfo) -> object:

@@ -100,11 +100,9 @@ class TrainingSection:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; optimizers keep fp32 weights."""
     recompute_layers: bool = False
-    """Whether backward recomputes the activations of each layer instead of keeping them: less memory, about a
-    third more time."""
+    """Whether backward recomputes each layer's activations: less memory, about a third more time."""
     save_every: CountOrZero = 0
-    """Steps between checkpoints <run.output>/checkpoints/step_N to resume from; 0: after the last step
-    only."""
+    """Steps between checkpoints <run.output>/checkpoints/step_N; 0: after the last step only."""
     keep_last: Count = 2
     """Number of newest checkpoints to keep; older ones are removed."""
     keep_every: CountOrZero = 0
@@ -181,13 +179,11 @@ class PairsSection:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a bad record: raise ends the command, skip drops and counts it."""
     drops_contradictions: bool = True
-    """Whether pairs are dropped whose answers are equal or whose preference is part of a cycle among a
-    prompt's answers; counts are reported."""
+    """Whether ties (equal answers) and cyclic preferences of a prompt are dropped, counted and reported."""
     drops_repeats: bool = False
     """Whether repeats of a pair are dropped too."""
     balances_lengths: bool = False
-    """Whether pairs are dropped until, in each bucket of length difference, the chosen answer is the longer
-    one in half of the pairs."""
+    """Whether pairs are dropped until the chosen answer is longer in half of each bucket of difference."""
     length_edges: tuple[LengthEdge, ...] = (8, 16, 32, 64, 128, 256)
     """Lower edges of these buckets, in tokens, ascending; the first bucket begins at 1."""
 
@@ -228,8 +224,7 @@ class LabelSection:
     """Selection of pairs and prompts."""
 
     min_margin: NotNegative = 0.0
-    """Smallest difference between best and worst score of a prompt that gives a pair; equal scores never
-    do."""
+    """Smallest difference of best and worst score that makes a pair; equal scores never make one."""
     prompts_out: PathText | None = None
     """Output file (JSON lines) for the prompts whose scores vary, unchanged, for PPO; null: none."""
     min_variance: NotNegative = 0.01

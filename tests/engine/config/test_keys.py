@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from glm_rlhf.engine.cli import COMMANDS
 from glm_rlhf.engine.config.keys import Described, Required, help_text, in_yaml, keys_of, nearest_key
 from glm_rlhf.engine.config.sections import Count, ScoreConfig, frozen_section
 
@@ -95,3 +96,8 @@ def test_help_names_every_key_with_kind_default_and_meaning():
     assert "model.path                  a path (required)" in help_text(ScoreConfig)
     for key in keys_of(ScoreConfig):
         assert key in help_text(ScoreConfig)
+
+
+def test_a_key_of_a_base_section_keeps_its_description():
+    for command in COMMANDS:
+        assert [key.path for key in keys_of(command.config).values() if not key.meaning] == [], command.name
