@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks import RESULTS
 from benchmarks.same_bits.comparison import compare
 from benchmarks.same_bits.inputs import write_inputs
-from benchmarks.same_bits.report import Result, as_markdown
-from benchmarks.same_bits.rows import COMMANDS, LAYOUTS, Row, all_rows, chosen_rows
+from benchmarks.same_bits.report import RowResult, as_markdown
+from benchmarks.same_bits.rows import COMMANDS, LAYOUTS, TableRow, all_rows, chosen_rows
 from benchmarks.same_bits.trees import ROOT, Tree, commit_of, git, worktree
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(result.verdict != "equal" for result in results))
 
 
-def compare_trees(commit: str, rows: Sequence[Row]) -> tuple[list[Result], dict[str, str]]:
+def compare_trees(commit: str, rows: Sequence[TableRow]) -> tuple[list[RowResult], dict[str, str]]:
     """Return what each row shows, and the commit of each tree by its name; progress goes to stderr."""
     results = []
     with worktree(commit) as root, tempfile.TemporaryDirectory(prefix="same_bits_runs_") as scratch:

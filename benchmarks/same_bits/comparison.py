@@ -7,13 +7,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from benchmarks.same_bits.outcome import Outcome, differences, read_outcome
-from benchmarks.same_bits.report import Result
-from benchmarks.same_bits.rows import Row
+from benchmarks.same_bits.outcome import RunNumbers, differences, read_outcome
+from benchmarks.same_bits.report import RowResult
+from benchmarks.same_bits.rows import TableRow
 from benchmarks.same_bits.trees import RunFailure, Tree
 
 
-def compare(row: Row, before: Tree, after: Tree, folder: Path) -> Result:
+def compare(row: TableRow, before: Tree, after: Tree, folder: Path) -> RowResult:
     """Return what a row shows; both trees run at the same time, below `folder`, which is removed."""
     start = time.monotonic()
     try:
@@ -25,22 +25,22 @@ def compare(row: Row, before: Tree, after: Tree, folder: Path) -> Result:
         facts = {"num_metrics": len(old.metrics), "num_tensors": len(old.tensors), "num_bytes": old.num_bytes}
         facts["differences"] = [*not_taken(row, old), *differences(old, new)]
     shutil.rmtree(folder, ignore_errors=True)
-    return Result(row=row, wall_s=time.monotonic() - start, **facts)
+    return RowResult(row=row, wall_s=time.monotonic() - start, **facts)
 
 
-def outcome_of(row: Row, tree: Tree, folder: Path) -> Outcome:
+def outcome_of(row: TableRow, tree: Tree, folder: Path) -> RunNumbers:
     """Return what the runs of a row leave in one tree.
 
     Raises:
         RunFailure: a run failed.
         ValueError: a key or a metric is not what the tables of names say.
     """
-    for part in row.parts:
-        run = tree.run(row.command, part, folder)
-    return read_outcome(run)
+    for run in row.runs:
+        run_folder = tree.run(row.command, run, folder)
+    return read_outcome(run_folder)
 
 
-def not_taken(row: Row, outcome: Outcome) -> list[str]:
+def not_taken(row: TableRow, outcome: RunNumbers) -> list[str]:
     """Return a sentence for each metric that should show that the variant's path was taken, and does not."""
     seen = {name.split(" ", 2)[2] for name, number in outcome.metrics.items() if number}
     return [

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from os import _exit as end_at_once
 from pathlib import Path
 
 MODULES = "modules.json"
@@ -84,7 +85,7 @@ def _fork_store() -> tuple[int, int]:
         try:
             _hold_store(parent, writer)
         finally:
-            os._exit(1)
+            end_at_once(1)
     os.close(writer)
     with os.fdopen(reader) as answer:
         return child, int(answer.read())
@@ -127,7 +128,7 @@ def _become_rank(main, tree: Path, argv: list[str], rank: int, world: int, port:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
 
 
 def _seed(rank: int) -> None:

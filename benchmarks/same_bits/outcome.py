@@ -24,7 +24,7 @@ Number = float | int | bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class RunNumbers:
     """Every number that a run leaves, under the new names."""
 
     metrics: Mapping[str, Number]
@@ -38,7 +38,7 @@ class Outcome:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by folder and name."""
         folders = {EXPORTS: self.exports, CHECKPOINTS: self.checkpoint}
-        return {f"{folder}/{name}": t for folder, part in folders.items() for name, t in part.items()}
+        return {f"{folder}/{name}": t for folder, tensors in folders.items() for name, t in tensors.items()}
 
     @property
     def num_bytes(self) -> int:
@@ -46,7 +46,7 @@ class Outcome:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def read_outcome(run: Path) -> Outcome:
+def read_outcome(run: Path) -> RunNumbers:
     """Return what a run folder holds; what is not there is empty.
 
     Raises:
@@ -58,7 +58,7 @@ def read_outcome(run: Path) -> Outcome:
         if re.fullmatch(r"step_\d+", folder.name)
     }
     exports = [folder for folder in sorted(folder_in(run, EXPORTS).glob("*")) if folder.is_dir()]
-    return Outcome(
+    return RunNumbers(
         metrics=_metrics(run / "metrics.jsonl"),
         exports={name: tensor for folder in exports for name, tensor in _tensors(folder)},
         checkpoint=dict(_tensors(checkpoints[max(checkpoints)])) if checkpoints else {},
@@ -89,7 +89,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{folder.name}/{new}", tensor
 
 
-def differences(before: Outcome, after: Outcome) -> list[str]:
+def differences(before: RunNumbers, after: RunNumbers) -> list[str]:
     """Return a sentence for each difference, none where two runs left the same bits.
 
     A run without a metric, an export or a checkpoint differs from any other, its like included.

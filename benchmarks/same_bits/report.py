@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.same_bits.names import NOT_COMPARED
-from benchmarks.same_bits.rows import Row, all_rows
+from benchmarks.same_bits.rows import TableRow, all_rows
 
 _PACKAGES = ("torch", "megatron-core", "triton", "numpy", "safetensors", "pydantic")
 _NUM_SHOWN = 5
@@ -17,10 +17,10 @@ _NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class RowResult:
     """What the comparison of a row found."""
 
-    row: Row
+    row: TableRow
     """Command, layout and variant."""
     num_metrics: int = 0
     """Numbers of metrics.jsonl that were compared."""
@@ -46,7 +46,7 @@ class Result:
         return f"DIFFERS: {self.differences[0]}{more}"
 
 
-def as_markdown(results: Sequence[Result], commits: Mapping[str, str], wall_s: float) -> str:
+def as_markdown(results: Sequence[RowResult], commits: Mapping[str, str], wall_s: float) -> str:
     """Return the report.
 
     Args:
@@ -80,14 +80,14 @@ def as_markdown(results: Sequence[Result], commits: Mapping[str, str], wall_s: f
     return "\n".join(lines) + "\n"
 
 
-def _line(result: Result) -> str:
+def _line(result: RowResult) -> str:
     row = result.row
     cells = [row.command, row.layout, row.variant.name, str(result.num_metrics), str(result.num_tensors)]
     cells += [f"{result.num_bytes / 1000:.0f}", f"{result.wall_s:.1f}", result.verdict.replace("|", "\\|")]
     return f"| {' | '.join(cells)} |"
 
 
-def _details(result: Result) -> list[str]:
+def _details(result: RowResult) -> list[str]:
     if result.verdict == "equal":
         return []
     metrics = [text for text in result.differences if text.startswith("step ")]

@@ -9,7 +9,7 @@ COMMANDS = ("ppo", "sft", "reward", "dpo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class RankLayout:
     """Ranks and how a model is laid out over them; the rest of the world is data parallel."""
 
     world: int
@@ -19,14 +19,14 @@ class Layout:
 
 
 LAYOUTS = {
-    "one": Layout(world=1),
-    "tp2": Layout(world=2, options=("parallel.tp=2",)),
-    "pp2": Layout(world=2, options=("parallel.pp=2",)),
-    "tp2_pp2": Layout(world=4, options=("parallel.tp=2", "parallel.pp=2")),
-    "cp2_dp2": Layout(world=4, options=("parallel.cp=2",)),
-    "tp2_sp_dp2": Layout(world=4, options=("parallel.tp=2", "parallel.sequence_parallel=true")),
-    "pp2_vpp2": Layout(world=2, options=("parallel.pp=2", "parallel.vpp=2")),
-    "tp4": Layout(world=4, options=("parallel.tp=4",)),
+    "one": RankLayout(world=1),
+    "tp2": RankLayout(world=2, options=("parallel.tp=2",)),
+    "pp2": RankLayout(world=2, options=("parallel.pp=2",)),
+    "tp2_pp2": RankLayout(world=4, options=("parallel.tp=2", "parallel.pp=2")),
+    "cp2_dp2": RankLayout(world=4, options=("parallel.cp=2",)),
+    "tp2_sp_dp2": RankLayout(world=4, options=("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "pp2_vpp2": RankLayout(world=2, options=("parallel.pp=2", "parallel.vpp=2")),
+    "tp4": RankLayout(world=4, options=("parallel.tp=4",)),
 }
 
 _COMMON = (
@@ -57,17 +57,17 @@ _OF_COMMAND = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RowRun:
     """One run of a row."""
 
-    layout: Layout
+    layout: RankLayout
     """Its ranks."""
     settings: dict[str, str]
     """Value by key, under the new names; {inputs} stands for the folder of inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TableRow:
     """A command in a layout, run in both trees."""
 
     command: str
@@ -83,35 +83,35 @@ class Row:
         return f"{self.command} {self.layout} {self.variant.name}".rstrip()
 
     @property
-    def parts(self) -> list[Part]:
+    def runs(self) -> list[RowRun]:
         """Its runs, one after another in the same run folder."""
         variant = self.variant
-        parts = [self._part(self.layout, variant.options)]
+        runs = [self._run(self.layout, variant.options)]
         if variant.then is not None:
-            parts.append(self._part(variant.then_layout or self.layout, variant.options + variant.then))
-        return parts
+            runs.append(self._run(variant.then_layout or self.layout, variant.options + variant.then))
+        return runs
 
-    def _part(self, name: str, options: tuple[str, ...]) -> Part:
+    def _run(self, name: str, options: tuple[str, ...]) -> RowRun:
         layout = LAYOUTS[name]
         given = (*_COMMON, *_OF_COMMAND[self.command], *layout.options, *options)
-        return Part(layout=layout, settings=dict(option.split("=", 1) for option in given))
+        return RowRun(layout=layout, settings=dict(option.split("=", 1) for option in given))
 
 
 BASE = Variant(name="")
 
 
-def all_rows() -> list[Row]:
+def all_rows() -> list[TableRow]:
     """Return the whole table: base rows first, then the variants."""
-    rows = [Row(command=command, layout=name, variant=BASE) for command in COMMANDS for name in LAYOUTS]
+    rows = [TableRow(command=command, layout=name, variant=BASE) for command in COMMANDS for name in LAYOUTS]
     for command in COMMANDS:
         for variant, *layouts in VARIANTS[command]:
-            rows += [Row(command=command, layout=name, variant=variant) for name in layouts]
+            rows += [TableRow(command=command, layout=name, variant=variant) for name in layouts]
     return rows
 
 
 def chosen_rows(
     commands: Collection[str] = (), layouts: Collection[str] = (), variants: Collection[str] = ()
-) -> list[Row]:
+) -> list[TableRow]:
     """Return the rows of these commands, layouts and variants; an empty collection stands for all."""
     return [
         row

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.same_bits import fork_server
 from benchmarks.same_bits.names import key_of
-from benchmarks.same_bits.rows import Part
+from benchmarks.same_bits.rows import RowRun
 
 ROOT = Path(__file__).resolve().parents[2]
 """This tree."""
@@ -93,13 +93,14 @@ class Tree:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and a request was not read
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
         self._folder.cleanup()
 
-    def run(self, command: str, part: Part, folder: Path) -> Path:
+    def run(self, command: str, run: RowRun, folder: Path) -> Path:
         """Return the run folder of a command, below `folder`, where its ranks work and write.
 
         Raises:
@@ -108,10 +109,10 @@ class Tree:
         """
         folder.mkdir(parents=True, exist_ok=True)
         known = self.keys(command)
-        settings = {key_of(key, known): value for key, value in part.settings.items()}
+        settings = {key_of(key, known): value for key, value in run.settings.items()}
         settings["run.output"] = str(folder / "run")
         argv = [command, *(f"{key}={value.format(inputs=self.inputs)}" for key, value in settings.items())]
-        request = {"argv": argv, "world": part.layout.world, "folder": str(folder)}
+        request = {"argv": argv, "world": run.layout.world, "folder": str(folder)}
         codes = self._ask(request | {"timeout_s": TIMEOUT_S})
         if set(codes) != {0}:
             lines = "\n".join(
@@ -137,6 +138,7 @@ class Tree:
         except BrokenPipeError:
             answer = ""
         if not answer:
+            self._process.wait()
             self._log.seek(0)
             lines = "\n".join(self._log.read().splitlines()[-_LOG_LINES:])
             raise RunFailure(f"{self.name}: the process that imports {self.root} has ended\n{lines}")

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from benchmarks.same_bits import fork_server, names
 from benchmarks.same_bits.comparison import compare, not_taken
 from benchmarks.same_bits.outcome import differences, read_outcome
-from benchmarks.same_bits.report import Result, as_markdown
-from benchmarks.same_bits.rows import LAYOUTS, Row, all_rows, chosen_rows
+from benchmarks.same_bits.report import RowResult, as_markdown
+from benchmarks.same_bits.rows import LAYOUTS, TableRow, all_rows, chosen_rows
 from benchmarks.same_bits.trees import RunFailure, Tree
 from benchmarks.same_bits.variants import Variant
 
@@ -133,23 +133,23 @@ def test_the_table_has_every_command_in_every_layout_and_no_name_twice():
     base = {(row.command, row.layout) for row in rows if row.variant.name == ""}
     assert base == {(c, layout) for c in ("ppo", "sft", "reward", "dpo") for layout in LAYOUTS}
     for row in rows:
-        assert [part.layout.world in (1, 2, 4) for part in row.parts]
+        assert all(run.layout.world <= 4 for run in row.runs)
     assert chosen_rows(["sft"], ["tp2"], [""]) == [row for row in rows if row.name == "sft tp2"]
 
 
 def test_a_variant_whose_path_is_not_taken_is_a_difference(tmp_path):
     outcome = read_outcome(write_run(tmp_path / "run"))
     shows = Variant(name="x", shows=("actor/loss", "eval/x"))
-    (found,) = not_taken(Row(command="sft", layout="one", variant=shows), outcome)
+    (found,) = not_taken(TableRow(command="sft", layout="one", variant=shows), outcome)
     assert found.startswith("eval/x is never")
 
 
 def test_the_report_names_the_first_difference_and_the_end_of_a_failure():
     row = chosen_rows(["dpo"], ["tp4"], [""])[0]
     results = [
-        Result(row=row, wall_s=1.0, num_metrics=4, num_tensors=2),
-        Result(row=row, wall_s=1.0, differences=["step 1 x: 1 → 2, by 1", "hf/w: 1 of 2 elements"]),
-        Result(row=row, wall_s=1.0, failure="after: the ranks ended with [1]\nrank_0: no such key"),
+        RowResult(row=row, wall_s=1.0, num_metrics=4, num_tensors=2),
+        RowResult(row=row, wall_s=1.0, differences=["step 1 x: 1 → 2, by 1", "hf/w: 1 of 2 elements"]),
+        RowResult(row=row, wall_s=1.0, failure="after: the ranks ended with [1]\nrank_0: no such key"),
     ]
     text = as_markdown(results, {"before": "abc", "after": "def (with uncommitted changes)"}, 60.0)
     assert "1 of 3 rows are equal" in text
@@ -161,7 +161,8 @@ def test_the_report_names_the_first_difference_and_the_end_of_a_failure():
 
 
 CLI = """
-import os, sys, pathlib, json
+import os, sys, pathlib, json, torch
+from safetensors.torch import save_file
 
 def main(argv):
     if "--help" in argv:
@@ -176,8 +177,6 @@ def main(argv):
         sys.modules["glm_rlhf.foreign"].__file__ = "/elsewhere/foreign.py"
     run = pathlib.Path(given["run.output"])
     if os.environ["RANK"] == "0":
-        import torch
-        from safetensors.torch import save_file
         number = {number} if given["{key}"] == "other" else 1.0
         for place in ("hf", "checkpoints"):
             (run / place / "step_1").mkdir(parents=True, exist_ok=True)
@@ -189,12 +188,12 @@ def main(argv):
 """
 
 
-def write_tree(root: Path, *, key: str, number: float) -> Path:
-    """Write a tree whose command line takes no time and knows one key under one of its names."""
+def write_tree(root: Path, cli: str) -> Path:
+    """Write a tree of a command line alone."""
     for layer in ("engine", "kernels", "parallel"):
         (root / layer).mkdir(parents=True)
         (root / layer / "__init__.py").touch()
-    (root / "engine" / "cli.py").write_text(CLI.format(key=key, number=number), encoding="utf-8")
+    (root / "engine" / "cli.py").write_text(cli, encoding="utf-8")
     return root
 
 
@@ -207,14 +206,14 @@ def test_two_trees_are_run_and_compared(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.same_bits.rows._COMMON", ("new.key=good", "train.steps=3"))
     monkeypatch.setattr("benchmarks.same_bits.rows._OF_COMMAND", {"sft": ()})
     (tmp_path / "inputs").mkdir()
-    old = write_tree(tmp_path / "old", key="old.key", number=1.0)
-    new = write_tree(tmp_path / "new", key="new.key", number=1.0 + 2**-23)
+    old = write_tree(tmp_path / "old", CLI.format(key="old.key", number=1.0))
+    new = write_tree(tmp_path / "new", CLI.format(key="new.key", number=1.0 + 2**-23))
     with (
         Tree("before", old, tmp_path / "inputs") as before,
         Tree("after", new, tmp_path / "inputs") as after,
     ):
         same, differs, failed, foreign = (
-            compare(Row(command="sft", layout="tp2", variant=variant), before, after, tmp_path / "runs")
+            compare(TableRow(command="sft", layout="tp2", variant=variant), before, after, tmp_path / "runs")
             for variant in (
                 Variant(name=value, options=(f"new.key={value}",), then=())
                 for value in ("good", "other", "bad", "foreign")
@@ -231,7 +230,7 @@ def test_two_trees_are_run_and_compared(tmp_path, monkeypatch):
 
 
 def test_a_tree_whose_modules_lie_elsewhere_is_refused(tmp_path, monkeypatch):
-    elsewhere = write_tree(tmp_path / "elsewhere", key="a.b", number=1.0)
+    elsewhere = write_tree(tmp_path / "elsewhere", "def main(argv): return 0")
     root = tmp_path / "root"
     root.mkdir()
     for layer in ("engine", "kernels", "parallel"):
