@@ -272,5 +272,5 @@ def test_what_cannot_be_combined_is_refused():
         with pytest.raises(ValueError, match=r"set overlap_communication to false"):
             training_state(chunks, SETTINGS, topology=topology, overlap_communication=True, in_backward=True)
         chunks = make_chunks(Case(dtype=torch.float16), topology)
-        with pytest.raises(ValueError, match=r"float16 cannot be trained"):
+        with pytest.raises(ValueError, match=r"float16 weights cannot be trained"):
             InBackwardState(chunks, SETTINGS, topology=topology)

@@ -234,7 +234,7 @@ def test_weight_decay_spares_biases_and_norms_and_lr_is_set():
 def test_float16_is_not_trained():
     with open_topology(Layout()) as topology:
         chunks = make_chunks(Case(dtype=torch.float16), topology)
-        with pytest.raises(ValueError, match=r"float16 cannot be trained.*bf16 or fp32"):
+        with pytest.raises(ValueError, match=r"float16 weights cannot be trained.*bf16 or fp32"):
             TrainingState(chunks, READS_GRADIENT, topology=topology)
 
 

@@ -107,7 +107,7 @@ def test_a_topology_that_cannot_be_says_why_and_leaves_nothing_behind(ranks):
     refused = (
         "ValueError: tp 3 × pp 1 × cp 1 = 3 does not divide the world of 4 ranks: launch a multiple of 3"
     )
-    active = "ValueError: a topology is active already in this process: leave it before entering another"
+    active = "ValueError: a topology is already active in this process: close it before opening another"
     assert ranks.run(fail_inside_and_outside) == [[refused, active, "KeyError: 'of the block'"]] * 4
 
 
@@ -210,5 +210,5 @@ def test_ranks_that_are_started_again_meet_under_a_name_of_their_own():
 
 
 def test_a_rank_that_never_comes_is_named():
-    with pytest.raises(TimeoutError, match="rank 1 of 2 did not come"):
+    with pytest.raises(TimeoutError, match="rank 1 of 2 did not connect"):
         fresh_name(dist.HashStore(), 0, 2, 0.05)

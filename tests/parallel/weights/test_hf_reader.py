@@ -256,7 +256,7 @@ def test_parameters_are_filled_in_place_and_cast(folders, tp_size):
     on_device = {name: torch.empty(tensor.shape, device="meta") for name, tensor in expected.items()}
     source.read_into(on_device)  # through memory of the host
     first = next(iter(expected))
-    with pytest.raises(ValueError, match=rf"{first} has the shape \[3\] where"):
+    with pytest.raises(ValueError, match=rf"{first} has the shape \[3\], required is"):
         source.read_into(parameters | {first: torch.empty(3)})
 
 
