@@ -6,9 +6,11 @@ python -m glm_rlhf.kernels.dispatch.aot_compile --out kernels_aot.md --json kern
 import argparse
 import contextlib
 import datetime
+import hashlib
 import importlib
 import io
 import json
+import os
 import pkgutil
 import platform
 import re
@@ -17,11 +19,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 
 from glm_rlhf.kernels.dispatch.launch import CompileCase, is_interpreting
 
@@ -80,8 +85,14 @@ def collect_cases() -> list[CompileCase]:
     return sorted(cases, key=lambda case: case.name)
 
 
-def compile_case(case: CompileCase, capability: int) -> CompiledCase:
+def compile_case(case: CompileCase, capability: int, *, cache: Path | None = None) -> CompiledCase:
     """Return the resources of `case` on sm_<capability>; a failure is returned in `error`, not raised.
+
+    Args:
+        case: the kernel and its shape.
+        capability: 80, 90 or 100.
+        cache: a folder that keeps what was compiled, from run to run. A case is compiled again when its
+            kernel, a function that the kernel calls, the compiler or this file has changed; a failure always.
 
     Raises:
         ValueError: the process runs Triton's interpreter, which has no compiler.
@@ -95,6 +106,8 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
         "num_stages": case.num_stages,
         "notes": case.notes,
     }
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FP_FUSION}
     started = time.perf_counter()
     log = io.StringIO()
     try:
@@ -107,35 +120,51 @@ def compile_case(case: CompileCase, capability: int) -> CompiledCase:
                 for name in case.divisible_by_16
             },
         )
+        kept = None if cache is None else cache / f"{_cache_key(source, target, options)}.json"
+        if kept is not None and kept.exists():
+            return CompiledCase(**described, **json.loads(kept.read_text(encoding="utf-8")))
         # Only the assembler's log tells spills from other stack use. This setting prints it, but not for a
         # cached binary.
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
             triton.knobs.compilation.always_compile = True
-            compiled = triton.compile(
-                source,
-                target=GPUTarget("cuda", capability, 32),
-                options={
-                    "num_warps": case.num_warps,
-                    "num_stages": case.num_stages,
-                    "enable_fp_fusion": FP_FUSION,
-                },
-            )
+            compiled = triton.compile(source, target=target, options=options)
         resources = _assembler_resources(log.getvalue())
     except Exception as error:  # reported per case, so that one broken kernel does not hide the others
         return CompiledCase(**described, error=f"{type(error).__name__}: {error}")
-    return CompiledCase(
-        **described,
+    figures = {
         **resources,
-        shared_bytes=compiled.metadata.shared,
-        compile_s=round(time.perf_counter() - started, 2),
-    )
+        "shared_bytes": compiled.metadata.shared,
+        "compile_s": round(time.perf_counter() - started, 2),
+    }
+    if kept is not None:
+        _write_whole(kept, json.dumps(figures))
+    return CompiledCase(**described, **figures)
 
 
 def is_launchable(result: CompiledCase) -> bool:
     """Return whether the case compiled without spills and within the limit of shared memory."""
     fits = result.shared_bytes <= SHARED_LIMIT_BYTES[result.capability]
     return not result.error and fits and result.spill_bytes == 0
+
+
+def _cache_key(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
+    """Return a hash of all that decides what the compiler makes of `source`, and of how it is read here.
+
+    Triton's own key covers the kernel, the functions that it calls, Triton's files, the assembler's version,
+    target, options and environment.
+    """
+    backend = make_backend(target)
+    key = get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode() + Path(__file__).read_bytes()).hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _ordered_signature(case: CompileCase) -> dict[str, str]:
@@ -211,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=CAPABILITIES,
         help="targets, by default all",
     )
+    parser.add_argument(
+        "--cache", type=Path, help="keep figures in this folder; compile only what has changed since"
+    )
     options = parser.parse_args(arguments)
     if is_interpreting():
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter has no compiler")
@@ -219,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in collect_cases():
         if options.only in case.name:
             for capability in sorted({*options.capability} & {*case.launched_on}):
-                result = compile_case(case, capability)
+                result = compile_case(case, capability, cache=options.cache)
                 print(f"{case.name} sm_{capability}: {result.error or _cell(result)}", flush=True)
                 compiled.append(result)
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

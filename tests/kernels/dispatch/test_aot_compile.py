@@ -18,6 +18,8 @@ from glm_rlhf.kernels.dispatch.aot_compile import (
 )
 from glm_rlhf.kernels.dispatch.launch import is_interpreting
 
+QUICK = 90
+"""The capability that is compiled for with every change; `make slow` compiles for all."""
 RESULT = CompiledCase(
     name="op_fwd/6B/bf16",
     capability=90,
@@ -42,11 +44,22 @@ def run_module(folder, *arguments):
     )
 
 
-@pytest.mark.timeout(400)  # a minute and a half of compiling; more where others need the cores too
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel_compiles_and_none_spills(tmp_path, capability):
+@pytest.fixture
+def cache(pytestconfig, tmp_path) -> str:
+    """A folder that is kept between runs of the suite: kernels that have not changed compile once."""
+    if not pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        return str(tmp_path / "figures")
+    return str(pytestconfig.cache.mkdir("aot_compile"))
+
+
+@pytest.mark.timeout(900)  # half a minute of compiling for a target; more where others need the cores too
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(one, marks=[] if one == QUICK else pytest.mark.slow) for one in CAPABILITIES],
+)
+def test_every_kernel_compiles_and_none_spills(tmp_path, cache, capability):
     report = tmp_path / "kernels.json"
-    finished = run_module(tmp_path, "--json", str(report), "--capability", str(capability))
+    finished = run_module(tmp_path, "--json", str(report), "--capability", str(capability), "--cache", cache)
     assert report.exists(), finished.stderr[-3000:]
     results = [CompiledCase(**row) for row in json.loads(report.read_text(encoding="utf-8"))]
     assert {result.name for result in results} == {
@@ -100,6 +113,84 @@ def test_a_broken_case_is_reported_and_fails_the_command(tmp_path):
     assert rows["good_kernel"]["error"] == ""
     assert rows["good_kernel"]["registers"] > 0
     assert "| bad_kernel | 4 | 3 | FAILED |" in table.read_text(encoding="utf-8")
+
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def helper(value):
+    return value + {number}
+
+@triton.jit
+def calling_kernel(out_ptr):
+    tl.store(out_ptr, helper(1.0))
+
+@triton.jit
+def other_kernel(out_ptr):
+    tl.store(out_ptr, 1.0)
+
+@triton.jit
+def bad_kernel(out_ptr):
+    tl.store(out_ptr, no_such_name)
+"""
+COUNTED = """
+import importlib.util, json, sys, triton
+from pathlib import Path
+from glm_rlhf.kernels.dispatch import aot_compile
+from glm_rlhf.kernels.dispatch.launch import CompileCase
+
+folder, compile_, names = Path(sys.argv[1]), triton.compile, []
+
+def counting(source, **options):
+    names.append(source.name)
+    return compile_(source, **options)
+
+def run(file, capability="90"):
+    spec = importlib.util.spec_from_file_location(file, folder / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cases = [
+        CompileCase(name=n, kernel=getattr(module, n), signature={"out_ptr": "*fp32"}, constexprs={})
+        for n in ("calling_kernel", "other_kernel", "bad_kernel")
+    ]
+    aot_compile.collect_cases = lambda: cases
+    names.clear()
+    report = folder / "report.json"
+    options = ["--cache", str(folder / "figures"), "--capability", capability, "--json", str(report)]
+    code = aot_compile.main(options)
+    rows = [row for row in json.loads(report.read_text()) if not row["error"]]
+    return [code, list(names), rows]
+
+triton.compile = counting
+runs = [run("first"), run("first"), run("second"), run("second", "80")]
+(folder / "runs.json").write_text(json.dumps(runs))
+"""
+
+
+def test_what_has_not_changed_is_compiled_once(tmp_path):
+    """A kernel is compiled again for another target, or when a function that it calls has changed."""
+    for name, number in (("first", 1), ("second", 2)):
+        (tmp_path / f"{name}.py").write_text(KERNELS.format(number=number), encoding="utf-8")
+    program = tmp_path / "counted.py"
+    program.write_text(COUNTED, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(program), str(tmp_path)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    runs = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"))
+    assert [code for code, *_ in runs] == [1, 1, 1, 1]  # a failure is compiled, and told, each time
+    assert [names for _, names, _ in runs] == [
+        ["calling_kernel", "other_kernel", "bad_kernel"],
+        ["bad_kernel"],
+        ["calling_kernel", "bad_kernel"],
+        ["calling_kernel", "other_kernel", "bad_kernel"],
+    ]
+    first, again, *_ = (rows for *_, rows in runs)
+    assert again == first
+    assert len(first) == 2
 
 
 def test_no_case_at_all_is_a_failure(tmp_path):
