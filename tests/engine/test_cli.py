@@ -81,7 +81,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     for arguments in (["--help"], ["doctor", "--help"]):
         command = [sys.executable, "-c", program, *arguments]
         for _ in range(3):  # the best of three, for other programs share the machine
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             _, heavy, _, cpu_s = answer.stderr.split()
             assert heavy == "[]"
             if float(cpu_s) < 0.5:
@@ -91,7 +91,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 def test_it_runs_as_a_module():
     command = [sys.executable, "-m", "glm_rlhf.engine", "--version"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0
     assert answer.stdout.startswith("glm-rlhf 0.")
 
@@ -213,7 +213,7 @@ def test_a_bug_ends_the_process_with_1():
         "cli.COMMANDS = (cli.Command(name='x', summary='', config=cli.DoctorConfig, function='fake:run'),)\n"
         "sys.exit(cli.main(['x']))\n"
     )
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert answer.returncode == 1
     assert "Traceback" in answer.stderr
     assert "KeyError: 'bug'" in answer.stderr

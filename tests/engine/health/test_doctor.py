@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from machine_load import slowdown
 
 from glm_rlhf.engine.config.sections import DoctorConfig, DoctorSection
 from glm_rlhf.engine.health import doctor
@@ -84,7 +85,7 @@ def test_under_torchrun_rank_0_reports_every_rank():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "glm_rlhf.engine", "doctor", "doctor.json=true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert answer.returncode == 0, answer.stderr
     report = json.loads(answer.stdout)  # one object: one rank printed
     assert report["is_healthy"] is True
@@ -106,7 +107,7 @@ def test_a_rank_that_never_comes_is_named_in_time():
     assert gloo.detail
     own = replace(_survey(0), collectives=(gloo,))
     texts = exchange(store, own.to_json(), rank=0, world_size=2, timeout_s=0.2)
-    assert time.monotonic() - start < 10  # 2.5 s and 0.2 s allowed, the rest for a busy machine
+    assert time.monotonic() - start < 10 * slowdown()  # 2.5 s and 0.2 s allowed
     assert texts == [own.to_json(), None]
     assert not dist.is_initialized()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_run import Fault, launch, run_with_fault
+from machine_load import slowdown
 from safetensors.torch import load_file
 from tiny_models import make_model, save_folder
 from tiny_ppo_line import ppo_line
@@ -31,9 +32,9 @@ def warm_launch():
 
 def test_a_killed_rank_ends_the_run_and_is_named(line, tmp_path):
     fault = Fault(kind="kill", phase="update", rank=1)
-    code, said, seconds = launch(fault, [*line, f"run.output={tmp_path}"], timeout_s=110)
+    code, said, seconds = launch(fault, [*line, f"run.output={tmp_path}"], timeout_s=300)
     assert code != 0
-    assert seconds < DEADLINE_S, said
+    assert seconds < DEADLINE_S * slowdown(), said
     assert re.search(r"rank\s*: 1 ", said), said  # torchrun's summary
     assert "Signal 9 (SIGKILL) received" in said
     # The remaining rank reports the phase in which it lost the other one.
@@ -43,9 +44,9 @@ def test_a_killed_rank_ends_the_run_and_is_named(line, tmp_path):
 def test_a_rank_that_skips_a_collective_is_found(warm_launch, line, tmp_path):
     options = [f"run.output={tmp_path}", "run.watchdog_s=5"]
     fault = Fault(kind="hang", phase="values", rank=1)
-    code, said, seconds = warm_launch(fault, [*line, *options], timeout_s=110)
+    code, said, seconds = warm_launch(fault, [*line, *options], timeout_s=300)
     assert code != 0
-    assert seconds < 5 + 10, said
+    assert seconds < 5 + 10 * slowdown(), said
     found = re.findall(r"\[rank (\d)\] hung for (\d+) s in phase (\S+): (.*)", said)
     assert found, said
     for rank, _, phase, where in found:
@@ -55,11 +56,11 @@ def test_a_rank_that_skips_a_collective_is_found(warm_launch, line, tmp_path):
 
 
 def test_a_run_that_is_started_again_goes_on_to_the_same_bits(warm_launch, line, tmp_path):
-    code, *_ = warm_launch(Fault(), [*line, f"run.output={tmp_path / 'wanted'}"], timeout_s=110)
+    code, *_ = warm_launch(Fault(), [*line, f"run.output={tmp_path / 'wanted'}"], timeout_s=300)
     assert code == 0
     given = [*line, f"run.output={tmp_path / 'found'}", "train.save_every=1", "train.async_save=false"]
     fault = Fault(kind="kill", phase="policy", rank=1)
-    code, said, _ = warm_launch(fault, given, timeout_s=110, num_restarts=1)
+    code, said, _ = warm_launch(fault, given, timeout_s=300, num_restarts=1)
     assert code == 0, said
     assert said.count("going on from") == 1
     wanted, found = (final_weights(tmp_path / name) for name in ("wanted", "found"))
@@ -84,7 +85,10 @@ def untouched(ranks, line, tmp_path_factory):
     return final_weights(output)
 
 
-@pytest.mark.parametrize("kind, phase, step", [("SIGTERM", "generate", 1), ("SIGUSR1", "critic", 2)])
+@pytest.mark.parametrize(
+    "kind, phase, step",
+    [("SIGTERM", "generate", 1), pytest.param("SIGUSR1", "critic", 2, marks=pytest.mark.slow)],
+)
 def test_all_ranks_save_and_leave_and_the_run_goes_on_to_the_same_bits(
     ranks, line, untouched, tmp_path, kind, phase, step
 ):

@@ -34,7 +34,7 @@ def stop(process: subprocess.Popen) -> RankProcess:
 
 def test_a_stopped_rank_is_killed_and_named(child):
     assert kill_stopped([stop(child)]) == [3]
-    assert child.wait(timeout=10) == -signal.SIGKILL
+    assert child.wait(timeout=60) == -signal.SIGKILL
     assert kill_stopped([RankProcess(rank=3, pid=child.pid, host="here", start_ticks=1)]) == []
 
 

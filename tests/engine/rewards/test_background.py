@@ -26,7 +26,7 @@ class Gate:
     def __call__(self, requests) -> list[float]:
         self.calls.append(numbers_of(requests))
         self.begun.release()
-        assert self.opened.acquire(timeout=30)
+        assert self.opened.acquire(timeout=300)
         return numbers_of(requests)
 
 
@@ -34,7 +34,7 @@ def test_answers_submitted_during_a_call_share_the_next_and_return_in_the_order_
     gate, answers = Gate(), dict(enumerate(reward_requests(5)))
     rewards = BackgroundRewards(gate, concurrency=1, device=CPU)
     rewards.submit({3: answers[3]})
-    assert gate.begun.acquire(timeout=30)
+    assert gate.begun.acquire(timeout=300)
     for number in (1, 0, 4):
         rewards.submit({number: answers[number]})
     rewards.submit(answers)  # all but 2 are submitted already
@@ -47,8 +47,8 @@ def test_no_more_calls_run_at_once_than_allowed():
     gate = Gate()
     rewards = BackgroundRewards(gate, concurrency=2, device=CPU)
     rewards.submit(dict(enumerate(reward_requests(5))))
-    assert gate.begun.acquire(timeout=30)
-    assert gate.begun.acquire(timeout=30)
+    assert gate.begun.acquire(timeout=300)
+    assert gate.begun.acquire(timeout=300)
     assert not gate.begun.acquire(timeout=0.05)
     gate.opened.release(5)
     assert rewards.take(range(5)) == [0.0, 1.0, 2.0, 3.0, 4.0]
@@ -59,7 +59,7 @@ def test_discarded_answers_neither_return_nor_run_at_the_same_time_as_later_ones
     gate, answers = Gate(), reward_requests(3)
     rewards = BackgroundRewards(gate, concurrency=1, device=CPU)
     rewards.submit({0: answers[0]})
-    assert gate.begun.acquire(timeout=30)
+    assert gate.begun.acquire(timeout=300)
     rewards.submit({1: answers[1]})
     rewards.discard()
     rewards.submit({0: answers[2]})  # the number 0 is another answer now

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from glm_rlhf.engine.rewards.http import HttpReward
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "reward_server.py"
 GOOD = (200, b'{"rewards": [1.0, 2.0, 3.0]}')
+SLOW = "slow"
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +41,15 @@ def serving(server):
 
 @contextlib.contextmanager
 def scripted(*answers):
-    """A server that returns these responses in order, then the last one again: (status, body) or a delay."""
-    asked = []
+    """A server that returns these responses in order, then the last one again: (status, body) or `SLOW`."""
+    asked, is_over = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             answer = answers[min(len(asked), len(answers)) - 1]
-            if isinstance(answer, float):
-                time.sleep(answer)
+            if answer is SLOW:
+                is_over.wait()
                 answer = GOOD
             with contextlib.suppress(OSError):
                 self.send_response(answer[0])
@@ -57,11 +60,14 @@ def scripted(*answers):
             pass
 
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
-        yield url, asked
+        try:
+            yield url, asked
+        finally:
+            is_over.set()
 
 
 def client(url: str, **changes) -> HttpReward:
-    return HttpReward(url=url, **{"timeout_s": 5.0, "retries": 2, "pause_s": 0.01, **changes})
+    return HttpReward(url=url, **{"timeout_s": TIMEOUT_S, "retries": 2, "pause_s": 0.01, **changes})
 
 
 @pytest.mark.parametrize("rule", [share_of_low_ids, low_id_tokens])
@@ -96,19 +102,41 @@ TRANSIENT = {
     "bad JSON": ((200, b'{"rewards": [1.0,'), "JSONDecodeError"),
     "no rewards": ((200, b"[1.0, 2.0, 3.0]"), "not of the form"),
     "wrong count": ((200, b'{"rewards": [1.0]}'), "the response has 1 rewards for 3 answers"),
-    "slow": (0.4, "timed out"),
+    "slow": (SLOW, "timed out"),
 }
+
+
+@contextlib.contextmanager
+def timing_out(asked, slow_numbers):
+    """Make the client time out at once on some requests, as soon as the server has them."""
+    original = urllib.request.urlopen
+
+    def urlopen(request, timeout):
+        assert timeout == TIMEOUT_S
+        number = len(asked)
+        if number not in slow_numbers:
+            return original(request, timeout=timeout)
+        try:
+            return original(request, timeout=0.1)
+        finally:
+            deadline = time.monotonic() + TIMEOUT_S
+            while len(asked) == number and time.monotonic() < deadline:
+                time.sleep(0.005)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("urllib.request.urlopen", urlopen)
+        yield
 
 
 @pytest.mark.parametrize(("answer", "words"), TRANSIENT.values(), ids=TRANSIENT.keys())
 def test_a_transient_failure_is_retried_and_a_lasting_one_ends(answer, words):
-    limit = {"timeout_s": 0.2} if isinstance(answer, float) else {}
-    with scripted(answer, GOOD) as (url, asked):
-        assert call_reward_function(client(url, **limit), reward_requests()) == [1.0, 2.0, 3.0]
+    is_slow = answer is SLOW
+    with scripted(answer, GOOD) as (url, asked), timing_out(asked, {0} if is_slow else ()):
+        assert call_reward_function(client(url), reward_requests()) == [1.0, 2.0, 3.0]
         assert len(asked) == 2
-    with scripted(answer) as (url, asked):
+    with scripted(answer) as (url, asked), timing_out(asked, range(3) if is_slow else ()):
         with pytest.raises(RewardError) as error:
-            call_reward_function(client(url, **limit), reward_requests())
+            call_reward_function(client(url), reward_requests())
         assert len(asked) == 3
     assert words in str(error.value)
     assert "gave none in 3 attempts" in str(error.value)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import kill_points
@@ -35,7 +36,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
     save_steps(source, {}, [2])
     command = [sys.executable, kill_points.__file__, str(source), str(NUM_KILLS)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     calls, moments = json.loads(done.stdout).values()
     assert calls.count("rename") == calls.count("replace") == 1
@@ -56,12 +57,14 @@ def asynchronous_and_not(folder, axes):
     """Save the same state both ways; change it as soon as the save returns."""
     with tiny_run(folder / "async", axes) as run:
         run.step()
-        original = run.writer._stage
-        run.writer._stage = lambda job: (time.sleep(0.2), original(job))[1]  # the update comes before it
+        original, update_waits = run.writer._stage, threading.Event()
+        run.writer._stage = lambda job: (update_waits.wait(60), original(job))[1]  # the update comes first
         with save.CheckpointWriter(folder / "sync", topology=run.topology, is_async=False, **OPTIONS) as sync:
             run.save(1, sync)
         run.save(1)
         was_running = run.writer._thread.is_alive()
+        wait_until_staged = run.state.wait_for_readers
+        run.state.wait_for_readers = lambda: (update_waits.set(), wait_until_staged())
         run.step()
         return was_running
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from machine_load import slowdown
 from megatron.core import parallel_state
 
 from glm_rlhf.parallel.runtime.topology import fresh_name, open_topology
@@ -130,7 +131,7 @@ def test_a_missing_rank_fails_a_collective_after_the_timeout(ranks):
     *waited, absent = ranks.run(wait_for_a_rank_that_does_not_come, 2.0)
     assert absent is None
     # One rank waits for its two seconds, the others until it closes; a loaded machine adds some time.
-    assert all(seconds is not None and seconds < 30 for seconds in waited), waited
+    assert all(seconds is not None and seconds < 30 * slowdown() for seconds in waited), waited
     assert max(waited) >= 1.5
 
 
@@ -186,7 +187,7 @@ def test_torchrun_ranks_make_a_world_again_and_again(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     said = [tmp_path / "0", tmp_path / "1"]
     done = subprocess.run(
-        [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
+        [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     refused = "tp 4 × pp 1 × cp 1 = 4 does not divide the world of 2 ranks: launch a multiple of 4"

@@ -126,7 +126,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(tmp_path):
 
 def run_writers(target: Path, files, write):
     """Run `write(rank, folder)` for two writers and return what each of them raised."""
-    barrier, errors = threading.Barrier(2, timeout=20), [None, None]
+    barrier, errors = threading.Barrier(2, timeout=120), [None, None]
 
     def work(rank):
         try:

@@ -157,7 +157,7 @@ def test_a_source_that_breaks_off_leaves_no_target(folders, tmp_path, monkeypatc
 
 
 def test_processes_share_a_conversion(folders, tmp_path):
-    barrier, errors = threading.Barrier(2, timeout=20), []
+    barrier, errors = threading.Barrier(2, timeout=120), []
 
     def work(rank):
         try:

@@ -231,7 +231,7 @@ def test_a_tied_head_is_stored_once(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pipeline_stages_write_their_own_files_together(folders, tmp_path, family):
     source, config = folders[family], read_config(folders[family])
-    gathered, barrier = gather(source, 2), threading.Barrier(2, timeout=20)
+    gathered, barrier = gather(source, 2), threading.Barrier(2, timeout=120)
     errors = []
 
     def stage(rank):

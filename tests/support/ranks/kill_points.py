@@ -20,7 +20,7 @@ from saved_runs import tiny_run
 
 WATCHED = ("pwrite", "fsync", "rename", "replace")
 """Calls that change what a kill leaves behind."""
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 def watch(log: Path, kill_at: int | None) -> None:

@@ -17,7 +17,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
 WORLD_SIZE = 4
-TIMEOUT_S = 100.0
+TIMEOUT_S = 300.0
 
 
 class RankError(AssertionError):

@@ -206,7 +206,7 @@ def test_while_one_process_builds_another_waits_and_finds_it_done(path, caplog):
         waiter.start()
         builder.stdin.write("\n")
         builder.stdin.flush()
-        waiter.join(timeout=60)
+        waiter.join(timeout=300)
         assert builder.stdout.readline() == "{'sum': 6}\n"
     assert facts == [FACTS]
     assert names(path) == {"numbers"}

@@ -197,7 +197,7 @@ def write_nothing(folder: Path, source: object, tokenizer: object) -> dict:
 
 def on_ranks(num_ranks: int, call) -> list:
     """Return what `call(rank, barrier)` returned or raised on each of some threads with one barrier."""
-    barrier = threading.Barrier(num_ranks, timeout=30)
+    barrier = threading.Barrier(num_ranks, timeout=120)
     outcomes: list = [None] * num_ranks
 
     def run(rank: int) -> None:
@@ -283,7 +283,7 @@ def test_two_processes_that_build_at_once_end_with_one_store(write, folder, tiny
         process.stdin.write("\n")
         process.stdin.flush()
         store = open_store(path, "pairs", folder=folder, tokenizer=tiny, **LIMITS)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     content = b"".join(np.array(part, np.int32).tobytes() for row in parts(store) for part in row)
     assert output == f"300 {hashlib.sha256(content).hexdigest()}\n"
