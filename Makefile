@@ -24,7 +24,8 @@ $(INSTALLED): requirements.txt setup.py pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# Test files in the order of their folders, by two at once: kernels need one core, ranks the other.
+# Test files in the order of their folders, by two at once. What the kernels compiled to is kept in .pytest_cache
+# and used again until a kernel or the compiler changes.
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -82,8 +83,8 @@ docs: install
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
 
-# Dear cases and layouts that cheaper ones stand for in `make test`, random models in random layouts, and PPO
-# on a stand-in for a CUDA device (which g++ compiles).
+# Cases and layouts that cheaper ones stand for in `make test`, kernels compiled for every target, the planner's
+# counted memory, random models in random layouts, and PPO on a stand-in for a CUDA device (which g++ compiles).
 slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -s
 

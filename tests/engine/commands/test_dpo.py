@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_models import make_model, reference_logprobs, save_folder
 from training_curves import (
     LAYOUTS,
@@ -128,7 +129,7 @@ def test_the_other_forms_equal_a_plain_loop_too(folder, data, tmp_path):
     assert expected[-1] < expected[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout", layout_params(LAYOUTS, quick=("cp2 dp2",)))
 def test_the_loss_curve_is_that_of_one_rank(ranks, folder, data, alone, tmp_path, layout):
     line = command(folder, data, tmp_path, *layout.split())
     assert {code for code, _ in ranks.run(run_main, line)} == {0}

@@ -23,6 +23,8 @@ LAYOUTS = (
     "parallel.tp=2 parallel.pp=2 parallel.vpp=2 parallel.sequence_parallel=true",
     "parallel.cp=2",
 )
+QUICK = (LAYOUTS[0], LAYOUTS[8], LAYOUTS[9])
+"""Those that `make test` runs: between them they split every axis."""
 # Fewer pages than the sequences need together, parts of prompts, few sequences at once.
 TIGHT = "generation.page_size=4 generation.max_batch=6 generation.max_step_tokens=9 generation.cache_bytes="
 NUM_NEW = 10
@@ -87,7 +89,7 @@ def written(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "generate.jsonl").open()]
 
 
-@pytest.mark.parametrize("layout", layout_params({name: name for name in LAYOUTS}, slow=LAYOUTS[2:9:6]))
+@pytest.mark.parametrize("layout", layout_params({name: name for name in LAYOUTS}, quick=QUICK))
 def test_greedy_answers_equal_transformers_with_a_cache_too_small_for_all(
     ranks, models, prompts, drawn_alone, tmp_path, layout
 ):

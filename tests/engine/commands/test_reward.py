@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from safetensors import safe_open
 from tiny_models import make_model, save_folder
 from training_curves import (
@@ -117,7 +118,7 @@ def test_one_rank_equals_a_plain_loop_over_transformers(alone, folder, data):
     assert curve(alone, "eval/loss")[-1] < curve(alone, "eval/loss")[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout", layout_params(LAYOUTS, quick=("pp2 vpp2 dp2",)))
 def test_the_loss_curve_is_that_of_one_rank(ranks, folder, data, alone, tmp_path, layout):
     line = command(folder, data, tmp_path, *layout.split())
     assert {code for code, _ in ranks.run(run_main, line)} == {0}

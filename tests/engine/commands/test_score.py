@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_models import FAMILIES, make_model, reference_logprobs, save_folder
 
 from glm_rlhf.engine.cli import main
@@ -31,6 +32,8 @@ LAYOUTS = (
     "parallel.tp=2 parallel.cp=2",
     "parallel.pp=2 parallel.cp=2",
 )
+QUICK = (LAYOUTS[0], LAYOUTS[4], LAYOUTS[10], LAYOUTS[13])
+"""Those that `make test` runs: between them they split every axis."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def command(folder: Path, data: Path, output: Path, *more: str) -> list[str]:
     return ["score", *paths, "train.dtype=fp32", "train.micro_batch_tokens=24", *more]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layout_params({name: name for name in LAYOUTS}, quick=QUICK))
 def test_logprobs_equal_transformers(ranks, models, demonstrations, tmp_path, layout):
     path, records = demonstrations
     lines = [

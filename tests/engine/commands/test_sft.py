@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_models import make_model, reference_logprobs, save_folder
 from training_curves import (
     LAYOUTS,
@@ -97,7 +98,7 @@ def test_one_rank_equals_a_plain_loop_over_transformers(alone, data):
     assert lines[-1]["actor/loss"] < 0.8 * lines[0]["actor/loss"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout", layout_params(LAYOUTS, quick=("tp2 pp2",)))
 def test_the_loss_curve_is_that_of_one_rank(ranks, folder, data, alone, tmp_path, layout):
     line = command(folder, data, tmp_path, *layout.split())
     assert {code for code, _ in ranks.run(run_main, line)} == {0}

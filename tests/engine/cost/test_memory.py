@@ -26,7 +26,17 @@ def test_offloaded_states_take_no_memory_in_the_phases_that_do_not_need_them():
     assert parked.resident == plain.resident
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = 5
+"""Of the cases, the one that `make test` counts; `make slow` counts all."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if number == QUICK else pytest.mark.slow)
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_the_predicted_peak_is_within_a_tenth_of_the_counted(case):
     """On the first stage, and on the last of a long pipeline, which holds least."""
     last = case.choice.layout.pp - 1

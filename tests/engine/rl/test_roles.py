@@ -69,8 +69,7 @@ def alone(folder):
     "axes",
     [
         pytest.param(None, id="alone"),
-        # Four ranks on few cores sum over gloo for a minute in the first of them.
-        *layout_params(LAYOUTS, slow=("tp4 sp", "pp2 vpp2", "cp2")),
+        *layout_params(LAYOUTS, quick=("tp2 pp2",)),
     ],
 )
 def test_five_iterations_have_their_stored_metrics_in_every_layout(ranks, folder, axes):

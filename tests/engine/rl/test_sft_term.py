@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_params import layout_params
 from tiny_models import make_model, reference_logprobs, save_folder
 from tiny_ppo import make_roles, prompts
 from tiny_training import assemble, pieces_of
@@ -102,7 +103,7 @@ def by_hand(folder, demonstrations, tmp_path_factory):
     return dict(model.named_parameters()), sum(sft_losses) / 2
 
 
-@pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("axes", layout_params(LAYOUTS, quick=("tp2 pp2", "cp2")))
 def test_a_step_equals_the_two_losses_added_up_by_hand(
     ranks, folder, demonstrations, by_hand, tmp_path, axes
 ):

@@ -232,7 +232,14 @@ def train_generate_train(axes):
         return all(point == addresses[0] for point in addresses), counts
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2, "sequence_parallel": True}])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"tp": 2},
+        pytest.param({"pp": 2}, marks=pytest.mark.slow),
+        pytest.param({"tp": 2, "pp": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_generation_moves_no_weight(ranks, axes):
     for is_in_place, traffic in ranks.run(train_generate_train, axes):
         assert is_in_place
@@ -246,8 +253,25 @@ def test_generation_moves_no_weight(ranks, axes):
             assert traffic["train"][1] > 0, "the count bites: weights are gathered over dp"
 
 
-@pytest.mark.parametrize("axes", [{"tp": 1}, {"tp": 4}, {"tp": 2, "pp": 2, "vpp": 2}])
-@pytest.mark.parametrize("changes", [{}, {"family": "glm4", "has_sandwich_norms": True}])
+GLM4 = {"family": "glm4", "has_sandwich_norms": True}
+
+
+@pytest.mark.parametrize(
+    "axes, changes",
+    [
+        ({"tp": 2, "pp": 2, "vpp": 2}, GLM4),
+        *(
+            pytest.param(axes, changes, marks=pytest.mark.slow)
+            for axes, changes in (
+                ({"tp": 1}, {}),
+                ({"tp": 1}, GLM4),
+                ({"tp": 4}, {}),
+                ({"tp": 4}, GLM4),
+                ({"tp": 2, "pp": 2, "vpp": 2}, {}),
+            )
+        ),
+    ],
+)
 def test_bf16_answers_have_the_training_forwards_logprobs(ranks, axes, changes):
     for largest, mean in ranks.run(bf16_distances, axes, changes):
         # Hidden states of bf16, summed in another order, through four layers: a rounding is 2^-8 of them.
@@ -281,9 +305,14 @@ NUM_DRAWS = 3000
     "sampling",
     [
         SamplingSettings(),
-        SamplingSettings(temperature=0.6),
-        SamplingSettings(temperature=1.5, top_k=9),
-        SamplingSettings(top_p=0.7),
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                SamplingSettings(temperature=0.6),
+                SamplingSettings(temperature=1.5, top_k=9),
+                SamplingSettings(top_p=0.7),
+            )
+        ),
         SamplingSettings(temperature=1.2, top_k=12, top_p=0.9, masked_ids_V=torch.arange(64) % 3 == 0),
     ],
 )
@@ -368,7 +397,9 @@ def idle_fractions(axes, num_requests, max_batch):
             return phase.ticks.idle_fraction, phase.ticks.busy
 
 
-@pytest.mark.parametrize("axes", [{"pp": 2}, {"pp": 4}, {"pp": 2, "vpp": 2}])
+@pytest.mark.parametrize(
+    "axes", [*(pytest.param({"pp": pp}, marks=pytest.mark.slow) for pp in (2, 4)), {"pp": 2, "vpp": 2}]
+)
 def test_no_stage_waits_in_the_steady_state(ranks, axes):
     for idle_fraction, num_busy in ranks.run(idle_fractions, axes, 40, 8):
         assert idle_fraction <= 0.05

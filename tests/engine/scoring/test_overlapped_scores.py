@@ -60,7 +60,9 @@ def _experience(engine) -> tuple[Counter, Experience]:
     return passes, experience
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2, "pp": 2}, {"pp": 4}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"tp": 2, "pp": 2}, pytest.param({"pp": 4}, marks=pytest.mark.slow)], ids=str
+)
 def test_scored_early_or_late_is_the_same_experience(ranks, folder, axes):
     for overlapped, late, apart in ranks.run(early_and_late, folder, axes):
         assert not late

@@ -75,8 +75,8 @@ PAIRS = [
 ]
 SAME = [
     ("policy", {"tp": 2}),
-    ("bf16 critic", {"pp": 2, "vpp": 2}),
     ("clipped tied", {"pp": 2}),
+    ("bf16 critic", {"pp": 2, "vpp": 2}),
     ("bf16", {"pp": 2, "vpp": 2}),
     ("critic", {"cp": 2}),
     ("tied", {"pp": 2}),
@@ -148,7 +148,7 @@ def assert_same_content(folder, case):
         assert whole_tensors(folder / "step_3", kind) == whole_tensors(folder / "step_2", kind), kind
 
 
-QUICK = (0, 3, 5, 7, 11, 16, 17, 24)
+QUICK = (3, 5, 17, 24)
 """Of the pairs, those that run with every change; `make slow` and the table of promises run all."""
 
 
@@ -174,7 +174,7 @@ def test_another_layout_has_the_same_bits_and_resumes(ranks, tmp_path, name, sou
 
 
 @pytest.mark.parametrize(
-    "name, axes", [*SAME[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in SAME[3:])], ids=str
+    "name, axes", [*SAME[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in SAME[2:])], ids=str
 )
 def test_the_same_layout_resumes_bit_for_bit(ranks, tmp_path, name, axes):
     for _, _, losses, others, after, later in ranks.run(saved_and_loaded, tmp_path, CASES[name], axes, axes):

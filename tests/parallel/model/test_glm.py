@@ -142,7 +142,7 @@ def gradient_error(gradients, expected, chunks) -> float:
 
 
 @pytest.mark.parametrize(
-    "axes", layout_params(LAYOUTS, slow=("tp4", "tp2 pp2", "tp2 cp2", "cp2", "cp4", "pp2", "tp2"))
+    "axes", layout_params(LAYOUTS, quick=("dp4", "tp4 sp", "tp2 pp2 vpp2 sp", "tp2 cp2 sp", "pp2 cp2"))
 )
 def test_every_layout_equals_transformers(ranks, checkpoints, axes):
     for answers in ranks.run(check_layout, checkpoints, axes):

@@ -32,7 +32,7 @@ def expected():
     return run_cases({}, CASES)
 
 
-@pytest.mark.parametrize("axes", layout_params(LAYOUTS, slow=("tp4 sp", "pp2 cp2")))
+@pytest.mark.parametrize("axes", layout_params(LAYOUTS, quick=("pp2 vpp2", "tp2 cp2 sp")))
 def test_scalar_and_tied_heads_equal_one_rank(ranks, expected, axes):
     found = ranks.run(run_cases, axes, CASES)
     for index, answers in enumerate(expected):

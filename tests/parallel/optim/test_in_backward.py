@@ -55,7 +55,7 @@ def run_both_ways(axes):
     return run_cases(axes, CASES), run_cases(axes, [replace(case, in_backward=False) for case in CASES])
 
 
-@pytest.mark.parametrize("axes", layout_params(LAYOUTS, slow=("dp4", "tp4 replicas", "pp2 vpp2", "cp2")))
+@pytest.mark.parametrize("axes", layout_params(LAYOUTS, quick=("tp2 pp2",)))
 def test_weights_are_those_of_the_ordinary_optimizer(ranks, axes):
     answers = ranks.run(run_both_ways, axes)
     for index in range(len(CASES)):

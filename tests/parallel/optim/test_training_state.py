@@ -34,8 +34,11 @@ BF16 = [
 ]
 
 
-# The last is of two chunks a rank, the second with an fp32 head behind bf16 layers.
-BF16_LAYOUTS = [{"tp": 2}, {"tp": 2, "pp": 2, "sequence_parallel": True}, {"pp": 2, "vpp": 2}]
+BF16_LAYOUTS = [
+    pytest.param({"tp": 2}, marks=pytest.mark.slow),
+    pytest.param({"tp": 2, "pp": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
+    {"pp": 2, "vpp": 2},  # two chunks per rank, the second with an fp32 head behind bf16 layers
+]
 
 
 @pytest.mark.parametrize("axes", BF16_LAYOUTS, ids=str)

@@ -15,10 +15,23 @@ UNEQUAL = tuple((3 * n % 7 + 2, n + 1, 1) if n % 2 else (2 * n + 1,) for n in ra
 EIGHT_LAYERS = {"num_layers": 8}
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 3, 9])
+PIPELINES = [
+    {"pp": 4},
+    {"pp": 4, "vpp": 2},
+    {"pp": 2, "vpp": 4},
+    {"tp": 2, "pp": 2, "sequence_parallel": True},
+]
+QUICK = ((0, 1), (1, 3), (2, 9), (3, 3))
+"""Pipelines, by number, with micro-batches that `make test` runs; `make slow` runs all."""
+
+
 @pytest.mark.parametrize(
-    "axes",
-    [{"pp": 4}, {"pp": 4, "vpp": 2}, {"pp": 2, "vpp": 4}, {"tp": 2, "pp": 2, "sequence_parallel": True}],
+    "axes, num_micro_batches",
+    [
+        pytest.param(axes, count, marks=[] if (number, count) in QUICK else pytest.mark.slow)
+        for number, axes in enumerate(PIPELINES)
+        for count in (1, 3, 9)
+    ],
     ids=str,
 )
 def test_unequal_micro_batches_equal_one_rank(ranks, axes, num_micro_batches):

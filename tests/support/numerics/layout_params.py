@@ -1,4 +1,4 @@
-"""Layouts as parameters of a test; slow ones run only in `make slow`."""
+"""Layouts as parameters of a test, a few in `make test`, the others only in `make slow`."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 
-def layout_params(layouts: Mapping[str, Any], *, slow: Collection[str] = ()) -> list[Any]:
-    """Return one named parameter per layout; those in `slow` run only in `make slow`."""
-    unknown = set(slow) - layouts.keys()
+def layout_params(layouts: Mapping[str, Any], *, quick: Collection[str]) -> list[Any]:
+    """Return one named parameter per layout; those not in `quick` run only in `make slow`."""
+    unknown = set(quick) - layouts.keys()
     assert not unknown, f"no such layouts: {unknown}"
     return [
-        pytest.param(value, id=name, marks=[pytest.mark.slow] if name in slow else [])
+        pytest.param(value, id=name, marks=[] if name in quick else [pytest.mark.slow])
         for name, value in layouts.items()
     ]
