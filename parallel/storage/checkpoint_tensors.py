@@ -30,7 +30,7 @@ from glm_rlhf.parallel.storage.durable_io import read_all
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file
 from glm_rlhf.parallel.storage.safetensors_format import STORED_DTYPES, HeaderEntry, read_header
 
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 16 * 2**20  # for each of the threads that read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

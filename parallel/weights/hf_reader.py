@@ -25,7 +25,7 @@ from glm_rlhf.parallel.storage.safetensors_format import check_float
 from glm_rlhf.parallel.storage.weight_files import FileTensor, list_tensors, read_slice
 
 _NUM_THREADS = 4
-"""Threads that read parameters in host memory; more do not make it faster."""
+"""Threads that read parameters in host memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
