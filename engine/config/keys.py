@@ -155,11 +155,12 @@ def help_text(config_class: type) -> str:
     return "\n".join(lines[1:])
 
 
-def _meaning(section: type, name: str) -> str:
+def _meaning(section: object, name: str) -> str:
     """Return the string below a field; pydantic keeps it only in the class that declares the field."""
-    classes = [base for base in section.__mro__ if "__pydantic_fields__" in base.__dict__]
-    fields = [base.__pydantic_fields__[name] for base in classes if name in base.__pydantic_fields__]
-    return " ".join(next((field.description for field in fields if field.description), "").split())
+    assert isinstance(section, type), f"{section} is not a section"
+    declared = [vars(base).get("__pydantic_fields__", {}) for base in section.__mro__]
+    descriptions = [fields[name].description for fields in declared if name in fields]
+    return " ".join(next((text for text in descriptions if text), "").split())
 
 
 def _default(field: FieldInfo) -> object:

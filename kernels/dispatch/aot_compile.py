@@ -99,7 +99,7 @@ def compile_case(case: CompileCase, capability: int, *, cache: Path | None = Non
     """
     if is_interpreting():
         raise ValueError("ahead-of-time compilation needs the compiler: unset TRITON_INTERPRET and restart")
-    described = {
+    described: dict[str, Any] = {
         "name": case.name,
         "capability": capability,
         "num_warps": case.num_warps,

@@ -114,7 +114,8 @@ class ShardedTensor:
                 continue
             target = out_RC.narrow(piece.dim, first - wanted[piece.dim][0], last - first)
             within = (first - piece.start + offset, last - piece.start + offset)
-            _read_block(stored, *((within, columns) if piece.dim == 0 else (rows, within)), target)
+            in_shard = (within, (columns[0], columns[1])) if piece.dim == 0 else ((rows[0], rows[1]), within)
+            _read_block(stored, *in_shard, target)
 
 
 def _read_block(

@@ -69,7 +69,7 @@ FileTensor = StoredTensor | BinTensor
 """A tensor in a file of a Hugging Face folder."""
 
 
-def list_tensors(folder: Path) -> dict[str, FileTensor] | dict[str, ShardedTensor]:
+def list_tensors(folder: Path) -> Mapping[str, FileTensor] | Mapping[str, ShardedTensor]:
     """Return every tensor of a folder by name, from headers alone.
 
     `model.safetensors` is preferred to `pytorch_model.bin`, each in one file or in the files of an index. For
@@ -159,6 +159,7 @@ def read_slice(
     if out.dtype == stored.dtype and out.is_contiguous():
         stored.read_into(dim, start, stop, out)
     elif dim == 0:
+        assert stored.dtype is not None, "weights are floating-point numbers"
         step = max(1, _BLOCK_BYTES // (prod(stored.shape[1:]) * stored.dtype.itemsize))
         for row in range(start, stop, step):
             block = out[row - start : row - start + step]
