@@ -20,13 +20,8 @@ from glm_rlhf.engine.config.keys import help_text, keys_of
 from glm_rlhf.engine.config.load import ConfigError, dump_config, is_override, load_config, save_config
 from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.config.rl import PPOConfig
-from glm_rlhf.engine.config.sections import (
-    ConvertConfig,
-    DemoConfig,
-    DoctorConfig,
-    GenerateConfig,
-    ScoreConfig,
-)
+from glm_rlhf.engine.config.sections import GenerateConfig, ScoreConfig
+from glm_rlhf.engine.config.tools import ConvertConfig, DemoConfig, DoctorConfig
 from glm_rlhf.engine.config.training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
 from glm_rlhf.engine.config.yaml_source import read_file
 from glm_rlhf.parallel.runtime.log import ROOT, log

@@ -2,7 +2,7 @@
 
 import time
 
-from glm_rlhf.engine.config.sections import ConvertConfig
+from glm_rlhf.engine.config.tools import ConvertConfig
 from glm_rlhf.parallel.runtime.consensus import failure_barriers
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology

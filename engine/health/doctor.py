@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from glm_rlhf.engine.config.sections import DoctorConfig
+from glm_rlhf.engine.config.tools import DoctorConfig
 from glm_rlhf.engine.health.connectivity import exchange, join, try_collectives
 from glm_rlhf.engine.health.survey import RankSurvey, survey_rank
 

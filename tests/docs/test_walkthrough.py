@@ -12,6 +12,10 @@ PAGE = DOCS / "follow_a_batch.md"
 NAME = re.compile(r"([\w/]+\.py):([\w.]+)")
 MAX_LINES = 12
 """Lines of one walk: more is no longer a first reading."""
+CLIP = {"clip", "clip_low", "clip_high"}
+"""Names of `ppo.clip` in the code."""
+MAX_FILES = 10
+"""Files from the command line and the declaration of `ppo.clip` to its kernel."""
 
 
 def test_every_name_of_the_page_exists():
@@ -22,11 +26,37 @@ def test_every_name_of_the_page_exists():
 
 def test_each_walk_is_short_and_every_line_names_code():
     _, *walks = re.split(r"^## ", prose(PAGE), flags=re.MULTILINE)
-    assert len(walks) == 2
+    assert len(walks) == 3
     for walk in walks:
         lines = [line for line in walk.splitlines() if re.match(r"\d+\. ", line)]
         assert 0 < len(lines) <= MAX_LINES
         assert [line for line in lines if not NAME.search(line)] == []
+
+
+def test_the_walk_of_one_setting_lists_every_file_that_names_it():
+    walk = re.split(r"^## ", prose(PAGE), flags=re.MULTILINE)[3]
+    listed = {path for path, _ in NAME.findall(walk)}
+    naming = {
+        path.relative_to(ROOT).as_posix()
+        for room in ("engine", "kernels", "parallel")
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if CLIP & identifiers(path) and path.relative_to(ROOT).parts[:2] != ("engine", "bench")
+    }
+    # The references are plain PyTorch formulas that the kernels are compared with.
+    assert {path for path in naming if not Path(path).name.startswith("reference_")} <= listed
+    assert len(naming) > 3
+    assert len(listed) <= MAX_FILES
+
+
+def identifiers(path: Path) -> set[str]:
+    """The names that a file's code reads, assigns, takes or passes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {
+        getattr(node, field)
+        for node in ast.walk(tree)
+        for field in ("id", "attr", "arg")
+        if isinstance(getattr(node, field, None), str)
+    }
 
 
 def is_defined(path: Path, name: str) -> bool:

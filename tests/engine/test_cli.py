@@ -12,7 +12,8 @@ from glm_rlhf.engine import cli
 from glm_rlhf.engine.cli import COMMANDS, Command, main
 from glm_rlhf.engine.config.keys import keys_of
 from glm_rlhf.engine.config.load import load_config
-from glm_rlhf.engine.config.sections import DoctorConfig, ScoreConfig
+from glm_rlhf.engine.config.sections import ScoreConfig
+from glm_rlhf.engine.config.tools import DoctorConfig
 from glm_rlhf.engine.data.records.schema import read_demonstrations
 
 SCORE = ["score", "model.path=m", "data.path=d"]

@@ -13,7 +13,8 @@ import torch
 
 from glm_rlhf.engine.commands import convert
 from glm_rlhf.engine.commands.demo.training import MAX_NEW_TOKENS, read_lines, write_lines
-from glm_rlhf.engine.config.sections import ConvertConfig, ConvertSection, ModelSection, RunFolderSection
+from glm_rlhf.engine.config.sections import ModelSection, RunFolderSection
+from glm_rlhf.engine.config.tools import ConvertConfig, ConvertSection
 from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
 
 MAX_LOGPROB_GAP = 1e-4

@@ -9,13 +9,13 @@ from glm_rlhf.engine.commands import score
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, ToyTask
 from glm_rlhf.engine.commands.demo.training import ask, is_right, read_lines, write_lines
 from glm_rlhf.engine.config.sections import (
-    DemoConfig,
     ForwardSection,
     ModelSection,
     RunSection,
     ScoreConfig,
     ScoredRecordsSection,
 )
+from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.evaluation.confidence import ConfidenceInterval, mean_estimate, share_estimate
 
 CLEAR_GAIN = 0.2

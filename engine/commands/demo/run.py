@@ -31,7 +31,7 @@ from glm_rlhf.engine.commands.demo.report import (
 )
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, careless_sums
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
-from glm_rlhf.engine.config.sections import DemoConfig
+from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.observe.timer import Timer
 
 _FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")

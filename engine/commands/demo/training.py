@@ -19,7 +19,6 @@ from glm_rlhf.engine.config.rl import (
     PPOTrainSection,
 )
 from glm_rlhf.engine.config.sections import (
-    DemoConfig,
     GenerateConfig,
     GenerationSection,
     ModelSection,
@@ -27,6 +26,7 @@ from glm_rlhf.engine.config.sections import (
     RecordsSection,
     RunSection,
 )
+from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.config.training import (
     DemonstrationsSection,
     ObserveSection,

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from glm_rlhf.engine.config import sections
 from glm_rlhf.engine.config.keys import keys_of
 from glm_rlhf.engine.config.load import ConfigError, load_config
-from glm_rlhf.engine.config.sections import ConvertConfig, DoctorConfig, ScoreConfig
+from glm_rlhf.engine.config.sections import ScoreConfig
+from glm_rlhf.engine.config.tools import ConvertConfig, DoctorConfig
 
 ROOTS = (ConvertConfig, DoctorConfig, ScoreConfig)
 REQUIRED = {

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from machine_load import slowdown
 
-from glm_rlhf.engine.config.sections import DoctorConfig, DoctorSection
+from glm_rlhf.engine.config.tools import DoctorConfig, DoctorSection
 from glm_rlhf.engine.health import doctor
 from glm_rlhf.engine.health.connectivity import exchange, join, try_collectives, within
 from glm_rlhf.engine.health.doctor import DoctorReport, differences, to_json, to_text

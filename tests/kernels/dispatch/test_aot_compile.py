@@ -181,7 +181,7 @@ def test_what_has_not_changed_is_compiled_once(tmp_path):
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     runs = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"))
-    assert [code for code, *_ in runs] == [1, 1, 1, 1]  # a failure is compiled, and told, each time
+    assert [code for code, *_ in runs] == [1, 1, 1, 1]  # a failure is compiled, and reported, each time
     assert [names for _, names, _ in runs] == [
         ["calling_kernel", "other_kernel", "bad_kernel"],
         ["bad_kernel"],

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from glm_rlhf.engine.commands.demo import run
-from glm_rlhf.engine.config.sections import DemoConfig, DemoSection, RunSection
+from glm_rlhf.engine.config.sections import RunSection
+from glm_rlhf.engine.config.tools import DemoConfig, DemoSection
 
 
 @pytest.fixture(scope="module")
