@@ -42,7 +42,7 @@ def drive(path: Path):
             rollouts = engine.generate(PROMPTS)
             assert [weight.data_ptr() for weight in weights] == addresses
             if resharded is not None:
-                num_bytes.append(sum(t.untyped_storage().nbytes() for t in resharded._own.values()))
+                num_bytes.append(sum(t.untyped_storage().nbytes() for t in resharded._owned.values()))
             answers.append((rollouts.indices, rollouts.tokens_T.tolist()))
             metrics.append(engine.update(engine.make_experience(rollouts)))
         assert [weight.data_ptr() for weight in weights] == addresses

@@ -9,7 +9,9 @@ GIVEN = ("model.path=m", "data.path=p.jsonl", "reward.function=rules:one", "trai
 
 
 def test_an_optimizer_in_backward_is_not_parked():
-    with pytest.raises(ValueError, match=r"leave optimizers out, or set optimizer.in_backward to false"):
+    with pytest.raises(
+        ValueError, match=r"remove optimizers from train.offload, or set optimizer.in_backward to false"
+    ):
         load_config(PPOConfig, overrides=[*GIVEN, "train.offload=[optimizers]", "optimizer.in_backward=true"])
     offloads = load_config(
         PPOConfig, overrides=[*GIVEN, "train.offload=[reference]", "optimizer.in_backward=true"]

@@ -161,7 +161,7 @@ def test_the_engine_reads_demonstrations_and_holds_on_to_them(folder, demonstrat
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("ppo.sft_coef=0.1", "ppo.sft_coef is 0.1, but there is nothing to imitate"),
+        ("ppo.sft_coef=0.1", "ppo.sft_coef is 0.1, but there are no demonstrations"),
         ("data.sft_path=d.jsonl", "data.sft_path is d.jsonl, but ppo.sft_coef is 0"),
         ("train.sft_batch_size=2", "train.sft_batch_size is 2, but there are no demonstrations"),
     ],

@@ -16,7 +16,7 @@ def held(axes, tp, pp):
     with open_topology(Layout(**axes)) as topology:
         chunks = make_chunks(Case(), topology)
         with generation_layout(chunks, topology, tp=tp, pp=pp, timeout_s=TIMEOUT_S) as resharded:
-            own = [] if resharded is None else list(resharded._own.values())
+            own = [] if resharded is None else list(resharded._owned.values())
             num_bytes = [sum(tensor.untyped_storage().nbytes() for tensor in own)]
             with weights_for_generation(chunks, topology, resharded) as (weights, used):
                 found = (used.layout.tp, used.layout.pp), weights is chunks

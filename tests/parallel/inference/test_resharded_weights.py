@@ -70,7 +70,7 @@ def resharded(case, axes, target_axes):
         weights = ReshardedWeights(chunks, second, buffer_bytes=BUFFER_BYTES)
         with weights.filled() as filled:
             before = bits_of(filled), generated(filled, second)
-        own_bytes = sum(t.untyped_storage().nbytes() for t in weights._own.values())
+        own_bytes = sum(t.untyped_storage().nbytes() for t in weights._owned.values())
         assert own_bytes == 0, "memory is held while it generates, and no longer"
         batches = make_batches(case, first)[first.dp_rank :: first.dp]
         train_step(case, state, batches, first)
