@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import triton
-from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key
@@ -36,6 +35,9 @@ CAPABILITIES = tuple(SHARED_LIMIT_BYTES)
 
 # Contraction of a · b + c into one instruction: Triton's default, pinned here because Triton 3.10 changes it.
 FP_FUSION = True
+
+# Beginnings of the environment variables that Triton's and LLVM's compilers read.
+_COMPILER_SETTINGS = ("TRITON_", "LLVM_", "MLIR_", "DISABLE_", "PTXAS_", "NVPTX_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +157,9 @@ def _cache_key(source: ASTSource, target: GPUTarget, options: dict[str, Any]) ->
     target, options and environment.
     """
     backend = make_backend(target)
-    key = get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_COMPILER_SETTINGS)}
+    environment.pop("TRITON_CACHE_DIR", None)
+    key = get_cache_key(source, backend, backend.parse_options(options), environment)
     return hashlib.sha256(key.encode() + Path(__file__).read_bytes()).hexdigest()
 
 
