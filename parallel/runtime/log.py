@@ -1,7 +1,8 @@
 """Lines for the user on stderr, from the main rank or from one rank by its number. Imports no torch.
 
 The logger `glm_rlhf` has one handler, which writes each message as it is to stderr. An application that
-gives the logger a handler of its own before it imports this module keeps that one.
+gives the logger a handler of its own before it imports this module keeps that one; otherwise handlers of the
+root logger do not receive the messages.
 """
 
 import logging
@@ -46,3 +47,4 @@ class _StderrHandler(logging.Handler):
 
 if not logging.getLogger(ROOT).handlers:
     logging.getLogger(ROOT).addHandler(_StderrHandler())
+    logging.getLogger(ROOT).propagate = False  # a handler of the root logger would write each message again

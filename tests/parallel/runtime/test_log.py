@@ -46,3 +46,11 @@ def test_an_application_keeps_its_own_handler_and_torch_stays_out():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (answer.stdout, answer.stderr) == ("once\n", "")
+
+
+def test_a_handler_of_the_root_logger_writes_no_message_again():
+    code = (
+        "import logging\nlogging.basicConfig()\nfrom glm_rlhf.parallel.runtime.log import log\nlog('once')\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stderr == "once\n"
