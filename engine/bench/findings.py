@@ -94,11 +94,11 @@ def compare(rows: Sequence[Row], earlier: dict) -> list[Moved]:
     moved = []
     for row in rows:
         old, new = before.get((row.row, row.shape), {}), _timings(asdict(row))
-        ours = row.entries[0].name
+        engine_name = row.entries[0].name
         for name in new.keys() & old.keys():
             ratios = ()
-            if name != ours and ours in new and ours in old:
-                ratios = tuple(run[name]["median_s"] / run[ours]["median_s"] for run in (old, new))
+            if name != engine_name and engine_name in new and engine_name in old:
+                ratios = tuple(run[name]["median_s"] / run[engine_name]["median_s"] for run in (old, new))
             pair = old[name].get("ratio"), new[name]["ratio"]
             moved.append(
                 Moved(
@@ -204,12 +204,14 @@ def _table(rows: Sequence[Row]) -> list[str]:
     cells = [("row", "contender", "median ms", "quartiles ms", "ours is × as fast")]
     for row in rows:
         for entry in row.entries:
-            timing, ours = entry.timing, row.entries[0].timing
+            timing, engine_timing = entry.timing, row.entries[0].timing
             if timing is None:
                 cells.append((row.row, entry.name, "", "", entry.status))
                 continue
             times = [number(1e3 * seconds) for seconds in (timing.median_s, timing.low_s, timing.high_s)]
-            ratio = "" if ours is None or timing is ours else f"{timing.median_s / ours.median_s:.2f}"
+            ratio = ""
+            if engine_timing is not None and timing is not engine_timing:
+                ratio = f"{timing.median_s / engine_timing.median_s:.2f}"
             cells.append((row.row, entry.name, times[0], f"{times[1]}–{times[2]}", ratio))
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells)

@@ -173,9 +173,9 @@ def _timed_cells(row: Row, timing: Timing) -> dict[str, str]:
     if row.work is not None:
         amount, unit = row.work
         cells[f"{unit}/s"] = number(amount / timing.median_s)
-    ours = row.entries[0].timing
-    if ours is not None and timing is not ours:
-        cells["ours is … × as fast"] = f"{timing.median_s / ours.median_s:.2f}"
+    engine_timing = row.entries[0].timing
+    if engine_timing is not None and timing is not engine_timing:
+        cells["ours is … × as fast"] = f"{timing.median_s / engine_timing.median_s:.2f}"
     if timing.ratio is not None:
         cells["quartiles ×"] = f"{timing.ratio.low:.2f}–{timing.ratio.high:.2f}"
     return cells

@@ -132,13 +132,13 @@ def stop_ids_of(config: DrawsAnswers, tokenizer: Tokenizer | None, glm: GLMConfi
     Raises:
         ValueError: the config adds one that the model cannot draw.
     """
-    given = config.generation.stop_ids
-    if beyond := [token for token in given if token >= glm.vocab_size]:
+    added = config.generation.stop_ids
+    if beyond := [token for token in added if token >= glm.vocab_size]:
         raise ValueError(
             f"generation.stop_ids holds {beyond[0]}, the model's vocabulary ends at {glm.vocab_size - 1}: no "
             "answer would end so"
         )
-    return frozenset(given) | _own_stop_ids(config.model.path, tokenizer)
+    return frozenset(added) | _own_stop_ids(config.model.path, tokenizer)
 
 
 def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:

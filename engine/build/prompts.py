@@ -27,7 +27,7 @@ def read_prompt_inputs(
         tokenizer: for those that are texts; None where there is none.
         glm: shape of the model that answers.
         max_prompt_tokens: a longer one is a bad record.
-        on_error: what a bad record does: raise, or be left out and counted.
+        on_error: what a bad record does: raise, or be skipped and counted.
         report: counts.
 
     Raises:

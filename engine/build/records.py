@@ -1,4 +1,4 @@
-"""The records that a training command learns from, opened on every rank and told about once."""
+"""The records that a training command learns from, opened on every rank and reported once."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def open_demonstrations(
 ) -> tuple[Demonstrations, Demonstrations | None]:
     """Return the demonstrations to learn from and those to evaluate on; every rank calls this.
 
-    They are tokenised into `<run_folder>/tokens`; what was skipped or cut is told, and written to
+    They are tokenised into `<run_folder>/tokens`; what was skipped or cut is logged, and written to
     `<run_folder>/data.json`.
 
     Raises:
@@ -54,8 +54,8 @@ def open_pairs(
 ) -> tuple[Pairs, Pairs | None]:
     """Return the pairs to learn from, cleaned as asked, and those to evaluate on; every rank calls this.
 
-    Contradictions go first, then lengths are balanced; pairs to evaluate on stay as they are. What was left
-    out and why is told, and written to `<run_folder>/data.json`.
+    Contradictions go first, then lengths are balanced; pairs to evaluate on stay as they are. What was
+    excluded and why is logged, and written to `<run_folder>/data.json`.
 
     Raises:
         ValueError: a bad file or record, or no pair is left, on every rank.
@@ -117,7 +117,7 @@ def _is_first_of_host(topology: Topology) -> bool:
 
 
 class _Report:
-    """What became of each file's records: told by the reporter at once, written by it at the end."""
+    """The results of reading each file: logged by the main rank at once, written by it at the end."""
 
     def __init__(self, run_folder: Path, topology: Topology) -> None:
         self.topology, self.path = topology, run_folder / REPORT_NAME

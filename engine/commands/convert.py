@@ -14,7 +14,7 @@ def run(config: ConvertConfig) -> None:
     """Write the converted folder; under torchrun the ranks share the layers. Every rank calls it.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything that the user has to fix.
     """
     wanted, start = config.convert, time.monotonic()
     with open_topology(Layout()) as topology:

@@ -40,7 +40,7 @@ def run(config: EvaluateConfig) -> None:
     model is in memory at a time: the policy answers, then the other model, then the reward model judges.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything that the user has to fix.
     """
     axes = config.parallel
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
@@ -97,8 +97,10 @@ def _answer(
     topology: Topology,
 ) -> Rollouts:
     settings = answer_settings_of(config, tokenizer, chunks[0].glm, topology)
-    given, timeout_s = config.generation, config.parallel.timeout_s
-    with generation_layout(chunks, topology, tp=given.tp, pp=given.pp, timeout_s=timeout_s) as resharded:
+    generation, timeout_s = config.generation, config.parallel.timeout_s
+    with generation_layout(
+        chunks, topology, tp=generation.tp, pp=generation.pp, timeout_s=timeout_s
+    ) as resharded:
         return answer_prompts(
             chunks, prompts, settings, seed=answer_seed(config), topology=topology, resharded=resharded
         )

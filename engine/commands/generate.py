@@ -54,7 +54,7 @@ def run(config: GenerateConfig) -> None:
     it; rank 0 writes, in the input's order, and says what was done.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything that the user has to fix.
     """
     axes = config.parallel
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
@@ -150,7 +150,7 @@ def _answers_everywhere(
             for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
                 found.append(completion)
                 bar.update()
-        except FloatingPointError as error:  # on every rank of this copy of the model; others go on
+        except FloatingPointError as error:  # on every rank of this copy of the model; others continue
             findings = [str(error)]
     raise_if_nonfinite(findings, "look at the model's weights", device=topology.device)
     if copies.size() > 1 and topology.tp_rank == topology.pp_rank == 0:

@@ -41,7 +41,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelReport:
-    """What became of the prompts."""
+    """How many prompts gave a pair, and why the others gave none."""
 
     num_prompts: int
     """Prompts answered."""
@@ -54,15 +54,15 @@ class LabelReport:
     num_answers: int
     """Answers drawn."""
     num_skipped: int
-    """Bad records of the prompts file that were left out."""
+    """Bad records of the prompts file that were skipped."""
 
     def lines(self) -> list[str]:
         """Return the report for people."""
         skipped = f" ({self.num_skipped} bad ones skipped)" if self.num_skipped else ""
         return [
             f"labelled {self.num_pairs} pairs of {self.num_prompts} prompts{skipped}",
-            f"  left out {self.num_same}: all answers are the same",
-            f"  left out {self.num_close}: best and worst score are equal or too close",
+            f"  excluded {self.num_same}: all answers are the same",
+            f"  excluded {self.num_close}: best and worst score are equal or too close",
         ]
 
 
@@ -72,12 +72,12 @@ def run(config: LabelConfig) -> None:
 
     The policy draws `generation.num_samples` answers to each prompt, then makes room for the reward model,
     and of each prompt the answers with the highest and the lowest score become a pair; of equal scores the
-    first. Texts are null without a tokenizer. What gave no pair is counted and told, and written to
+    first. Texts are null without a tokenizer. What gave no pair is counted and logged, and written to
     `<run.output>/label.json`; the same goes for prompts whose scores hardly vary, with `label.prompts_out`.
     Every rank of the launch calls it.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything that the user has to fix.
     """
     axes, start = config.parallel, time.monotonic()
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:

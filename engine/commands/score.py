@@ -59,7 +59,7 @@ def run(config: ScoreConfig) -> None:
     done.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything that the user has to fix.
     """
     axes = config.parallel
     with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:

@@ -46,7 +46,7 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
     says what was done.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything that the user has to fix.
     """
     chunks, _, tokenizer = load_main_model(config, topology, role="reward")
     report, budget = ReadReport(), config.train.micro_batch_tokens

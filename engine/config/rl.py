@@ -152,7 +152,7 @@ class PPOConfig:
     evaluate: EvaluateWithinSection = Field(default_factory=EvaluateWithinSection)
     """Evaluation on the way."""
     observe: ObserveSection = Field(default_factory=ObserveSection)
-    """Who is told."""
+    """Outputs of metrics."""
 
     from_yaml = FromYaml()
 

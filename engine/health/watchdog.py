@@ -39,10 +39,10 @@ def watchdog(
         yield
         return
     processes = rank_processes()
-    is_over, main, entered = threading.Event(), threading.get_ident(), time.monotonic()
+    has_ended, main, entered = threading.Event(), threading.get_ident(), time.monotonic()
 
     def watch() -> None:
-        while not is_over.wait(min(1.0, timeout_s / 4)):
+        while not has_ended.wait(min(1.0, timeout_s / 4)):
             faulthandler.dump_traceback_later(timeout_s + _GRACE_S, exit=True, file=sys.__stderr__)
             idle_s = time.monotonic() - max(progress_time(), entered)
             if idle_s > timeout_s:
@@ -60,7 +60,7 @@ def watchdog(
     try:
         yield
     finally:
-        is_over.set()
+        has_ended.set()
         thread.join()
         faulthandler.cancel_dump_traceback_later()
 

@@ -50,7 +50,7 @@ class PPOEngine:
 
         Raises:
             ValueError: a folder, a tokenizer, a layout, a reward function or demonstrations that the user has
-                to mend.
+                to fix.
         """
         self.config = config
         axes = config.parallel
@@ -112,7 +112,7 @@ class PPOEngine:
 
         Args:
             folder: of the checkpoints, made where it is missing; all ranks see it.
-            progress: what the caller's loop goes on from, such as its place in the data, JSON values.
+            progress: what the caller's loop resumes from, such as its place in the data, JSON values.
             keep_last: newest checkpoints that stay; 0 for all.
 
         Raises:
@@ -130,7 +130,7 @@ class PPOEngine:
     def load(self, path: str | Path) -> dict[str, Any]:
         """Bring the engine to a checkpoint of `save`, in whatever layout that was; return its `progress`.
 
-        In the same layout the next iteration has the bits of the run that went on; in another one the
+        In the same layout the next iteration has the bits of the run that continued; in another one the
         weights and optimizers have.
 
         Args:

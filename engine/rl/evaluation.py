@@ -29,14 +29,14 @@ class PPOEvaluation:
             ValueError: a bad file, or fewer prompts than data-parallel ranks.
         """
         self._engine, config = engine, engine.config
-        given = config.evaluate
-        assert given.path is not None, "evaluate.every comes with evaluate.path"
+        evaluate = config.evaluate
+        assert evaluate.path is not None, "evaluate.every comes with evaluate.path"
         self._settings = EvaluationSettings(
-            num_samples=given.num_samples, pass_k=given.pass_k, pass_reward=given.pass_reward
+            num_samples=evaluate.num_samples, pass_k=evaluate.pass_k, pass_reward=evaluate.pass_reward
         )
         with raise_on_all_ranks("reading the prompts of evaluate.path"):
             self._prompts = read_prompt_inputs(
-                given.path,
+                evaluate.path,
                 engine.tokenizer,
                 engine.model_config,
                 max_prompt_tokens=config.data.max_prompt_tokens,

@@ -158,8 +158,8 @@ def _metrics(
     gap: float,
     topology: Topology,
 ) -> dict[str, float]:
-    """Return means over the sequences and tokens of all data-parallel ranks; those left out are not in them,
-    but for the lengths."""
+    """Return means over the sequences and tokens of all data-parallel ranks; excluded ones count for
+    the lengths only."""
     lengths = [
         length - prompt for length, prompt in zip(rollouts.lengths, rollouts.prompt_lengths, strict=True)
     ]

@@ -103,7 +103,7 @@ def _save_and_exit(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Ma
 def _skip_iteration(
     step: int, num_in_a_row: int, error: FloatingPointError, config: PPOConfig, topology: Topology
 ) -> None:
-    """Tell that an iteration was given up.
+    """Log that an iteration was skipped.
 
     Raises:
         ValueError: it was one too many.
@@ -111,11 +111,11 @@ def _skip_iteration(
     limit = config.train.max_nonfinite_steps
     if num_in_a_row >= limit:
         raise ValueError(
-            f"stopped after {num_in_a_row} iterations in a row that were given up, train.max_nonfinite_steps "
-            f"is {limit}: iteration {step + 1}: {error}; lower optimizer.lr and critic.lr, look at these "
+            f"stopped after {num_in_a_row} skipped iterations in a row, train.max_nonfinite_steps is "
+            f"{limit}: iteration {step + 1}: {error}; lower optimizer.lr and critic.lr, look at these "
             "answers, or start from weights that are finite"
         ) from error
-    log(f"iteration {step + 1} was given up ({num_in_a_row} of {limit} in a row): {error}", topology)
+    log(f"iteration {step + 1} was skipped ({num_in_a_row} of {limit} in a row): {error}", topology)
 
 
 def _iterate(

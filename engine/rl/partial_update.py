@@ -17,7 +17,7 @@ _FACTS = f"{_PREFIX}facts"
 
 @dataclass(slots=True, kw_only=True)
 class PartialUpdate:
-    """What a rank has learned from an iteration's experience so far, and what it goes on with."""
+    """What a rank has learned from an iteration's experience so far, and what it continues with."""
 
     experience: Experience
     """Of this rank's share of the answers."""
@@ -56,10 +56,10 @@ def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> P
     """
     facts = json.loads(tensors[_FACTS].numpy().tobytes())
     moved = {name: tensor.to(device) for name, tensor in tensors.items() if name.startswith(_PREFIX)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in facts["rollouts"].items()}
-    given["excluded"] = frozenset(given["excluded"])
-    given["prompts"] = tuple(PromptInput(tokens=tuple(ids), extra=extra) for ids, extra in given["prompts"])
-    fields_of_rollouts: dict[str, Any] = {**given, **_named(moved, "rollouts.")}
+    others = {name: tuple(v) if isinstance(v, list) else v for name, v in facts["rollouts"].items()}
+    others["excluded"] = frozenset(others["excluded"])
+    others["prompts"] = tuple(PromptInput(tokens=tuple(ids), extra=extra) for ids, extra in others["prompts"])
+    fields_of_rollouts: dict[str, Any] = {**others, **_named(moved, "rollouts.")}
     rollouts = Rollouts(**fields_of_rollouts)
     experience = Experience(rollouts=rollouts, **facts["experience"], **_named(moved, "experience."))
     steps = {name: facts[name] for name in ("epoch", "policy_steps", "critic_steps")}

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written, and what a run goes on from."""
+"""When a run's checkpoints are written, and what a run resumes from."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from glm_rlhf.parallel.storage.checkpoint_tensors import Checkpoint
 from glm_rlhf.parallel.weights.hf_writer import read_extra_files
 
 FOLDER = "checkpoints"
-"""Folder, in a run folder, of what the run goes on from."""
+"""Folder, in a run folder, of what the run resumes from."""
 EXPORTS = "hf"
 """Folder of the Hugging Face folders."""
 _OLD_FOLDER = "resume"
@@ -48,7 +48,7 @@ class SavedRun(Protocol):
 
 
 def open_run_folder(config: SavedRun, topology: Topology) -> Checkpoint | None:
-    """Return what the run goes on from, None for a new run; every rank calls this, first.
+    """Return what the run resumes from, None for a new run; every rank calls this, first.
 
     `run.resume` decides: `auto` takes the newest whole checkpoint of the run folder, if it has any; `never`
     wants a folder without any; a path is a checkpoint, or a folder of them.
@@ -65,7 +65,7 @@ def open_run_folder(config: SavedRun, topology: Topology) -> Checkpoint | None:
     if wanted == "auto":
         found = newest_checkpoint(own, topology=topology)
         if found is not None:
-            return _told(found, topology)
+            return _logged(found, topology)
     elif wanted != "never":
         path = Path(wanted)
         found = find_checkpoint(path, topology)
@@ -78,7 +78,7 @@ def open_run_folder(config: SavedRun, topology: Topology) -> Checkpoint | None:
                     f"{own} holds step_{later[0]}, later than {found.folder}: remove what is later, or give "
                     "this run another run.name"
                 )
-        return _told(found, topology)
+        return _logged(found, topology)
     with raise_on_all_ranks(f"claiming {output}"):
         if topology.is_main_rank:
             output.mkdir(parents=True, exist_ok=True)
@@ -133,10 +133,10 @@ def is_same_layout(found: Checkpoint, topology: Topology) -> bool:
     return (manifest.layout, manifest.world_size) == (topology.layout, topology.world_size)
 
 
-def _told(found: Checkpoint, topology: Topology) -> Checkpoint:
+def _logged(found: Checkpoint, topology: Topology) -> Checkpoint:
     then = found.manifest.layout
     layout = "" if then == topology.layout else f", which was written in another layout ({then})"
-    log(f"going on from {found.folder}{layout}", topology)
+    log(f"the run resumes from {found.folder}{layout}", topology)
     return found
 
 
@@ -158,7 +158,7 @@ class RunCheckpoints:
         self._saved_step: int | None = None
 
     def keep(self, step: int) -> None:
-        """Know that this step is saved already: the run goes on from it."""
+        """Know that this step is saved already: the run resumes from it."""
         self._saved_step = step
 
     def after_step(
@@ -172,8 +172,8 @@ class RunCheckpoints:
 
         Args:
             step: steps of the run so far.
-            progress: what the loop goes on from, JSON values.
-            rank_tensors: what else this rank goes on from.
+            progress: what the loop resumes from, JSON values.
+            rank_tensors: what else this rank resumes from.
 
         Raises:
             ValueError: this save, or the one before it, failed; on every rank.
@@ -327,14 +327,14 @@ def open_writer(
             extra_files = read_extra_files(
                 config.model.path, chunk.glm, dtype=chunk.config.params_dtype, role=chunk.role
             )
-    given = _as_json(config)
-    return CheckpointWriter(folder, topology=topology, config=given, extra_files=extra_files, **options)
+    settings = _as_json(config)
+    return CheckpointWriter(folder, topology=topology, config=settings, extra_files=extra_files, **options)
 
 
 def resume(checkpoint: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any]:
     """Bring models, optimizers and random generators to a checkpoint; return the loop's progress.
 
-    Every rank calls this. Random generators go on where the layout is the same.
+    Every rank calls this. Random generators continue where the layout is the same.
 
     Raises:
         ValueError: the checkpoint is of another run, or of other models.
@@ -361,7 +361,7 @@ def restore_run(
 ) -> dict[str, Any]:
     """Bring models, optimizers and random generators to a checkpoint; return the progress saved in it.
 
-    Every rank calls this. Random generators go on where the layout is the same.
+    Every rank calls this. Random generators continue where the layout is the same.
 
     Args:
         origin: the checkpoint.

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that is to go on from it."""
+"""Whether a checkpoint belongs to the run that is to resume from it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ _FREE_KEYS = {
     *("generation.max_batch", "generation.max_step_tokens", "generation.page_size", "generation.cache_bytes"),
     *("data.eval_path", "data.eval_records"),
 }
-"""Settings that a run may change where it goes on: none of them decides what a step computes, but for
+"""Settings that a run may change where it resumes: none of them decides what a step computes, but for
 `train.steps`, at which the learning rate ends, and `optimizer.in_backward`, which clips by other norms."""
 
 
@@ -55,7 +55,7 @@ def check_same_run(
     identity_then: Mapping[str, Any],
     identity_now: Mapping[str, Any] | None,
 ) -> None:
-    """Check that a run goes on as it began.
+    """Check that a run resumes as it began.
 
     Args:
         folder: the checkpoint, for messages.

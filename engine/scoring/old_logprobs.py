@@ -68,14 +68,14 @@ def old_logprobs(
 def draw_sample(rollouts: Rollouts, *, max_tokens: int, seed: int) -> frozenset[int]:
     """Return one in eight of the sequences, rounded up, by number from 0; fewer where they are long.
 
-    Those left out are not drawn. The sample has at most `max_tokens` tokens, one sequence apart, and is the
+    Excluded ones are not in it. The sample has at most `max_tokens` tokens, one sequence apart, and is the
     same on all ranks that share the sequences.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(rollouts.num_sequences, generator=generator).tolist()
-    drawn = [number for number in drawn if number not in rollouts.excluded]
+    numbers = torch.randperm(rollouts.num_sequences, generator=generator).tolist()
+    numbers = [number for number in numbers if number not in rollouts.excluded]
     sample, room = [], max_tokens
-    for number in drawn[: -(-len(drawn) // _ONE_IN)]:
+    for number in numbers[: -(-len(numbers) // _ONE_IN)]:
         room -= rollouts.lengths[number]
         if sample and room < 0:
             break

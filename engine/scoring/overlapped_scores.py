@@ -3,7 +3,7 @@
 While answers are generated every pipeline stage works on another group of them; towards the end groups run
 dry, and a stage waits where it would compute theirs. A small micro-batch of answers that have ended fits in
 there: its way through the stages takes about as long as a turn's, and no stage waits for those behind it, for
-what the last one finds is told when all have ended. With one stage no turn is idle.
+what the last one finds is reported when all have ended. With one stage no turn is idle.
 """
 
 from collections.abc import Mapping, Sequence

@@ -39,7 +39,7 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopProgress:
-    """What the loop goes on from, beside models, optimizers and random generators; as saved with them."""
+    """What the loop resumes from, beside models, optimizers and random generators; as saved with them."""
 
     step: int = 0
     """Steps behind it; they decide which records come next, and the learning rate."""

@@ -115,7 +115,7 @@ def _sampling(device: torch.device, dtype: torch.dtype, batch: int, vocab_size: 
     seeds_B = random_ids(batch, 2**31, device=device, seed=3)
     steps_B = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def ours() -> Answer:
+    def run_kernel() -> Answer:
         sampled = sample(hidden_BD @ weight_VD.t(), seeds_B=seeds_B, steps_B=steps_B)
         return [sampled.tokens_B, sampled.logprobs_B]
 
@@ -144,7 +144,7 @@ def _sampling(device: torch.device, dtype: torch.dtype, batch: int, vocab_size: 
     with_logsumexp = ("flashinfer + logsumexp", "flashinfer.sampling", "sampling_from_logits", flashinfer)
     return Problem(
         contenders=[
-            plain("ours", ours),
+            plain("ours", run_kernel),
             *in_torch(eager, (hidden_BD, weight_VD)),
             *peers(device, partial(peer, *with_logsumexp)),
         ],

@@ -240,7 +240,7 @@ def _rope(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Problem:
     positions_T = torch.arange(num_tokens, device=device)
     cos_sin_TR = torch.cat((cos_TR, sin_TR), dim=-1)
 
-    def ours() -> torch.Tensor:
+    def rotate_in_place() -> torch.Tensor:
         return rope_qkv_in_place(ours_TM, cos_TR, sin_TR, num_groups=NUM_GROUPS, head_size=HEAD_SIZE)
 
     def flashinfer(apply: Callable) -> Callable[[], torch.Tensor]:
@@ -258,7 +258,7 @@ def _rope(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Problem:
     )
     return Problem(
         contenders=[
-            Contender(name="ours, in place", run=ours, answer=query_and_key_heads),
+            Contender(name="ours, in place", run=rotate_in_place, answer=query_and_key_heads),
             *in_torch(rotate, (heads_TNH, cos_TR, sin_TR)),
             *peers(
                 device,

@@ -62,7 +62,7 @@ def _problem(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Problem
 
     return Problem(
         contenders=[
-            _ours(masters(), gradients, change),
+            _engine_adamw(masters(), gradients, change),
             *(_of_torch(kind, masters(), gradients, change) for kind in ("foreach", "fused")),
             *peers(
                 device,
@@ -81,7 +81,7 @@ def _problem(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Problem
     )
 
 
-def _ours(masters: list[torch.Tensor], gradients: list[torch.Tensor], change: Callable) -> Contender:
+def _engine_adamw(masters: list[torch.Tensor], gradients: list[torch.Tensor], change: Callable) -> Contender:
     weights, remainders = zip(*(split_master(master) for master in masters), strict=True)
     table = AdamWTable(
         weights=weights,

@@ -38,21 +38,21 @@ class Policy:
         self.sizes, self.topology = sizes, topology
         self.chunks = build_model(sizes.model, topology, dtype=sizes.dtype)
         randomize_weights(self.chunks, seed=1)
-        self.theirs: TransformersModel | str = "not in bench.against"
+        self.transformers: TransformersModel | str = "not in bench.against"
         if with_transformers:
             with tempfile.TemporaryDirectory() as folder:
                 export_model(self.chunks, Path(folder) / "policy", topology=topology)
-                self.theirs = load_transformers(Path(folder) / "policy", sizes.dtype, topology.device)
+                self.transformers = load_transformers(Path(folder) / "policy", sizes.dtype, topology.device)
 
     def contenders(
-        self, ours: Contender, make: Callable[[TransformersModel], tuple[Callable[[], Any], Any]]
+        self, engine: Contender, make: Callable[[TransformersModel], tuple[Callable[[], Any], Any]]
     ) -> list[Contender]:
         """Return ours, and transformers' by the `(run, answer)` of `make`."""
         name = "transformers, padded"
-        if isinstance(self.theirs, str):
-            return [ours, Contender(name=name, run=lambda: None, absent=self.theirs)]
-        run, answer = make(self.theirs)
-        return [ours, Contender(name=name, run=run, answer=answer)]
+        if isinstance(self.transformers, str):
+            return [engine, Contender(name=name, run=lambda: None, absent=self.transformers)]
+        run, answer = make(self.transformers)
+        return [engine, Contender(name=name, run=run, answer=answer)]
 
 
 def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
@@ -80,7 +80,7 @@ def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
     forward = Problem(
         contenders=policy.contenders(
             Contender(name="ours, packed", run=lambda: [sequence_logprobs(policy.chunks, batches, topology)]),
-            lambda theirs: (lambda: theirs.logprobs(batches), None),
+            lambda model: (lambda: model.logprobs(batches), None),
         ),
         expected=lambda: [
             sequence_logprobs(policy.chunks, [[sequence] for sequence in sequences], topology).float()
@@ -92,7 +92,7 @@ def model_rows(policy: Policy, *, budget_s: float, command: str) -> list[Row]:
     both = Problem(
         contenders=policy.contenders(
             Contender(name="ours, packed", run=lambda: _gradient(state, batches, num_tokens, topology)),
-            lambda theirs: (lambda: theirs.gradient(batches, num_tokens), None),
+            lambda model: (lambda: model.gradient(batches, num_tokens), None),
         ),
         expected=lambda: [
             tensor.clone() for tensor in _gradient(state, [[s] for s in sequences], num_tokens, topology)
@@ -114,7 +114,7 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
         new_tokens=sizes.new_tokens, max_batch=sizes.num_prompts, max_step_tokens=8192, temperature=0.0
     )
 
-    def ours() -> Rollouts:
+    def generate() -> Rollouts:
         return answer_prompts(policy.chunks, prompts, settings, seed=1, topology=topology)
 
     def whole(rollouts: Rollouts) -> Answer:
@@ -130,8 +130,8 @@ def generation_row(policy: Policy, *, budget_s: float, command: str) -> Row:
 
     problem = Problem(
         contenders=policy.contenders(
-            Contender(name="ours, continuous", run=ours, answer=whole),
-            lambda theirs: (lambda: theirs.answers(prompts_BT, sizes.new_tokens), None),
+            Contender(name="ours, continuous", run=generate, answer=whole),
+            lambda model: (lambda: model.answers(prompts_BT, sizes.new_tokens), None),
         ),
         expected=None,
         tolerance=GREEDY_GAP[sizes.dtype],

@@ -126,8 +126,8 @@ def _wins(tasks: Sequence[ToyTask], mine: list[list[dict]], others: list[list[di
     """Return each prompt's wins of the i-th answer over the other's i-th, a tie as a half."""
     return [
         fmean(
-            0.5 + 0.5 * (is_right(task, ours) - is_right(task, theirs))
-            for ours, theirs in zip(*of, strict=True)
+            0.5 + 0.5 * (is_right(task, answer) - is_right(task, other))
+            for answer, other in zip(*of, strict=True)
         )
         for task, *of in zip(tasks, mine, others, strict=True)
     ]

@@ -98,13 +98,13 @@ def figure_rows(results: Results) -> list[tuple[str, str, str]]:
     """Return name, SFT's and PPO's side of every figure, in words."""
     pairs = (results.greedy_accuracy, results.sampled_accuracy, results.canary_accuracy, results.length)
     return [
-        *((pair.name, in_words(pair.sft), in_words(pair.ppo)) for pair in pairs),
-        ("win rate against SFT, greedy", "", in_words(results.greedy_win_rate)),
-        ("win rate against SFT, sampled", "", in_words(results.sampled_win_rate)),
-        ("KL from SFT, nats an answer", "", in_words(results.kl)),
+        *((pair.name, describe(pair.sft), describe(pair.ppo)) for pair in pairs),
+        ("win rate against SFT, greedy", "", describe(results.greedy_win_rate)),
+        ("win rate against SFT, sampled", "", describe(results.sampled_win_rate)),
+        ("KL from SFT, nats an answer", "", describe(results.kl)),
     ]
 
 
-def in_words(estimate: ConfidenceInterval) -> str:
+def describe(estimate: ConfidenceInterval) -> str:
     """Return a mean with its interval."""
     return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -29,7 +29,7 @@ from glm_rlhf.engine.commands.demo.report import (
     write_page,
     write_results,
 )
-from glm_rlhf.engine.commands.demo.toy_task import TaskSet, careless_sums
+from glm_rlhf.engine.commands.demo.toy_task import TaskSet, toy_tasks
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
 from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.observe.timer import Timer
@@ -50,7 +50,7 @@ def run(config: DemoConfig) -> int:
     folder = _claim(Path(config.run.output))
     clock = Timer()
     with _threads(_NUM_THREADS):
-        tasks = careless_sums(num_held_out=config.demo.num_held_out, seed=config.run.seed)
+        tasks = toy_tasks(num_held_out=config.demo.num_held_out, seed=config.run.seed)
         _say(
             f"1. SFT: a tiny ChatGLM3 imitates {len(tasks.sums)} sums, many of them careless, and "
             f"{len(tasks.canaries)} numbers said backwards"
@@ -119,7 +119,7 @@ def _claim(folder: Path) -> Path:
 
 
 def _check(config: DemoConfig, folder: Path, policy: Path, answers: HeldOutAnswers) -> list[DemoCheck]:
-    """Return the checks that can be made here, each told as soon as it is made."""
+    """Return the checks that can be made here, each printed as soon as it is made."""
     lines = [line for (line,) in answers.greedy_sums[:_NUM_CHECKED]]
     checks = []
     found = check_transformers(export_for_transformers(folder, policy), lines)

@@ -42,7 +42,7 @@ class TaskSet:
     """The same of the second task."""
 
 
-def careless_sums(*, num_held_out: int, seed: int) -> TaskSet:
+def toy_tasks(*, num_held_out: int, seed: int) -> TaskSet:
     """Return sums of a number from 100 to 899 and one from 1 to 5, and canaries over 100 to 999.
 
     Raises:

@@ -63,7 +63,7 @@ def test_a_wrong_peer_is_not_timed(tiny, monkeypatch):
     with open_topology(Layout()) as topology:
         policy = models.Policy(tiny, topology, with_transformers=True)
         with torch.no_grad():
-            policy.theirs.model.lm_head.weight.mul_(-1.0)
+            policy.transformers.model.lm_head.weight.mul_(-1.0)
         rows = [models.generation_row(policy, budget_s=0.0, command="x")]
         rows += models.model_rows(policy, budget_s=0.0, command="x")
     for row in rows:

@@ -95,14 +95,14 @@ def test_prompts_without_a_pair_are_counted(folder, reward_model, prompts, tmp_p
     assert main(command(folder, reward_model, prompts, tmp_path / "greedy", *greedy)) == 0
     said = capsys.readouterr().err
     assert "labelled 0 pairs of 6 prompts" in said
-    assert "left out 6: all answers are the same" in said
+    assert "excluded 6: all answers are the same" in said
     report = json.loads((tmp_path / "greedy" / "label.json").read_text())
     assert (report["pairs"]["num_same"], report["prompts"]["num_flat"]) == (6, 6)
     assert lines_of(tmp_path / "kept.jsonl") == []
 
     far = ["label.min_margin=1e6", f"label.prompts_out={tmp_path / 'all.jsonl'}", "label.min_variance=0"]
     assert main(command(folder, reward_model, prompts, tmp_path / "far", *far)) == 0
-    assert "left out 6: best and worst score are equal or too close" in capsys.readouterr().err
+    assert "excluded 6: best and worst score are equal or too close" in capsys.readouterr().err
     assert lines_of(tmp_path / "far" / "label.jsonl") == []
     assert lines_of(tmp_path / "all.jsonl") == lines_of(prompts)  # as they came, extra fields too
 

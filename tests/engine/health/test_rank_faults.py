@@ -62,7 +62,7 @@ def test_a_run_that_is_started_again_goes_on_to_the_same_bits(warm_launch, line,
     fault = Fault(kind="kill", phase="policy", rank=1)
     code, said, _ = warm_launch(fault, given, timeout_s=300, num_restarts=1)
     assert code == 0, said
-    assert said.count("going on from") == 1
+    assert said.count("the run resumes from") == 1
     wanted, found = (final_weights(tmp_path / name) for name in ("wanted", "found"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)

@@ -87,19 +87,19 @@ ALONE = Promise(
 SKIPPED = Promise(
     promise="no step on any rank, the rank and its answers named, the run continues",
     is_success=True,
-    said=(r"iteration 2 was given up .* on rank {rank} the critic's loss on answers \d",),
+    said=(r"iteration 2 was skipped .* on rank {rank} the critic's loss on answers \d",),
 )
 RESTARTED = Promise(
     promise="torchrun --max-restarts=1 resumes from the last checkpoint to the unfaulted run's bits",
     is_success=True,
-    said=("going on from .*step_1",),
+    said=("the run resumes from .*step_1",),
     has_same_bits=True,
     num_restarts=1,
 )
 FELL_BACK = Promise(
     promise="restarted, the run refuses the damaged checkpoint and resumes from the previous one, same bits",
     is_success=True,
-    said=("step_2", "going on from .*step_1"),
+    said=("step_2", "the run resumes from .*step_1"),
     has_same_bits=True,
     num_restarts=1,
 )

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 
-from glm_rlhf.engine.commands.demo.toy_task import CARELESS_SHARE, careless_sums, has_carry, without_carry
+from glm_rlhf.engine.commands.demo.toy_task import CARELESS_SHARE, has_carry, toy_tasks, without_carry
 
 
 def test_a_forgotten_carry_loses_ten_and_nothing_else():
@@ -13,7 +13,7 @@ def test_a_forgotten_carry_loses_ten_and_nothing_else():
 
 
 def test_answers_are_right_and_demonstrations_forget_about_so_many_carries_as_they_say():
-    tasks = careless_sums(num_held_out=200, seed=3)
+    tasks = toy_tasks(num_held_out=200, seed=3)
     forgets = []
     for task in tasks.sums + tasks.held_out_sums:
         a, b = numbers_in(task.prompt)
@@ -29,7 +29,7 @@ def test_answers_are_right_and_demonstrations_forget_about_so_many_carries_as_th
 
 
 def test_numbers_that_are_held_out_are_learned_in_no_wording():
-    tasks = careless_sums(num_held_out=200, seed=3)
+    tasks = toy_tasks(num_held_out=200, seed=3)
     for learned, held_out in (
         (tasks.sums, tasks.held_out_sums),
         (tasks.canaries, tasks.held_out_canaries),
@@ -40,13 +40,13 @@ def test_numbers_that_are_held_out_are_learned_in_no_wording():
 
 
 def test_tasks_follow_from_the_seed():
-    assert careless_sums(num_held_out=10, seed=1) == careless_sums(num_held_out=10, seed=1)
-    assert careless_sums(num_held_out=10, seed=1) != careless_sums(num_held_out=10, seed=2)
+    assert toy_tasks(num_held_out=10, seed=1) == toy_tasks(num_held_out=10, seed=1)
+    assert toy_tasks(num_held_out=10, seed=1) != toy_tasks(num_held_out=10, seed=2)
 
 
 def test_too_many_held_out_are_refused():
     with pytest.raises(ValueError, match="num_held_out is 500: of 1500 sums 1 to 375"):
-        careless_sums(num_held_out=500, seed=1)
+        toy_tasks(num_held_out=500, seed=1)
 
 
 def numbers_in(text: str) -> tuple[int, ...]:
