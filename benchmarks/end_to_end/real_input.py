@@ -187,8 +187,8 @@ def _check_export(exported: Path, folder: Path, samples: Sequence[Mapping], laun
         ids = torch.tensor([line["prompt_tokens"] + line["response_tokens"]])
         with torch.no_grad():
             logprobs = model(ids).logits[0].float().log_softmax(-1)
-        theirs = logprobs[:-1].gather(1, ids[0, 1:, None])[len(line["prompt_tokens"]) - 1 :, 0]
-        gaps.append((theirs - torch.tensor(score["logprobs"])).abs().max().item())
+        expected = logprobs[:-1].gather(1, ids[0, 1:, None])[len(line["prompt_tokens"]) - 1 :, 0]
+        gaps.append((expected - torch.tensor(score["logprobs"])).abs().max().item())
     names = ("tokenizer.model", "tokenizer_config.json")
     same = [(exported / name).read_bytes() == (DATA / "chatglm3" / name).read_bytes() for name in names]
     before, after = _config(folder / "chatglm3"), _config(exported)

@@ -38,10 +38,10 @@ WARM_UP_RUNS = 1  # a run takes up to three seconds: caches are warm after one
 
 def measure_rows(threads: int, budget_s: float) -> list[Row]:
     """Return one row per mix, in this process with its thread count."""
-    theirs = random_model()
+    peer_model = random_model()
     rows = []
     with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
-        theirs.save_pretrained(folder)
+        peer_model.save_pretrained(folder)
         chunks, _ = load_model(folder, topology, dtype=torch.float32)
         for mix in mixes():
             requests = requests_of(mix, chunks, topology)
@@ -50,11 +50,11 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
             problem = Problem(
                 contenders=[
                     Contender(name="ours, continuous", run=run_of(requests, mix, chunks, topology)),
-                    Contender(name="transformers, static", run=_theirs(theirs, mix, lengths)),
+                    Contender(name="transformers, static", run=_static_batches(peer_model, mix, lengths)),
                 ],
                 expected=None,
                 tolerance=TOLERANCE,
-                error=lambda answers, _, mix=mix, lengths=lengths: _error(answers, mix, lengths, theirs),
+                error=lambda answers, _, mix=mix, lengths=lengths: _error(answers, mix, lengths, peer_model),
             )
             entries = measure(
                 problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS
@@ -77,10 +77,10 @@ def verdict(rows: Sequence[Row]) -> str:
     """Return the verdict of the rows on the targets, in one sentence."""
     by_task: dict[str, list[float]] = {}
     for row in rows:
-        ours, theirs = row.entries
-        if ours.timing is None or theirs.timing is None:
-            return f"not shown: {ours.status or theirs.status} ({row.what})."
-        by_task.setdefault(row.what, []).append(theirs.timing.median_s / ours.timing.median_s)
+        engine, peer = row.entries
+        if engine.timing is None or peer.timing is None:
+            return f"not shown: {engine.status or peer.status} ({row.what})."
+        by_task.setdefault(row.what, []).append(peer.timing.median_s / engine.timing.median_s)
     sentences = []
     for what, ratios in by_task.items():
         target = next((TARGETS[name] for name in TARGETS if what.startswith(name)), None)
@@ -94,7 +94,7 @@ def _verdicts(rows: Sequence[Row]) -> str:
     return f"{verdict([row for row in rows if row not in ticks])} {tick_verdict(ticks)}"
 
 
-def _theirs(model: torch.nn.Module, mix: Mix, lengths: Sequence[int]) -> Callable[[], list[Answered]]:
+def _static_batches(model: torch.nn.Module, mix: Mix, lengths: Sequence[int]) -> Callable[[], list[Answered]]:
     batches = []
     for first in range(0, len(mix.prompts), MAX_BATCH):
         prompts = mix.prompts[first : first + MAX_BATCH]

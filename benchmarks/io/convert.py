@@ -167,30 +167,33 @@ def verdict(rows: Sequence[Row]) -> str:
     """Return ours against the best of the others, in one sentence a row."""
     parts = []
     for row in rows:
-        ours, *others = row.entries
+        engine, *others = row.entries
         others = [e for e in others if e.timing is not None and not e.name.startswith(("plain", "ours"))]
         others = [e for e in others if not e.name.endswith(UNSYNCED)]
-        if ours.timing is None:
-            parts.append(f"{row.row}: {ours.status}.")
+        if engine.timing is None:
+            parts.append(f"{row.row}: {engine.status}.")
             continue
-        speed = row.work[0] / ours.timing.median_s
-        memory = f"{ours.figures[MEMORY_COLUMN]:.0f} MB above the tensors"
+        speed = row.work[0] / engine.timing.median_s
+        memory = f"{engine.figures[MEMORY_COLUMN]:.0f} MB above the tensors"
         text = f"{row.row}: {speed:.2f} GB/s, {memory}"
         if others:
             best = min(others, key=lambda entry: entry.timing.median_s)
-            ratio = best.timing.median_s / ours.timing.median_s
+            ratio = best.timing.median_s / engine.timing.median_s
             text += f", {ratio:.2f} × as fast as {best.name} ({best.figures[MEMORY_COLUMN]:.0f} MB)"
         parts.append(f"{text}.")
     return " ".join(parts)
 
 
 def _timing(
-    outcomes: Sequence[contenders.ContenderOutcome], ours: Sequence[contenders.ContenderOutcome] | None
+    outcomes: Sequence[contenders.ContenderOutcome],
+    engine_outcomes: Sequence[contenders.ContenderOutcome] | None,
 ) -> Timing:
     timing = summary([outcome.seconds for outcome in outcomes])
-    if ours is None:
+    if engine_outcomes is None:
         return timing
-    turns = summary([one.seconds / first.seconds for one, first in zip(outcomes, ours, strict=True)])
+    turns = summary(
+        [one.seconds / first.seconds for one, first in zip(outcomes, engine_outcomes, strict=True)]
+    )
     return replace(timing, ratio=Ratio(median=turns.median_s, low=turns.low_s, high=turns.high_s))
 
 

@@ -125,16 +125,16 @@ def verdict(rows: Sequence[Row]) -> str:
     for row in rows:
         if not row.entries:
             continue
-        ours, *others = row.entries
+        engine, *others = row.entries
         name = f"{row.row} ({row.shape.partition(':')[0]})"
         timed = [entry for entry in others if entry.timing is not None and not entry.name.startswith("ours")]
-        if ours.timing is None:
-            untimed.append(f"{name} {ours.status}")
+        if engine.timing is None:
+            untimed.append(f"{name} {engine.status}")
         elif timed:
             eager, best = timed[0], min(timed, key=lambda entry: entry.timing.median_s)
-            text = f"{name} {_ratio(eager, ours):.2f} × {eager.name}"
+            text = f"{name} {_ratio(eager, engine):.2f} × {eager.name}"
             if best is not eager:
-                text += f", {_ratio(best, ours):.2f} × {best.name}"
+                text += f", {_ratio(best, engine):.2f} × {best.name}"
             compared.append(text)
     parts = [
         f"Ours is so many times as fast as the first and, where another, the best: {'; '.join(compared)}."
@@ -143,8 +143,8 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _ratio(other: Entry, ours: Entry) -> float:
-    return other.timing.median_s / ours.timing.median_s
+def _ratio(other: Entry, engine: Entry) -> float:
+    return other.timing.median_s / engine.timing.median_s
 
 
 def _line(row: Row) -> str:

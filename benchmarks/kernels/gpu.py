@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("engine", "kernels", "parallel")
+PACKAGES = ("engine", "kernels", "parallel")
 # Tests that do without Megatron-core: elsewhere a file that cannot be imported ends the whole run.
 WITHOUT_MEGATRON = "tests/kernels"
 PARTS = {"kernels": "gpu", "models": "gpu_models"}
@@ -214,8 +214,8 @@ def import_paths() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "glm_rlhf"
         package.mkdir()
-        for floor in FLOORS:
-            (package / floor).symlink_to(ROOT / floor)
+        for name in PACKAGES:
+            (package / name).symlink_to(ROOT / name)
         paths = [folder, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         yield environment

@@ -11,7 +11,7 @@ from benchmarks.learning.outcome import Experiment, Trial, compare
 from benchmarks.learning.planted_pairs import TRUTH, Labelling, draw_pairs
 from benchmarks.learning.reward_runs import BATCH, random_policy, train_reward_model, write_records
 
-# Labels that err as people do: answers half the scale apart are told apart with probability σ(4) = 98 %.
+# Labels that err as people do: answers half the scale apart are ranked right with probability σ(4) = 98 %.
 NOISY = Labelling(quality=8.0)
 NUM_PAIRS, NUM_HELD_OUT = 3200, 1000
 STEPS = 120

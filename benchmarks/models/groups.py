@@ -74,16 +74,16 @@ def _decode_rows(
 ) -> list[Row]:
     steps = {letter: batches for letter, batches in (("k", (1,)), ("l", sizes.batches)) if letter in letters}
     all_batches = list(itertools.chain(*steps.values()))
-    switch, ours = _our_entries(topology, sizes, all_batches, deadline)
+    switch, engine_by_batch = _our_entries(topology, sizes, all_batches, deadline)
     _release(topology.device)  # the peer's weights take as much
-    theirs: dict[int, Entry] = {}
-    if has_peer and ours:
-        theirs = peer_entries(sizes, tuple(ours), topology.device, deadline)
+    peer_by_batch: dict[int, Entry] = {}
+    if has_peer and engine_by_batch:
+        peer_by_batch = peer_entries(sizes, tuple(engine_by_batch), topology.device, deadline)
     absent = Entry(name=PEER, status=LATE if has_peer else "excluded by --no-peer")
     rows = [_switch_row(sizes, [switch, other_layout_entry(topology)])] if "j" in letters else []
     for letter, batches in steps.items():
         for batch in batches:
-            entries = [ours[batch], theirs.get(batch, absent)]
+            entries = [engine_by_batch[batch], peer_by_batch.get(batch, absent)]
             rows.append(_step_row(sizes, letter, batch, entries, rates))
     return rows
 

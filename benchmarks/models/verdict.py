@@ -54,17 +54,18 @@ def claim(rows: Sequence[Row]) -> str:
     """Return how each row compares with its target, in one sentence per row."""
     said = []
     for row in rows:
-        ours = row.entries[0]
+        engine = row.entries[0]
         name = f"{row.row} ({row.shape})"
-        if ours.timing is None:
-            said.append(f"{name}: {ours.status}.")
-        elif "outside %" in ours.figures:
-            share = ours.figures["outside %"]
+        if engine.timing is None:
+            said.append(f"{name}: {engine.status}.")
+        elif "outside %" in engine.figures:
+            share = engine.figures["outside %"]
             judged = "met" if share <= _MOST_OUTSIDE else "missed"
             said.append(f"{name}: {share:.1f} % outside, target {_MOST_OUTSIDE:g} % ({judged}).")
         elif row.target_s is not None:
-            judged = "met" if ours.timing.median_s <= row.target_s else "missed"
+            judged = "met" if engine.timing.median_s <= row.target_s else "missed"
             said.append(
-                f"{name}: {1e3 * ours.timing.median_s:.4g} ms, target {1e3 * row.target_s:.4g} ms ({judged})."
+                f"{name}: {1e3 * engine.timing.median_s:.4g} ms, "
+                f"target {1e3 * row.target_s:.4g} ms ({judged})."
             )
     return " ".join(said)

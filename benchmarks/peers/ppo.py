@@ -71,10 +71,10 @@ def reward(requests: Sequence[RewardRequest]) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seed:
-    """Both runs of one seed; `theirs` is None where TRL is not installed."""
+    """Both runs of one seed; `peer` is None where TRL is not installed."""
 
-    ours: Run
-    theirs: Run | None
+    engine: Run
+    peer: Run | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,14 +114,14 @@ def measure_seed(task: PeerTask, seed: int, iterations: int) -> Seed:
         save_models(folder, task, seed=seed)
         prompts = draw_prompts(task, seed)
         with contextlib.redirect_stderr(io.StringIO()), PPOEngine(_config(folder, task, seed)) as engine:
-            turn = _Turn(engine, prompts)
+            iteration = _TimedIteration(engine, prompts)
             gc.collect()
             if importlib.util.find_spec("trl") is None:
                 for _ in range(iterations):
-                    turn()
-                return Seed(ours=turn.run, theirs=None)
-            theirs = run_in_turns(folder, task, prompts, seed=seed, iterations=iterations, other=turn)
-            return Seed(ours=turn.run, theirs=theirs)
+                    iteration()
+                return Seed(engine=iteration.run, peer=None)
+            peer = run_in_turns(folder, task, prompts, seed=seed, iterations=iterations, other=iteration)
+            return Seed(engine=iteration.run, peer=peer)
 
 
 def gain(rewards: Sequence[float]) -> float:
@@ -131,19 +131,19 @@ def gain(rewards: Sequence[float]) -> float:
 
 def verdict(seeds: Sequence[Seed]) -> str:
     """Return the verdict on both targets, time and learning, in two sentences."""
-    if any(seed.theirs is None for seed in seeds):
+    if any(seed.peer is None for seed in seeds):
         return "Not shown: TRL is not installed."
-    ours_s, theirs_s = (
+    engine_s, peer_s = (
         median(s for seed in seeds for s in getattr(seed, name).seconds[WARM_UP_ITERATIONS:])
-        for name in ("ours", "theirs")
+        for name in ("engine", "peer")
     )
-    ratio = theirs_s / ours_s
-    gaps = [gain(seed.ours.rewards) - gain(seed.theirs.rewards) for seed in seeds]
+    ratio = peer_s / engine_s
+    gaps = [gain(seed.engine.rewards) - gain(seed.peer.rewards) for seed in seeds]
     spread = stdev(gaps) if len(gaps) > 1 else 0.0
     judged = "no worse" if fmean(gaps) >= -spread else "worse"
     speed = "met" if ratio >= TARGET_RATIO else "missed"
     return (
-        f"an iteration takes {ours_s:.2f} s against TRL's {theirs_s:.2f} s, {ratio:.2f} × as fast ({speed}). "
+        f"an iteration takes {engine_s:.2f} s against TRL's {peer_s:.2f} s, {ratio:.2f} × as fast ({speed}). "
         f"Learning is {judged}: the gain in reward differs by {fmean(gaps):+.3f} ± {spread:.3f} over "
         f"{len(gaps)} seeds."
     )
@@ -151,17 +151,17 @@ def verdict(seeds: Sequence[Seed]) -> str:
 
 def row_of(name: str, task: PeerTask, seeds: Sequence[Seed], command: str) -> Row:
     """Return the row of a task at a thread count: times over all seeds, rewards as means over them."""
-    if seeds[0].theirs is None:
+    if seeds[0].peer is None:
         peer = Entry(name="TRL's PPO", status="absent: trl is not installed")
     else:
-        peer = _entry(f"TRL {version('trl')}, experimental.ppo", [seed.theirs for seed in seeds])
+        peer = _entry(f"TRL {version('trl')}, experimental.ppo", [seed.peer for seed in seeds])
     return Row(
         row=name,
         what=f"an iteration, {task.name}: {PROMPTS} answers, then one update on them",
         shape=f"prompts of {_span(task.prompt_tokens)} tokens, answers of {'up to ' * task.stops}"
         f"{task.max_answer_tokens}, fp32",
         command=command,
-        entries=[_entry("ours", [seed.ours for seed in seeds]), peer],
+        entries=[_entry("ours", [seed.engine for seed in seeds]), peer],
         work=(float(PROMPTS), "samples"),
     )
 
@@ -198,7 +198,7 @@ def report(rows: Sequence[Row], verdicts: str) -> Report:
     )
 
 
-class _Turn:
+class _TimedIteration:
     """One iteration of ours per call, timed."""
 
     def __init__(self, engine: PPOEngine, prompts: Sequence[Sequence[int]]) -> None:

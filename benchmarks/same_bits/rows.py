@@ -93,8 +93,8 @@ class TableRow:
 
     def _run(self, name: str, options: tuple[str, ...]) -> RowRun:
         layout = LAYOUTS[name]
-        given = (*_COMMON, *_OF_COMMAND[self.command], *layout.options, *options)
-        return RowRun(layout=layout, settings=dict(option.split("=", 1) for option in given))
+        arguments = (*_COMMON, *_OF_COMMAND[self.command], *layout.options, *options)
+        return RowRun(layout=layout, settings=dict(option.split("=", 1) for option in arguments))
 
 
 BASE = Variant(name="")

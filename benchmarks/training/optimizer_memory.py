@@ -57,10 +57,10 @@ def verdict(rows: Sequence[Row]) -> str:
     """Return the peaks of each row."""
     sentences = []
     for row in rows:
-        ours, other = row.entries
+        engine, other = row.entries
         sentences.append(
-            f"{row.what}: {ours.figures['gradient MB']:.1f} MB of gradient at most, against "
-            f"{other.figures['gradient MB']:.1f}; {ours.figures['peak MB']:.0f} MB of everything at most, "
+            f"{row.what}: {engine.figures['gradient MB']:.1f} MB of gradient at most, against "
+            f"{other.figures['gradient MB']:.1f}; {engine.figures['peak MB']:.0f} MB of everything at most, "
             f"against {other.figures['peak MB']:.0f}."
         )
     return " ".join(sentences)

@@ -84,27 +84,27 @@ def length_quantiles(
 
 def measure_rows(threads: int, budget_s: float) -> list[Row]:
     """Return the row of this process with its thread count."""
-    theirs = random_glm(SHAPE, of="GlmForSequenceClassification", num_labels=1).train()
+    peer_model = random_glm(SHAPE, of="GlmForSequenceClassification", num_labels=1).train()
     pairs = RandomPairs(HH_RLHF_LENGTHS)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(3)).tolist()
     steps = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     by_length = sorted(order, key=lambda number: int(pairs.lengths[number]))
     sorted_steps = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
     with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
-        theirs.save_pretrained(folder)
+        peer_model.save_pretrained(folder)
         chunks, _ = load_model(folder, topology, role="reward", dtype=torch.float32)
         state = TrainingState(chunks, AdamSettings(lr=0.0, clip_grad=CLIP_GRAD), topology=topology)
         problem = Problem(
             contenders=[
-                Contender(name="ours, packed", run=_ours(state, pairs, steps, topology)),
-                Contender(name="transformers, padded", run=_padded(theirs, pairs, steps)),
+                Contender(name="ours, packed", run=_packed(state, pairs, steps, topology)),
+                Contender(name="transformers, padded", run=_padded(peer_model, pairs, steps)),
                 Contender(
                     name="transformers, padded, sorted",
-                    run=_padded(theirs, pairs, sorted_steps),
+                    run=_padded(peer_model, pairs, sorted_steps),
                     answer=lambda answer: (answer[0], None),  # its steps are others
                 ),
             ],
-            expected=lambda: _one_by_one(theirs, pairs, steps),
+            expected=lambda: _one_by_one(peer_model, pairs, steps),
             tolerance=TOLERANCE,
         )
         entries = measure(problem, device=torch.device("cpu"), budget_s=budget_s, warm_up_runs=WARM_UP_RUNS)
@@ -124,16 +124,16 @@ def verdict(rows: Sequence[Row]) -> str:
     """Return the verdict of the rows on the target, a sentence per thread count."""
     sentences = []
     for row in rows:
-        ours, *others = row.entries
+        engine, *others = row.entries
         if any(entry.timing is None for entry in row.entries):
             return f"Not shown: {'; '.join(entry.status for entry in row.entries if entry.status)}."
-        ratios = [entry.timing.median_s / ours.timing.median_s for entry in others]
+        ratios = [entry.timing.median_s / engine.timing.median_s for entry in others]
         judged = "met" if ratios[0] >= TARGET_RATIO else "missed"
         sentences.append(f"{row.row}: {ratios[0]:.2f} × ({judged}), {ratios[1]:.2f} × where it sorts.")
     return " ".join(sentences)
 
 
-def _ours(
+def _packed(
     state: TrainingState, pairs: RandomPairs, steps: Sequence[Sequence[int]], topology: Topology
 ) -> Callable[[], Answer]:
     loss = RewardModelLoss(l2_coef=L2_COEF)

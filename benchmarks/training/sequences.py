@@ -51,9 +51,9 @@ def mixes() -> dict[str, list[int]]:
 
 def measure_rows(threads: int, budget_s: float) -> list[Row]:
     """Return one row per mix, in this process with its thread count."""
-    theirs = random_glm(SHAPE).train()
+    peer_model = random_glm(SHAPE).train()
     with tempfile.TemporaryDirectory() as folder, open_topology(Layout()) as topology:
-        theirs.save_pretrained(folder)
+        peer_model.save_pretrained(folder)
         chunks, _ = load_model(folder, topology, dtype=torch.float32)
         state = TrainingState(chunks, AdamSettings(lr=1e-4), topology=topology)
         return [
@@ -63,7 +63,7 @@ def measure_rows(threads: int, budget_s: float) -> list[Row]:
                 shape=_shape_text(lengths),
                 command=f"{_COMMAND} --threads {threads} --budget-s {budget_s:g}",
                 entries=measure(
-                    _problem(state, theirs, lengths, topology),
+                    _problem(state, peer_model, lengths, topology),
                     device=torch.device("cpu"),
                     budget_s=budget_s,
                     warm_up_runs=WARM_UP_RUNS,
@@ -78,11 +78,11 @@ def verdict(rows: Sequence[Row]) -> str:
     """Return the verdict of the rows on the target, a sentence per mix."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
-        ours, theirs, *_ = row.entries
-        if ours.timing is None or theirs.timing is None:
-            return f"Not shown: {ours.status or theirs.status} ({row.what})."
+        engine, peer, *_ = row.entries
+        if engine.timing is None or peer.timing is None:
+            return f"Not shown: {engine.status or peer.status} ({row.what})."
         mix = row.what.partition(",")[0].partition(" (")[0]
-        ratios.setdefault(mix, []).append(theirs.timing.median_s / ours.timing.median_s)
+        ratios.setdefault(mix, []).append(peer.timing.median_s / engine.timing.median_s)
     sentences = []
     for mix, of_mix in ratios.items():
         figures = " and ".join(f"{ratio:.2f}" for ratio in of_mix)
@@ -93,29 +93,29 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _problem(
-    state: TrainingState, theirs: torch.nn.Module, lengths: Sequence[int], topology: Topology
+    state: TrainingState, peer_model: torch.nn.Module, lengths: Sequence[int], topology: Topology
 ) -> Problem:
     generator = torch.Generator().manual_seed(7)
     sequences = [torch.randint(0, SHAPE["vocab_size"], (n,), generator=generator) for n in lengths]
     num_targets = sum(lengths) - len(lengths)
     batches = [sequences[i : i + BATCH] for i in range(0, len(sequences), BATCH)]
     contenders = [
-        Contender(name="ours, packed", run=_ours(state, sequences, num_targets, topology)),
-        Contender(name="transformers, padded", run=_padded(theirs, batches, num_targets)),
+        Contender(name="ours, packed", run=_packed(state, sequences, num_targets, topology)),
+        Contender(name="transformers, padded", run=_padded(peer_model, batches, num_targets)),
     ]
     if len(set(lengths)) > 1:
         ordered = sorted(sequences, key=len)
         batches = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
-        grouped = _padded(theirs, batches, num_targets)
+        grouped = _padded(peer_model, batches, num_targets)
         contenders.append(Contender(name="transformers, padded, sorted", run=grouped))
     return Problem(
         contenders=contenders,
-        expected=lambda: [t.clone() for t in _padded(theirs, [[s] for s in sequences], num_targets)()],
+        expected=lambda: [t.clone() for t in _padded(peer_model, [[s] for s in sequences], num_targets)()],
         tolerance=TOLERANCE,
     )
 
 
-def _ours(
+def _packed(
     state: TrainingState, sequences: Sequence[torch.Tensor], num_targets: int, topology: Topology
 ) -> Callable[[], list[torch.Tensor]]:
     batches = [pack(sequences[i : i + BATCH]) for i in range(0, len(sequences), BATCH)]

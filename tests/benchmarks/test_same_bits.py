@@ -118,12 +118,12 @@ def test_old_names_are_compared_under_the_new_ones(tmp_path, monkeypatch):
 
 
 def test_a_key_has_the_name_that_the_tree_knows(monkeypatch):
-    renamed = {"train.park": "train.offload", "train.offload": "train.cpu_offload"}
+    renamed = {"train.on_host": "train.offload", "train.offload": "train.cpu_offload"}
     monkeypatch.setattr(names, "RENAMED_KEYS", renamed)
-    for known in ("train.park", "train.offload", "train.cpu_offload"):
+    for known in ("train.on_host", "train.offload", "train.cpu_offload"):
         assert names.key_of("train.cpu_offload", {"train.steps", known}) == known
     assert names.key_of("train.steps", {"train.steps"}) == "train.steps"
-    with pytest.raises(ValueError, match=r"train\.cpu_offload or train\.offload or train\.park"):
+    with pytest.raises(ValueError, match=r"train\.cpu_offload or train\.offload or train\.on_host"):
         names.key_of("train.cpu_offload", {"train.steps"})
 
 

@@ -20,8 +20,8 @@ OPTIONS = {
 
 
 def test_options_have_the_types_of_their_defaults():
-    given = ["--threads", "4", "--budget-s", "1", "--rows", "a1", "--no-compile", "--folder", "x"]
-    options = parse(given, doc="Text.", options=OPTIONS)
+    arguments = ["--threads", "4", "--budget-s", "1", "--rows", "a1", "--no-compile", "--folder", "x"]
+    options = parse(arguments, doc="Text.", options=OPTIONS)
     assert (options.threads, options.budget_s, options.rows) == ([4], 1.0, ["a1"])
     assert options.no_compile
     assert options.folder == Path("x")

@@ -27,7 +27,7 @@ def test_a_dry_run_lists_the_steps_within_eight_minutes(tmp_path, capsys, part):
     assert all(step.name in printed for step in steps)
 
 
-def test_without_megatron_its_tests_are_left_out_with_a_reason(tmp_path, monkeypatch):
+def test_without_megatron_its_tests_are_skipped_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_is_importable", lambda name: name != "megatron.core")
     assert gpu.reasons("kernels") == ["tests outside of tests/kernels: megatron-core is not installed"]
     marked, kernels, _ = gpu.plan(tmp_path, "kernels", has_megatron=False)

@@ -1,4 +1,4 @@
-"""The report of the demo over seeds: what counts as a win, and that no seed is left out."""
+"""The report of the demo over seeds: what counts as a win, and that no seed is excluded."""
 
 import json
 

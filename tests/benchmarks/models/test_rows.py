@@ -63,14 +63,14 @@ def test_the_whole_command_measures_every_row(tmp_path, monkeypatch):
     assert other["status"] == "not measured: it takes several devices, here is 1"
     for batch, num_prefills in ((1, 1), (2, 1), (5, 3)):
         row = rows["k" if batch == 1 else "l", str(batch)]
-        ours, theirs = row["entries"]
+        engine, peer = row["entries"]
         # Two prompts of 18 go through a step at once: the first answer has drawn so many of its 12 tokens
         # when the last prompt is through. From then on all decode together, and a run lies between two steps.
-        assert ours["timing"]["repetitions"] == 12 - num_prefills - 1
+        assert engine["timing"]["repetitions"] == 12 - num_prefills - 1
         assert row["work"] == [batch, "tokens"]
-        assert ours["error"] < decode.TOLERANCE[torch.float32]
-        assert theirs["status"] == ""
-        assert theirs["timing"]["repetitions"] == 12 - 2
+        assert engine["error"] < decode.TOLERANCE[torch.float32]
+        assert peer["status"] == ""
+        assert peer["timing"]["repetitions"] == 12 - 2
     passes = rows["m", ""]
     assert passes["work"] == [2 * 16, "tokens"]
     assert passes["entries"][0]["error"] < 1e-5  # fp32 sums in another order
@@ -102,14 +102,14 @@ def test_weights_at_another_address_are_found_out(monkeypatch):
         decode, "chunk_weights", lambda chunks: [[weight.clone()] for weight in chunks[0].parameters()]
     )
     (row,) = measured("j")
-    ours = row.entries[0]
-    assert ours.status == "wrong: weights lie elsewhere than before"
-    assert ours.figures["moved bytes"] > 0
+    engine = row.entries[0]
+    assert engine.status == "wrong: weights lie elsewhere than before"
+    assert engine.figures["moved bytes"] > 0
 
 
 def test_a_row_that_fails_says_why_and_the_others_are_measured(monkeypatch):
-    def entry(*given):
-        if given[-1] == 2:
+    def entry(*arguments):
+        if arguments[-1] == 2:
             raise torch.OutOfMemoryError("no memory\nof a device")
         return Entry(name="ours")
 
@@ -169,7 +169,7 @@ def test_layers_are_cut_to_the_memory_that_is_free():
         assert layers_that_train(sizes, 1.0) == 1
 
 
-def test_kernels_are_told_apart_by_their_names():
+def test_kernels_are_classified_by_their_names():
     products = (
         "nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_NNT",
         "void cutlass::Kernel2<...>",

@@ -62,15 +62,15 @@ def test_gain_is_from_the_first_to_the_mean_of_the_last_three():
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, words",
+    "engine, peer, words",
     [
         ((1.0, 0.6), (2.0, 0.5), ["2.00 × as fast (met)", "is no worse", "+0.100"]),
         ((1.1, 0.4), (2.0, 0.5), ["1.82 × as fast (missed)", "is worse", "-0.100"]),
     ],
 )
-def test_verdict_judges_time_and_learning(ours, theirs, words):
+def test_verdict_judges_time_and_learning(engine, peer, words):
     seeds = [
-        Seed(ours=run_of(ours[0], 0.1, *[ours[1]] * 3), theirs=run_of(theirs[0], 0.1, *[theirs[1]] * 3))
+        Seed(engine=run_of(engine[0], 0.1, *[engine[1]] * 3), peer=run_of(peer[0], 0.1, *[peer[1]] * 3))
         for _ in range(3)
     ]
     for word in words:
@@ -79,16 +79,16 @@ def test_verdict_judges_time_and_learning(ours, theirs, words):
 
 def test_a_gap_within_the_spread_over_seeds_is_no_worse():
     seeds = [
-        Seed(ours=run_of(1.0, 0.1, *[0.5 + shift] * 3), theirs=run_of(2.0, 0.1, 0.5, 0.5, 0.5))
+        Seed(engine=run_of(1.0, 0.1, *[0.5 + shift] * 3), peer=run_of(2.0, 0.1, 0.5, 0.5, 0.5))
         for shift in (-0.1, 0.05)
     ]
     assert "Learning is no worse: the gain in reward differs by -0.025 ± 0.106" in verdict(seeds)
 
 
 def test_without_trl_it_is_absent_and_nothing_is_shown():
-    seeds = [Seed(ours=run_of(1.0, 0.1, 0.2, 0.3, 0.4), theirs=None)]
+    seeds = [Seed(engine=run_of(1.0, 0.1, 0.2, 0.3, 0.4), peer=None)]
     assert verdict(seeds).startswith("Not shown")
-    ours, peer = row_of("1 thread", TASKS[1], seeds, "command").entries
-    assert ours.timing.median_s == 1.0
+    engine, peer = row_of("1 thread", TASKS[1], seeds, "command").entries
+    assert engine.timing.median_s == 1.0
     assert peer.timing is None
     assert peer.status == "absent: trl is not installed"
