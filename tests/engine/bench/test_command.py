@@ -67,10 +67,10 @@ def test_a_wrong_peer_is_not_timed(tiny, monkeypatch):
         rows = [models.generation_row(policy, budget_s=0.0, command="x")]
         rows += models.model_rows(policy, budget_s=0.0, command="x")
     for row in rows:
-        ours, theirs = row.entries
-        assert ours.timing is not None
-        assert theirs.timing is None
-        assert theirs.status.startswith("wrong: error ")
+        engine, peer = row.entries
+        assert engine.timing is not None
+        assert peer.timing is None
+        assert peer.status.startswith("wrong: error ")
 
 
 def test_only_peers_that_are_asked_for_run():
@@ -98,13 +98,13 @@ def on_ranks(folder, parts, found):
 
 
 def test_a_world_measures_its_steps_and_the_rates_that_plan_takes(ranks, tmp_path, tiny):
-    given = replace(tiny, tokens=128)
-    assert ranks.run(on_ranks, tmp_path, "[scaling,rates]", given) == [0] * 4
+    fewer_tokens = replace(tiny, tokens=128)
+    assert ranks.run(on_ranks, tmp_path, "[scaling,rates]", fewer_tokens) == [0] * 4
     point = json.loads((tmp_path / "scaling.json").read_text())
     assert (point["num_ranks"], point["backend"], point["tokens"]) == (4, "gloo", 128)
     assert all(seconds > 0 for seconds in (*point["weak_s"], *point["strong_s"]))
     assert read_rates(tmp_path / "rates.json") == MEASURED[4]
-    assert ranks.run(on_ranks, tmp_path, "[kernels,rates]", given) == [2] * 4
+    assert ranks.run(on_ranks, tmp_path, "[kernels,rates]", fewer_tokens) == [2] * 4
 
 
 def test_a_world_that_fails_leaves_the_other_figures(tmp_path, tiny, monkeypatch):
@@ -112,8 +112,8 @@ def test_a_world_that_fails_leaves_the_other_figures(tmp_path, tiny, monkeypatch
         raise RuntimeError(f"bench on {num_ranks} ranks failed: no port")
 
     monkeypatch.setattr(command, "launch", failing)
-    given = ["bench.parts=[ppo,scaling]", "bench.ranks=[2]", "bench.budget_s=0.001"]
-    assert main(["bench", f"run.output={tmp_path}", *given]) == 1
+    options = ["bench.parts=[ppo,scaling]", "bench.ranks=[2]", "bench.budget_s=0.001"]
+    assert main(["bench", f"run.output={tmp_path}", *options]) == 1
     page = (tmp_path / "bench.md").read_text()
     assert "bench on 2 ranks failed: no port" in page
     assert "an iteration of PPO" in page

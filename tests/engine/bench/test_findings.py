@@ -57,8 +57,8 @@ def test_a_run_is_a_table_a_page_data_and_three_plots(tmp_path):
         assert "http" not in (tmp_path / name).read_text().replace("http://www.w3.org/2000/svg", "")
     assert "generate 100 (50%)" in (tmp_path / "phases.svg").read_text()
     assert "a1 a1 &amp; what: 0.5" in (tmp_path / "roofline.svg").read_text()
-    (ours, _) = json.loads((tmp_path / "bench.json").read_text())["rows"][0]["entries"]
-    assert ours["timing"]["median_s"] == 0.002
+    (engine, _) = json.loads((tmp_path / "bench.json").read_text())["rows"][0]["entries"]
+    assert engine["timing"]["median_s"] == 0.002
 
 
 def test_what_was_not_measured_has_no_plot(tmp_path):

@@ -45,12 +45,12 @@ def cells(contender: str) -> dict[str, str]:
 
 
 def test_ratio_share_and_rate_come_from_the_rows_own_medians():
-    ours, other = cells("ours"), cells("other")
-    assert ours["median ms"] == "2"
-    assert ours["quartiles ms"] == "1–4"
-    assert ours["share of limit"] == "0.50"
-    assert ours["tokens/s"] == "5000"
-    assert ours["extra MB"] == "3"
+    engine, other = cells("ours"), cells("other")
+    assert engine["median ms"] == "2"
+    assert engine["quartiles ms"] == "1–4"
+    assert engine["share of limit"] == "0.50"
+    assert engine["tokens/s"] == "5000"
+    assert engine["extra MB"] == "3"
     assert other["ours is … × as fast"] == "1.50"
 
 
@@ -75,8 +75,8 @@ def test_both_files_are_written_and_json_keeps_every_number(tmp_path):
     write(REPORT, tmp_path / "new" / "name")
     data = json.loads((tmp_path / "new" / "name.json").read_text())
     assert data == json.loads(json.dumps(asdict(REPORT)))
-    ours, _, peer = data["rows"][0]["entries"]
-    assert ours["timing"]["median_s"] == 0.002
+    engine, _, peer = data["rows"][0]["entries"]
+    assert engine["timing"]["median_s"] == 0.002
     assert peer["timing"] is None
     text = (tmp_path / "new" / "name.md").read_text()
     assert "python -m benchmarks.x --rows a1" in text
@@ -98,13 +98,13 @@ def test_a_row_that_was_measured_twice_has_the_wider_range():
         row(Entry(name="ours", timing=first, figures={"x ms": 10.0}), Entry(name="late", timing=first)),
         row(Entry(name="ours", timing=again, figures={"x ms": 20.0}), late),
     )
-    ours, other = both.entries
-    assert ours.timing == Timing(
+    engine, other = both.entries
+    assert engine.timing == Timing(
         median_s=1.75,
         low_s=0.9,
         high_s=2.5,
         repetitions=40,
         ratio=Ratio(median=3.5, low=1.5, high=2.2),
     )
-    assert ours.figures == {"x ms": pytest.approx(17.5)}
+    assert engine.figures == {"x ms": pytest.approx(17.5)}
     assert other == late

@@ -12,7 +12,7 @@ from training_curves import run_main, token_ids, write_lines, write_pairs
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.commands.label import best_and_worst
 
-DRAWN = ["generation.num_samples=4", "generation.max_new_tokens=6", "train.dtype=fp32"]
+SAMPLING = ["generation.num_samples=4", "generation.max_new_tokens=6", "train.dtype=fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def prompts(tmp_path_factory):
 
 def command(folder: Path, reward_model: Path, prompts: Path, output: Path, *more: str) -> list[str]:
     paths = [f"model.path={folder}", f"reward.path={reward_model}", f"data.path={prompts}"]
-    return ["label", *paths, f"run.output={output}", *DRAWN, *more]
+    return ["label", *paths, f"run.output={output}", *SAMPLING, *more]
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -54,12 +54,12 @@ def test_the_best_and_the_worst_of_what_generate_and_score_say(
     found = lines_of(tmp_path / "one" / "label.jsonl")
 
     paths = [f"model.path={folder}", f"data.path={prompts}", f"run.output={tmp_path / 'generate'}"]
-    assert main(["generate", *paths, *DRAWN]) == 0
+    assert main(["generate", *paths, *SAMPLING]) == 0
     answers = lines_of(tmp_path / "generate" / "generate.jsonl")
-    drawn = [
+    sampled = [
         {"prompt_tokens": answer["prompt_tokens"], "response_tokens": answer["tokens"]} for answer in answers
     ]
-    data = write_lines(tmp_path / "drawn.jsonl", drawn)
+    data = write_lines(tmp_path / "sampled.jsonl", sampled)
     paths = [f"model.path={reward_model}", f"data.path={data}", f"run.output={tmp_path / 'score'}"]
     assert main(["score", *paths, "train.dtype=fp32"]) == 0
     scores = [line["score"] for line in lines_of(tmp_path / "score" / "score.jsonl")]

@@ -165,13 +165,13 @@ def test_demonstrations_get_one_score(alone, tmp_path):
     assert [set(json.loads(text)) for text in (tmp_path / "score.jsonl").open()] == [{"index", "score"}] * 3
 
 
-def test_training_goes_on_from_a_reward_model(folder, data, alone, tmp_path):
+def test_training_continues_from_a_reward_model(folder, data, alone, tmp_path):
     assert main(command(trained(alone), data, tmp_path / "on", "train.steps=1")) == 0
     # Its head is kept: the first evaluation is the last one of the run it came from.
     assert curve(tmp_path / "on", "eval/loss")[0] == pytest.approx(curve(alone, "eval/loss")[-1], rel=1e-5)
 
 
-def test_contradictions_and_long_winners_are_left_out_and_reported(folder, tmp_path):
+def test_contradictions_and_long_winners_are_excluded_and_reported(folder, tmp_path):
     prompt = {"prompt_tokens": [5, 6]}
     a, b, c = [10, 11, 12], [20, 21], [30]
     records = [

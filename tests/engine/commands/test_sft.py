@@ -197,7 +197,7 @@ def run_with_a_bad_record(fault: str, lines: list[list[str]]) -> list[tuple[int,
 def test_a_step_that_is_not_finite_is_not_taken_by_any_rank(ranks, folder, data, tmp_path, fault):
     layout = ["parallel.tp=2", "train.eval_every=1"]
     lines = [
-        command(folder, data, tmp_path / "goes on", *layout, "train.max_nonfinite_steps=100"),
+        command(folder, data, tmp_path / "continues", *layout, "train.max_nonfinite_steps=100"),
         command(folder, data, tmp_path / "stops", *layout, "train.max_nonfinite_steps=1"),
     ]
     answers = ranks.run(run_with_a_bad_record, fault, lines)
@@ -206,8 +206,8 @@ def test_a_step_that_is_not_finite_is_not_taken_by_any_rank(ranks, folder, data,
     first = is_hit.index(True)
     assert [answer[0][0] for answer in answers] == [0] * 4
     assert "of them not taken" in answers[0][0][1]
-    assert curve(tmp_path / "goes on", "actor/is_step_skipped") == list(map(float, is_hit))
-    evaluated = curve(tmp_path / "goes on", "eval/loss")
+    assert curve(tmp_path / "continues", "actor/is_step_skipped") == list(map(float, is_hit))
+    evaluated = curve(tmp_path / "continues", "eval/loss")
     for step, hit in enumerate(is_hit):
         # The weights, and so the evaluation, stay to the bit.
         assert (evaluated[step + 1] == evaluated[step]) == hit

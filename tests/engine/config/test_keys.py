@@ -65,7 +65,7 @@ def test_only_keys_of_text_take_text_unparsed():
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"),
+    ("unknown", "nearest"),
     [
         ("model.pth", "model.path"),
         ("modle.path", "model.path"),
@@ -78,8 +78,8 @@ def test_only_keys_of_text_take_text_unparsed():
         ("tokenizr.path", "tokenizer.path"),
     ],
 )
-def test_the_nearest_key_is_the_likely_one(given: str, nearest: str):
-    assert nearest_key(given, keys_of(ScoreConfig)) == nearest
+def test_the_nearest_key_is_the_likely_one(unknown: str, nearest: str):
+    assert nearest_key(unknown, keys_of(ScoreConfig)) == nearest
 
 
 def test_values_are_shown_as_a_user_writes_them():

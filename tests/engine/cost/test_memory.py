@@ -13,17 +13,17 @@ def test_offloaded_states_take_no_memory_in_the_phases_that_do_not_need_them():
     case = CASES[0]
     roles = Roles(**dict.fromkeys(("policy", "critic", "reference", "reward"), case.model))
     works = (case.work, replace(case.work, offloads=frozenset({"optimizers", "reference"})))
-    plain, parked = (rank_memory(roles, w, case.choice, num_gpus=WORLD_SIZE, stage=0) for w in works)
+    plain, offloaded = (rank_memory(roles, w, case.choice, num_gpus=WORLD_SIZE, stage=0) for w in works)
     trained = [plain.roles[name] for name in TRAINED]
     optimizers = sum(role.optimizer + role.gradients for role in trained)
-    less = {name: plain.phases[name] - parked.phases[name] for name in plain.phases}
+    less = {name: plain.phases[name] - offloaded.phases[name] for name in plain.phases}
     reference = plain.roles["reference"].weights
     assert less == {
         **dict.fromkeys(("generate", "score"), optimizers),
         **dict.fromkeys(("train policy", "train critic", "step"), reference),
         "start": 0,
     }
-    assert parked.resident == plain.resident
+    assert offloaded.resident == plain.resident
 
 
 QUICK = 5

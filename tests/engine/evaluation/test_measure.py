@@ -28,9 +28,9 @@ def means(measures) -> dict[str, float]:
 
 def test_figures_by_hand():
     settings = EvaluationSettings(num_samples=2, pass_k=(1, 2), pass_reward=1.0)
-    ours = answers(1.0, 0.0, 0.5, 0.5, 2.0, 1.0)
-    theirs = answers(0.5, 0.0, 0.5, 0.5, 3.0, 1.5)
-    measures = measure(ours, settings, against=theirs)
+    policy_answers = answers(1.0, 0.0, 0.5, 0.5, 2.0, 1.0)
+    reference_answers = answers(0.5, 0.0, 0.5, 0.5, 3.0, 1.5)
+    measures = measure(policy_answers, settings, against=reference_answers)
     # Pairs of prompt 1: 1 > .5, 1 > 0, 0 < .5, 0 = 0; of prompt 2 all equal; of prompt 3 one of four won.
     assert means(measures) == pytest.approx(
         {
@@ -51,11 +51,11 @@ def test_figures_by_hand():
 
 def test_against_itself_nobody_wins():
     settings = EvaluationSettings(num_samples=3, pass_k=(), pass_reward=1.0)
-    ours = answers(1.0, 2.0, 3.0, -1.0, 0.5, 0.0)
-    assert means(measure(ours, settings, against=ours))["win_rate"] == pytest.approx(0.5)
+    policy_answers = answers(1.0, 2.0, 3.0, -1.0, 0.5, 0.0)
+    assert means(measure(policy_answers, settings, against=policy_answers))["win_rate"] == pytest.approx(0.5)
 
 
-def test_prompts_without_a_reward_are_left_out_of_what_is_made_of_rewards():
+def test_prompts_without_a_reward_are_excluded_from_measures_of_rewards():
     settings = EvaluationSettings(num_samples=1, pass_k=(1,), pass_reward=1.0)
     measures = measure(
         answers(1.0, None, 1.0, 0.0), settings, against=[*answers(0.0, 5.0), *answers(None, 1.0)]

@@ -55,12 +55,12 @@ def test_a_rank_that_skips_a_collective_is_found(warm_launch, line, tmp_path):
     assert "most recent call first" in said  # the stacks
 
 
-def test_a_run_that_is_started_again_goes_on_to_the_same_bits(warm_launch, line, tmp_path):
+def test_a_restarted_run_resumes_to_the_same_bits(warm_launch, line, tmp_path):
     code, *_ = warm_launch(Fault(), [*line, f"run.output={tmp_path / 'wanted'}"], timeout_s=300)
     assert code == 0
-    given = [*line, f"run.output={tmp_path / 'found'}", "train.save_every=1", "train.async_save=false"]
+    arguments = [*line, f"run.output={tmp_path / 'found'}", "train.save_every=1", "train.async_save=false"]
     fault = Fault(kind="kill", phase="policy", rank=1)
-    code, said, _ = warm_launch(fault, given, timeout_s=300, num_restarts=1)
+    code, said, _ = warm_launch(fault, arguments, timeout_s=300, num_restarts=1)
     assert code == 0, said
     assert said.count("the run resumes from") == 1
     wanted, found = (final_weights(tmp_path / name) for name in ("wanted", "found"))
@@ -73,7 +73,7 @@ def final_weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def leave_and_go_on(kind: str, phase: str, line: list[str]) -> tuple[int, int]:
+def leave_and_resume(kind: str, phase: str, line: list[str]) -> tuple[int, int]:
     rank = torch.distributed.get_rank()
     return run_with_fault(Fault(kind=kind, phase=phase, rank=2), line, rank), main(line)
 
@@ -89,11 +89,11 @@ def untouched(ranks, line, tmp_path_factory):
     "kind, phase, step",
     [("SIGTERM", "generate", 1), pytest.param("SIGUSR1", "critic", 2, marks=pytest.mark.slow)],
 )
-def test_all_ranks_save_and_leave_and_the_run_goes_on_to_the_same_bits(
+def test_all_ranks_save_and_exit_and_the_run_resumes_to_the_same_bits(
     ranks, line, untouched, tmp_path, kind, phase, step
 ):
-    given = [*line, "parallel.tp=2", f"run.output={tmp_path}"]
-    assert ranks.run(leave_and_go_on, kind, phase, given) == [(0, 0)] * 4
+    arguments = [*line, "parallel.tp=2", f"run.output={tmp_path}"]
+    assert ranks.run(leave_and_resume, kind, phase, arguments) == [(0, 0)] * 4
     assert (tmp_path / "checkpoints" / f"step_{step}").exists()
     metrics = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").open()]
     assert metrics == [1, 2, 3]

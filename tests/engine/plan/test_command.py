@@ -70,8 +70,8 @@ def test_the_written_config_is_one_that_ppo_accepts(tmp_path):
     )
     with pytest.raises(ValueError, match="/models/rm"):
         run(config)
-    given = ("model.path=glm-4-9b", "cluster.gpus=64", "reward.function=rules:judge", "data.path=p.jsonl")
-    config = plan_config(tmp_path, *given, "train.offload=[optimizers]")
+    options = ("model.path=glm-4-9b", "cluster.gpus=64", "reward.function=rules:judge", "data.path=p.jsonl")
+    config = plan_config(tmp_path, *options, "train.offload=[optimizers]")
     run(config)
     best = plans_of(config)[0]
     written = load_config(PPOConfig, tmp_path / "ppo.yaml")

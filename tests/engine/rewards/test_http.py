@@ -42,14 +42,14 @@ def serving(server):
 @contextlib.contextmanager
 def scripted(*answers):
     """A server that returns these responses in order, then the last one again: (status, body) or `SLOW`."""
-    asked, is_over = [], threading.Event()
+    asked, is_closed = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             answer = answers[min(len(asked), len(answers)) - 1]
             if answer is SLOW:
-                is_over.wait()
+                is_closed.wait()
                 answer = GOOD
             with contextlib.suppress(OSError):
                 self.send_response(answer[0])
@@ -63,7 +63,7 @@ def scripted(*answers):
         try:
             yield url, asked
         finally:
-            is_over.set()
+            is_closed.set()
 
 
 def client(url: str, **changes) -> HttpReward:

@@ -1,4 +1,4 @@
-"""`PPOEngine.save` and `load`: the next iteration's bits are those of the engine that went on."""
+"""`PPOEngine.save` and `load`: the next iteration's bits are those of the engine that continued."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PROMPTS = [[5, 6, 7], [8, 9], [14], [20, 21, 22]]
 
 
 def config_of(model: Path, *more: str) -> PPOConfig:
-    given = {
+    options = {
         "model.path": model,
         "data.path": "unused.jsonl",
         "reward.function": "reward_rules:share_of_low_ids",
@@ -23,7 +23,7 @@ def config_of(model: Path, *more: str) -> PPOConfig:
         "ppo.reference_baseline": "true",
         "ppo.kl_target": 0.01,
     }
-    return PPOConfig.from_yaml(None, [*(f"{key}={value}" for key, value in given.items()), *more])
+    return PPOConfig.from_yaml(None, [*(f"{key}={value}" for key, value in options.items()), *more])
 
 
 def iterate(engine: PPOEngine) -> dict[str, float]:
@@ -40,7 +40,7 @@ def state_of(engine: PPOEngine) -> list[torch.Tensor]:
     ]
 
 
-def save_and_go_on(model: Path, folder: Path, *layout: str):
+def save_and_continue(model: Path, folder: Path, *layout: str):
     """On each rank: what a third iteration gives where it follows two, and where it follows a load."""
     with PPOEngine(config_of(model, *layout)) as engine:
         for number in range(2):
@@ -76,8 +76,8 @@ def model(tmp_path_factory) -> Path:
     return save_folder(tmp_path_factory.mktemp("model"), "glm", make_model("glm"))
 
 
-def test_a_loaded_engine_goes_on_bit_for_bit_and_in_another_layout(ranks, model, tmp_path):
-    answers = ranks.run(save_and_go_on, model, tmp_path / "saved", "parallel.tp=2")
+def test_a_loaded_engine_continues_bit_for_bit_and_in_another_layout(ranks, model, tmp_path):
+    answers = ranks.run(save_and_continue, model, tmp_path / "saved", "parallel.tp=2")
     for progress, back, *is_same in answers:
         assert progress == back == {"epoch": 1, "place": [1, 2]}
         assert is_same == [True] * 4

@@ -1,4 +1,4 @@
-"""Each item of a PPO run's state, left out of a checkpoint or replaced in it, is refused or changes bits."""
+"""Each item of a PPO run's state, dropped from a checkpoint or replaced in it, is refused or changes bits."""
 
 import hashlib
 import shutil
@@ -127,14 +127,14 @@ def change_checkpoint(change: Change, whole: Path, output: Path, *, rank: int) -
     (folder / FILE_NAME).write_bytes(manifest_bytes(replace(manifest, ranks=tuple(parts))))
 
 
-def go_on_after(change: Change, whole: Path, output: Path) -> tuple[int, str]:
+def resume_after(change: Change, whole: Path, output: Path) -> tuple[int, str]:
     change_checkpoint(change, whole, output, rank=0)
     return run_main(command(whole.parent, output))
 
 
-def test_a_checkpoint_written_again_as_it_was_goes_on_to_the_same_bits(whole, tmp_path):
+def test_a_checkpoint_rewritten_unchanged_resumes_to_the_same_bits(whole, tmp_path):
     """Without this the tests below would show nothing."""
-    code, said = go_on_after(lambda tensors, state: None, whole, tmp_path / "run")
+    code, said = resume_after(lambda tensors, state: None, whole, tmp_path / "run")
     assert code == 0, said
     assert outcome(tmp_path / "run") == outcome(whole)
 
@@ -162,7 +162,7 @@ REPLACED = {
     ],
 )
 def test_another_value_changes_bits(whole, tmp_path, item):
-    code, said = go_on_after(REPLACED[item], whole, tmp_path / "run")
+    code, said = resume_after(REPLACED[item], whole, tmp_path / "run")
     assert code == 0, said
     assert outcome(tmp_path / "run") != outcome(whole)
 
@@ -179,7 +179,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("item", REFUSED)
 def test_what_lacks_or_is_of_another_run_is_refused(whole, tmp_path, item):
-    code, said = go_on_after(REFUSED[item], whole, tmp_path / "run")
+    code, said = resume_after(REFUSED[item], whole, tmp_path / "run")
     assert code == 2, said
     assert not (tmp_path / "run" / "checkpoints" / "step_6").exists()
 

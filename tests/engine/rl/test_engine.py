@@ -88,7 +88,7 @@ def stopped(path: Path):
         return answers, texts, rollouts.is_finished
 
 
-def test_stop_texts_end_answers_on_every_rank_alike(ranks, tmp_path):
+def test_stop_texts_end_answers_at_the_same_token_on_all_ranks(ranks, tmp_path):
     tokenizer = Path(__file__).parents[3] / "examples" / "tiny_tokenizer"
     model = save_folder(tmp_path / "model", "glm", make_model("glm", vocab_size=640))
     options = {"parallel": "tp: 2, pp: 2", "more": f"tokenizer: {{path: {tokenizer}}}\n"}

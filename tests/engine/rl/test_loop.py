@@ -75,7 +75,7 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
     assert all(changed)
 
 
-def test_answers_without_a_reward_are_left_out_alike_in_every_layout(ranks, inputs, tmp_path, capsys):
+def test_answers_without_a_reward_are_excluded_in_every_layout(ranks, inputs, tmp_path, capsys):
     """One iteration of all prompts, of which 4 of 10 have more than 6 tokens and so no reward."""
     options = [
         "reward.function=reward_rules:nan_after_long_prompts + 0.5 * reward_rules:low_id_tokens",

@@ -1,4 +1,4 @@
-"""A PPO run that is left between two epochs goes on to the bits of the run that never stopped."""
+"""A PPO run that is left between two epochs resumes to the bits of the run that never stopped."""
 
 import contextlib
 import io
@@ -31,8 +31,8 @@ def line(tmp_path_factory) -> list[str]:
     ]
 
 
-def leave_and_go_on(line: list[str]) -> tuple[tuple[int, ...], str]:
-    """Leave, try another layout, then go on; exit codes, and what was said."""
+def leave_and_resume(line: list[str]) -> tuple[tuple[int, ...], str]:
+    """Leave, try another layout, then resume; exit codes, and what was said."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         left = run_with_fault(FAULT, line, torch.distributed.get_rank())
         return (left, main([*line, "parallel.tp=1"]), main(line)), said.getvalue()
@@ -46,11 +46,11 @@ def result_of(output: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("more", [[], ["optimizer.in_backward=true"]], ids=["", "in backward"])
-def test_it_goes_on_bit_for_bit(ranks, line, tmp_path, more):
+def test_it_resumes_bit_for_bit(ranks, line, tmp_path, more):
     line = [*line, *more]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks.run(main, [*line, f"run.output={whole}"]) == [0] * 4
-    answers = ranks.run(leave_and_go_on, [*line, f"run.output={parts}"])
+    answers = ranks.run(leave_and_resume, [*line, f"run.output={parts}"])
     assert [codes for codes, _ in answers] == [(0, 2, 0)] * 4
     said = answers[0][1]
     assert "left inside step 1 of 1" in said

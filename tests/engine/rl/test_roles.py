@@ -160,8 +160,8 @@ def test_addresses_never_change_and_weights_do(folder):
         assert all(torch.equal(before[name], reference[name]) for name in before)
 
 
-def iterate_parked(folder: Path, axes: dict) -> tuple:
-    """Metrics with all parked that may be, and with nothing; bytes parked; whether the policy stays."""
+def iterate_offloaded(folder: Path, axes: dict) -> tuple:
+    """Metrics with all that can be offloaded, and with nothing; offloaded bytes; whether the policy stays."""
     offloads = ("optimizers", "reference", "reward")
     with open_topology(Layout(**axes)) as topology:
         reward_model, _ = load_model(folder, topology, role="reward", dtype=torch.float32, seed=8)
@@ -172,28 +172,28 @@ def iterate_parked(folder: Path, axes: dict) -> tuple:
         for weight in frozen:
             weight.data = weight.data.clone()  # numpy has read it, and would keep a CPU's memory
         addresses = [weight.data_ptr() for _, weight in engine.models["policy"][0].named_weights()]
-        metrics, parked = [], []
+        metrics, offloaded = [], []
         for _ in range(2):
             metrics += iterate(engine, 1)
-            parked.append(engine.offload.offloaded_bytes)
+            offloaded.append(engine.offload.offloaded_bytes)
             assert all(weight.untyped_storage().nbytes() == 0 for weight in frozen)
         stays = [weight.data_ptr() for _, weight in engine.models["policy"][0].named_weights()] == addresses
         engine.offload.before_scoring()
         plain = make_roles(folder, topology, reward_model=reward_model)
-        return metrics, iterate(plain, 2), parked, stays
+        return metrics, iterate(plain, 2), offloaded, stays
 
 
-def test_what_is_parked_changes_no_number_and_no_address_of_the_policy(ranks, folder):
-    for metrics, expected, parked, stays in ranks.run(iterate_parked, folder, {"pp": 2}):
+def test_offloading_changes_no_number_and_no_address_of_the_policy(ranks, folder):
+    for metrics, expected, offloaded, stays in ranks.run(iterate_offloaded, folder, {"pp": 2}):
         assert stays
-        assert 0 < parked[0] < parked[1]  # moments come with the first step, frozen models go with it
+        assert 0 < offloaded[0] < offloaded[1]  # moments come with the first step, frozen models go with it
         for one, plain in zip(metrics, expected, strict=True):
             for name in (name for name in plain if not name.startswith(TIMED)):
                 # Scored early or not: roundings of fp32, grown through updates.
                 assert one[name] == pytest.approx(plain[name], rel=1e-5, abs=5e-6), name
 
 
-def test_an_engine_lets_go_of_its_models_at_once(folder):
+def test_an_engine_releases_its_models_at_once(folder):
     """Not when a collector comes by: until then their memory is taken and threads of gloo poll."""
 
     def run() -> list[weakref.ref]:
@@ -309,6 +309,6 @@ def test_a_value_that_is_no_number_stops_every_rank_and_names_the_role(ranks, fo
 
 if __name__ == "__main__":  # PYTHONPATH=tests/support/models python tests/engine/rl/test_roles.py
     with tempfile.TemporaryDirectory() as made:
-        told = run_iterations(save_folder(Path(made), "glm", make_model("glm")), {}, {}, 5)
-    kept = [{n: v for n, v in one.items() if not n.startswith(TIMED)} for one in told]
+        metrics = run_iterations(save_folder(Path(made), "glm", make_model("glm")), {}, {}, 5)
+    kept = [{n: v for n, v in one.items() if not n.startswith(TIMED)} for one in metrics]
     GOLDEN.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -133,13 +133,13 @@ def test_demonstrations_come_each_once_an_epoch_and_need_not_fill_every_rank(
 
 def config(folder: Path, *overrides: str) -> PPOConfig:
     rule = "reward.function=reward_rules:share_of_low_ids"
-    given = (f"model.path={folder}", rule, "data.path=unused.jsonl", "train.steps=1", "train.dtype=fp32")
-    return load_config(PPOConfig, overrides=(*given, *overrides))
+    required = (f"model.path={folder}", rule, "data.path=unused.jsonl", "train.steps=1", "train.dtype=fp32")
+    return load_config(PPOConfig, overrides=(*required, *overrides))
 
 
 def test_the_engine_reads_demonstrations_and_holds_on_to_them(folder, demonstrations, tmp_path):
     """With a weight that drowns the rewards, the demonstrations' loss falls from update to update."""
-    given = config(
+    settings = config(
         folder,
         f"data.sft_path={demonstrations}",
         f"run.output={tmp_path}",
@@ -149,7 +149,7 @@ def test_the_engine_reads_demonstrations_and_holds_on_to_them(folder, demonstrat
         "optimizer.lr=2e-3",
     )
     losses = []
-    with PPOEngine(given) as engine:
+    with PPOEngine(settings) as engine:
         for _ in range(4):
             experience = engine.make_experience(engine.generate([[5, 6, 7], [8, 9]]))
             losses.append(engine.update(experience)["actor/sft_loss"])
@@ -171,7 +171,7 @@ def test_half_a_setting_is_refused(override, sentence):
         config(Path("model"), override)
 
 
-def test_a_step_takes_as_many_demonstrations_as_prompts_unless_told_otherwise():
-    given = ("data.sft_path=d.jsonl", "ppo.sft_coef=0.1", "ppo.minibatches=3", "train.global_batch_size=8")
-    assert config(Path("model"), *given).sft_batch_size == 3
-    assert config(Path("model"), *given, "train.sft_batch_size=5").sft_batch_size == 5
+def test_a_step_takes_as_many_demonstrations_as_prompts_by_default():
+    options = ("data.sft_path=d.jsonl", "ppo.sft_coef=0.1", "ppo.minibatches=3", "train.global_batch_size=8")
+    assert config(Path("model"), *options).sft_batch_size == 3
+    assert config(Path("model"), *options, "train.sft_batch_size=5").sft_batch_size == 5

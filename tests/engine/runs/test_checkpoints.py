@@ -1,4 +1,4 @@
-"""A run that stops and goes on is, bit for bit, the run that never stopped; other layouts go on too."""
+"""A run that stops and resumes is, bit for bit, the run that never stopped; other layouts resume too."""
 
 import contextlib
 import json
@@ -105,7 +105,7 @@ def copy_until(stop: int, whole: Path, output: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
-def test_one_rank_goes_on_bit_for_bit(inputs, tmp_path, name):
+def test_one_rank_resumes_bit_for_bit(inputs, tmp_path, name):
     """Steps 2 and 5 lie within an epoch of 10 records in batches of 4, or of 5 prompts."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_main(command(name, inputs, whole))[0] == 0
@@ -120,7 +120,7 @@ def test_one_rank_goes_on_bit_for_bit(inputs, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name, num_ranks", [("ppo", 1), ("ppo", 2), ("reward", 1)])
-def test_every_step_is_a_place_to_go_on_from(inputs, tmp_path, name, num_ranks):
+def test_a_run_resumes_from_every_step(inputs, tmp_path, name, num_ranks):
     """With the stops between two epochs of PPO, of `test_unfinished_update`, six places."""
     whole, options = tmp_path / "whole", ("parallel.tp=2",) if num_ranks == 2 else ()
     line = command(name, inputs, whole, *options)
@@ -138,7 +138,7 @@ def test_every_step_is_a_place_to_go_on_from(inputs, tmp_path, name, num_ranks):
 
 
 def run_stops(inputs: Path, name: str, place: Path, options: tuple[str, ...]) -> list[tuple[int, str]]:
-    """On every rank: a whole run, one stopped after step 3, and that one going on."""
+    """On every rank: a whole run, one stopped after step 3, and that one resumed."""
     stopped = command(name, inputs, place / "stopped", *options)
     return [
         run_main(command(name, inputs, place / "whole", *options)),
@@ -151,14 +151,14 @@ FOUR = [
     ("sft", ("parallel.tp=2", "parallel.pp=2")),
     # In `make test` `health/test_rank_faults.py` resumes PPO on four ranks, `rl/test_checkpoint.py` on one.
     pytest.param("ppo", ("parallel.tp=2",), marks=pytest.mark.slow),
-    # One rank goes on with the ordinary optimizer.
+    # One rank resumes with the ordinary optimizer.
     ("sft", ("parallel.tp=2", "parallel.pp=2", "optimizer.in_backward=true")),
     pytest.param("ppo", ("parallel.tp=2", "optimizer.in_backward=true"), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("name, options", FOUR, ids=str)
-def test_four_ranks_go_on_bit_for_bit_and_one_rank_from_their_checkpoint(
+def test_four_ranks_resume_bit_for_bit_and_one_rank_from_their_checkpoint(
     ranks, inputs, tmp_path, name, options
 ):
     for whole, stopped, resumed in ranks.run(run_stops, inputs, name, tmp_path, options):

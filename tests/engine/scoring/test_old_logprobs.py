@@ -46,8 +46,8 @@ def test_a_sample_is_drawn_anew_by_each_seed_and_the_same_by_the_same():
     rollouts = rollouts_of([5] * 64)
     samples = [draw_sample(rollouts, max_tokens=1000, seed=seed) for seed in (1, 1, 2)]
     assert samples[0] == samples[1] != samples[2]
-    drawn = frozenset().union(*(draw_sample(rollouts, max_tokens=1000, seed=seed) for seed in range(100)))
-    assert drawn == frozenset(range(64))
+    sampled = frozenset().union(*(draw_sample(rollouts, max_tokens=1000, seed=seed) for seed in range(100)))
+    assert sampled == frozenset(range(64))
 
 
 def test_a_sample_has_room_in_a_micro_batch_or_is_one_sequence():
@@ -55,7 +55,7 @@ def test_a_sample_has_room_in_a_micro_batch_or_is_one_sequence():
     assert len(draw_sample(rollouts_of([300] * 64), max_tokens=100, seed=1)) == 1
 
 
-def test_what_is_left_out_is_not_in_a_sample():
+def test_excluded_answers_are_not_in_a_sample():
     rollouts = rollouts_of([5] * 9, excluded=frozenset(range(8)))
     assert draw_sample(rollouts, max_tokens=1000, seed=1) == {8}
     assert not draw_sample(rollouts_of([5], excluded=frozenset({0})), max_tokens=1000, seed=1)
@@ -64,13 +64,13 @@ def test_what_is_left_out_is_not_in_a_sample():
 def scored_with_a_gap(folder: Path) -> dict:
     """What becomes of logprobs that are right, and of those that the first data-parallel rank has wrong.
 
-    The other one then has all its answers left out.
+    The other one then has all its answers excluded.
     """
     passed = []
 
-    def counted(policy, rollouts, batches, *given, **options):
+    def counted(policy, rollouts, batches, *arguments, **options):
         passed.append(sum(sum(batch.packed.lengths) for batch in batches))
-        return stream_logprobs(policy, rollouts, batches, *given, **options)
+        return stream_logprobs(policy, rollouts, batches, *arguments, **options)
 
     stream_logprobs = old_logprobs.stream_logprobs
     with open_topology(Layout(pp=2)) as topology, pytest.MonkeyPatch.context() as patch:
@@ -82,10 +82,10 @@ def scored_with_a_gap(folder: Path) -> dict:
         passed.clear()
         is_wrong = topology.dp_rank == 0
         shift = 0.5 * is_wrong * right.action_mask_T
-        mended = engine.make_experience(replace(right, logprobs_T=right.logprobs_T + shift))
+        corrected = engine.make_experience(replace(right, logprobs_T=right.logprobs_T + shift))
         # Roundings: other micro-batches, and steps of generation in place of a pass.
-        torch.testing.assert_close(mended.old_logprobs_T, right.logprobs_T, rtol=0, atol=1e-5)
-        torch.testing.assert_close(mended.advantages_T, fine.advantages_T, rtol=0, atol=1e-4)
+        torch.testing.assert_close(corrected.old_logprobs_T, right.logprobs_T, rtol=0, atol=1e-5)
+        torch.testing.assert_close(corrected.advantages_T, fine.advantages_T, rtol=0, atol=1e-4)
         excluded = frozenset() if is_wrong else frozenset(range(right.num_sequences))
         alone = replace(right, logprobs_T=right.logprobs_T + shift, excluded=excluded)
         found_T, gap = old_logprobs.old_logprobs(
@@ -102,7 +102,7 @@ def scored_with_a_gap(folder: Path) -> dict:
         )  # as above
         return {
             "is the sampler's": torch.equal(fine.old_logprobs_T, right.logprobs_T),
-            "gaps": (*(one.metrics["rollout/logprob_gap"] for one in (fine, mended)), gap),
+            "gaps": (*(one.metrics["rollout/logprob_gap"] for one in (fine, corrected)), gap),
             "passed": (num_sampled, *passed[:2]),
             "tokens": len(right.tokens_T),
         }

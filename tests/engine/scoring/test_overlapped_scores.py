@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 def early_and_late(folder: Path, axes: dict) -> tuple[Counter, Counter, list[float]]:
     """Early passes with and without them, and how far each tensor of the experience differs.
 
-    Some answers have no reward and are left out.
+    Some answers have no reward and are excluded.
     """
     with open_topology(Layout(**axes)) as topology:
         reward_model, _ = load_model(folder, topology, role="reward", dtype=torch.float32, seed=8)

@@ -48,27 +48,27 @@ def steps(folder, axes):
                     both = list(learners(roles.states, experience, part, roles.ppo).values())
                     for group in [[one] for one in both] if way == "apart" else [both]:
                         taken += take_step(group, topology=topology, dtype=torch.float32).roles
-            told = [torch.tensor(step.grad_norm) for step in taken]
-            told += [step.terms[0].sums for step in taken]
+            reported = [torch.tensor(step.grad_norm) for step in taken]
+            reported += [step.terms[0].sums for step in taken]
             weights = [
                 p.detach().clone()
                 for c in (*roles.models["policy"], *roles.models["critic"])
                 for p in c.parameters()
             ]
             limits = [chunks[0].most_tokens for chunks in (roles.models["policy"], roles.models["critic"])]
-            found[way] = (told, weights, list(met), has_little, limits)
+            found[way] = (reported, weights, list(met), has_little, limits)
     return found
 
 
 def test_steps_are_those_that_each_takes_by_itself(ranks, folder):
     for answer in ranks.run(steps, folder, {"pp": 2}):
-        told, weights, *_ = answer["apart"]
+        reported, weights, *_ = answer["apart"]
         for way in ("together", "little memory"):
             others, changed, met, has_little, limits = answer[way]
             assert bool(met) == has_little
             assert limits[0] == limits[1]
             assert ("training" in limits[0]) == (way == "little memory")
-            for a, b in zip(others, told, strict=True):
+            for a, b in zip(others, reported, strict=True):
                 assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
             assert max(float((a - b).abs().max()) for a, b in zip(changed, weights, strict=True)) <= 1e-6
 

@@ -176,7 +176,7 @@ def run_with_broken_iterations(line: list[str], hit: set[int]) -> int:
 def line(folder, tmp_path_factory) -> list[str]:
     data = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt_tokens": [3 + n, 4]}) + "\n" for n in range(8)))
-    given = {
+    options = {
         "model.path": folder,
         "data.path": data,
         "reward.function": "reward_rules:share_of_low_ids",
@@ -190,11 +190,11 @@ def line(folder, tmp_path_factory) -> list[str]:
         "generation.max_new_tokens": 4,
         "observe.tensorboard": "false",
     }
-    return ["ppo", *(f"{key}={value}" for key, value in given.items())]
+    return ["ppo", *(f"{key}={value}" for key, value in options.items())]
 
 
 @pytest.mark.parametrize("hit, codes, skipped", [({0, 2}, [0], [1, 0, 1, 0]), ({1, 2}, [2], [0, 1])])
-def test_iterations_are_given_up_until_too_many_in_a_row(ranks, line, tmp_path, hit, codes, skipped):
+def test_iterations_are_skipped_until_too_many_in_a_row(ranks, line, tmp_path, hit, codes, skipped):
     answers = ranks.run(run_with_broken_iterations, [*line, f"run.output={tmp_path}"], hit)
     assert answers == codes * 4
     metrics = [json.loads(text) for text in (tmp_path / "metrics.jsonl").open()]

@@ -20,7 +20,7 @@ def line(stage: str, folder, tmp_path, output: str) -> list[str]:
     write = write_demonstrations if stage == "sft" else write_pairs
     write(data, 10)
     write(held_out, 4, seed=1)
-    given = {
+    options = {
         "model.path": folder,
         "data.path": data,
         "data.eval_path": held_out,
@@ -32,7 +32,7 @@ def line(stage: str, folder, tmp_path, output: str) -> list[str]:
         "train.micro_batch_tokens": 400,
         "train.save_every": 0,
     }
-    return [stage, *(f"{key}={value}" for key, value in given.items())]
+    return [stage, *(f"{key}={value}" for key, value in options.items())]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

@@ -116,24 +116,24 @@ def test_what_is_kept_has_no_cycle_and_what_is_dropped_is_accounted_for(pairs, d
 
 @EXAMPLES
 @given(PREFERENCES)
-def test_only_edges_on_a_cycle_are_dropped(given):
-    kept, _ = drop_contradictions(given)
-    for index in set(range(len(given))) - set(kept):
+def test_only_edges_on_a_cycle_are_dropped(pairs):
+    kept, _ = drop_contradictions(pairs)
+    for index in set(range(len(pairs))) - set(kept):
         # From the loser back to the winner along other comparisons of the prompt, or they are one.
-        start, goal = given[index].rejected, given[index].chosen
+        start, goal = pairs[index].rejected, pairs[index].chosen
         reached = {start}
         for _ in range(6):
-            reached |= {p.rejected for p in given if p.prompt == given[index].prompt and p.chosen in reached}
+            reached |= {p.rejected for p in pairs if p.prompt == pairs[index].prompt and p.chosen in reached}
         assert goal in reached
 
 
 @EXAMPLES
 @given(PREFERENCES, st.randoms(use_true_random=False))
-def test_the_order_of_comparisons_does_not_matter(given, random):
-    order = list(range(len(given)))
+def test_the_order_of_comparisons_does_not_matter(pairs, random):
+    order = list(range(len(pairs)))
     random.shuffle(order)
-    kept, report = drop_contradictions(given)
-    shuffled_kept, shuffled_report = drop_contradictions([given[i] for i in order])
+    kept, report = drop_contradictions(pairs)
+    shuffled_kept, shuffled_report = drop_contradictions([pairs[i] for i in order])
     assert sorted(order[i] for i in shuffled_kept) == kept
     assert shuffled_report == report
 
@@ -202,10 +202,10 @@ def test_the_seed_decides_the_sample_and_every_pair_can_be_in_it():
     chosen, rejected = [5] * 20 + [3] * 2, [3] * 20 + [5] * 2
     samples = [tuple(balance_lengths(chosen, rejected, seed=seed)[0]) for seed in range(200)]
     assert samples[0] == tuple(balance_lengths(chosen, rejected, seed=0)[0])
-    drawn = Counter(i for sample in samples for i in sample)
-    assert drawn[20] == drawn[21] == 200
+    sampled = Counter(i for sample in samples for i in sample)
+    assert sampled[20] == sampled[21] == 200
     # 200 draws of 2 of 20: 20 on average, standard deviation 4.2; none at all has probability 1e-9.
-    assert set(drawn) == set(range(22))
+    assert set(sampled) == set(range(22))
 
 
 @pytest.mark.parametrize(

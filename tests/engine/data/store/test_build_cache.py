@@ -171,10 +171,10 @@ def test_what_a_kill_left_half_written_is_removed_and_built(path):
 
 def test_a_partial_folder_of_another_host_is_left_alone(path):
     # That host may be building right now, under a lock that this one cannot see.
-    theirs = path.with_name("numbers.another-host.0123.partial")
-    theirs.mkdir(parents=True)
+    partial = path.with_name("numbers.another-host.0123.partial")
+    partial.mkdir(parents=True)
     assert ensure_folder(path, IDENTITY, fill) == FACTS
-    assert names(path) == {"numbers", theirs.name}
+    assert names(path) == {"numbers", partial.name}
 
 
 SLOW = """

@@ -171,7 +171,7 @@ def test_a_word_of_100k_characters_is_encoded(chatglm3):
         ({"tokenization_chatglm.py": 'specials = ["sop", "<|user|>"]'}, "chatglm3"),
     ],
 )
-def test_chatglm2_and_chatglm3_are_told_apart(tmp_path, tiny, tiny_model, files, version):
+def test_chatglm2_and_chatglm3_are_distinguished(tmp_path, tiny, tiny_model, files, version):
     shutil.copy(tiny_model, tmp_path)
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)
