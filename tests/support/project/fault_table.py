@@ -60,7 +60,7 @@ FOUND = Promise(
 STOPPED = Promise(
     promise=f"found by the other rank's watchdog ({WATCHDOG_S:g} s), which names and kills the stopped one",
     deadline_s=WATCHDOG_S + 10,
-    said=(*FOUND.said, r"\[rank {other}\] rank {rank} is stopped"),
+    said=(*FOUND.said, r"\[rank {other}\] rank {rank} was stopped"),
 )
 LEFT = Promise(
     promise="saved and exited with 0; the same command resumes to the unfaulted run's bits",
