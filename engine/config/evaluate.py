@@ -17,11 +17,11 @@ from glm_rlhf.engine.config.sections import (
     PathText,
     RecordsSection,
     RunSection,
+    TokenizedRoot,
     TokenizerSection,
     check_apart,
     frozen_section,
     out_path,
-    tokenizer_path,
 )
 from glm_rlhf.engine.config.training import CountOrZero
 
@@ -72,7 +72,7 @@ class EvaluateWithinSection:
 
 
 @frozen_section
-class EvaluateConfig:
+class EvaluateConfig(TokenizedRoot):
     """Settings of `evaluate`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="evaluate"))
@@ -106,11 +106,6 @@ class EvaluateConfig:
     def out_path(self) -> Path:
         """File of the answers with their rewards."""
         return out_path(self, "evaluate.jsonl")
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
 
 
 def _check_pass_k(section: Any, num_samples: int, key: str) -> None:

@@ -1,7 +1,6 @@
 """The settings of PPO."""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,9 +14,9 @@ from glm_rlhf.engine.config.sections import (
     ModelSection,
     ParallelSection,
     PathText,
+    TokenizedRoot,
     TokenizerSection,
     frozen_section,
-    tokenizer_path,
 )
 from glm_rlhf.engine.config.training import (
     CountOrZero,
@@ -122,7 +121,7 @@ class PPOSection:
 
 
 @frozen_section
-class PPOConfig:
+class PPOConfig(TokenizedRoot):
     """Settings of `ppo`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="ppo"))
@@ -184,8 +183,3 @@ class PPOConfig:
     def sft_batch_size(self) -> int:
         """Demonstrations per optimizer step of the policy, over all ranks."""
         return self.train.sft_batch_size or -(-self.train.global_batch_size // self.ppo.minibatches)
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)

@@ -220,8 +220,20 @@ class GenerationSection:
     """Pipeline-parallel size of generation; null: parallel.pp."""
 
 
+class TokenizedRoot:
+    """A root whose tokenizer is the model's, unless `tokenizer.path` is set."""
+
+    model: ModelSection
+    tokenizer: TokenizerSection
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder with the tokenizer's files."""
+        return Path(self.model.path if self.tokenizer.path is None else self.tokenizer.path)
+
+
 @frozen_section
-class ScoreConfig:
+class ScoreConfig(TokenizedRoot):
     """Settings of `score`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="score"))
@@ -247,14 +259,9 @@ class ScoreConfig:
         """File of scores."""
         return out_path(self, "score.jsonl")
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
-
 
 @frozen_section
-class GenerateConfig:
+class GenerateConfig(TokenizedRoot):
     """Settings of `generate`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="generate"))
@@ -282,20 +289,10 @@ class GenerateConfig:
         """File of answers."""
         return out_path(self, "generate.jsonl")
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
-
 
 def out_path(config: Any, name: str) -> Path:
     """Return the output file of a command on records."""
     return Path(config.data.out) if config.data.out is not None else Path(config.run.output) / name
-
-
-def tokenizer_path(config: Any) -> Path:
-    """Return the folder with the tokenizer's files."""
-    return Path(config.tokenizer.path if config.tokenizer.path is not None else config.model.path)
 
 
 class _RunFolder(Protocol):

@@ -19,12 +19,12 @@ from glm_rlhf.engine.config.sections import (
     RecordsSection,
     RunSection,
     Seconds,
+    TokenizedRoot,
     TokenizerSection,
     check_apart,
     frozen_section,
     out_path,
     resolve_output,
-    tokenizer_path,
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -239,21 +239,22 @@ class RewardModelSection:
     """Hugging Face folder of a reward model."""
 
 
-def check_overlap(optimizer: OptimizerSection, train: TrainSection) -> None:
-    """Check that gradients are communicated in one way.
+class _SupervisedRoot(TokenizedRoot):
+    """A root of a command that trains one model on records."""
 
-    Raises:
-        ValueError: optimizer.in_backward and train.overlap_communication are both true.
-    """
-    if optimizer.in_backward and train.overlap_communication:
-        raise ValueError(
-            "optimizer.in_backward and train.overlap_communication are both true: the first communicates "
-            "during backward already, set the second to false"
-        )
+    optimizer: OptimizerSection
+    train: TrainSection
+
+    def __post_init__(self) -> None:
+        if self.optimizer.in_backward and self.train.overlap_communication:
+            raise ValueError(
+                "optimizer.in_backward and train.overlap_communication are both true: the first communicates "
+                "during backward already, set the second to false"
+            )
 
 
 @frozen_section
-class SFTConfig:
+class SFTConfig(_SupervisedRoot):
     """Settings of `sft`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="sft"))
@@ -275,17 +276,9 @@ class SFTConfig:
 
     from_yaml = FromYaml()
 
-    def __post_init__(self) -> None:
-        check_overlap(self.optimizer, self.train)
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
-
 
 @frozen_section
-class RewardConfig:
+class RewardConfig(_SupervisedRoot):
     """Settings of `reward`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="reward"))
@@ -309,17 +302,9 @@ class RewardConfig:
 
     from_yaml = FromYaml()
 
-    def __post_init__(self) -> None:
-        check_overlap(self.optimizer, self.train)
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
-
 
 @frozen_section
-class DPOConfig:
+class DPOConfig(_SupervisedRoot):
     """Settings of `dpo`."""
 
     run: TrainingRunSection = Field(default_factory=partial(TrainingRunSection, name="dpo"))
@@ -345,17 +330,9 @@ class DPOConfig:
 
     from_yaml = FromYaml()
 
-    def __post_init__(self) -> None:
-        check_overlap(self.optimizer, self.train)
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
-
 
 @frozen_section
-class LabelConfig:
+class LabelConfig(TokenizedRoot):
     """Settings of `label`."""
 
     run: RunSection = Field(default_factory=partial(RunSection, name="label"))
@@ -393,8 +370,3 @@ class LabelConfig:
     def out_path(self) -> Path:
         """File of pairs."""
         return out_path(self, "label.jsonl")
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Folder with the tokenizer's files."""
-        return tokenizer_path(self)
