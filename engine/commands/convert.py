@@ -1,8 +1,10 @@
 """The command `convert`: a Hugging Face folder into another form, type or file size."""
 
 import time
+from functools import partial
 
 from glm_rlhf.engine.config.tools import ConvertConfig
+from glm_rlhf.engine.runs.same_start import check_same_start
 from glm_rlhf.parallel.runtime.consensus import failure_barriers
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
@@ -17,7 +19,7 @@ def run(config: ConvertConfig) -> None:
         ValueError: anything that the user has to fix.
     """
     wanted, start = config.convert, time.monotonic()
-    with open_topology(Layout()) as topology:
+    with open_topology(Layout(), check=partial(check_same_start, config)) as topology:
         with failure_barriers(f"converting {config.model.path}") as barrier:
             convert_folder(
                 config.model.path,

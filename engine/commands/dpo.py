@@ -3,8 +3,9 @@
 import time
 from collections.abc import Sequence
 
-from glm_rlhf.engine.build.models import DTYPES, layout_of, load_main_model, load_other
+from glm_rlhf.engine.build.models import DTYPES, load_main_model, load_other
 from glm_rlhf.engine.build.records import open_pairs
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import DPOConfig
 from glm_rlhf.engine.data.store.examples import Pairs
 from glm_rlhf.engine.runs.checkpoints import open_run_folder
@@ -13,7 +14,7 @@ from glm_rlhf.engine.training.record_losses import DPOLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training, sampler_of
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
+from glm_rlhf.parallel.runtime.topology import Topology
 
 
 def run(config: DPOConfig) -> None:
@@ -26,8 +27,7 @@ def run(config: DPOConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes = config.parallel
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    with open_world(config) as topology:
         checkpoint = open_run_folder(config, topology)
         chunks, _, tokenizer = load_main_model(
             config, topology, recompute_layers=config.train.recompute_layers

@@ -10,11 +10,11 @@ from glm_rlhf.engine.build.answers import answer_settings_of
 from glm_rlhf.engine.build.models import (
     DTYPES,
     answer_seed,
-    layout_of,
     load_main_model,
     load_other,
 )
 from glm_rlhf.engine.build.prompts import read_prompt_inputs
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.evaluate import EvaluateConfig
 from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from glm_rlhf.engine.rollout.generation_layout import generation_layout
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
+from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 FILE_NAME = "evaluate.json"
@@ -42,8 +42,7 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes = config.parallel
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    with open_world(config) as topology:
         with raise_on_all_ranks("finding the reward function"):
             function = reward_function_of(config.reward)
         policy, _, tokenizer = load_main_model(config, topology)

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from glm_rlhf.engine.build.models import (
     answer_seed,
-    layout_of,
     load_main_model,
     stop_ids_of,
 )
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.sections import GenerateConfig, GenerationSection
 from glm_rlhf.engine.config.training import LabelConfig
 from glm_rlhf.engine.data.records.jsonl_writer import WriteLine, json_lines
@@ -32,7 +32,7 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
+from glm_rlhf.parallel.runtime.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +56,7 @@ def run(config: GenerateConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes = config.parallel
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    with open_world(config) as topology:
         chunks, _, tokenizer = load_main_model(config, topology)
         report = ReadReport()
         with raise_on_all_ranks("reading the prompts"):

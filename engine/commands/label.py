@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from glm_rlhf.engine.build.models import DTYPES, layout_of, load_main_model, load_other
+from glm_rlhf.engine.build.models import DTYPES, load_main_model, load_other
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.commands.generate import Prompt, generate_answers, read_prompt_ids
 from glm_rlhf.engine.config.training import LabelConfig
 from glm_rlhf.engine.data.preferences.cleaning import VarianceReport, filter_prompts_by_reward_variance
@@ -19,7 +20,7 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
+from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 Answer = tuple[int, ...]
@@ -79,8 +80,8 @@ def run(config: LabelConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes, start = config.parallel, time.monotonic()
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    start = time.monotonic()
+    with open_world(config) as topology:
         chunks, _, tokenizer = load_main_model(config, topology)
         glm, read = chunks[0].glm, ReadReport()
         with raise_on_all_ranks("reading the prompts"):

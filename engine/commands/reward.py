@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from glm_rlhf.engine.build.models import layout_of, load_main_model
+from glm_rlhf.engine.build.models import load_main_model
 from glm_rlhf.engine.build.records import open_pairs
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import RewardConfig
 from glm_rlhf.engine.objectives.pair_statistics import calibration_table
 from glm_rlhf.engine.observe.calibration import write_calibration
@@ -12,7 +13,6 @@ from glm_rlhf.engine.runs.checkpoints import open_run_folder
 from glm_rlhf.engine.training.record_losses import RewardModelLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.topology import open_topology
 
 
 def run(config: RewardConfig) -> None:
@@ -25,8 +25,7 @@ def run(config: RewardConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes = config.parallel
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    with open_world(config) as topology:
         checkpoint = open_run_folder(config, topology)
         chunks, created, tokenizer = load_main_model(
             config, topology, role="reward", recompute_layers=config.train.recompute_layers

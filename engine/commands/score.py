@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from glm_rlhf.engine.build.models import layout_of, load_main_model
+from glm_rlhf.engine.build.models import load_main_model
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.commands.score_reward_model import score_answers
 from glm_rlhf.engine.config.sections import ScoreConfig
 from glm_rlhf.engine.data.batching import pack_by_tokens
@@ -26,7 +27,7 @@ from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
+from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.storage.hf_config import read_config
 from glm_rlhf.parallel.weights.convert_folder import role_of
@@ -61,8 +62,7 @@ def run(config: ScoreConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes = config.parallel
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    with open_world(config) as topology:
         with raise_on_all_ranks(f"reading {config.model.path}"):
             is_reward_model = _is_reward_model(config)
         if is_reward_model:

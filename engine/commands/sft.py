@@ -1,12 +1,12 @@
 """The command `sft`: a policy learns to give the answers of demonstrations."""
 
-from glm_rlhf.engine.build.models import layout_of, load_main_model
+from glm_rlhf.engine.build.models import load_main_model
 from glm_rlhf.engine.build.records import open_demonstrations
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import SFTConfig
 from glm_rlhf.engine.runs.checkpoints import open_run_folder
 from glm_rlhf.engine.training.record_losses import SFTLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training
-from glm_rlhf.parallel.runtime.topology import open_topology
 
 
 def run(config: SFTConfig) -> None:
@@ -17,8 +17,7 @@ def run(config: SFTConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    axes = config.parallel
-    with open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed) as topology:
+    with open_world(config) as topology:
         checkpoint = open_run_folder(config, topology)
         chunks, _, tokenizer = load_main_model(
             config, topology, recompute_layers=config.train.recompute_layers

@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from glm_rlhf.engine.build.answers import answer_settings_of
-from glm_rlhf.engine.build.models import DTYPES, answer_seed, layout_of, load_main_model, load_other
+from glm_rlhf.engine.build.models import DTYPES, answer_seed, load_main_model, load_other
 from glm_rlhf.engine.build.records import open_demonstrations
+from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.config.training import DemonstrationsSection
 from glm_rlhf.engine.data.messages import Message
@@ -27,7 +28,7 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.topology import Topology, open_topology
+from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
 
@@ -53,11 +54,8 @@ class PPOEngine:
                 to fix.
         """
         self.config = config
-        axes = config.parallel
         with contextlib.ExitStack() as stack:
-            self.topology: Topology = stack.enter_context(
-                open_topology(layout_of(axes), timeout_s=axes.timeout_s, seed=config.run.seed)
-            )
+            self.topology: Topology = stack.enter_context(open_world(config))
             self.roles, self.tokenizer = _build(config, self.topology, stack)
             self._stack = stack.pop_all()
 

@@ -375,13 +375,15 @@ def restore_run(
     """
     manifest = checkpoint.manifest
     with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
-        check_same_run(
+        changed = check_same_run(
             checkpoint.folder,
             manifest.config,
             _as_json(config),
             manifest.state.get("identity", {}),
             identity if topology.is_main_rank else None,
         )
+    if changed:
+        log(f"{'; '.join(changed)}: from here on the run has not the bits it would have had", topology)
     for name, training in models.items():
         restore(training, checkpoint, name)
     if is_same_layout(checkpoint, topology):

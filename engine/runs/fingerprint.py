@@ -1,27 +1,17 @@
 """Whether a checkpoint belongs to the run that is to resume from it."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glm_rlhf.engine.runs.deciding_keys import effect_of, flat_settings
+
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 64
 _SUFFIXES = (".safetensors", ".bin", ".json")
-
-_FREE_SECTIONS = ("parallel", "observe", "evaluate")
-_FREE_KEYS = {
-    *("run.name", "run.output", "run.resume"),
-    *("train.steps", "train.micro_batch_tokens", "train.recompute_layers", "train.overlap_communication"),
-    *("train.save_every", "train.keep_last", "train.keep_every", "train.async_save", "train.export_every"),
-    *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "optimizer.in_backward"),
-    *("generation.max_batch", "generation.max_step_tokens", "generation.page_size", "generation.cache_bytes"),
-    *("data.eval_path", "data.eval_records"),
-}
-"""Settings that a run may change where it resumes: none of them decides what a step computes, but for
-`train.steps`, at which the learning rate ends, and `optimizer.in_backward`, which clips by other norms."""
 
 
 def model_identity(folder: str | Path) -> str:
@@ -54,8 +44,8 @@ def check_same_run(
     config_now: Mapping[str, Any],
     identity_then: Mapping[str, Any],
     identity_now: Mapping[str, Any] | None,
-) -> None:
-    """Check that a run resumes as it began.
+) -> list[str]:
+    """Check that a run resumes as it began; return which settings differ that end equal bits, as clauses.
 
     Args:
         folder: the checkpoint, for messages.
@@ -65,12 +55,10 @@ def check_same_run(
     Raises:
         ValueError: names what differs.
     """
-    then, now = dict(_flat(config_then)), dict(_flat(config_now))
-    changed = [
-        f"{key} was {then[key]} and is {now[key]}"
-        for key in then
-        if key in now and then[key] != now[key] and not _is_free(key)
-    ]
+    then, now = dict(flat_settings(config_then)), dict(flat_settings(config_now))
+    different = {key: effect_of(key) for key in then if key in now and then[key] != now[key]}
+    clauses = {key: f"{key} was {then[key]} and is {now[key]}" for key in different}
+    changed = [clauses[key] for key, effect in different.items() if effect == "result"]
     changed += [
         f"{key} leads to other content than it did"
         for key, value in identity_then.items()
@@ -81,13 +69,4 @@ def check_same_run(
             f"{folder} is of another run: {'; '.join(changed)}; set them back, or start anew with run.resume "
             "never and another run.name"
         )
-
-
-def _is_free(key: str) -> bool:
-    return key in _FREE_KEYS or key.split(".")[0] in _FREE_SECTIONS or key.endswith("path")
-
-
-def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for section, keys in config.items():
-        if isinstance(keys, Mapping):
-            yield from ((f"{section}.{name}", value) for name, value in keys.items())
+    return [clauses[key] for key, effect in different.items() if effect == "last bits"]

@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -87,7 +87,11 @@ class Topology:
 
 @contextlib.contextmanager
 def open_topology(
-    layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S, seed: int = 1234
+    layout: Layout,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    seed: int = 1234,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[Topology]:
     """Return, as a context manager, this rank's topology; every rank of the world must enter.
 
@@ -99,8 +103,10 @@ def open_topology(
         layout: sizes of the model axes.
         timeout_s: seconds after which a collective that some rank never entered fails.
         seed: seed of Megatron-core's random state, the same on every rank.
+        check: called on every rank of a world of several, before any other group is made; it may communicate.
 
     Raises:
+        Exception: that of `check`.
         ValueError: the layout does not divide the world, another topology is active, or a host has more
             ranks than CUDA devices.
     """
@@ -111,10 +117,11 @@ def open_topology(
     cpu_patches.install()
     creates_world = not dist.is_initialized()
     if creates_world:
-        layout.dp(int(os.environ.get("WORLD_SIZE", "1")))
         _start_world(timeout_s)
     topology = None
     try:
+        if check is not None and dist.get_world_size() > 1:
+            check()
         topology = _create_groups(layout, timeout_s, seed)
         yield topology
         dist.barrier()  # no rank closes a connection that another rank still reads from

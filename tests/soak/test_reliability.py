@@ -48,7 +48,9 @@ def summary(row: Row, tests: dict[str, str], cases: list[Outcome]) -> dict:
 def test_every_promise_is_tried_and_reported(tried):
     rows = [summary(row, tried.tests, tried.faults) for row in ROWS]
     write_report(rows, tried.faults, tried.elapsed_s)
-    assert [row["row"] for row in rows] == list(range(1, 19))
+    numbers = [row["row"] for row in rows]
+    assert numbers == sorted(set(numbers))
+    assert set(range(1, 19)) < set(numbers)
     assert all(row["is_held"] for row in rows), [row for row in rows if not row["is_held"]]
 
 

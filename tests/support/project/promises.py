@@ -183,6 +183,15 @@ ROWS = (
         f"{ROLES}::test_first_step_identities",
         f"{ENGINE}/rollout/test_generation_phase.py::test_bf16_answers_have_the_training_forwards_logprobs",
     ),
+    _row(
+        22,
+        "ranks agree on what they run",
+        "a rank with another key, model, file, version or code is refused by all and named, 24 of 24",
+        f"{ENGINE}/runs/test_same_start.py",
+        f"{PARALLEL}/runtime/test_agreement.py",
+        f"{ENGINE}/build/test_world.py::test_a_rank_with_another_learning_rate_is_refused_by_all",
+        least=10,
+    ),
 )
 
 DESELECTED = tuple(
