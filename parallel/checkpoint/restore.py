@@ -13,6 +13,7 @@ from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, read_shard
+from glm_rlhf.parallel.spec.weight_map import SCALAR_BIAS
 from glm_rlhf.parallel.storage.checkpoint_manifest import ADAM_MOMENTS, WEIGHT, CheckpointError
 from glm_rlhf.parallel.storage.checkpoint_tensors import (
     Checkpoint,
@@ -119,6 +120,12 @@ def restore(state: AnyTrainingState, checkpoint: Checkpoint, model: str) -> None
             )
         chunk = state.bare_chunks[0]
         role = part_of(chunk)["role"]
+        if info.config.has_score_bias and SCALAR_BIAS not in info.frozen:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds {SCALAR_BIAS} of {model} with its moments: versions before 0.2 "
+                f"trained it in {info.config.family} models, this one does not; resume with the version that "
+                "wrote it, or begin a new run from its weights"
+            )
         if (info.config, info.role) != (chunk.glm, role):
             raise CheckpointError(
                 f"{checkpoint.folder} holds a {info.role} {info.config}; the {model} of this run is a "

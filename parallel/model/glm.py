@@ -97,7 +97,7 @@ class GLMModel(MegatronModule):
         for layer in self.decoder.layers:
             keep_grad_mode(layer)
         if self.post_process and not has_vocabulary_head:
-            self.value_head = ValueHead(glm.hidden_size, device=topology.device)
+            self.value_head = ValueHead(glm, device=topology.device)
         elif self.post_process and not (self.share_embeddings_and_output_weights and self.pre_process):
             self.output_layer = VocabularyHead(
                 glm.hidden_size,

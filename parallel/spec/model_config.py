@@ -38,6 +38,9 @@ class GLMConfig:
     """Whether attention and MLP outputs are normalised before the residual add (GLM-4-0414)."""
     has_tied_head: bool = False
     """Whether the vocabulary head shares the embedding's weight."""
+    has_score_bias: bool = False
+    """Whether a critic or reward model of `glm` or `glm4` adds a constant to every score, which is never
+    trained: only where its folder holds one. That of `chatglm` always has a bias, and trains it."""
     max_positions: int = 8192
     """Longest sequence that the model supports, in tokens."""
     init_std: float = 0.02

@@ -8,10 +8,10 @@ Hugging Face conventions that are not obvious:
   - `chatglm` stores query, key and value in one tensor, all queries, then all keys, then all values;
     `glm` and `glm4` store three.
   - The gated MLP's first matrix is [gate rows; up rows] in every family.
-  - A critic or reward model ends in a scalar head, [1, D] and a bias [1]. In `glm` and `glm4` it is `score`,
-    as in transformers' `…ForSequenceClassification`, which has no bias. Import accepts a folder without a
-    bias; transformers ignores the bias of an exported folder, which shifts every score by the same amount.
-    In `chatglm` it is `classifier_head`, as in the remote code's class, which has the bias.
+  - A critic or reward model ends in a scalar head. In `chatglm` it is `classifier_head`, [1, D] and a bias
+    [1], as in the remote code's class. In `glm` and `glm4` it is `score`, [1, D], as in transformers'
+    `…ForSequenceClassification`, which has no bias. A folder that holds a `score.bias` all the same keeps it
+    as a constant, which transformers ignores: there every score is less by that amount.
 """
 
 import re
@@ -23,6 +23,8 @@ from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
 
 Role = Literal["policy", "critic", "reward"]
 SCALAR_ROLES = ("critic", "reward")
+SCALAR_BIAS = "value_head.bias"
+"""Our name of the scalar head's bias."""
 Split = Literal["replicated", "rows", "columns", "qkv", "gate_up"]
 Section = Literal["embedding", "layer", "final_norm", "vocabulary_head", "value_head"]
 
@@ -69,7 +71,7 @@ def _table(
     rows.append(
         Weight("value_head.weight", (f"{value_head}.weight",), ("1", "D"), "replicated", "value_head")
     )
-    rows.append(Weight("value_head.bias", (f"{value_head}.bias",), ("1",), "replicated", "value_head"))
+    rows.append(Weight(SCALAR_BIAS, (f"{value_head}.bias",), ("1",), "replicated", "value_head"))
     return tuple(rows)
 
 
@@ -185,6 +187,16 @@ def weights_of(
     return chosen
 
 
+def has_scalar_bias(config: GLMConfig) -> bool:
+    """Return whether the scalar head of such a critic or reward model adds a bias."""
+    return trains_scalar_bias(config) or config.has_score_bias
+
+
+def trains_scalar_bias(config: GLMConfig) -> bool:
+    """Return whether the bias of the scalar head is trained, as the family's own class has it."""
+    return config.family == "chatglm"
+
+
 def names_within(weight: Weight, config: GLMConfig) -> dict[str, tuple[int, ...]]:
     """Return the Hugging Face tensors that make up a weight, each with its required shape."""
     size = sizes(config)
@@ -208,6 +220,8 @@ def _head_of(config: GLMConfig, role: Role, has_embedding: bool) -> list[Weight]
     rows = TABLES[config.family]
     section = "vocabulary_head" if role == "policy" else "value_head"
     heads = [row for row in rows if row.section == section]
+    if not has_scalar_bias(config):
+        heads = [row for row in heads if row.name != SCALAR_BIAS]
     if role != "policy" or not config.has_tied_head:
         return heads
     if has_embedding:

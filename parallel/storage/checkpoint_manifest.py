@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
-from glm_rlhf.parallel.spec.weight_map import Role
+from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES, Role
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, parse_json_object, plain_file
 from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES
 
@@ -167,6 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(
                 f"{path} has the format {values.get('format')!r}; this version reads {FORMAT}"
             )
+        _note_score_biases(values)
         manifest = _ADAPTER.validate_json(json.dumps(values), strict=True)
     except CheckpointError:
         raise
@@ -178,6 +179,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from None
     _check(manifest, folder)
     return manifest
+
+
+def _note_score_biases(values: dict[str, Any]) -> None:
+    """Say of the critics and reward models of versions before 0.2 that their scalar heads have a bias."""
+    models = values.get("models")
+    for info in models.values() if isinstance(models, dict) else ():
+        config = info.get("config") if isinstance(info, dict) else None
+        if (
+            isinstance(config, dict)
+            and info.get("role") in SCALAR_ROLES
+            and config.get("family") != "chatglm"
+        ):
+            config.setdefault("has_score_bias", True)
 
 
 def _check(manifest: Manifest, folder: Path) -> None:

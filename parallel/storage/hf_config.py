@@ -267,6 +267,16 @@ def write_config(
     (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def names_scalar_class(folder: str | Path) -> bool | None:
+    """Return whether `config.json` names a class with a scalar head; None where it names no class.
+
+    Raises:
+        ModelFolderError: no such folder or file, or not JSON.
+    """
+    architectures = read_json(plain_file(open_folder(folder), "config.json")).get("architectures")
+    return _names_scalar_class(architectures) if architectures else None
+
+
 def _names_scalar_class(architectures: object) -> bool:
     return any("SequenceClassification" in str(name) for name in architectures or ())
 

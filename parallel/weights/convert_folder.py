@@ -9,18 +9,27 @@ names this code (`configuration_chatglm.py`, `modeling_chatglm.py`), and the fil
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
-from glm_rlhf.parallel.spec.weight_map import TABLES, Role, weights_of
+from glm_rlhf.parallel.spec.weight_map import (
+    SCALAR_BIAS,
+    SCALAR_ROLES,
+    TABLES,
+    Role,
+    has_scalar_bias,
+    trains_scalar_bias,
+    weights_of,
+)
 from glm_rlhf.parallel.storage.folder_writer import Writers
-from glm_rlhf.parallel.storage.hf_config import read_config
+from glm_rlhf.parallel.storage.hf_config import names_scalar_class, read_config
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder
 from glm_rlhf.parallel.storage.weight_files import list_tensors
-from glm_rlhf.parallel.weights.hf_reader import ShardStream, iterate_shard
+from glm_rlhf.parallel.weights.hf_reader import ShardStream, iterate_shard, with_stored_score_bias
 from glm_rlhf.parallel.weights.hf_writer import export_tensors, writer_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,6 +70,9 @@ def convert_folder(
     """
     origin = open_folder(source)
     config = read_config(origin)
+    role = role_of(origin, config)
+    if role in SCALAR_ROLES:
+        config = with_stored_score_bias(config, origin)
     new_config = _in_family(config, family or config.family)
     if dtype != "same" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be same, {', '.join(DTYPES)}")
@@ -69,17 +81,26 @@ def convert_folder(
         if barrier is None
         else Writers(rank=rank, count=world, barrier=barrier)
     )
-    role = role_of(origin, config)
     whole = iterate_shard(origin, config, tp_rank=0, tp_size=1, layers=range(config.num_layers), role=role)
+    added: dict[str, torch.Tensor] = {}
+    if role in SCALAR_ROLES and new_config.family != config.family:
+        bias = _scalar_bias(whole)
+        new_config = replace(
+            new_config, has_score_bias=not trains_scalar_bias(new_config) and bool(bias.item())
+        )
+        whole = replace(whole, shards=tuple(shard for shard in whole.shards if shard.name != SCALAR_BIAS))
+        if has_scalar_bias(new_config):
+            added = {SCALAR_BIAS: bias}
     own = [shard for shard in whole.shards if writer_of(shard.name, config, writers) == rank]
+    own_added = [(name, [value]) for name, value in added.items() if writer_of(name, config, writers) == rank]
     export_tensors(
         target,
         new_config,
-        _with_progress(replace(whole, shards=tuple(own)), rank),
+        chain(_with_progress(replace(whole, shards=tuple(own)), rank), own_added),
         tp_size=1,
         dtype=DTYPES[dtype] if dtype in DTYPES else _dtypes_as_stored(whole, config, new_config, role),
         role=role,
-        without=whole.missing,
+        without=tuple(name for name in whole.missing if name not in added),
         max_shard_bytes=max_shard_bytes,
         source=origin,
         writers=writers,
@@ -97,11 +118,20 @@ def _in_family(config: GLMConfig, family: Family) -> GLMConfig:
     return replace(config, family=family)
 
 
+def _scalar_bias(whole: ShardStream) -> torch.Tensor:
+    """Return the bias of a folder's scalar head, [1], fp32; 0 where it has none."""
+    own = tuple(shard for shard in whole.shards if shard.name == SCALAR_BIAS)
+    return next((tensor for _, tensor in replace(whole, shards=own)), torch.zeros(1))
+
+
 def role_of(folder: Path, config: GLMConfig) -> Role:
     """Return the role for a folder's head: policy, or reward for the scalar head of a reward model or critic.
 
+    A folder may hold both: the class of a reward model in ChatGLM's own code keeps the vocabulary head. There
+    `architectures` of config.json decides.
+
     Raises:
-        ModelFolderError: it holds both heads.
+        ModelFolderError: it holds both heads, and config.json names no class.
     """
     stored = list_tensors(folder)
     heads = {
@@ -110,9 +140,13 @@ def role_of(folder: Path, config: GLMConfig) -> Role:
         if row.name in ("output_layer.weight", "value_head.weight") and row.hf_names[0] in stored
     }
     if len(heads) > 1:
-        raise ModelFolderError(
-            f"{folder} holds both {' and '.join(heads.values())}; remove one of the two heads"
-        )
+        is_scalar = names_scalar_class(folder)
+        if is_scalar is None:
+            raise ModelFolderError(
+                f"{folder} holds both {' and '.join(heads.values())}, and config.json names no class under "
+                "architectures: name it there, or remove one of the two heads"
+            )
+        return "reward" if is_scalar else "policy"
     return "reward" if "value_head" in heads else "policy"
 
 

@@ -19,7 +19,16 @@ import torch
 
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.sharding import HfSlice, ParamShard, read_shard, read_shard_into, shards_of
-from glm_rlhf.parallel.spec.weight_map import NOT_WEIGHTS, Role, Weight, names_within, weights_of
+from glm_rlhf.parallel.spec.weight_map import (
+    NOT_WEIGHTS,
+    SCALAR_BIAS,
+    TABLES,
+    Role,
+    Weight,
+    names_within,
+    trains_scalar_bias,
+    weights_of,
+)
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder
 from glm_rlhf.parallel.storage.safetensors_format import check_float
 from glm_rlhf.parallel.storage.weight_files import FileTensor, list_tensors, read_slice
@@ -123,6 +132,31 @@ def iterate_shard(
     return ShardStream(shards=tuple(shards), missing=tuple(missing), dtypes=dtypes, tensors=tensors)
 
 
+def with_stored_score_bias(config: GLMConfig, folder: Path) -> GLMConfig:
+    """Return the config of a critic or reward model in a folder: whether it holds a `score.bias` that counts.
+
+    A bias of 0 does not: no score differs without it.
+
+    Args:
+        config: result of `read_config`.
+        folder: Hugging Face model folder, or a training checkpoint.
+
+    Raises:
+        ModelFolderError: the folder is damaged.
+    """
+    if trains_scalar_bias(config):
+        return config
+    names = {row.name: row.hf_names[0] for row in TABLES[config.family]}
+    stored = list_tensors(folder).get(names[SCALAR_BIAS])
+    if (
+        stored is None or stored.shape != (1,) or stored.dtype is None
+    ):  # a wrong one is refused with the others
+        return replace(config, has_score_bias=stored is not None)
+    value = torch.zeros(1)
+    read_slice(stored, 0, 0, 1, value)
+    return replace(config, has_score_bias=bool(value.item()))
+
+
 def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, FileTensor]:
     """Return the folder's tensors, known to be those of the model: all there, of the right shapes, none
     besides.
@@ -183,12 +217,10 @@ def _expected(config: GLMConfig, weights: list[Weight]) -> dict[str, tuple[int, 
 
 
 def _of_other_roles(config: GLMConfig) -> list[Weight]:
-    """Return the heads of every role; also a tied one, which some folders store a second time."""
-    heads = weights_of(config, layers=(), has_embedding=False, role="reward")
-    vocabulary = weights_of(
-        replace(config, has_tied_head=False), layers=(), has_embedding=False, role="policy"
-    )
-    return heads + vocabulary
+    """Return the heads of every role; also a tied one, which some folders store a second time, and a bias."""
+    stored = replace(config, has_tied_head=False, has_score_bias=True)
+    scalar = weights_of(stored, layers=(), has_embedding=False, role="reward")
+    return scalar + weights_of(stored, layers=(), has_embedding=False, role="policy")
 
 
 def _why_missing(name: str, role: Role) -> str:

@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 from glm_rlhf.parallel.model.glm import GLMModel, Role, build_model
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.sharding import HfSlice, read_shard, shards_of
-from glm_rlhf.parallel.spec.weight_map import names_within, weights_of
+from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES, names_within, weights_of
 from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import open_checkpoint
 from glm_rlhf.parallel.storage.hf_config import read_config
-from glm_rlhf.parallel.weights.hf_reader import iterate_shard
+from glm_rlhf.parallel.weights.hf_reader import iterate_shard, with_stored_score_bias
 
 
 def load_model(
@@ -49,7 +50,11 @@ def load_model(
     """
     with raise_on_all_ranks(f"reading {folder}"):
         config = read_config(folder)
+        if role in SCALAR_ROLES:
+            config = with_stored_score_bias(config, Path(folder))
         topology.layout.check_model(config)
+    if config.has_score_bias:
+        log(f"{folder} holds a score.bias: it stays in every score, and is not trained", topology)
     chunks = build_model(config, topology, role=role, dtype=dtype, recompute_layers=recompute_layers)
     created = load_weights(chunks, folder, seed=seed)
     return chunks, created
@@ -68,7 +73,8 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
 
     Returns:
         Names of the weights that were initialised at random because the folder has none, on any stage: only a
-        scalar head can be missing. A head without a bias, as in transformers, is not reported: its bias is 0.
+        scalar head can be missing. A `chatglm` head
+        without a bias is not reported: its bias is 0.
 
     Raises:
         ModelFolderError: the folder is damaged or of another model; a ValueError.

@@ -76,19 +76,19 @@ def trained(output: Path) -> Path:
     return output / "hf" / f"step_{STEPS}"
 
 
-def first_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scalar head that a run with the default seed begins with."""
+def first_head(folder: Path) -> torch.Tensor:
+    """The scalar head, [1, D], that a run with the default seed begins with."""
     with open_topology(Layout()) as topology:
         chunks, created = load_model(folder, topology, role="reward", dtype=torch.float32, seed=1234)
-        assert created == ("value_head.weight", "value_head.bias")
-        return tuple(p.detach().clone() for p in chunks[0].value_head.parameters())
+        assert created == ("value_head.weight",)
+        (weight,) = chunks[0].value_head.parameters()
+        return weight.detach().clone()
 
 
 def test_one_rank_equals_a_plain_loop_over_transformers(alone, folder, data):
     records = [json.loads(line) for line in data[0].open()]
-    model, head = make_model("glm").model, torch.nn.Linear(48, 1)
-    for parameter, value in zip(head.parameters(), first_head(folder), strict=True):
-        parameter.data.copy_(value)
+    model, head = make_model("glm").model, torch.nn.Linear(48, 1, bias=False)  # transformers' own has none
+    head.weight.data.copy_(first_head(folder))
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     sampler = BatchSampler(len(records), BATCH, seed=1234)
@@ -145,15 +145,13 @@ def test_the_checkpoint_is_a_reward_model_for_score_and_for_transformers(ranks, 
     assert curve(alone, "eval/accuracy")[-1] == pytest.approx(sum(m > 0 for m in margins) / 7)
     for record, other in zip(found, (tmp_path / "four" / "score.jsonl").open(), strict=True):
         assert json.loads(other)["chosen_score"] == pytest.approx(record["chosen_score"], abs=1e-5)
-    # transformers knows the class, but has no bias in its head.
     model = AutoModelForSequenceClassification.from_pretrained(trained(alone)).float().eval()
     with safe_open(trained(alone) / "model.safetensors", "pt") as file:
-        bias = file.get_tensor("score.bias").item()
+        assert "score.bias" not in file.keys()
     pair = json.loads(data[1].open().readline())
     ids = torch.tensor([pair["prompt_tokens"] + pair["chosen_tokens"]])
     with torch.no_grad():
-        hidden = model.model(ids).last_hidden_state[0, -1]
-        score = model.score(hidden).item() + bias
+        score = model.score(model.model(ids).last_hidden_state[0, -1]).item()
     assert found[0]["chosen_score"] == pytest.approx(score, abs=1e-5)
 
 

@@ -51,7 +51,6 @@ def test_a_reference_baseline_of_rewards_that_do_not_vary_leaves_zero(folder):
         engine = make_roles(folder, topology, constant, settings=settings, uses_reference_baseline=True)
         with torch.no_grad():
             engine.models["critic"][0].value_head.weight.zero_()
-            engine.models["critic"][0].value_head.bias.zero_()
         before = weights_of(engine)
         experience = engine.make_experience(engine.generate(prompts()))
         assert experience.rewards_B.tolist() == [0.0] * 16

@@ -59,7 +59,22 @@ def test_a_stage_holds_its_own_part():
     last = [w.name for w in weights_of(config, layers=(), has_embedding=False)]
     assert last == ["decoder.final_layernorm.weight", "output_layer.weight"]
     scalar = [w.name for w in weights_of(config, layers=(), has_embedding=False, role="critic")]
-    assert scalar == ["decoder.final_layernorm.weight", "value_head.weight", "value_head.bias"]
+    assert scalar == ["decoder.final_layernorm.weight", "value_head.weight"]
+
+
+@pytest.mark.parametrize(
+    "name, has_score_bias, heads",
+    [
+        ("tiny-glm", False, ["score.weight"]),
+        ("tiny-glm", True, ["score.weight", "score.bias"]),
+        ("chatglm3-6b", False, ["classifier_head.weight", "classifier_head.bias"]),
+        ("glm-4-0414-32b", False, ["score.weight"]),
+    ],
+)
+def test_the_scalar_head_has_the_bias_that_the_familys_class_has(name, has_score_bias, heads):
+    config = replace(preset(name), has_score_bias=has_score_bias)
+    rows = weights_of(config, layers=(), has_embedding=False, role="reward")
+    assert [row.hf_names[0] for row in rows if row.section == "value_head"] == heads
 
 
 def test_a_tied_head_is_read_from_the_embedding_where_that_is_on_another_stage():

@@ -14,9 +14,12 @@ from tiny_models import FAMILIES, make_model, save_folder
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForSequenceClassification
 from weight_folders import assert_same_bytes, change_json, load_all, store_as, write_large
 
+from glm_rlhf.parallel.runtime.topology import open_topology
+from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.storage.hf_config import read_config
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 from glm_rlhf.parallel.weights.convert_folder import convert_folder
+from glm_rlhf.parallel.weights.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +132,69 @@ def test_a_reward_model_of_transformers_is_converted(folders, tmp_path):
     convert_folder(tmp_path / "in", tmp_path / "chatglm", family="chatglm", dtype="bf16")
     legacy = load_all(tmp_path / "chatglm")
     assert torch.equal(legacy["classifier_head.weight"], original["score.weight"])
+    assert torch.equal(legacy["classifier_head.bias"], torch.zeros(1)), "the class of this form has one"
     assert legacy["transformer.encoder.final_layernorm.weight"].dtype == torch.bfloat16
 
 
-def test_a_folder_with_two_heads_is_refused(folders, tmp_path):
-    source = shutil.copytree(folders["glm"], tmp_path / "in")
-    save_file(load_all(source) | {"score.weight": torch.ones(1, 48)}, source / "model.safetensors")
-    with pytest.raises(ModelFolderError, match=r"holds both lm_head\.weight and score\.weight"):
+def with_scalar_head(folder, target, architectures, **more):
+    """A copy of a policy's folder that holds a scalar head as well."""
+    shutil.copytree(folder, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    config["architectures"] = architectures
+    path.write_text(json.dumps(config))
+    name = "classifier_head" if config["model_type"] == "chatglm" else "score"
+    head = {f"{name}.{part}": value for part, value in more.items()} | {f"{name}.weight": torch.ones(1, 48)}
+    save_file(load_all(target) | head, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_folder_with_two_heads_and_no_class_is_refused(folders, tmp_path, architectures):
+    source = with_scalar_head(folders["glm"], tmp_path / "in", architectures)
+    with pytest.raises(ModelFolderError, match=r"holds both lm_head\.weight and score\.weight, and config"):
         convert_folder(source, tmp_path / "out")
+
+
+def test_a_reward_model_of_chatglms_own_class_keeps_a_vocabulary_head_that_does_not_count(folders, tmp_path):
+    bias = torch.tensor([0.25])
+    source = with_scalar_head(
+        folders["chatglm"], tmp_path / "in", ["ChatGLMForSequenceClassification"], bias=bias
+    )
+    convert_folder(source, tmp_path / "out")
+    stored = load_all(tmp_path / "out")
+    assert torch.equal(stored["classifier_head.bias"], bias)
+    assert not any("output_layer" in name for name in stored)
+    with open_topology(Layout()) as topology:
+        chunks, created = load_model(source, topology, role="reward", dtype=torch.float32)
+    assert created == ()
+    assert chunks[0].value_head.bias.item() == 0.25
+    assert chunks[0].value_head.bias.requires_grad
+
+
+def test_a_policy_with_a_spare_scalar_head_is_a_policy(folders, tmp_path):
+    source = with_scalar_head(folders["glm"], tmp_path / "in", ["GlmForCausalLM"])
+    convert_folder(source, tmp_path / "out")
+    assert "lm_head.weight" in load_all(tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [0.25, 0.0])
+def test_the_bias_of_a_scalar_head_stays_in_every_form(folders, tmp_path, value):
+    source = with_scalar_head(
+        folders["chatglm"],
+        tmp_path / "in",
+        ["ChatGLMForSequenceClassification"],
+        bias=torch.tensor([value]),
+    )
+    convert_folder(source, tmp_path / "glm", family="glm")
+    convert_folder(tmp_path / "glm", tmp_path / "again", family="glm")
+    convert_folder(tmp_path / "again", tmp_path / "chatglm", family="chatglm")
+    for form in ("glm", "again"):
+        stored = load_all(tmp_path / form)
+        # transformers' class has none: a bias of 0 is no bias, another one keeps the scores of this project
+        assert ("score.bias" in stored) == (value != 0)
+        assert stored.get("score.bias", torch.zeros(1)).item() == value
+    assert load_all(tmp_path / "chatglm")["classifier_head.bias"].item() == value
 
 
 def test_a_source_that_breaks_off_leaves_no_target(folders, tmp_path, monkeypatch):
@@ -186,6 +244,7 @@ def test_processes_share_a_conversion(folders, tmp_path):
 MEASURE = """
 import sys
 from glm_rlhf.parallel.weights.convert_folder import convert_folder
+from glm_rlhf.parallel.weights.load import load_model
 
 def status(key):
     line = next(line for line in open("/proc/self/status") if line.startswith(key))

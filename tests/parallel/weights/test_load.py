@@ -53,7 +53,7 @@ def test_random_weights_have_the_spread_that_the_config_says():
     assert all((whole[name] == 0).all() for name in whole if name.endswith("bias"))
     head, _ = assemble([critic])
     assert head["score.weight"].std() == pytest.approx(1 / 33, rel=0.4)  # 32 numbers: three deviations
-    assert head["score.bias"].item() == 0
+    assert head.keys().isdisjoint({"score.bias"})
 
 
 def created_and_loaded(axes, folder):
@@ -73,7 +73,7 @@ def test_a_head_that_a_folder_lacks_is_named_on_every_rank(ranks, tmp_path):
     assert 0 < torch.tensor(wanted).abs().max() < 5 / width
     for axes in ({"pp": 4}, {"pp": 2, "vpp": 2}, {"tp": 4}):
         for created, heads in ranks.run(created_and_loaded, axes, folder):
-            assert created == ("value_head.weight", "value_head.bias")
+            assert created == ("value_head.weight",)
             assert all(head == wanted for head in heads), "fp32 in a bf16 model too, and the same everywhere"
 
 
