@@ -122,6 +122,7 @@ def read_config(folder: str | Path) -> GLMConfig:
             rotary_fraction=rotary_fraction,
             has_qkv_bias=_flag(source, keys["has_qkv_bias"], family != "chatglm", path),
             has_sandwich_norms=family == "glm4",
+            has_score_bias=False,  # a folder's tensors tell; see `with_stored_score_bias`
             has_tied_head=_flag(source, "tie_word_embeddings", False, path),
             init_std=_number(source, "initializer_range", path, upper=10.0, default=0.02),
         )

@@ -88,7 +88,9 @@ def test_five_iterations_have_their_stored_metrics_in_every_layout(ranks, folder
                 # both to a few 1e-6; extremes of the ratio, one token each, a little more. A wrong share
                 # gives 1e-2 and more.
                 rel = 3e-5 if name.startswith("actor/ratio_") else 1e-5
-                assert one[name] == pytest.approx(expected[name], rel=rel, abs=5e-6), name
+                # The explained variance is 1 less a ratio of about 1, which is what has this accuracy.
+                least = 1e-5 if name == "critic/vf_explained_var" else 5e-6
+                assert one[name] == pytest.approx(expected[name], rel=rel, abs=least), name
 
 
 def test_a_reference_baseline_gives_the_metrics_of_one_rank(ranks, folder, alone):
