@@ -19,6 +19,8 @@ from glm_rlhf.parallel.megatron_compat import cpu_patches, process_groups
 from glm_rlhf.parallel.spec.layout import Layout
 
 DEFAULT_TIMEOUT_S = 600.0
+NUM_CHANNELS = 4
+"""Kinds of messages between two stages: activations and gradients, to the higher and to the lower stage."""
 _world_numbers = itertools.count()
 
 
@@ -42,6 +44,9 @@ class Topology:
     """Ranks of this rank's pipeline, first stage first."""
     pp_host_group: dist.ProcessGroup
     """The same ranks over gloo, for small tensors that the host reads; `pp_group` itself on a CPU."""
+    pp_channels: tuple[dist.ProcessGroup, ...]
+    """The same ranks, by the channel of a schedule's messages, see `pipeline.p2p`: `pp_group` where
+    tags tell messages apart."""
     cp_group: dist.ProcessGroup
     """Ranks that split this rank's micro-batches."""
     dp_group: dist.ProcessGroup
@@ -210,6 +215,7 @@ def _create_groups(layout: Layout, timeout_s: float, seed: int) -> Topology:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         pp_host_group=_host_group(parallel_state.get_pipeline_model_parallel_group(), timeout_s),
+        pp_channels=_channels(layout, timeout_s),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -218,14 +224,33 @@ def _create_groups(layout: Layout, timeout_s: float, seed: int) -> Topology:
 
 def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup:
     """Return a gloo group of the same ranks; every rank of the world calls this."""
-    if cpu_patches.is_needed():
-        return group
+    return group if cpu_patches.is_needed() else _group_like(group, timeout_s, backend="gloo")
+
+
+def _channels(layout: Layout, timeout_s: float) -> tuple[dist.ProcessGroup, ...]:
+    """Return the pipeline's groups by channel; every rank of the world calls this.
+
+    NCCL runs the messages of a group between two ranks in the order of the calls, in both directions: a send
+    waits for its receive, before which the other rank may have queued a send of its own. So each kind of
+    message between two ranks has a group.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if cpu_patches.is_needed() or layout.pp == 1:
+        return (group,) * NUM_CHANNELS
+    gradients = _group_like(group, timeout_s)
+    if layout.pp > 2 or layout.vpp == 1:  # from the last stage to the first is another pair of ranks
+        return group, group, gradients, gradients
+    return group, _group_like(group, timeout_s), _group_like(group, timeout_s), gradients
+
+
+def _group_like(group: dist.ProcessGroup, timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
+    """Return another group of the same ranks; every rank of the world calls this."""
     all_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(all_ranks, dist.get_process_group_ranks(group))
     mine, _ = dist.new_subgroups_by_enumeration(
         sorted(map(list, {tuple(ranks) for ranks in all_ranks})),
         timeout=timedelta(seconds=timeout_s),
-        backend="gloo",
+        backend=backend,
     )
     return mine
 
@@ -234,7 +259,10 @@ def _destroy_groups(topology: Topology | None) -> None:
     """Reset Megatron-core's global state, and destroy the groups of this process."""
     groups = process_groups.created_groups()
     parallel_state.destroy_model_parallel()
-    if topology is not None and topology.pp_host_group is not topology.pp_group:
-        dist.destroy_process_group(topology.pp_host_group)
+    if topology is not None:
+        own = {id(group): group for group in (topology.pp_host_group, *topology.pp_channels)}
+        own.pop(id(topology.pp_group), None)
+        for group in own.values():
+            dist.destroy_process_group(group)
     for group in groups:
         dist.destroy_process_group(group)
