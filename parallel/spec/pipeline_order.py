@@ -25,14 +25,18 @@ class Pass:
     """Index of the stage's model chunk."""
 
 
+Tensor = Literal["activation", "gradient"]
+"""What a forward pass gives to the next chunk, or a backward pass to the previous one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """A tensor that a stage sends to another one or receives from it."""
 
     kind: Literal["send", "receive"]
     """Direction."""
-    tensor: Literal["activation", "gradient"]
-    """What a forward pass gives to the next chunk, or a backward pass to the previous one."""
+    tensor: Tensor
+    """Which of a pass's results."""
     micro_batch: int
     """Index among the micro-batches that are run, padding first."""
     chunk: int
@@ -40,6 +44,9 @@ class Transfer:
     peer: int
     """The other stage."""
 
+
+_Queue = tuple[int, int, *tuple[str, ...]]
+"""Of a stage: the peer, and what tells its messages from others."""
 
 Action = Pass | Transfer
 """What a stage does next."""
@@ -86,7 +93,7 @@ def stage_actions(
     """
     actions: list[Action] = []
     for one in stage_order(layout, num_micro_batches, stage=stage, forward_only=forward_only):
-        tensor = "activation" if one.kind == "forward" else "gradient"
+        tensor: Tensor = "activation" if one.kind == "forward" else "gradient"
         step = 1 if one.kind == "forward" else -1
         place = one.chunk * layout.pp + stage  # the chunk's number in the whole model
         at = (one.micro_batch, one.chunk)
@@ -102,17 +109,17 @@ def deadlock(stages: Sequence[Sequence[Action]], *, one_stream_per_pair: bool = 
     """Return where stages wait for each other if all of them run their actions in order; None if they end.
 
     Nothing is assumed of buffers: a message goes when both sides have come to it. A stage waits in a receive
-    for its message, and before a send until the one before it to the same stage, of the same tensor, has gone.
+    for its message, and before a send until the one before it to the same stage, of the same tensor, is gone.
 
     Args:
         stages: the actions of each stage.
         one_stream_per_pair: whether all messages between two stages, in both directions, go in the order of
             the calls, as NCCL has it for those of one group; otherwise those of each tensor and direction do.
     """
-    queues: dict[tuple, deque[Transfer]] = defaultdict(deque)
+    queues: dict[_Queue, deque[Transfer]] = defaultdict(deque)
 
     def queue_of(stage: int, peer: int, tensor: str, kind: str) -> deque[Transfer]:
-        return queues[(stage, peer) if one_stream_per_pair else (stage, peer, tensor, kind)]
+        return queues[stage, peer, *(() if one_stream_per_pair else (tensor, kind))]
 
     position = [0] * len(stages)
     has_moved = True
@@ -143,7 +150,7 @@ def deadlock(stages: Sequence[Sequence[Action]], *, one_stream_per_pair: bool = 
     return f"stages wait for each other: {'; '.join(open_messages)}"
 
 
-def _waits(queues: Mapping[tuple, Sequence[Transfer]], stage: int, action: Action) -> bool:
+def _waits(queues: Mapping[_Queue, Sequence[Transfer]], stage: int, action: Action) -> bool:
     """Return whether a stage waits for an earlier message before it begins an action."""
     for (owner, *_), queue in queues.items():
         for earlier in queue if owner == stage else ():
