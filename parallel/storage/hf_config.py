@@ -108,7 +108,8 @@ def read_config(folder: str | Path) -> GLMConfig:
         for field in keys
         if field not in ("norm_epsilon", "has_qkv_bias", "num_kv_heads")
     }
-    if family == "chatglm" and not _flag(source, "multi_query_attention", False, path):
+    has_interleaved_qkv = family == "chatglm" and not _flag(source, "multi_query_attention", False, path)
+    if has_interleaved_qkv:
         counts["num_kv_heads"] = counts["num_heads"]
     else:
         counts["num_kv_heads"] = _count(source, keys["num_kv_heads"], path, _LARGEST_SIZE)
@@ -121,6 +122,7 @@ def read_config(folder: str | Path) -> GLMConfig:
             rope_theta=rope_theta,
             rotary_fraction=rotary_fraction,
             has_qkv_bias=_flag(source, keys["has_qkv_bias"], family != "chatglm", path),
+            has_interleaved_qkv=has_interleaved_qkv,
             has_sandwich_norms=family == "glm4",
             has_tied_head=_flag(source, "tie_word_embeddings", False, path),
             init_std=_number(source, "initializer_range", path, upper=10.0, default=0.02),
@@ -293,5 +295,5 @@ def _chatglm_values(config: GLMConfig) -> dict[str, object]:
     return {
         **_FIXED["chatglm"],
         "rope_ratio": int(ratio) if ratio.is_integer() else ratio,
-        "multi_query_attention": True,
+        "multi_query_attention": not config.has_interleaved_qkv,
     }
