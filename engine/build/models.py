@@ -1,6 +1,5 @@
 """What commands on models share: layouts, tokenizers, ids that end an answer, models loaded from a config."""
 
-import json
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,11 +15,14 @@ from glm_rlhf.engine.config.sections import (
 from glm_rlhf.engine.config.training import TrainingRunSection
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer.load import has_tokenizer, load_tokenizer
+from glm_rlhf.engine.data.tokenizer.stop_ids import declared_stop_ids
 from glm_rlhf.parallel.model.glm import GLMModel, Role
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.model_folder import open_folder, plain_file
+from glm_rlhf.parallel.storage.text_files import read_json
 from glm_rlhf.parallel.weights.load import load_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -138,15 +140,16 @@ def stop_ids_of(config: DrawsAnswers, tokenizer: Tokenizer | None, glm: GLMConfi
             f"generation.stop_ids holds {beyond[0]}, the model's vocabulary ends at {glm.vocab_size - 1}: no "
             "answer would end so"
         )
-    return frozenset(added) | _own_stop_ids(config.model.path, tokenizer)
+    return frozenset(added) | _own_stop_ids(config.model.path, tokenizer, glm)
 
 
-def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
+def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None, glm: GLMConfig) -> set[int]:
     """Return the ids that end a model's answers: the tokenizer's, without one those of config.json."""
     if tokenizer is not None:
         return set(tokenizer.stop_ids)
-    declared = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    return set(declared) if isinstance(declared, list) else set() if declared is None else {declared}
+    path = plain_file(open_folder(folder), "config.json")
+    whose = "the policy in model.path"
+    return set(declared_stop_ids(read_json(path), path, num_ids=glm.vocab_size, whose=whose))
 
 
 def load_other(

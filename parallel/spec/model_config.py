@@ -35,7 +35,7 @@ class GLMConfig:
     has_qkv_bias: bool = True
     """Whether query, key and value projections carry a bias."""
     has_interleaved_qkv: bool = False
-    """Whether the folder's one query-key-value tensor holds the query, key and value of a head side by side, as
+    """Whether the folder's query-key-value tensor holds query, key and value of one head side by side, as
     `chatglm` without `multi_query_attention` does, and not all queries, then all keys, then all values."""
     has_sandwich_norms: bool = False
     """Whether attention and MLP outputs are normalised before the residual add (GLM-4-0414)."""

@@ -1,7 +1,7 @@
 """A ChatGLM folder without `multi_query_attention` computes what the family's original code computes.
 
-That code views the output of `query_key_value` as [tokens, heads, 3 · head size] and splits the last dimension
-into query, key and value: the rows of one head lie side by side.
+That code views the output of `query_key_value` as [tokens, heads, 3 · head size] and splits the last
+dimension into query, key and value: the rows of one head lie side by side.
 """
 
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_every_layout_computes_the_original_and_exports_its_bytes(ranks, folder,
 
 
 def test_a_conversion_to_glm_and_back_computes_the_same(folder, tmp_path):
-    """In the glm form query, key and value are three tensors; the chatglm form of it has groups of one head."""
+    """The glm form has three tensors, and the chatglm form of that has groups of one head."""
     convert_folder(folder, tmp_path / "glm", family="glm")
     convert_folder(tmp_path / "glm", tmp_path / "grouped", family="chatglm")
     fused = load_all(folder)["transformer.encoder.layers.2.self_attention.query_key_value.weight"]
