@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from glm_rlhf.engine.build.same_tokenizer import check_same_tokenizer
 from glm_rlhf.engine.config.sections import (
     GenerationSection,
     ModelSection,
@@ -18,6 +19,7 @@ from glm_rlhf.engine.data.tokenizer.load import has_tokenizer, load_tokenizer
 from glm_rlhf.engine.data.tokenizer.stop_ids import declared_stop_ids
 from glm_rlhf.parallel.model.glm import GLMModel, Role
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
@@ -160,6 +162,8 @@ def load_other(
     role: Role,
     dtype: torch.dtype,
     beside: GLMConfig,
+    tokenizer: Tokenizer | None,
+    tokenizer_path: str | Path,
     seed: int = 1234,
     recompute_layers: bool = False,
 ) -> tuple[list[GLMModel], tuple[str, ...]]:
@@ -170,11 +174,16 @@ def load_other(
         path: the folder.
         topology, role, dtype, seed, recompute_layers: as for `load_model`.
         beside: shape of the command's own model.
+        tokenizer, tokenizer_path: of the command's own model, and its folder.
 
     Raises:
-        ValueError: as `load_model`; or its vocabulary has another size, or it is to give rewards and the
-            folder has no scalar head, whose place a new one would take.
+        ValueError: as `load_model`; or its vocabulary has another size, its tokenizer other ids, or it is to
+            give rewards and the folder has no scalar head, whose place a new one would take.
     """
+    with raise_on_all_ranks(f"comparing the tokenizer of {key} with the policy's"):
+        unchecked = check_same_tokenizer(key, path, tokenizer, tokenizer_path)
+    if unchecked is not None:
+        log(unchecked, topology)
     chunks, created = load_model(
         path, topology, role=role, dtype=dtype, seed=seed, recompute_layers=recompute_layers
     )

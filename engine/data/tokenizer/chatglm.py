@@ -25,6 +25,10 @@ _SPECIALS = {
 _FORMATS = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM3}
 
 
+class UnknownChatFormat(ValueError):
+    """A folder whose files do not say which of two chat formats it has."""
+
+
 def load_chatglm(
     folder: Path,
     *,
@@ -93,7 +97,7 @@ def chatglm_version(folder: Path, tokenizer_config: Mapping, model_config: Mappi
             match = re.search(r"chatglm([23])", str(config.get(key, "")).lower())
             if match is not None:
                 return f"chatglm{match.group(1)}"
-    raise ValueError(
+    raise UnknownChatFormat(
         f"{folder} may be of ChatGLM2 or ChatGLM3 (no chat template, no tokenization_chatglm.py, no name in "
         "its configs); pass chat_format=chatglm2 or chat_format=chatglm3"
     )
