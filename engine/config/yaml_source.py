@@ -36,9 +36,9 @@ class YamlValue:
         return f"{self.section}.{self.name}" if self.name else self.section
 
 
-_MAX_BYTES = 2**18
-"""Largest config file: one with every key has 20 KiB."""
-_MAX_VALUES = 20_000
+_MAX_BYTES = 2**17
+"""Largest config file: one with every key has 20 KiB. YAML is read at some 200 KB/s."""
+_MAX_VALUES = 10_000
 """Most values of a config, those that aliases repeat included."""
 
 

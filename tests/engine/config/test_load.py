@@ -287,6 +287,16 @@ def test_aliases_do_not_multiply(tmp_path: Path):
     assert _load(tmp_path, "run: {name: &n x, seed: &s 3}\noptimizer: {lr: *s}").optimizer.lr == 3.0
 
 
+def test_thousands_of_unknown_keys_are_refused_in_a_short_message(tmp_path: Path):
+    text = "run:\n" + "".join(f"  unknown_key_{i}: 1\n" for i in range(4000))
+    start = time.process_time()
+    message = _refusal(tmp_path, text)
+    assert time.process_time() - start < 3
+    assert "unknown key run.unknown_key_19," in message
+    assert message.endswith("and 3980 more keys are unknown")
+    assert len(message) < 4000
+
+
 def test_a_config_of_a_megabyte_is_refused_unread(tmp_path: Path):
     start = time.process_time()
     assert "is larger than" in _refusal(tmp_path, "run:\n" + "  seed: 1\n" * 100_000)
