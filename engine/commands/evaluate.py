@@ -114,7 +114,14 @@ def _answer_of_other(
 ) -> Rollouts:
     dtype = DTYPES[config.train.dtype]
     other, _ = load_other(
-        "against.path", config.against.path, topology, role="policy", dtype=dtype, beside=glm
+        "against.path",
+        config.against.path,
+        topology,
+        role="policy",
+        dtype=dtype,
+        beside=glm,
+        tokenizer=tokenizer,
+        tokenizer_path=config.tokenizer_path,
     )
     return _answer(config, other, prompts, tokenizer, topology)
 
@@ -125,7 +132,16 @@ def _rewarder(
     model, path = None, config.reward.path
     if path is not None:
         dtype = DTYPES[config.train.dtype]
-        model, _ = load_other("reward.path", path, topology, role="reward", dtype=dtype, beside=glm)
+        model, _ = load_other(
+            "reward.path",
+            path,
+            topology,
+            role="reward",
+            dtype=dtype,
+            beside=glm,
+            tokenizer=tokenizer,
+            tokenizer_path=config.tokenizer_path,
+        )
     return CombinedReward(
         topology=topology,
         micro_batch_tokens=config.train.micro_batch_tokens,

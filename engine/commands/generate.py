@@ -92,7 +92,8 @@ def generate_answers(
         topology: layout and groups.
     """
     settings, glm = config.generation, chunks[0].glm
-    stop_ids = stop_ids_of(config, tokenizer, glm)
+    with raise_on_all_ranks("finding the ids that end an answer"):
+        stop_ids = stop_ids_of(config, tokenizer, glm)
     requests = [
         GenerationRequest(
             index=number,

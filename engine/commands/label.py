@@ -88,7 +88,7 @@ def run(config: LabelConfig) -> None:
             prompts = read_prompt_ids(config, tokenizer, chunks[0], read)
         answers = _answers(config, prompts, tokenizer, chunks, topology)
         del chunks
-        scores = _scores(config, prompts, answers, glm, topology)
+        scores = _scores(config, prompts, answers, glm, tokenizer, topology)
         with raise_on_all_ranks(f"writing {config.out_path}"):
             if topology.is_main_rank:
                 report = _write_pairs(config, prompts, answers, scores, tokenizer, read)
@@ -135,12 +135,20 @@ def _scores(
     prompts: list[Prompt],
     answers: list[list[Answer]],
     policy: GLMConfig,
+    tokenizer: Tokenizer | None,
     topology: Topology,
 ) -> list[dict[Answer, float]]:
     """Return the score of each different answer to each prompt, on every rank."""
     dtype = DTYPES[config.train.dtype]
     chunks, _ = load_other(
-        "reward.path", config.reward.path, topology, role="reward", dtype=dtype, beside=policy
+        "reward.path",
+        config.reward.path,
+        topology,
+        role="reward",
+        dtype=dtype,
+        beside=policy,
+        tokenizer=tokenizer,
+        tokenizer_path=config.tokenizer_path,
     )
     glm = chunks[0].glm
     different = [list(dict.fromkeys(of_prompt)) for of_prompt in answers]

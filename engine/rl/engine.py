@@ -178,7 +178,7 @@ def _build(
             policy, topology, tp=generation.tp, pp=generation.pp, timeout_s=config.parallel.timeout_s
         )
     )
-    models = {"policy": policy, **_other_models(config, glm, topology)}
+    models = {"policy": policy, **_other_models(config, glm, tokenizer, topology)}
     adam = adam_of(config.optimizer)
     adams = {"policy": adam, "critic": dataclasses.replace(adam, lr=config.critic.lr)}
     states = {
@@ -221,10 +221,18 @@ def _build(
     return roles, tokenizer
 
 
-def _other_models(config: PPOConfig, glm: GLMConfig, topology: Topology) -> dict[str, list[GLMModel]]:
+def _other_models(
+    config: PPOConfig, glm: GLMConfig, tokenizer: Tokenizer | None, topology: Topology
+) -> dict[str, list[GLMModel]]:
     """Return critic, reference and, where there is one, reward model, this rank's chunks of each."""
     load = partial(
-        load_other, topology=topology, beside=glm, dtype=DTYPES[config.train.dtype], seed=config.run.seed
+        load_other,
+        topology=topology,
+        beside=glm,
+        tokenizer=tokenizer,
+        tokenizer_path=config.tokenizer_path,
+        dtype=DTYPES[config.train.dtype],
+        seed=config.run.seed,
     )
     paths = {
         "critic.path": config.critic.path,

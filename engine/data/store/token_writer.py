@@ -31,7 +31,7 @@ Kind = Literal["prompts", "demonstrations", "pairs"]
 ANSWERS = {"prompts": (), "demonstrations": ("response",), "pairs": ("chosen", "rejected")}
 """Kind of records → names of their answers, in storage order."""
 
-FORMAT = 1
+FORMAT = 2
 """Format version, raised when the same file would be stored differently: by layout, reading or rendering."""
 
 TOKENS, OFFSETS, RECORDS = "tokens.int32", "offsets.int64", "records.int64"

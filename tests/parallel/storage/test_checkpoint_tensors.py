@@ -185,6 +185,12 @@ DAMAGES = {
     "header overlaps": header(overlapping),
     "header leaves a hole": header(lambda entries: entries.pop(first_tensor(entries)) and None),
     "header of another type": header(lambda entries: entries[first_tensor(entries)].update(dtype="F16")),
+    "header of whole numbers": header(
+        lambda entries: {
+            name: entry | ({"dtype": "I32"} if name.startswith("policy/") else {})
+            for name, entry in entries.items()
+        }
+    ),
     "header of an unknown type": header(lambda entries: entries[first_tensor(entries)].update(dtype="O")),
     "header misnames a parameter": header(
         lambda entries: {name.replace("layers.1", "layers.7"): entry for name, entry in entries.items()}
