@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a failed check or a bug (with its traceback), 2 an error t
 """
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -29,6 +30,7 @@ from glm_rlhf.parallel.runtime.log import ROOT, log
 PROGRAM = "glm-rlhf"
 TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
 _HELP = ("-h", "--help")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,15 +171,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _report_error(title, "interrupted", is_shared=True)
         return 130
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:  # the second: NaN or Inf in a model, named by `error`
         _record_for_torchrun(error)
         return _report_error(title, str(error))
     except OSError as error:
         _record_for_torchrun(error)
-        if error.filename is None:  # not a file of the user: a bug, or the machine
+        if error.filename is None and error.errno not in _DISK_ERRORS:  # not a file of the user: a bug
             _report_error(title, _phase_and_kind(error), is_bug=True)
             raise
-        return _report_error(title, f"{error.filename}: {error.strerror}")
+        file = error.filename or "a file or stream"
+        return _report_error(title, f"{file}: {error.strerror}")
     except Exception as error:
         _record_for_torchrun(error)
         _report_error(title, _phase_and_kind(error), is_bug=True)

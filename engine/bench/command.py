@@ -34,6 +34,7 @@ from glm_rlhf.engine.config.bench import PEER_PACKAGES, BenchConfig, BenchSectio
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 RATES_FILE = "rates.json"
 """What `plan` takes as `cluster.rates`."""
@@ -177,7 +178,7 @@ def _measure_world(section: BenchSection, sizes: Sizes, folder: Path) -> None:
         if point is not None:
             write_point(point, folder / FILE)
         if rates is not None:
-            (folder / RATES_FILE).write_text(json.dumps(asdict(rates), indent=1) + "\n", encoding="utf-8")
+            replace_text(folder / RATES_FILE, json.dumps(asdict(rates), indent=1) + "\n")
 
 
 def _peer_note(peer: str, device: torch.device) -> str:

@@ -29,6 +29,7 @@ from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 FILE_NAME = "evaluate.json"
 
@@ -68,9 +69,9 @@ def run(config: EvaluateConfig) -> None:
             pass_reward=config.evaluate.pass_reward,
         )
         found = measure(answers[0], settings, against=answers[1] if len(answers) > 1 else None)
-        write_answers(config.out_path, answers[0], topology)
         with raise_on_all_ranks(f"writing {FILE_NAME}"):
             if topology.is_main_rank:
+                write_answers(config.out_path, answers[0])
                 path = _write(config, found, len(prompts), report)
                 sys.stdout.write(table(found))
                 log(f"written to {path} and {config.out_path}")
@@ -94,6 +95,8 @@ def _answer(
     prompts: Sequence[PromptInput],
     tokenizer: Tokenizer | None,
     topology: Topology,
+    *,
+    model: str = "the policy",
 ) -> Rollouts:
     settings = answer_settings_of(config, tokenizer, chunks[0].glm, topology)
     generation, timeout_s = config.generation, config.parallel.timeout_s
@@ -101,7 +104,13 @@ def _answer(
         chunks, topology, tp=generation.tp, pp=generation.pp, timeout_s=timeout_s
     ) as resharded:
         return answer_prompts(
-            chunks, prompts, settings, seed=answer_seed(config), topology=topology, resharded=resharded
+            chunks,
+            prompts,
+            settings,
+            seed=answer_seed(config),
+            topology=topology,
+            resharded=resharded,
+            model=model,
         )
 
 
@@ -123,7 +132,7 @@ def _answer_of_other(
         tokenizer=tokenizer,
         tokenizer_path=config.tokenizer_path,
     )
-    return _answer(config, other, prompts, tokenizer, topology)
+    return _answer(config, other, prompts, tokenizer, topology, model="the model of against.path")
 
 
 def _rewarder(
@@ -170,6 +179,5 @@ def _write(
         },
     }
     path = Path(config.run.output) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -22,6 +22,7 @@ from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 Answer = tuple[int, ...]
 
@@ -163,8 +164,15 @@ def _scores(
             f"prompt and answer have up to {longest} tokens, the context of reward.path is "
             f"{glm.max_positions}: lower generation.max_new_tokens or data.max_prompt_tokens"
         )
+    records = [prompt.index for prompt, of_prompt in zip(prompts, different, strict=True) for _ in of_prompt]
     scores = iter(
-        score_sequences(chunks, sequences, topology=topology, max_tokens=config.train.micro_batch_tokens)
+        score_sequences(
+            chunks,
+            sequences,
+            topology=topology,
+            max_tokens=config.train.micro_batch_tokens,
+            records=records,
+        )
     )
     return [{answer: next(scores) for answer in of_prompt} for of_prompt in different]
 
@@ -245,9 +253,8 @@ def _tell(
     config: LabelConfig, report: LabelReport, variance: VarianceReport | None, elapsed_s: float
 ) -> None:
     path = Path(config.run.output) / "label.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {"pairs": asdict(report), "prompts": None if variance is None else variance.as_dict()}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(values, indent=2) + "\n")
     lines = [*report.lines(), *([] if variance is None else variance.lines())]
     speed = report.num_answers / elapsed_s
     lines.append(

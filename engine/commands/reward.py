@@ -8,6 +8,7 @@ from glm_rlhf.engine.build.records import open_pairs
 from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import RewardConfig
 from glm_rlhf.engine.objectives.pair_statistics import calibration_table
+from glm_rlhf.engine.observe.best_effort import without_failing
 from glm_rlhf.engine.observe.calibration import write_calibration
 from glm_rlhf.engine.runs.checkpoints import open_run_folder
 from glm_rlhf.engine.training.record_losses import RewardModelLoss
@@ -38,7 +39,9 @@ def run(config: RewardConfig) -> None:
         loss = RewardModelLoss(l2_coef=config.reward.l2_coef)
 
         def write_table(step: int, sums: Mapping[str, float]) -> None:
-            write_calibration(Path(config.run.output) / "calibration", step, calibration_table(sums))
+            folder = Path(config.run.output) / "calibration"
+            with without_failing(folder):  # on the main rank alone
+                write_calibration(folder, step, calibration_table(sums))
 
         held = held_out_of(config, held_out, loss, write_table)
         run_training(config, chunks, loss, records, held=held, topology=topology, checkpoint=checkpoint)

@@ -64,14 +64,25 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
             if not window:
                 break
             sequences = [sequence for record in window for sequence in record.sequences]
-            scores = iter(score_sequences(chunks, sequences, topology=topology, max_tokens=budget))
-            for record in window:
-                found = [next(scores) for _ in record.sequences]
-                num_answers += len(found)
-                num_right += (found[0] > found[-1]) + 0.5 * (found[0] == found[-1])
-                if write is not None:
-                    write({"index": record.index, **_named(found)})
-                bar.update()
+            scores = iter(
+                score_sequences(
+                    chunks,
+                    sequences,
+                    topology=topology,
+                    max_tokens=budget,
+                    records=[record.index for record in window for _ in record.sequences],
+                )
+            )
+            with raise_on_all_ranks(f"writing {config.out_path}"):
+                for record in window:
+                    found = [next(scores) for _ in record.sequences]
+                    num_answers += len(found)
+                    num_right += (found[0] > found[-1]) + 0.5 * (found[0] == found[-1])
+                    if write is not None:
+                        write({"index": record.index, **_named(found)})
+                    bar.update()
+        with raise_on_all_ranks(f"writing {config.out_path}"):
+            stack.close()
     bar.close()
     if topology.is_main_rank:
         skipped = f", {report.num_skipped} bad ones skipped" if report.num_skipped else ""

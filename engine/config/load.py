@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from glm_rlhf.engine.config.keys import RENAMED_KEYS, Key, in_yaml, keys_of, nearest_key, section_factories
 from glm_rlhf.engine.config.yaml_source import ConfigError, YamlValue, read_file, read_value, to_yaml
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 __all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
 
@@ -88,8 +89,7 @@ def save_config(config: object, folder: str | os.PathLike[str]) -> Path:
         OSError: the folder cannot be created or written.
     """
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_config(config), encoding="utf-8")
+    replace_text(path, dump_config(config))
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from glm_rlhf.engine.observe.metrics import FILE_NAME as METRICS_NAME
 from glm_rlhf.engine.observe.svg_charts import Point, line_chart, number
 from glm_rlhf.parallel.runtime.log import log
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 FILE_NAME = "report.html"
 SAMPLES_FOLDER = "samples"
@@ -91,7 +92,7 @@ def write_report(
     page = _PAGE.format(
         title=html.escape(title), style=_STYLE, body="\n".join(part for part in parts if part)
     )
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
     return path
 
 
@@ -99,8 +100,10 @@ def try_write_report(run_folder: str | Path, *, title: str) -> None:
     """Write the report at the end of a run and log its path; log an error instead of raising it."""
     try:
         log(f"report: {write_report(run_folder, title=title)}")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         log(f"no report was written: {error}")
+    except OSError as error:
+        log(f"no report was written: {error.filename}: {error.strerror}")
 
 
 def _curves(path: Path) -> dict[str, list[Point]]:

@@ -17,6 +17,7 @@ from glm_rlhf.engine.config.rl import (
 from glm_rlhf.engine.config.sections import GenerationSection, ModelSection, ParallelSection
 from glm_rlhf.engine.config.training import OptionalModelSection, TrainingRunSection
 from glm_rlhf.engine.plan.search import LayoutPlan, layout_name
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 REWARD_PLACEHOLDER = "path/to/reward-model"
 CONFIG_NAME, TORCHRUN_NAME, SLURM_NAME = "ppo.yaml", "torchrun.sh", "slurm.sbatch"
@@ -74,7 +75,6 @@ def write_files(config: PlanConfig, plan: LayoutPlan) -> list[Path]:
         OSError: the folder cannot be written.
     """
     folder = Path(config.run.output)
-    folder.mkdir(parents=True, exist_ok=True)
     layout = layout_name(plan.choice.layout, config.cluster.gpus)
     where = f"{config.cluster.gpus} × {config.cluster.gpu}"
     head = f"# {config.model.path} on {where}: {layout}, by `glm-rlhf plan`.\n"
@@ -84,7 +84,7 @@ def write_files(config: PlanConfig, plan: LayoutPlan) -> list[Path]:
         SLURM_NAME: slurm_script(config, folder / CONFIG_NAME),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        replace_text(folder / name, text)
     return [folder / name for name in texts]
 
 

@@ -15,6 +15,8 @@ from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 BEST = "best"
 
@@ -23,7 +25,7 @@ class PPOEvaluation:
     """Owns the held-out prompts, what the reference answered to them, and the highest reward so far."""
 
     def __init__(self, engine: PPOEngine) -> None:
-        """Read the prompts and let the reference answer them; every rank calls this.
+        """Read the prompts; every rank calls this.
 
         Raises:
             ValueError: a bad file, or fewer prompts than data-parallel ranks.
@@ -43,7 +45,8 @@ class PPOEvaluation:
                 on_error=config.data.on_error,
                 report=ReadReport(),
             )
-        self._against = self._answers(engine.roles.models["reference"], None)
+        self._against: list[ScoredAnswer] | None = None
+        self._num_skipped = 0
         self._best_file = Path(config.run.output) / "hf" / f"{BEST}.json"
         self._best_reward: float | None = None
 
@@ -54,13 +57,27 @@ class PPOEvaluation:
     def run(self, step: int) -> dict[str, float]:
         """Return the figures of the policy after `step` iterations, and keep it if it is the best.
 
-        The win rate is that against the reference. Every rank calls this; the random numbers of answers
-        are the same each time, and none of training's.
+        The win rate is that against the reference, which answers at the first call. Every rank calls this;
+        the random numbers of answers are the same each time, and none of training's. Where logits or rewards
+        are NaN or Inf the evaluation is skipped: that is logged, and `eval/is_skipped` is the only figure.
 
         Raises:
             ValueError: a reward failed, or the best policy could not be written.
         """
+        try:
+            return self._measured(step) | {"eval/is_skipped": 0.0}
+        except FloatingPointError as error:  # the same on every rank
+            self._num_skipped += 1
+            log(
+                f"the evaluation after iteration {step} was skipped ({self._num_skipped} so far): {error}",
+                self._engine.topology,
+            )
+            return {"eval/is_skipped": 1.0}
+
+    def _measured(self, step: int) -> dict[str, float]:
         start = time.monotonic()
+        if self._against is None:
+            self._against = self._answers(self._engine.roles.models["reference"], None, model="the reference")
         answers = self._answers(self._engine.roles.models["policy"], self._engine.roles.resharded)
         metrics = as_metrics(measure(answers, self._settings, against=self._against))
         metrics["timing_s/evaluate"] = time.monotonic() - start
@@ -72,7 +89,9 @@ class PPOEvaluation:
                 self._keep(step, reward)
         return metrics
 
-    def _answers(self, chunks: list[GLMModel], resharded: ReshardedWeights | None) -> list[ScoredAnswer]:
+    def _answers(
+        self, chunks: list[GLMModel], resharded: ReshardedWeights | None, *, model: str = "the policy"
+    ) -> list[ScoredAnswer]:
         engine = self._engine
         engine.roles.offload.before_scoring()
         rollouts = answer_prompts(
@@ -82,6 +101,7 @@ class PPOEvaluation:
             seed=answer_seed(engine.config),
             topology=engine.topology,
             resharded=resharded,
+            model=model,
         )
         return score_rollouts(
             rollouts, engine.roles.rewards.without_baseline, engine.tokenizer, engine.topology
@@ -104,6 +124,6 @@ class PPOEvaluation:
                 if best.exists():
                     best.rename(old)
                 new.rename(best)
-                self._best_file.write_text(json.dumps({"step": step, "eval/reward": reward}) + "\n")
+                replace_text(self._best_file, json.dumps({"step": step, "eval/reward": reward}) + "\n")
                 if old.exists():
                     shutil.rmtree(old)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.evaluation.scored_answers import gather_answers, write_answers
+from glm_rlhf.engine.observe.best_effort import without_failing
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.observe.progress import ProgressLine
@@ -85,7 +86,10 @@ def run_iterations(
                 _save_and_exit(engine, run.checkpoints, completed)
                 raise Preempted
     with defer_preemption():
-        _write_last_samples(engine, [prompts[number] for number in sampler.batch(0)])
+        try:
+            _write_last_samples(engine, [prompts[number] for number in sampler.batch(0)])
+        except FloatingPointError as error:  # the same on every rank
+            log(f"no sample answers of the trained policy were written: {error}", topology)
 
 
 def _save_and_exit(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, Any]) -> None:
@@ -236,4 +240,6 @@ def _write_last_samples(engine: PPOEngine, first_prompts: Sequence[PromptInput])
 def _write_samples(engine: PPOEngine, path: Path, rollouts: Rollouts, rewards_B: torch.Tensor) -> None:
     topology = engine.topology
     answers = gather_answers(rollouts, rewards_B, engine.tokenizer, topology, first=_NUM_SAMPLES)
-    write_answers(path, answers, topology)
+    if topology.is_main_rank:
+        with without_failing(path):
+            write_answers(path, answers)

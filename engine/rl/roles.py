@@ -47,6 +47,7 @@ def answer_by_reference(
         seed=seed,
         topology=topology,
         is_share=True,
+        model="the reference",
     )
 
 

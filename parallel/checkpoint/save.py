@@ -38,7 +38,7 @@ from glm_rlhf.parallel.storage.checkpoint_manifest import (
     rank_file_name,
 )
 from glm_rlhf.parallel.storage.checkpoint_tensors import tensor_name
-from glm_rlhf.parallel.storage.durable_io import replace_file, sync, write_all, write_synced
+from glm_rlhf.parallel.storage.durable_io import name_in_errors, replace_file, sync, write_all, write_synced
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
 
 TRACKER = "latest"
@@ -339,7 +339,7 @@ class _Job:
 
 def _write_file(path: Path, content: memoryview) -> FileInfo:
     digest = hashlib.sha256()
-    with path.open("xb", buffering=0) as file:
+    with name_in_errors(path), path.open("xb", buffering=0) as file:
         write_all(file.fileno(), content, 0, on_block=digest.update)
         os.fsync(file.fileno())
     return FileInfo(num_bytes=len(content), sha256=digest.hexdigest())

@@ -77,7 +77,14 @@ def failure_barriers(work: str, *, group: dist.ProcessGroup | None = None) -> It
             raise error
 
 
+def reason_of(error: Exception) -> str:
+    """Return the message of a user's error; an OSError as `file: reason`, without its number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _describe(error: Exception) -> tuple[bool, str]:
     """Return whether an exception is a user's error, and its message."""
     is_user_error = isinstance(error, ValueError | OSError)
-    return is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"
+    return is_user_error, reason_of(error) if is_user_error else f"{type(error).__name__}: {error}"

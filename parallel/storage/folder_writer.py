@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from glm_rlhf.parallel.storage.durable_io import sync, write_all
+from glm_rlhf.parallel.storage.durable_io import name_in_errors, sync, write_all, write_synced
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
 
@@ -137,7 +137,8 @@ class TensorFiles:
         self.entries = {name: entry for file in files for name, entry in file.entries.items()}
         self._path_of = {name: folder / file.name for file in files for name in file.entries}
         for file in files:
-            with (folder / file.name).open("xb") as output:
+            path = folder / file.name
+            with name_in_errors(path), path.open("xb") as output:
                 output.write(file.prefix)
                 output.truncate(file.num_bytes)
 
@@ -153,7 +154,7 @@ class TensorFiles:
         content = memoryview(rows.detach().flatten().view(torch.uint8).numpy())
         offset = start * prod(entry.shape[1:]) * rows.element_size()
         assert offset + len(content) <= entry.num_bytes, (name, offset, len(content), entry)
-        with path.open("r+b", buffering=0) as output:
+        with name_in_errors(path), path.open("r+b", buffering=0) as output:
             write_all(output.fileno(), content, entry.offset + offset)
             _start_writeback(output.fileno(), entry.offset + offset, len(content))
 
@@ -214,11 +215,21 @@ def _check_target(target: Path, num_bytes: int) -> None:
         )
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ModelFolderError(f"{target} exists already; remove it or give another name")
-    free = shutil.disk_usage(target.parent).free
+    # What an attempt that failed has left is removed before this one writes.
+    reclaimed = _bytes_on_disk(target.parent / f".{target.name}.partial")
+    free = shutil.disk_usage(target.parent).free + reclaimed
     if free < num_bytes:
         raise ModelFolderError(
             f"{target} needs {num_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; make room"
         )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """Return the size of a folder's files; 0 where there is none, also if another writer just removes it."""
+    try:
+        return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
@@ -236,7 +247,7 @@ def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
             "weight_map": dict(sorted(weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_synced(folder / "model.safetensors.index.json", text.encode())
     for path in folder.iterdir():
         sync(path)
     sync(folder)

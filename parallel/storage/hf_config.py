@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_text
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder, plain_file
 from glm_rlhf.parallel.storage.text_files import read_json
 
@@ -297,7 +298,7 @@ def write_config(
         values.pop("dtype", None)
         values["torch_dtype"] = str(dtype).removeprefix("torch.")  # transformers 4 and 5 both read this key
     text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(Path(folder) / "config.json", text + "\n")
 
 
 def names_scalar_class(folder: str | Path) -> bool | None:

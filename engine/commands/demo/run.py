@@ -33,6 +33,7 @@ from glm_rlhf.engine.commands.demo.toy_task import TaskSet, toy_tasks
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
 from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.observe.timer import Timer
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 _FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")
 _NUM_THREADS = 2  # more only wait for each other: no matrix here has a thousand rows and columns
@@ -111,8 +112,7 @@ def _claim(folder: Path) -> Path:
         raise ValueError(
             f"{folder} holds {', '.join(taken)} which no demo made: give run.output another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    mine.write_text("{}\n", encoding="utf-8")  # so that what a broken run leaves is known as a demo's
+    replace_text(mine, "{}\n")  # so that what a broken run leaves is known as a demo's
     for name in taken:
         shutil.rmtree(folder / name)
     return folder

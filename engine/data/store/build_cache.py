@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from glm_rlhf.parallel.storage.durable_io import write_synced
+
 _MANIFEST = "manifest.json"
 
 _log = logging.getLogger(__name__)
@@ -109,11 +111,13 @@ def _build(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
         files = {file.name: [file.stat().st_size, file_digest(file)] for file in sorted(partial.iterdir())}
         manifest = {"identity": identity, "facts": facts, "files": files}
         manifest["checksum"] = _digest_of_json(manifest)
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_synced(partial / _MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         try:
-            # No fsync: the checksum detects what a power failure loses.
+            # The data are not synced: the checksum detects what a power failure loses.
             partial.rename(path)
         except OSError:
+            if not path.exists():
+                raise
             # Without working locks another process may have been first; its files are the same.
             facts = read_folder(path, identity, checks_content=True)
             shutil.rmtree(partial)

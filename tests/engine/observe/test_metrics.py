@@ -1,7 +1,9 @@
 """Metrics: one line per step, null where undefined, nothing written by ranks that own no file."""
 
+import errno
 import json
 import math
+import os
 import sys
 import types
 
@@ -64,3 +66,21 @@ def test_a_missing_wandb_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wandb is not installed"):
         with open_metrics(tmp_path, is_owner=True, wandb_project="glm"):
             pass
+
+
+def test_a_full_disk_ends_tensorboard_with_one_warning_and_not_the_run(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_metrics(tmp_path, is_owner=True) as write:
+        write(1, {"actor/loss": 0.75})
+        monkeypatch.setattr(RecordWriter, "write", full)
+        monkeypatch.setattr(RecordWriter, "flush", full)
+        write(2, {f"metric/{number}": 0.5 for number in range(50)})
+        write(3, {f"metric/{number}": 0.5 for number in range(50)})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    said = capsys.readouterr().err
+    assert said.count(f"{tmp_path / 'tensorboard'}: No space left on device") == 1, said
+    assert "Traceback" not in said

@@ -3,12 +3,15 @@
 import json
 import os
 import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_files import small_files
 
+from glm_rlhf.parallel.storage import folder_writer
 from glm_rlhf.parallel.storage.folder_writer import (
     PlannedTensor,
     TensorFiles,
@@ -121,6 +124,33 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(tmp_path):
         new_folder(tmp_path / "out", files, Writers()),
     ):
         pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_failed_attempt_left_counts_as_room(tmp_path, monkeypatch):
+    files = plan_files(planned(1000), 10**9)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"x" * 8192)
+    monkeypatch.setattr(folder_writer.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    with new_folder(tmp_path / "out", files, Writers()) as folder:
+        TensorFiles(folder, files).write("t0", torch.ones(1000))
+    with (
+        pytest.raises(ModelFolderError, match=r"the disk has 0\.0 GB left"),
+        new_folder(tmp_path / "other", files, Writers()),
+    ):
+        pass
+
+
+def test_a_write_that_does_not_fit_names_the_file(tmp_path):
+    files = plan_files(planned(1000), 10**9)
+
+    def fill():
+        with new_folder(tmp_path / "out", files, Writers()) as folder:
+            TensorFiles(folder, files).write("t0", torch.ones(1000))
+
+    with small_files(2000), pytest.raises(OSError) as caught:
+        fill()
+    assert caught.value.filename == str(tmp_path / ".out.partial" / "model.safetensors")
     assert os.listdir(tmp_path) == []
 
 

@@ -97,6 +97,10 @@ ROWS = (
         f"{WRITER}::test_a_full_and_a_read_only_disk_leave_the_old_checkpoint",
         f"{WRITER}::test_a_folder_that_cannot_be_created_is_reported",
         f"{PARALLEL}/storage/test_folder_writer.py",
+        f"{PARALLEL}/storage/test_durable_io.py",
+        f"{ENGINE}/commands/test_full_disk.py",
+        f"{ENGINE}/observe/test_best_effort.py",
+        "tests/test_writes.py",
     ),
     _row(
         8,
@@ -132,9 +136,10 @@ ROWS = (
     ),
     _row(
         13,
-        "NaN or Inf on one rank: no step on any, ranks agree, rank and batch named",
+        "NaN or Inf on one rank, in any role and command: no step on any, ranks agree, rank and batch named",
         "weights the same to the bit",
         f"{ENGINE}/training/test_nonfinite.py",
+        f"{ENGINE}/commands/test_nonfinite_weights.py",
     ),
     _row(
         14,
