@@ -60,7 +60,12 @@ def rewards_on_ranks() -> list:
 
         for function, skips in ((rule, False), (breaks, True), (breaks, False)):
             dispatcher = RewardDispatcher(
-                function, topology=topology, tokenizer=None, skip_failures=skips, concurrency=1
+                function,
+                topology=topology,
+                tokenizer=None,
+                skip_failures=skips,
+                concurrency=1,
+                function_timeout_s=600,
             )
             for number in (2, 0):
                 dispatcher.submit(
@@ -96,6 +101,7 @@ def test_rollouts_that_were_not_submitted_are_scored_now(concurrency):
             tokenizer=None,
             skip_failures=False,
             concurrency=concurrency,
+            function_timeout_s=600,
         )
         rollouts = make_rollouts(0)
         dispatcher.submit(0, rollouts.prompts[0], completion(2, is_finished=True))
