@@ -44,6 +44,7 @@ def main(descriptor: int, parent: int) -> None:
     assert isinstance(setup, Setup)
     sys.argv = list(setup.argv)
     _seed(setup.seed)
+    connection.sendall(pack(None))  # started: the time of the preparation begins
     next_call: Callable[[], object] = lambda: setup.preparation
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:

@@ -22,7 +22,8 @@ _CODE = (
 )
 _POLL_S = 0.5
 _LEAVE_S = 2.0
-_GRACE_S = 0.3  # in which a call that is past its time writes its stacks
+_GRACE_S = 1.0  # in which a call that is past its time writes its stacks
+_START_S = 120.0  # of an interpreter on a busy machine
 
 
 class WorkerDied(Exception):
@@ -37,7 +38,7 @@ class Worker:
     """Owns one process and the connection to it."""
 
     def __init__(self, setup: Setup, *, path: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the process; it sets itself up, and its first answer is that of the preparation.
+        """Start the process; `ask(None)` waits until it has started and is prepared.
 
         Args:
             setup: its first message.
@@ -58,6 +59,7 @@ class Worker:
             except BaseException:
                 self._connection.close()
                 raise
+        self._has_started = False
         with contextlib.suppress(OSError):  # one that has ended at once: the first answer says so
             self._connection.settimeout(setup.timeout_s)
             self._connection.sendall(content)
@@ -73,7 +75,7 @@ class Worker:
         return self._process.poll() is None
 
     def ask(self, content: bytes | None) -> bytes:
-        """Return the answer to a message, still packed; None for `content` waits for the one that is due.
+        """Return the answer to a message, still packed; with None, the answer of the preparation.
 
         Args:
             content: of `pack`.
@@ -87,7 +89,10 @@ class Worker:
             if content is not None:
                 self._connection.settimeout(self._setup.timeout_s + _GRACE_S)
                 self._connection.sendall(content)
-            return self._receive()
+            if not self._has_started:
+                self._receive(_START_S)
+                self._has_started = True
+            return self._receive(self._setup.timeout_s + _GRACE_S)
         except TimeoutError:
             self._kill()
             raise WorkerTimeout from None
@@ -126,12 +131,12 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_LEAVE_S)
 
-    def _receive(self) -> bytes:
+    def _receive(self, left_s: float) -> bytes:
         """Return the next message; notices the end of the process also where another one holds its socket.
 
         Time in which this process was stopped does not count: the worker may have been too.
         """
-        left_s, is_last = self._setup.timeout_s + _GRACE_S, False
+        is_last = False
         while True:
             start = time.monotonic()
             self._connection.settimeout(min(max(left_s, 0.001), _POLL_S))
