@@ -19,6 +19,10 @@ def make_server(rule: RewardFunction, *, host: str = "127.0.0.1", port: int = 0)
     """Return a server that answers batches by `rule`; port 0 takes a free one."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # a connection serves many batches
+        wbufsize = -1  # headers and body leave together
+        timeout = 60  # of a connection without requests, in seconds
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             try:

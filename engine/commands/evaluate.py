@@ -21,7 +21,7 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.evaluation.measure import EvaluationSettings, Measured, measure, score_rollouts
 from glm_rlhf.engine.evaluation.scored_answers import write_answers
 from glm_rlhf.engine.rewards.combined import CombinedReward
-from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
+from glm_rlhf.engine.rewards.configured import open_reward_function
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
 from glm_rlhf.engine.types import PromptInput, Rollouts
@@ -43,9 +43,10 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
-        with raise_on_all_ranks("finding the reward function"):
-            function = reward_function_of(config.reward)
+    with (
+        open_world(config) as topology,
+        open_reward_function(config.reward, topology=topology, seed=config.run.seed) as function,
+    ):
         policy, _, tokenizer = load_main_model(config, topology)
         glm, report = policy[0].glm, ReadReport()
         with raise_on_all_ranks("reading the prompts"):
@@ -160,6 +161,7 @@ def _rewarder(
         function_weight=config.reward.function_weight,
         skip_failures=config.reward.on_error == "mask",
         concurrency=config.reward.concurrency,
+        function_timeout_s=config.reward.function_timeout_s,
     )
 
 

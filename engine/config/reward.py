@@ -22,16 +22,22 @@ class PPORewardSection:
     """What to do where the function returns no finite reward: raise ends the run, mask excludes the answer
     from training."""
     timeout_s: Seconds = 30.0
-    """Seconds after which a request to a reward server fails."""
+    """Seconds after which a request to a reward server fails, from its connection to the last byte of the
+    response."""
     retries: CountOrZero = 3
     """Retries of a request to a reward server that is down, slow or returns an invalid response."""
     batch_size: Count = 64
     """Most answers per request to a reward server."""
     concurrency: CountOrZero = 1
-    """Most concurrent calls of the function, in background threads: `ppo` scores finished answers while it
-    generates others. 0: one call with all answers, on the main thread, after generation. Use 0 for a function
-    that compares answers with each other, sets signal handlers, or computes in Python, which would slow
-    generation down."""
+    """Most concurrent calls of the function: `ppo` scores finished answers while it generates others. 0: one
+    call with all answers after generation, for a function that compares answers with each other; with
+    `workers` 0 it is made on the main thread."""
+    workers: CountOrZero | None = None
+    """Processes that call `module:function`, per rank that calls it; null: as many as `concurrency`, at least
+    one. A process that dies, or is in a call past `function_timeout_s`, is ended and replaced. 0: the
+    function is called in the rank's own process, where a call past its time ends the run."""
+    function_timeout_s: Seconds = 300.0
+    """Seconds after which a call of `module:function` fails."""
 
     def __post_init__(self) -> None:
         if self.path is not None and "://" in self.path:

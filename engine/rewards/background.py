@@ -53,6 +53,13 @@ class BackgroundRewards:
                     target=self._work, args=(thread,), name=f"reward {thread}", daemon=True
                 ).start()
 
+    def wait(self, numbers: Sequence[int], *, timeout_s: float) -> bool:
+        """Return whether the results of submitted answers are there, as soon as they are, or after a time."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: all(number in self._results for number in numbers), timeout_s
+            )
+
     def take(self, numbers: Sequence[int]) -> list[Reward | RewardFailure]:
         """Return the results of submitted answers, in the order of `numbers`; waits until all are there."""
         with self._changed:

@@ -33,6 +33,7 @@ class CombinedReward:
         function_weight: float = 1.0,
         skip_failures: bool = False,
         concurrency: int = 1,
+        function_timeout_s: float = 300.0,
         answer_by_reference: AnswerByReference | None = None,
     ) -> None:
         """Combine the rewards.
@@ -47,6 +48,7 @@ class CombinedReward:
             skip_failures: whether an answer without a reward of the function is excluded and logged, instead
                 of ending the run.
             concurrency: most calls of the function at once, as for `RewardDispatcher`.
+            function_timeout_s: longest time of a call of a Python function, likewise.
             answer_by_reference: if given, the reward of its answer to the same prompt is subtracted
                 (ChatGLM-RLHF's baseline); each prompt is answered once and its reward kept.
 
@@ -65,6 +67,7 @@ class CombinedReward:
                 tokenizer=tokenizer,
                 skip_failures=skip_failures,
                 concurrency=concurrency,
+                function_timeout_s=function_timeout_s,
             )
         self.answer_by_reference = answer_by_reference
         self.baselines: dict[tuple[int, ...], float] = {}
@@ -85,6 +88,7 @@ class CombinedReward:
 
         Raises:
             RewardError: the function failed on some rank, or for all answers; on all ranks.
+            Preempted: preemption was requested while its rewards were awaited; on all ranks.
         """
         rewards = self.without_baseline(rollouts, uses_overlapped=uses_overlapped, overlapped=overlapped)
         if self.answer_by_reference is None:
@@ -137,6 +141,7 @@ class CombinedReward:
         Raises:
             RewardError: the function failed on some rank, or for all answers; on all ranks.
             FloatingPointError: a reward is NaN or Inf; on all ranks, with the model and the answers.
+            Preempted: preemption was requested while its rewards were awaited; on all ranks.
         """
         findings: list[str] = []
         device = rollouts.tokens_T.device

@@ -1,12 +1,18 @@
 """Reward functions: their request and result types, finding one by name, and calling it with checks."""
 
 import importlib
+import numbers
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import SupportsFloat, cast
 
 _LARGEST = 3.4028234e38  # of fp32
+_TEXTS = (str, bytes, bytearray)  # sequences, but of no numbers
+_OWN_MODULES = (__name__, "glm_rlhf.engine.rewards.in_process")  # above a function in a traceback
 _SHOWN = 200  # characters of a prompt or an answer in a message
 
 
@@ -34,6 +40,8 @@ class RewardFailure:
 
     reason: str
     """Why there is no reward: one clause."""
+    traceback: str | None = None
+    """Where the function raised, as Python prints it, from the function on; None where nothing was raised."""
 
 
 Reward = float | tuple[float, ...]
@@ -46,26 +54,52 @@ RewardFunction = Callable[[Sequence[RewardRequest]], Sequence[Reward | RewardFai
 class RewardError(ValueError):
     """A reward function that cannot be found, or that returned an invalid reward."""
 
+    def __init__(self, message: str, *, traceback_text: str = "") -> None:
+        """Take the sentence, and the traceback of the user's code where that raised."""
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
 
 def import_reward_function(name: str) -> RewardFunction:
     """Return the function named `module:function`, of an installed module or one in the current folder.
 
     Raises:
-        RewardError: no such module or function; the message says which.
+        RewardError: no such module or function, or the module raised when it was imported; the message says
+            which, and where.
     """
-    module_name, separator, function_name = name.partition(":")
-    if not separator or not module_name or not function_name:
-        raise RewardError(f"a reward function is named module:function, {name!r} is not of that form")
+    module_name, function_name = split_name(name)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not search it by default
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise RewardError(f"the module of the reward function {name} cannot be imported: {error}") from error
+    except Exception as error:
+        frames = error.__traceback__
+        while frames is not None and _is_import_machinery(frames.tb_frame.f_code.co_filename):
+            frames = frames.tb_next
+        lines = traceback.format_exception(type(error), error, frames)
+        raise RewardError(
+            f"the module of the reward function {name} cannot be imported: {type(error).__name__}: {error}"
+            f"{_place(frames)}",
+            traceback_text="".join(lines),
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise RewardError(f"{module_name} has no function {function_name!r}")
     return function
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the two parts of `module:function`.
+
+    Raises:
+        RewardError: another form.
+    """
+    module_name, separator, function_name = name.partition(":")
+    if not separator or not module_name or not function_name:
+        raise RewardError(f"a reward function is named module:function, {name!r} is not of that form")
+    return module_name, function_name
 
 
 def call_reward_function(
@@ -87,9 +121,8 @@ def call_reward_function(
         if len(returned) != len(requests):
             reason = f"the reward function returned {len(returned)} rewards for {len(requests)} answers"
             returned = [RewardFailure(reason=reason)] * len(requests)
-    except Exception as error:
-        reason = f"the reward function raised {type(error).__name__}: {error}"
-        returned = [RewardFailure(reason=reason)] * len(requests)
+    except (Exception, SystemExit) as error:
+        returned = [_failure_of(error)] * len(requests)
     rewards = [_checked(value, request) for value, request in zip(returned, requests, strict=True)]
     if not skip_failures:
         raise_on_failures(rewards, requests)
@@ -110,30 +143,87 @@ def describe(request: RewardRequest, failure: RewardFailure) -> str:
     return f"of the answer {_short(response)} to the prompt {_short(prompt)}: {failure.reason}"
 
 
+def _failure_of(error: BaseException) -> RewardFailure:
+    """Return the failure of what a function raised, with its place in the function."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__") in _OWN_MODULES:
+        frames = frames.tb_next
+    lines = traceback.format_exception(type(error), error, frames)
+    reason = f"the reward function raised {type(error).__name__}: {error}{_place(frames)}"
+    return RewardFailure(reason=reason, traceback="".join(lines) if frames is not None else None)
+
+
+def _place(frames: TracebackType | None) -> str:
+    """Return the innermost line of the file in which a traceback begins; empty for an empty one."""
+    if frames is None:
+        return ""
+    file, line = frames.tb_frame.f_code.co_filename, frames.tb_lineno
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename == file:
+            line = frames.tb_lineno
+        frames = frames.tb_next
+    return f" ({file}, line {line})"
+
+
+def _is_import_machinery(file: str) -> bool:
+    return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
+
+
 def _checked(value: object, request: RewardRequest) -> Reward | RewardFailure:
     """Return what a reward function returned for an answer, as floats, or a failure if it is not a reward."""
     if isinstance(value, RewardFailure):
         return value
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        if _is_number(value):
-            return float(value)
-        return RewardFailure(reason=f"it is {_short(value)}, a finite number is required")
+    per_token = _numbers_per_token(value)
+    if per_token is None:
+        number = _number(value)
+        return _not_finite(value) if number is None else number
     num_tokens = len(request.response_tokens)
-    if len(value) != num_tokens:
-        return RewardFailure(reason=f"it has {len(value)} numbers for an answer of {num_tokens} tokens")
-    for position, number in enumerate(value):
-        if not _is_number(number):
-            return RewardFailure(
-                reason=f"it is {_short(number)} at token {position}, a finite number is required"
-            )
-    return tuple(float(number) for number in value)
+    if len(per_token) != num_tokens:
+        return RewardFailure(reason=f"it has {len(per_token)} numbers for an answer of {num_tokens} tokens")
+    found: list[float] = []
+    for position, entry in enumerate(per_token):
+        number = _number(entry)
+        if number is None:
+            return _not_finite(entry, f" at token {position}")
+        found.append(number)
+    return tuple(found)
 
 
-def _is_number(value: object) -> bool:
-    """Return whether a value is a number within the range of fp32."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+def _not_finite(value: object, position: str = "") -> RewardFailure:
+    return RewardFailure(reason=f"it is {_short(value)}{position}, a finite number is required")
+
+
+def _numbers_per_token(value: object) -> Sequence[object] | None:
+    """Return the entries of a list, or of an array or tensor with dimensions; None for anything else."""
+    if isinstance(value, Sequence) and not isinstance(value, _TEXTS):
+        return value
+    if _num_dims(value):
+        entries = value.tolist() if hasattr(value, "tolist") else None
+        return entries if isinstance(entries, list) else None
+    return None
+
+
+def _number(value: object) -> float | None:
+    """Return a value as a float where it is one number within the range of fp32, of whatever type."""
+    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if isinstance(value, _TEXTS) or is_complex or _num_dims(value):
+        return None
+    detach = getattr(value, "detach", None)  # a tensor that is trained warns about its conversion
+    try:
+        number = float(cast(SupportsFloat, value if detach is None else detach()))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if abs(number) <= _LARGEST else None
+
+
+def _num_dims(value: object) -> int:
+    """Return the dimensions of an array or tensor, of numpy or torch; 0 for anything else."""
+    return getattr(value, "ndim", None) or 0
 
 
 def _short(content: object) -> str:
-    text = repr(content)
+    try:
+        text = repr(content)
+    except Exception:
+        text = f"of the type {type(content).__name__}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"

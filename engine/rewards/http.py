@@ -10,17 +10,14 @@ with as many rewards as requests, in their order, and status 200. `extra` holds 
 prompt's record. `examples/reward_server.py` is such a server.
 """
 
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm_rlhf.engine.rewards.function import Reward, RewardFailure, RewardRequest
+from glm_rlhf.engine.rewards.function import Reward, RewardError, RewardFailure, RewardRequest
 
-_MAX_BYTES = 64 * 2**20
 _MAX_PAUSE_S = 30.0
 _RETRIED_STATUS = (408, 429)  # client errors that may pass: timeout, too many requests
 
@@ -35,20 +32,38 @@ class HttpReward:
 
     A batch is sent again, at most `retries` times, after pauses that double from `pause_s` to 30 s: when the
     connection fails or times out, on status 5xx, 408 or 429, and on a response that breaks the protocol.
-    If that fails, its answers and those of later batches of the call get a `RewardFailure`: a call lasts at
-    most (retries + 1) · (timeout_s + pause) longer than the server works.
+    If that fails, its answers and those of later batches of the call get a `RewardFailure`. A batch lasts at
+    most (retries + 1) · timeout_s and the pauses. A redirect is an error that is not retried. Connections are
+    kept between batches; proxies of the environment are used as `bounded_post` says.
     """
 
     url: str
     """Address of the POST, http or https."""
     timeout_s: float = 30.0
-    """Longest time of a request in seconds, from the connection to the last byte of the response."""
+    """Longest time of a request in seconds, from the look-up of the host's name to the last byte of the
+    response."""
     retries: int = 3
     """Most retries per batch."""
     batch_size: int = 64
     """Most answers per POST."""
     pause_s: float = 0.5
     """Pause before the first retry, in seconds."""
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise RewardError(
+                f"{self.url!r} is not the address of a reward server: http://host:port/path is required"
+            )
+        if "@" in parts.netloc:
+            raise RewardError(
+                f"the address of the reward server {parts.hostname} has a user name or password: reward "
+                "servers are called without"
+            )
 
     def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFailure]:
         """Return a reward or a failure for each answer."""
@@ -72,7 +87,7 @@ class HttpReward:
             except _PermanentError as error:
                 reasons.append(str(error))
                 break
-            except (OSError, ValueError, http.client.HTTPException) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 reasons.append(f"{type(error).__name__}: {error}")
         return RewardFailure(
             reason=f"{self.url} gave none in {len(reasons)} attempts, the last error: {reasons[-1]}"
@@ -83,21 +98,22 @@ class HttpReward:
 
         Raises:
             _PermanentError: a retry would fail too.
-            OSError, ValueError, HTTPException: a retry may succeed.
+            OSError, ValueError, RecursionError: a retry may succeed.
         """
-        deadline = time.monotonic() + self.timeout_s
-        request = urllib.request.Request(
-            self.url, data=body, headers={"Content-Type": "application/json"}, method="POST"
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                answer = json.loads(_read(response, deadline, self.timeout_s))
-        except urllib.error.HTTPError as error:
-            with error:
-                message = f"status {error.code}, {error.read(500).decode(errors='replace')!r}"
-            if 400 <= error.code < 500 and error.code not in _RETRIED_STATUS:
-                raise _PermanentError(message) from error
-            raise OSError(message) from error
+        from glm_rlhf.engine.rewards.bounded_post import post  # the client takes a while to import
+
+        reply = post(self.url, body, timeout_s=self.timeout_s)
+        status = f"status {reply.status}"
+        if 300 <= reply.status < 400:
+            raise _PermanentError(
+                f"{status}, a redirect to {reply.location!r}, which is not followed: name the final address"
+            )
+        if not 200 <= reply.status < 300:
+            message = f"{status}, {reply.body.decode(errors='replace')!r}"
+            if 400 <= reply.status < 500 and reply.status not in _RETRIED_STATUS:
+                raise _PermanentError(message)
+            raise OSError(message)
+        answer = json.loads(reply.body)
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
             raise ValueError('the response is not of the form {"rewards": […]}')
@@ -115,16 +131,3 @@ def _in_json(request: RewardRequest) -> dict[str, object]:
         "is_finished": request.is_finished,
         "extra": dict(request.extra),
     }
-
-
-def _read(response: http.client.HTTPResponse, deadline: float, timeout_s: float) -> bytes:
-    """Return the body; its bytes may come slowly, but all before the deadline."""
-    parts, size = [], 0
-    while part := response.read1(65536):
-        parts.append(part)
-        size += len(part)
-        if size > _MAX_BYTES:
-            raise ValueError(f"the response is longer than {_MAX_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the response was not complete after {timeout_s} s")
-    return b"".join(parts)

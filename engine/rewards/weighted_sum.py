@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from glm_rlhf.engine.config.reward import PPORewardSection
 from glm_rlhf.engine.rewards.function import (
     Reward,
     RewardError,
@@ -12,9 +11,8 @@ from glm_rlhf.engine.rewards.function import (
     RewardFunction,
     RewardRequest,
     call_reward_function,
-    import_reward_function,
 )
-from glm_rlhf.engine.rewards.http import HttpReward
+from glm_rlhf.engine.rewards.in_process import InProcessReward
 
 _PLUS = re.compile(r"\s+\+\s+")
 _TERM = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<name>\S+)")
@@ -52,7 +50,7 @@ class RewardSum:
         whole, by_token = 0.0, None
         for term, reward in zip(self.terms, rewards, strict=True):
             if isinstance(reward, RewardFailure):
-                return RewardFailure(reason=f"of {term.name}: {reward.reason}")
+                return replace(reward, reason=f"of {term.name}: {reward.reason}")
             if not isinstance(reward, tuple):
                 whole += term.weight * reward
             elif by_token is None:
@@ -68,7 +66,16 @@ class RewardSum:
         return tuple(by_token)
 
 
-def parse_reward_function(text: str, *, over_http: Callable[[str], RewardFunction]) -> RewardFunction:
+def in_process_parts(function: RewardFunction) -> tuple[InProcessReward, ...]:
+    """Return those functions of a reward that this process calls."""
+    if isinstance(function, RewardSum):
+        return tuple(part for term in function.terms for part in in_process_parts(term.function))
+    return (function,) if isinstance(function, InProcessReward) else ()
+
+
+def parse_reward_function(
+    text: str, *, over_http: Callable[[str], RewardFunction], by_name: Callable[[str], RewardFunction]
+) -> RewardFunction:
     """Return the reward function that a text names.
 
     The text is `module:function`, the address of a reward server, or a weighted sum of these, separated by
@@ -77,6 +84,7 @@ def parse_reward_function(text: str, *, over_http: Callable[[str], RewardFunctio
     Args:
         text: as above.
         over_http: returns the reward function of an address.
+        by_name: returns the reward function of `module:function`.
 
     Raises:
         RewardError: another form, or no such module or function; the message says which.
@@ -88,7 +96,7 @@ def parse_reward_function(text: str, *, over_http: Callable[[str], RewardFunctio
             weight = float(match["weight"] or 1.0) if match else None
         except ValueError:
             weight = None
-        if weight is None:
+        if match is None or weight is None:
             raise RewardError(
                 f"{part!r} in the reward {text!r} is not of the form [weight *] module:function or "
                 "[weight *] http://…; separate terms by ' + '"
@@ -99,24 +107,9 @@ def parse_reward_function(text: str, *, over_http: Callable[[str], RewardFunctio
             RewardTerm(
                 name=name,
                 weight=weight,
-                function=over_http(name) if is_address else import_reward_function(name),
+                function=over_http(name) if is_address else by_name(name),
             )
         )
     if len(terms) == 1 and terms[0].weight == 1.0:
         return terms[0].function
     return RewardSum(terms=tuple(terms))
-
-
-def reward_function_of(section: PPORewardSection) -> RewardFunction | None:
-    """Return the reward function of a config; None if it has none.
-
-    Raises:
-        RewardError: it cannot be found.
-    """
-
-    def over_http(url: str) -> RewardFunction:
-        return HttpReward(
-            url=url, timeout_s=section.timeout_s, retries=section.retries, batch_size=section.batch_size
-        )
-
-    return None if section.function is None else parse_reward_function(section.function, over_http=over_http)

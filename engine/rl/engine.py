@@ -17,7 +17,7 @@ from glm_rlhf.engine.config.training import DemonstrationsSection
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rewards.combined import CombinedReward
-from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
+from glm_rlhf.engine.rewards.configured import open_reward_function
 from glm_rlhf.engine.rl.checkpoint import load_run, save_run
 from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
@@ -26,7 +26,6 @@ from glm_rlhf.engine.training.run import adam_of
 from glm_rlhf.engine.types import Experience, PromptInput, Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.optim.in_backward import training_state
-from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
@@ -169,8 +168,9 @@ def _build(
     config: PPOConfig, topology: Topology, stack: contextlib.ExitStack
 ) -> tuple[PPORoles, Tokenizer | None]:
     """Return the roles with their models loaded, and the tokenizer; `stack` ends what the roles hold."""
-    with raise_on_all_ranks("finding the reward function"):
-        function = reward_function_of(config.reward)
+    function = stack.enter_context(
+        open_reward_function(config.reward, topology=topology, seed=config.run.seed)
+    )
     policy, _, tokenizer = load_main_model(config, topology, recompute_layers=config.train.recompute_layers)
     glm, generation = policy[0].glm, config.generation
     resharded = stack.enter_context(
@@ -206,6 +206,7 @@ def _build(
             function_weight=config.reward.function_weight,
             skip_failures=config.reward.on_error == "mask",
             concurrency=config.reward.concurrency,
+            function_timeout_s=config.reward.function_timeout_s,
             answer_by_reference=baseline,
         ),
         ppo=config.ppo,

@@ -18,6 +18,7 @@ _WITHOUT_EFFECT = {
     *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "train.recompute_layers"),
     *("train.offload", "data.eval_records"),
     *("reward.timeout_s", "reward.retries", "reward.batch_size", "reward.concurrency"),
+    *("reward.workers", "reward.function_timeout_s"),
 }
 _ON_LAST_BITS = {
     *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.sequence_parallel"),

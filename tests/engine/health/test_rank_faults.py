@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,37 @@ def test_a_restarted_run_resumes_to_the_same_bits(warm_launch, line, tmp_path):
 def final_weights(output: Path) -> dict[str, torch.Tensor]:
     (file,) = (output / "hf" / "step_3").glob("*.safetensors")
     return load_file(file)
+
+
+def leave_while_rewards_are_awaited(line: list[str], file: str) -> tuple[int, float, int]:
+    """Return the exit code, the seconds from the signal to the end, and the exit code of the resumed run."""
+    rank = torch.distributed.get_rank()
+    start = time.monotonic()
+    code = run_with_fault(Fault(kind="SIGTERM", phase="reward", rank=2), line, rank)
+    seconds = time.monotonic() - start
+    torch.distributed.barrier()
+    Path(file).touch()
+    return code, seconds, main(line)
+
+
+def test_a_signal_while_rewards_are_awaited_saves_at_once_and_the_run_resumes_to_the_same_bits(
+    ranks, line, untouched, tmp_path
+):
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "go_on"
+    records = [
+        {"prompt_tokens": [3 + n, 4], "wait_for": str(file)} for n in range(8)
+    ]  # the prompts of `line`
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["parallel.tp=2", f"run.output={tmp_path / 'run'}", f"data.path={prompts}"]
+    arguments = [*line, *options, "reward.function=reward_rules:waits_for_a_file"]
+    results = ranks.run(leave_while_rewards_are_awaited, arguments, str(file))
+    assert [(first, second) for first, _, second in results] == [(0, 0)] * 4
+    assert max(seconds for _, seconds, _ in results) < 120.0  # the function would wait for ever
+    assert (tmp_path / "run" / "checkpoints" / "step_1").exists()
+    metrics = [json.loads(text)["step"] for text in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert metrics == [1, 2, 3]
+    found = final_weights(tmp_path / "run")
+    assert all(torch.equal(found[name], untouched[name]) for name in found)
 
 
 def leave_and_resume(kind: str, phase: str, line: list[str]) -> tuple[int, int]:

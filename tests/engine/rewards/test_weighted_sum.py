@@ -3,7 +3,12 @@
 import pytest
 from reward_requests import reward_requests
 
-from glm_rlhf.engine.rewards.function import RewardError, RewardFailure, call_reward_function
+from glm_rlhf.engine.rewards.function import (
+    RewardError,
+    RewardFailure,
+    call_reward_function,
+    import_reward_function,
+)
 from glm_rlhf.engine.rewards.weighted_sum import RewardSum, RewardTerm, parse_reward_function
 
 
@@ -25,7 +30,7 @@ def over_http(url: str):
     ],
 )
 def test_a_text_names_a_weighted_sum(text, expected):
-    function = parse_reward_function(text, over_http=over_http)
+    function = parse_reward_function(text, over_http=over_http, by_name=import_reward_function)
     assert (
         call_reward_function(function, reward_requests()) == [expected] * 3
     )  # ids 4 and 55, of which one is below 48
@@ -36,7 +41,7 @@ def test_a_text_names_a_weighted_sum(text, expected):
 )
 def test_another_form_is_an_error(text):
     with pytest.raises(RewardError):
-        parse_reward_function(text, over_http=over_http)
+        parse_reward_function(text, over_http=over_http, by_name=import_reward_function)
 
 
 def test_a_failure_of_one_term_is_a_failure_of_the_sum_and_named():

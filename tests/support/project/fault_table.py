@@ -1,24 +1,29 @@
 """The fault table: faults per phase and rank of a PPO run, what each must lead to, and how it is tried."""
 
+import contextlib
 import json
 import math
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from faulty_run import Fault
-from reward_rules import share_of_low_ids
+from reward_rules import SlowOnce, share_of_low_ids
 from safetensors.torch import load_file
 from tiny_models import make_model, save_folder
 from tiny_ppo_line import ppo_line
 from warm_launches import WarmLaunches
 
 from examples.reward_server import make_server
+from glm_rlhf.engine.rewards.function import RewardFunction
 
 DEADLINE_S = 30.0
 WATCHDOG_S = 8.0
+SLOW_S = 25.0
+SOON_S = 5.0
 PHASES = ("generate", "reward", "old_logprobs", "critic", "policy")
 
 
@@ -65,6 +70,14 @@ STOPPED = Promise(
 LEFT = Promise(
     promise="saved and exited with 0; the same command resumes to the unfaulted run's bits",
     is_success=True,
+    said=("as a signal asked",),
+    has_same_bits=True,
+    resumes=True,
+)
+LEFT_SOON = Promise(
+    promise=f"saved and exited with 0 within {SOON_S:g} s; it resumes to the unfaulted run's bits",
+    is_success=True,
+    deadline_s=SOON_S,
     said=("as a signal asked",),
     has_same_bits=True,
     resumes=True,
@@ -132,6 +145,7 @@ def _case(
 
 
 SERVER = "reward.function={server}"
+SLOW_SERVER = "reward.function={slow_server}"
 CASES = (
     *(_case(9, "kill", phase, rank, ENDED) for phase in PHASES for rank in (0, 1)),
     _case(9, "kill", "save", 1, ENDED, "train.save_every=1"),
@@ -149,6 +163,7 @@ CASES = (
     *(_case(12, "SIGTERM", phase, rank, LEFT) for phase in PHASES for rank in (0, 1)),
     _case(12, "SIGUSR1", "generate", 0, LEFT),
     _case(12, "SIGUSR1", "save", 1, LEFT),
+    *(_case(25, "SIGTERM", "reward", rank, LEFT_SOON, SLOW_SERVER) for rank in (0, 1)),
     _case(7, "disk full", "save", 0, REPORTED),
     _case(7, "slow disk", "save", 1, DONE, "train.save_every=1"),
     _case(5, "corrupt file", "policy", 0, FELL_BACK, time=3),
@@ -176,20 +191,32 @@ class Outcome:
 def try_all(folder: Path) -> list[Outcome]:
     """Return the outcome of each case, in runs under `folder`."""
     line = ppo_line(save_folder(folder / "model", "glm", make_model("glm")), folder)
-    server = make_server(share_of_low_ids, port=0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     outcomes = []
-    with WarmLaunches() as launch:
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(_served(share_of_low_ids))
+        launch = stack.enter_context(WarmLaunches())
         code, said, _ = launch(Fault(), [*line, f"run.output={folder / 'wanted'}"], timeout_s=100)
         assert code == 0, said
         for number, case in enumerate(CASES):
-            address = f"http://127.0.0.1:{server.server_port}"
-            settings = [setting.format(server=address) for setting in case.settings]
+            addresses = {"server": address}
+            if SLOW_SERVER in case.settings:
+                addresses["slow_server"] = stack.enter_context(_served(SlowOnce(SLOW_S)))
+            settings = [setting.format(**addresses) for setting in case.settings]
             seconds, failure = _try(launch, case, [*line, *settings], folder / str(number), folder / "wanted")
             outcomes.append(Outcome(case=case, seconds=seconds, failure=failure))
-    server.shutdown()
-    server.server_close()
     return outcomes
+
+
+@contextlib.contextmanager
+def _served(rule: RewardFunction) -> Iterator[str]:
+    """Serve a reward function; gives its address."""
+    server = make_server(rule, port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def _try(launch: WarmLaunches, case: Case, line: list[str], output: Path, wanted: Path) -> tuple[float, str]:

@@ -69,12 +69,12 @@ def _nan() -> None:
 
 def _lose_reward_server() -> None:
     """Make every connection fail from now on."""
-    import urllib.request
+    from glm_rlhf.engine.rewards import bounded_post
 
     def refuse(*_args, **_options):
         raise ConnectionRefusedError(111, "Connection refused")
 
-    urllib.request.urlopen = refuse
+    bounded_post.post = refuse
 
 
 FAULTS: dict[str, Callable[[], object]] = {
