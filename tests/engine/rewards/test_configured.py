@@ -162,6 +162,7 @@ def test_an_answer_that_cannot_be_pickled_is_a_failure(rules):
         ("rules_of_a_user:missing", "rules_of_a_user has no function 'missing'", ""),
         ("rules_of_nobody:rule", "rules_of_nobody:rule cannot be imported: No module named", ""),
         ("rules_of_a_user", "not of that form", ""),
+        ("__main__:rule", "in the script that runs", ""),
         (
             "rules_that_break:rule",
             r"KeyError: 'limit' \(.*rules_that_break\.py, line 3\)",
