@@ -57,7 +57,12 @@ def open_reward_function(
             return InProcessReward(
                 import_reward_function(name), name=name, timeout_s=section.function_timeout_s
             )
-        split_name(name)
+        module, _ = split_name(name)
+        if module == "__main__":
+            raise RewardError(
+                f"the reward function {name} is in the script that runs, which its processes do not import: "
+                "put it in a module, or set reward.workers=0"
+            )
         names.append(name)
         return WorkerReward(name=name, pool=pool)
 

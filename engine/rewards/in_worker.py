@@ -1,7 +1,7 @@
 """A reward function that is called in worker processes, where a call that does not return is ended."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from glm_rlhf.engine.rewards.function import (
@@ -29,8 +29,10 @@ class WorkerReward:
     def __call__(self, requests: Sequence[RewardRequest]) -> list[Reward | RewardFailure]:
         """Return a reward or a failure for each answer; all fail where the call takes too long or its process
         ends."""
+        # A view of a dict, say, cannot be pickled.
+        carried = [replace(request, extra=dict(request.extra)) for request in requests]
         try:
-            rewards = self.pool.call(f"{__name__}:score", self.name, list(requests))
+            rewards = self.pool.call(f"{__name__}:score", self.name, carried)
             return cast(list[Reward | RewardFailure], rewards)
         except WorkerTimeout:
             reason = (

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from faulty_server import CASES, CONTINUE, OK, serving
+from machine_load import slowdown
 from reward_requests import reward_requests
 
 from glm_rlhf.engine.rewards import bounded_post
@@ -64,11 +65,11 @@ def test_every_fault_of_every_part_is_a_failure_in_time():
     assert "encoded as 'br'" in reasons["unknown encoding"]
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_no_attempt_takes_a_second_longer_than_its_timeout():
     attempt("http://127.0.0.1:9/")  # imports the client
     elapsed = {name: elapsed for name, (_, elapsed) in attempts_at_all_faults().items()}
-    assert max(elapsed.values()) <= TIMEOUT_S + 1.0, elapsed
+    assert max(elapsed.values()) <= TIMEOUT_S + 1.0 * slowdown(), elapsed
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

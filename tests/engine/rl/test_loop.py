@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_answers_without_a_reward_are_excluded_in_every_layout(ranks, inputs, tm
             assert one[name] == pytest.approx(four[name], rel=1e-4, abs=2e-5), name  # sums in another order
     assert main(command(inputs, tmp_path / "raises", *options, "reward.on_error=raise")) == 2
     assert "it is nan, a finite number is required" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_traceback_of_a_reward_function_is_shown_before_the_sentence(inputs, tmp_path, capsys, workers):
+    options = ["reward.function=reward_rules:raises", f"reward.workers={workers}"]
+    assert main(command(inputs, tmp_path, *options)) == 2
+    _, _, said = capsys.readouterr().err.partition("Traceback (most recent call last):\n")
+    traceback, _, sentence = said.rpartition("glm-rlhf ppo: ")
+    assert re.search(r'File ".*reward_rules\.py", line \d+, in raises\n', traceback)
+    assert "glm_rlhf" not in traceback
+    assert sentence.startswith("reward 0 of 16, of the answer ")
+    assert re.search(r"raised KeyError: 'missing' \(.*reward_rules\.py, line \d+\)$", sentence.rstrip())
 
 
 def test_a_run_evaluates_on_the_way_and_keeps_its_best_policy(inputs, tmp_path):

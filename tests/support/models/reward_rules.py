@@ -36,6 +36,10 @@ def share_of_low_ids(requests) -> list[float]:
     return [sum(t < 48 for t in r.response_tokens) / len(r.response_tokens) for r in requests]
 
 
+def raises(requests) -> list[float]:
+    return [r.extra["missing"] for r in requests]
+
+
 def too_few(requests) -> list[float]:
     return [0.0] * (len(requests) - 1)
 

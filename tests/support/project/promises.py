@@ -214,6 +214,26 @@ ROWS = (
         f"{ENGINE}/data/tokenizer/test_tiktoken_vocab.py::test_a_bad_line_is_named",
         least=12,
     ),
+    _row(
+        24,
+        "a reward call has an end: each part of a server's response that drips, stops, is huge or junk; "
+        "redirects, error bodies, a gzip bomb; a function that never returns",
+        "each attempt ends within reward.timeout_s and 1 s, the process of a hung function is ended",
+        f"{ENGINE}/rewards/test_bounded_post.py",
+        f"{ENGINE}/rewards/test_configured.py",
+        f"{ENGINE}/rewards/test_in_process.py",
+        f"{ENGINE}/workers/test_pool.py",
+        least=60,
+    ),
+    _row(
+        25,
+        "SIGTERM while a reward is awaited saves and exits at once",
+        "a server that takes 25 s, each rank: all ended within 5 s",
+        f"{ENGINE}/health/test_rank_faults.py::"
+        "test_a_signal_while_rewards_are_awaited_saves_at_once_and_the_run_resumes_to_the_same_bits",
+        f"{ENGINE}/rewards/test_distributed.py",
+        least=4,
+    ),
 )
 
 DESELECTED = tuple(
