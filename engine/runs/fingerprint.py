@@ -15,7 +15,14 @@ _FREE_SECTIONS = ("parallel", "observe", "evaluate")
 _FREE_KEYS = {
     *("run.name", "run.output", "run.resume"),
     *("train.steps", "train.micro_batch_tokens", "train.recompute_layers", "train.overlap_communication"),
-    *("train.save_every", "train.keep_last", "train.keep_every", "train.async_save", "train.export_every"),
+    *(
+        "train.save_every",
+        "train.save_every_s",
+        "train.keep_last",
+        "train.keep_every",
+        "train.async_save",
+        "train.export_every",
+    ),
     *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "optimizer.in_backward"),
     *("generation.max_batch", "generation.max_step_tokens", "generation.page_size", "generation.cache_bytes"),
     *("data.eval_path", "data.eval_records"),
