@@ -13,11 +13,19 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 from glm_rlhf.engine.config.bench import BenchConfig
 from glm_rlhf.engine.config.evaluate import EvaluateConfig
 from glm_rlhf.engine.config.keys import help_text, keys_of
-from glm_rlhf.engine.config.load import ConfigError, dump_config, is_override, load_config, save_config
+from glm_rlhf.engine.config.load import (
+    FILE_NAME,
+    ConfigError,
+    dump_config,
+    is_override,
+    load_config,
+    save_config,
+)
 from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.config.sections import GenerateConfig, ScoreConfig
@@ -227,14 +235,20 @@ def _raise_if_config_of_another_command(path: str, command: Command) -> None:
 
 
 def _save_resolved_config(config: object) -> None:
-    """Print the resolved config and write it to the run folder, on rank 0, if the command has a run folder.
+    """Print the resolved config and write it to a new run folder, on rank 0, if the command has a run folder.
+
+    A folder that has a config keeps it until the command is accepted and writes its own.
 
     Raises:
         ValueError: the folder cannot be written.
     """
     if _rank("RANK") == 0 and hasattr(config, "run"):
+        path = Path(config.run.output) / FILE_NAME
+        if os.path.lexists(path):
+            log(f"{dump_config(config)}# for {path}")
+            return
         try:
-            path = save_config(config, config.run.output)
+            save_config(config, config.run.output)
         except OSError as error:
             raise ValueError(
                 f"run.output is {config.run.output}, which cannot be written: {error.strerror}"

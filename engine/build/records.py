@@ -14,6 +14,7 @@ from glm_rlhf.parallel.runtime.consensus import failure_barriers, raise_on_all_r
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_file
 
 REPORT_NAME = "data.json"
 
@@ -133,4 +134,4 @@ class _Report:
         with raise_on_all_ranks(f"writing {self.path}"):
             if self.topology.is_main_rank:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(self._files, indent=2) + "\n", encoding="utf-8")
+                replace_file(self.path, (json.dumps(self._files, indent=2) + "\n").encode())

@@ -24,11 +24,13 @@ from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.weighted_sum import reward_function_of
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_file
 
 FILE_NAME = "evaluate.json"
 
@@ -42,7 +44,7 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
+    with open_world(config) as topology, claim_outputs(config, topology, Path(config.run.output) / FILE_NAME):
         with raise_on_all_ranks("finding the reward function"):
             function = reward_function_of(config.reward)
         policy, _, tokenizer = load_main_model(config, topology)
@@ -56,6 +58,7 @@ def run(config: EvaluateConfig) -> None:
                 on_error=config.data.on_error,
                 report=report,
             )
+        record_config(config, topology)
         rollouts = [_answer(config, policy, prompts, tokenizer, topology)]
         del policy
         if config.against.path is not None:
@@ -155,5 +158,5 @@ def _write(
     }
     path = Path(config.run.output) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return path

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from glm_rlhf.engine.config.keys import RENAMED_KEYS, Key, in_yaml, keys_of, nearest_key, section_factories
 from glm_rlhf.engine.config.yaml_source import ConfigError, YamlValue, read_file, read_value, to_yaml
+from glm_rlhf.parallel.storage.durable_io import replace_file
 
-__all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
+__all__ = ["FILE_NAME", "ConfigError", "dump_config", "is_override", "load_config", "save_config"]
 
 Config = TypeVar("Config")
 
@@ -87,7 +88,7 @@ def save_config(config: object, folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_config(config), encoding="utf-8")
+    replace_file(path, dump_config(config).encode())
     return path
 
 

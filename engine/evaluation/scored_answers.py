@@ -12,6 +12,7 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.types import Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.storage.durable_io import replace_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def write_answers(path: Path, answers: Sequence[ScoredAnswer], topology: Topolog
         if topology.is_main_rank:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-            path.write_text(text, encoding="utf-8")
+            replace_file(path, text.encode())
 
 
 def _scored_answer(

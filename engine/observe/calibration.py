@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from glm_rlhf.engine.objectives.pair_statistics import CalibrationBin
+from glm_rlhf.parallel.storage.durable_io import replace_file
 
 
 def write_calibration(folder: str | Path, step: int, table: Sequence[CalibrationBin]) -> None:
@@ -18,7 +19,7 @@ def write_calibration(folder: str | Path, step: int, table: Sequence[Calibration
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(row) for row in table]
-    (folder / f"step_{step}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    replace_file(folder / f"step_{step}.json", (json.dumps(rows, indent=1) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is not None:
         _draw(folder / f"step_{step}.png", step, table)
 

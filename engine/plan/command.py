@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, assumed_rates, read_rates, shape_of
 from glm_rlhf.engine.cost.workload import Roles, Workload
@@ -28,6 +29,7 @@ def run(config: PlanConfig) -> None:
         count=config.plan.alternatives,
     )
     sys.stdout.write(report(config, roles, work, cluster, plans))
+    save_config(config, config.run.output)
     paths = write_files(config, plans[0])
     sys.stdout.write(f"written: {', '.join(map(str, paths))}\n")
 
