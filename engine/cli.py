@@ -9,11 +9,13 @@ import contextlib
 import errno
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from glm_rlhf.engine.exit_report import TRACEBACK_VARIABLE, USER_ERROR, report_bug, report_user_error
@@ -242,16 +244,22 @@ def _raise_if_config_of_another_command(path: str, command: Command) -> None:
 
 
 def _save_resolved_config(config: object, launch: Launch) -> None:
-    """Print the resolved config and write it to the run folder, on rank 0, if the command has a run folder.
+    """Print the resolved config and write it to a new run folder, on rank 0, if the command has a run folder.
+
+    A folder that has a config keeps it until the command is accepted and writes its own.
 
     Raises:
         ValueError: the folder cannot be written.
     """
     if launch.rank == 0 and hasattr(config, "run"):
-        from glm_rlhf.engine.config.load import dump_config, save_config
+        from glm_rlhf.engine.config.load import FILE_NAME, dump_config, save_config
 
+        path = Path(config.run.output) / FILE_NAME
+        if os.path.lexists(path):
+            log(f"{dump_config(config)}# for {path}")
+            return
         try:
-            path = save_config(config, config.run.output)
+            save_config(config, config.run.output)
         except OSError as error:
             raise ValueError(
                 f"run.output is {config.run.output}, which cannot be written: {error.strerror}"

@@ -31,6 +31,7 @@ from glm_rlhf.engine.bench.rates import Size, rates_on
 from glm_rlhf.engine.bench.report import Row, joined
 from glm_rlhf.engine.bench.sizes import Sizes, ranks_for, sizes_for
 from glm_rlhf.engine.config.bench import PEER_PACKAGES, BenchConfig, BenchSection
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
@@ -57,6 +58,8 @@ def run(config: BenchConfig) -> int:
     if device.type == "cpu":
         torch.set_num_threads(section.threads)
     sizes = sizes_for(section, device)
+    if int(os.environ.get("RANK") or 0) == 0:
+        save_config(config, folder)
     if "WORLD_SIZE" in os.environ:
         _measure_world(section, sizes, folder)
         return 0

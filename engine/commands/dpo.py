@@ -9,7 +9,7 @@ from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import DPOConfig
 from glm_rlhf.engine.data.store.examples import Pairs
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
-from glm_rlhf.engine.runs.checkpoints import open_run_folder
+from glm_rlhf.engine.runs.run_folder import open_run_folder
 from glm_rlhf.engine.scoring.pair_logprobs import score_reference
 from glm_rlhf.engine.training.record_losses import DPOLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training, sampler_of
@@ -28,8 +28,7 @@ def run(config: DPOConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
-        checkpoint = open_run_folder(config, topology)
+    with open_world(config) as topology, open_run_folder(config, topology) as checkpoint:
         chunks, _, tokenizer = load_main_model(
             config, topology, recompute_layers=config.train.recompute_layers
         )

@@ -24,6 +24,7 @@ from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.configured import open_reward_function
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
@@ -45,6 +46,7 @@ def run(config: EvaluateConfig) -> None:
     """
     with (
         open_world(config) as topology,
+        claim_outputs(config, topology, Path(config.run.output) / FILE_NAME),
         open_reward_function(config.reward, topology=topology, seed=config.run.seed) as function,
     ):
         policy, _, tokenizer = load_main_model(config, topology)
@@ -58,6 +60,7 @@ def run(config: EvaluateConfig) -> None:
                 on_error=config.data.on_error,
                 report=report,
             )
+        record_config(config, topology)
         rollouts = [_answer(config, policy, prompts, tokenizer, topology)]
         del policy
         if config.against.path is not None:

@@ -27,6 +27,7 @@ from glm_rlhf.engine.rollout.generation_phase import GenerationPhase, deal_by_le
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
 from glm_rlhf.engine.rollout.scheduling.requests import NonFiniteLogits
 from glm_rlhf.engine.rollout.stop_strings import stop_check
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights
 from glm_rlhf.parallel.model.glm import GLMModel
@@ -60,11 +61,12 @@ def run(config: GenerateConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
+    with open_world(config) as topology, claim_outputs(config, topology):
         chunks, _, tokenizer = load_main_model(config, topology)
         report = ReadReport()
         with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_ids(config, tokenizer, chunks[0], report)
+        record_config(config, topology)
         with contextlib.ExitStack() as stack:
             write = None
             with raise_on_all_ranks(f"writing {config.out_path}"):

@@ -17,6 +17,7 @@ from glm_rlhf.engine.data.records.files import read_record_file
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
 from glm_rlhf.engine.data.records.reading import ReadReport, RecordLocation
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
@@ -25,6 +26,7 @@ from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.storage.durable_io import replace_text
 
 Answer = tuple[int, ...]
+REPORT_NAME = "label.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +84,14 @@ def run(config: LabelConfig) -> None:
         ValueError: anything that the user has to fix.
     """
     start = time.monotonic()
-    with open_world(config) as topology:
+    report_path = Path(config.run.output) / REPORT_NAME
+    more = [] if config.label.prompts_out is None else [Path(config.label.prompts_out)]
+    with open_world(config) as topology, claim_outputs(config, topology, report_path, *more):
         chunks, _, tokenizer = load_main_model(config, topology)
         glm, read = chunks[0].glm, ReadReport()
         with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_ids(config, tokenizer, chunks[0], read)
+        record_config(config, topology)
         answers = _answers(config, prompts, tokenizer, chunks, topology)
         del chunks
         scores = _scores(config, prompts, answers, glm, tokenizer, topology)
@@ -252,7 +257,7 @@ def _write_prompts(
 def _tell(
     config: LabelConfig, report: LabelReport, variance: VarianceReport | None, elapsed_s: float
 ) -> None:
-    path = Path(config.run.output) / "label.json"
+    path = Path(config.run.output) / REPORT_NAME
     values = {"pairs": asdict(report), "prompts": None if variance is None else variance.as_dict()}
     replace_text(path, json.dumps(values, indent=2) + "\n")
     lines = [*report.lines(), *([] if variance is None else variance.lines())]

@@ -10,7 +10,7 @@ from glm_rlhf.engine.config.training import RewardConfig
 from glm_rlhf.engine.objectives.pair_statistics import calibration_table
 from glm_rlhf.engine.observe.best_effort import without_failing
 from glm_rlhf.engine.observe.calibration import write_calibration
-from glm_rlhf.engine.runs.checkpoints import open_run_folder
+from glm_rlhf.engine.runs.run_folder import open_run_folder
 from glm_rlhf.engine.training.record_losses import RewardModelLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training
 from glm_rlhf.parallel.runtime.log import log
@@ -26,8 +26,7 @@ def run(config: RewardConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
-        checkpoint = open_run_folder(config, topology)
+    with open_world(config) as topology, open_run_folder(config, topology) as checkpoint:
         chunks, created, tokenizer = load_main_model(
             config, topology, role="reward", recompute_layers=config.train.recompute_layers
         )

@@ -20,6 +20,7 @@ from glm_rlhf.engine.data.records.schema import (
 )
 from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.runs.run_folder import record_config
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
@@ -49,6 +50,7 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
         ValueError: anything that the user has to fix.
     """
     chunks, _, tokenizer = load_main_model(config, topology, role="reward")
+    record_config(config, topology)
     report, budget = ReadReport(), config.train.micro_batch_tokens
     records = _records(config, tokenizer, chunks[0].glm, report)
     start, num_answers, num_right = time.monotonic(), 0, 0.0

@@ -14,7 +14,7 @@ from glm_rlhf.engine.config.keys import RENAMED_KEYS, Key, in_yaml, keys_of, nea
 from glm_rlhf.engine.config.yaml_source import ConfigError, YamlValue, read_file, read_value, to_yaml
 from glm_rlhf.parallel.storage.durable_io import replace_text
 
-__all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
+__all__ = ["FILE_NAME", "ConfigError", "dump_config", "is_override", "load_config", "save_config"]
 
 Config = TypeVar("Config")
 

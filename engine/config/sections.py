@@ -157,6 +157,8 @@ class RecordsSection:
     """Input file: JSON lines or parquet."""
     out: PathText | None = None
     """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl."""
+    overwrite: bool = False
+    """Whether output files that exist are replaced; otherwise the command is refused."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -173,6 +175,8 @@ class ScoredRecordsSection:
     """Form of the records; pairs and hh-rlhf (pairs of whole dialogues) need a reward model."""
     out: PathText | None = None
     """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl."""
+    overwrite: bool = False
+    """Whether output files that exist are replaced; otherwise the command is refused."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"

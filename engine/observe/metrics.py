@@ -4,19 +4,20 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from glm_rlhf.engine.observe.best_effort import GrowingFile, without_failing
+from glm_rlhf.engine.observe.metrics_file import FILE_NAME, read_metrics
+from glm_rlhf.engine.observe.tensorboard_files import cut_events
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.storage.durable_io import replace_text
 
 WriteMetrics = Callable[[int, Mapping[str, float | None]], None]
 """Takes a step and its metrics by name; None: undefined at that step."""
-
-FILE_NAME = "metrics.jsonl"
 
 
 @contextlib.contextmanager
@@ -33,9 +34,10 @@ def open_metrics(
     """Return, as a context manager, a function that writes the metrics of one step.
 
     A line of `<folder>/metrics.jsonl` is `{"step": n, name: number, …}`, written when the function returns.
-    NaN, Inf and None are null there and omitted elsewhere. A new run replaces the file of an earlier one. A
-    disk that is full later is logged, and does not end the run: lines wait until they can be written,
-    TensorBoard ends.
+    NaN, Inf and None are null there and omitted elsewhere. A new run replaces the files of an earlier one; a
+    resumed one removes what lies after the step that it resumes from, so that no step is there twice. A disk
+    that is full later is logged, and does not end the run: lines wait until they can be written, TensorBoard
+    ends.
 
     Args:
         folder: of the run; created if missing.
@@ -47,7 +49,7 @@ def open_metrics(
         last_step: of a resumed run: lines up to this step are kept; None: a new run.
 
     Raises:
-        ValueError: `wandb_project` is set but wandb is not installed.
+        ValueError: `wandb_project` is set but wandb is not installed, or `metrics.jsonl` is no file.
         OSError: the folder cannot be created or written.
     """
     if not is_owner:
@@ -63,6 +65,8 @@ def open_metrics(
     with contextlib.ExitStack() as stack:
         if last_step is not None:
             _keep_lines(folder / FILE_NAME, last_step)
+        elif os.path.lexists(folder / FILE_NAME) and not (folder / FILE_NAME).is_file():
+            raise ValueError(f"{folder / FILE_NAME} is not a regular file: remove it")
         file = GrowingFile(folder / FILE_NAME, is_new=last_step is None)
         stack.callback(file.close)
         sinks: list[Callable[[int, dict[str, float]], None]] = []
@@ -90,13 +94,12 @@ def _write_nothing(_step: int, _metrics: Mapping[str, float | None]) -> None:
 
 
 def _keep_lines(path: Path, last_step: int) -> None:
-    """Remove lines after `last_step`, and incomplete ones, in one atomic replacement of the file."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(f"{line}\n")
+    """Remove lines after `last_step`, and those that are none of a step, by one replacement of the file."""
+    by_step, num_others = read_metrics(path)
+    kept = [json.dumps(values) + "\n" for step, values in by_step.items() if step <= last_step]
     replace_text(path, "".join(kept))
+    if num_others:
+        log(f"{path}: {num_others} lines are no metrics of a step and were removed")
 
 
 def _tensorboard(
@@ -105,6 +108,7 @@ def _tensorboard(
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the owner needs it
 
     stack.enter_context(_quiet_writer_thread())
+    cut_events(folder, last_step)
     writer = SummaryWriter(str(folder), purge_step=None if last_step is None else last_step + 1)
     is_failing = False
 

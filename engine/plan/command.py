@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, assumed_rates, read_rates, shape_of
 from glm_rlhf.engine.cost.save_time import checkpoint_bytes
@@ -29,6 +30,7 @@ def run(config: PlanConfig) -> None:
         count=config.plan.alternatives,
     )
     sys.stdout.write(report(config, roles, work, cluster, plans))
+    save_config(config, config.run.output)
     trained = ((roles.policy, False), (roles.critic, True))
     paths = write_files(config, plans[0], checkpoint_bytes(trained, itemsize=work.itemsize))
     sys.stdout.write(f"written: {', '.join(map(str, paths))}\n")

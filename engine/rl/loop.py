@@ -38,6 +38,8 @@ from glm_rlhf.parallel.runtime.preemption import (
 from glm_rlhf.parallel.runtime.spans import span
 from glm_rlhf.parallel.runtime.topology import Topology
 
+EVALUATION = "evaluation"
+"""Entry of a run's progress with what was evaluated."""
 _NUM_SAMPLES = 16  # answers in a file of them
 
 
@@ -51,12 +53,20 @@ def run_iterations(
         ValueError: too many iterations in a row were not finite.
     """
     config, topology, first = engine.config, engine.topology, run.first_step
-    evaluation = PPOEvaluation(engine) if config.evaluate.every else None
-    if evaluation is not None and first == 0:
-        with defer_preemption():
-            run.write(0, evaluation.run(0))
+    before = (run.progress or {}).get(EVALUATION)
+    evaluation = PPOEvaluation(engine, run.checkpoints.exports, before) if config.evaluate.every else None
+    # A run that was left inside its first iteration has trained already.
+    if evaluation is not None and first == 0 and engine.roles.partial_update is None:
+        if not evaluation.has_evaluated(0):
+            with defer_preemption():
+                run.write(0, evaluation.run(0))
     num_skipped = 0
-    completed: dict[str, Any] = {"step": first} | engine.roles.progress()
+
+    def progress_after(step: int) -> dict[str, Any]:
+        evaluated = before if evaluation is None else evaluation.progress()
+        return {"step": step, EVALUATION: evaluated} | engine.roles.progress()
+
+    completed = progress_after(first)
     with ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first) as progress:
         for step in range(first, config.train.steps):
             batch = [prompts[number] for number in sampler.batch(step)]
@@ -71,10 +81,10 @@ def run_iterations(
                 raise
             else:
                 num_skipped = 0
-            completed = {"step": step + 1} | engine.roles.progress()
             if evaluation is not None and evaluation.is_due(step + 1):
                 with defer_preemption():
                     metrics |= evaluation.run(step + 1)
+            completed = progress_after(step + 1)
             run.write(step + 1, metrics)
             with span("save"):
                 run.checkpoints.after_step(
@@ -99,7 +109,7 @@ def _save_and_exit(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Ma
     if roles.partial_update is None:
         checkpoints.save_and_exit(step, completed, rank_tensors=rank_tensors)
         return
-    progress = {"step": step, IS_INSIDE: True} | roles.progress()
+    progress = {**completed, IS_INSIDE: True} | roles.progress()
     rank_tensors |= tensors_of(roles.partial_update)
     checkpoints.save_and_exit(step + 1, progress, rank_tensors=rank_tensors, is_inside=True)
 

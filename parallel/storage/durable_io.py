@@ -7,6 +7,7 @@ disk leaves nothing incomplete under a final name, and its error names the file.
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,9 @@ def name_in_errors(path: str | Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def write_all(
@@ -122,3 +126,61 @@ def replace_text(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text.encode())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a complete folder in the place of another one, or where none is.
+
+    The two change names in one step where the system can do so (Linux, local file systems). Elsewhere the old
+    one is renamed to `.<name>.replaced` first; after a kill between the two renames `recover_folder` gives it
+    its name back. Either way no kill loses both.
+
+    Raises:
+        OSError: one of them cannot be renamed.
+    """
+    replaced = _replaced(target)
+    remove(replaced)
+    if not os.path.lexists(target):
+        os.rename(new, target)
+    elif _exchange(new, target):
+        os.rename(new, replaced)
+    else:
+        os.rename(target, replaced)
+        os.rename(new, target)
+    sync(target.parent)
+    remove(replaced)
+
+
+def recover_folder(target: Path) -> None:
+    """Give a folder its name back whose replacement was interrupted, and remove what one left over."""
+    replaced = _replaced(target)
+    if os.path.lexists(replaced) and not os.path.lexists(target):
+        os.rename(replaced, target)
+    remove(replaced)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two files or folders in one step; return whether the system can."""
+    import ctypes  # not needed by the commands that only print
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # this file system cannot
+        return False
+    raise OSError(code, os.strerror(code), str(other))

@@ -30,10 +30,12 @@ from glm_rlhf.engine.commands.demo.report import (
 )
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, toy_tasks
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.observe.timer import Timer
 from glm_rlhf.parallel.runtime.launch import read_launch
 from glm_rlhf.parallel.storage.durable_io import replace_text
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 _FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")
 _NUM_THREADS = 2  # more only wait for each other: no matrix here has a thousand rows and columns
@@ -48,7 +50,14 @@ def run(config: DemoConfig) -> int:
     """
     if read_launch().world_size > 1:
         raise ValueError("demo is one process, which launches others itself: start it without torchrun")
-    folder = _claim(Path(config.run.output))
+    folder = Path(config.run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder, is_inside=True):
+        return _run(config, _claim(folder))
+
+
+def _run(config: DemoConfig, folder: Path) -> int:
+    save_config(config, folder)
     clock = Timer()
     with _threads(_NUM_THREADS):
         tasks = toy_tasks(num_held_out=config.demo.num_held_out, seed=config.run.seed)

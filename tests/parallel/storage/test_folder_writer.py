@@ -1,5 +1,6 @@
 """A folder appears complete or not at all."""
 
+import contextlib
 import json
 import os
 import threading
@@ -206,3 +207,31 @@ def test_writers_without_a_barrier_are_refused():
         Writers(count=2)
     with pytest.raises(ValueError, match="rank is 2; with 2 writers"):
         Writers(rank=2, count=2, barrier=lambda: None)
+
+
+def test_the_second_writer_of_a_folder_is_refused_and_the_first_one_finishes(tmp_path):
+    """Without a lock the second took the first one's hidden folder, which ended as a file of zeros."""
+    target, files = tmp_path / "out", plan_files(planned(2), 100)
+    with new_folder(target, files, Writers()) as folder:
+        output = TensorFiles(folder, files)
+        with (
+            pytest.raises(ValueError, match=rf"out is being written by process {os.getpid()} on "),
+            new_folder(target, files, Writers()),
+        ):
+            pytest.fail("the block ran")
+        output.write("t0", torch.ones(2))
+    assert torch.equal(load_file(target / "model.safetensors")["t0"], torch.ones(2))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_without_locks_a_hidden_folder_that_is_there_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_writer, "one_writer", lambda target: contextlib.nullcontext(False))
+    (tmp_path / ".out.partial").mkdir()
+    files = plan_files(planned(2), 100)
+    with pytest.raises(ModelFolderError, match="another process may be writing"):
+        with new_folder(tmp_path / "out", files, Writers()):
+            pytest.fail("the block ran")
+    (tmp_path / ".out.partial").rmdir()
+    with new_folder(tmp_path / "out", files, Writers()) as folder:
+        TensorFiles(folder, files).write("t0", torch.ones(2))
+    assert os.listdir(tmp_path) == ["out"]
