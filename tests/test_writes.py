@@ -23,6 +23,9 @@ IN_PLACE = {
     "engine/observe/best_effort.py": "files that grow while a run lasts, and end with a complete line",
     "engine/observe/calibration.py": "a picture into memory",
     "engine/observe/metrics.py": "TensorBoard's own files",
+    "engine/observe/tensorboard_files.py": "TensorBoard's own files, cut after a whole event",
+    "engine/exit_report.py": "torchrun's file of an error, in its own folder, as the process ends",
+    "parallel/storage/writer_lock.py": "a lock file, whose content names its holder",
     "engine/bench/memory.py": "/proc of Linux",
     "engine/bench/parts/checkpoint.py": "a peer that is measured",
 }

@@ -8,7 +8,6 @@ import pickle
 import random
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -284,14 +283,11 @@ def test_a_stale_tracker_is_reported_and_ignored(saved, topology, tmp_path, caps
 
 
 def huge(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 2**40)
+    os.truncate(path.open("xb").fileno(), 2**40)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, huge])
-def test_a_tracker_that_is_no_name_is_neither_waited_for_nor_read_whole(
-    saved, topology, tmp_path, capsys, make
-):
+def test_a_tracker_that_is_no_name_is_not_waited_for(saved, topology, tmp_path, capsys, make):
     damaged_copy(saved, tmp_path / "run")
     (tmp_path / "run" / "latest").unlink()
     make(tmp_path / "run" / "latest")
@@ -400,6 +396,5 @@ def test_random_manifests_and_headers_give_typed_errors_or_load(saved, tmp_path)
             reasons.add(str(error))
         (folder / "manifest.json").write_text(text)
         (folder / RANK).write_bytes(content)
-    sys.stdout.write(f"{num_refused} of {NUM_RANDOM} refused\n")
     assert num_refused > NUM_RANDOM / 2
     assert all("step_4" in reason for reason in reasons)
