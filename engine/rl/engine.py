@@ -18,6 +18,7 @@ from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.configured import open_reward_function
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
 from glm_rlhf.engine.rl.checkpoint import load_run, save_run
 from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
@@ -209,7 +210,7 @@ def _build(
             function_timeout_s=config.reward.function_timeout_s,
             answer_by_reference=baseline,
         ),
-        ppo=config.ppo,
+        algorithm=PPO(config.ppo),
         answers=answers,
         micro_batch_tokens=config.train.micro_batch_tokens,
         critic_warmup_iterations=config.critic.warmup_iterations,
