@@ -295,3 +295,18 @@ def test_output_files_have_one_writer_and_are_replaced_on_demand_only(inputs, tm
     assert all(file.read_text() != "mine\n" for file in files)
     names = {path.name for path in output.iterdir()}
     assert names == {"config.yaml", *(file.name for file in files if file.parent == output)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["demo"], ["bench"], ["plan", "model.path=glm-4-9b", "cluster.gpus=8", "cluster.gpu=h100"]],
+    ids=lambda line: line[0],
+)
+def test_the_other_commands_have_a_run_folder_alone_too(tmp_path, line):
+    (tmp_path / "config.yaml").write_text("kept")
+    with one_writer(tmp_path, is_inside=True):
+        code, said = run_main([*line, f"run.output={tmp_path}"])
+    assert code == 2
+    assert f"{tmp_path} is being written by process " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "kept"
