@@ -36,6 +36,7 @@ from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.storage.durable_io import replace_text
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 RATES_FILE = "rates.json"
 """What `plan` takes as `cluster.rates`."""
@@ -51,15 +52,24 @@ def run(config: BenchConfig) -> int:
     the ranks that there are.
 
     Raises:
-        ValueError: a part that one process measures, under torchrun; an earlier report that is none.
+        ValueError: a part that one process measures, under torchrun; an earlier report that is none; another
+            process writes to the run folder.
     """
+    if int(os.environ.get("RANK") or 0) > 0:
+        return _run(config)
+    folder = Path(config.run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder, is_inside=True):
+        save_config(config, folder)
+        return _run(config)
+
+
+def _run(config: BenchConfig) -> int:
     section, folder = config.bench, Path(config.run.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(section.threads)
     sizes = sizes_for(section, device)
-    if int(os.environ.get("RANK") or 0) == 0:
-        save_config(config, folder)
     if "WORLD_SIZE" in os.environ:
         _measure_world(section, sizes, folder)
         return 0

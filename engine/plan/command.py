@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.plan import PlanConfig
@@ -11,13 +12,15 @@ from glm_rlhf.engine.cost.workload import Roles, Workload
 from glm_rlhf.engine.plan.output_files import write_files
 from glm_rlhf.engine.plan.report import report
 from glm_rlhf.engine.plan.search import Limits, search
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 
 def run(config: PlanConfig) -> None:
     """Print the best plans and write the config and launch scripts of the first one.
 
     Raises:
-        ValueError: an invalid model, rates file or length, or no layout fits.
+        ValueError: an invalid model, rates file or length, no layout fits, or another process writes to the
+            run folder.
     """
     roles, work, cluster = roles_of(config), work_of(config), cluster_of(config)
     check_lengths(roles, work)
@@ -30,9 +33,12 @@ def run(config: PlanConfig) -> None:
         count=config.plan.alternatives,
     )
     sys.stdout.write(report(config, roles, work, cluster, plans))
-    save_config(config, config.run.output)
     trained = ((roles.policy, False), (roles.critic, True))
-    paths = write_files(config, plans[0], checkpoint_bytes(trained, itemsize=work.itemsize))
+    folder = Path(config.run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder, is_inside=True):
+        save_config(config, folder)
+        paths = write_files(config, plans[0], checkpoint_bytes(trained, itemsize=work.itemsize))
     sys.stdout.write(f"written: {', '.join(map(str, paths))}\n")
 
 

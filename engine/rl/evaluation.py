@@ -135,10 +135,11 @@ class PPOEvaluation:
                 self._engine.topology,
             )
         best = max(known, key=lambda one: one[REWARD], default=None)
-        if best is not None and kept is not None and best["step"] == kept["step"]:
-            self._write_best(best)  # a kill may have come between the folder and this file
-        if keeps_best and kept is None and best is not None and best["step"] > 0:
-            return None  # the folder was removed
+        if keeps_best and best is not None and best["step"] > 0:
+            # Without its folder the policy is gone: the folder was removed, or the run kept none for a while.
+            best = kept if kept in known else None
+            if best is not None:
+                self._write_best(best)  # a kill may have come between the folder and this file
         return best
 
     def _write_best(self, best: Mapping[str, Any]) -> None:

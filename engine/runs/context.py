@@ -95,7 +95,7 @@ def open_run(
                 trace=None,
                 progress=progress,
             )
-            checkpoints.exports.open(run.first_step)
+            checkpoints.exports.open(run.first_step, config.train.steps)
             if run.is_finished:
                 checkpoints.close_finished(run.first_step)
                 writes_report = topology.is_main_rank and not (Path(config.run.output) / REPORT).exists()

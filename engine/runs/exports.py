@@ -52,22 +52,26 @@ class RunExports:
         self.folder = Path(run_folder) / EXPORTS
         self._run, self._export, self._topology = run, export, topology
 
-    def open(self, first_step: int) -> None:
-        """Repair what a kill left, and check what this run will replace.
+    def open(self, first_step: int, last_step: int) -> None:
+        """Repair what a kill left, and check what this run may replace.
 
         Args:
             first_step: steps completed before; exports of later ones are made again.
+            last_step: of the whole run.
 
         Raises:
-            ValueError: an export of a later step is not this run's; on every rank.
+            ValueError: an export of a step between is not this run's, or for a new run any export; on every
+                rank.
         """
         with raise_on_all_ranks(f"looking into {self.folder}"):
             if self._topology.is_main_rank and self.folder.is_dir():
                 for path in list(self.folder.iterdir()):
                     self._repair(path)
                 for path in sorted(self.folder.iterdir()):
-                    step = _STEP.fullmatch(path.name)
-                    if step and int(step[1]) > first_step and not self._is_replaceable(path):
+                    match = _STEP.fullmatch(path.name)
+                    step = int(match[1]) if match else 0
+                    is_replaced = first_step < step and (first_step == 0 or step <= last_step)
+                    if is_replaced and not self._is_replaceable(path):
                         raise ValueError(_foreign(path))
 
     def write(self, name: str, **values: Any) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny_models import make_model, save_folder
 from weight_folders import assert_same_bytes, load_all
 
 from glm_rlhf.engine.cli import main
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,16 @@ def test_what_all_ranks_see_ends_all_of_them(ranks, folder, tmp_path, fault, sen
     for code, said in ranks.run(run_main, command(source, tmp_path / "out", *more)):
         assert code == 2
         assert re.search(sentence, said), said
+
+
+def test_a_folder_that_another_process_writes_is_refused_on_every_rank(ranks, folder, tmp_path):
+    target = tmp_path / "out"
+    with one_writer(target):
+        answers = ranks.run(run_main, command(folder, target))
+    for rank, (code, said) in enumerate(answers):
+        assert code == 2
+        assert f"{target} is being written by process {os.getpid()} on " in said
+        assert ("failed on rank 0" in said) == (rank != 0)
+    assert not target.exists()
+    assert [code for code, _ in ranks.run(run_main, command(folder, target))] == [0] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]

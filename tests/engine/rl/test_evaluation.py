@@ -118,6 +118,15 @@ def test_a_best_policy_that_was_removed_makes_room_for_the_next(inputs, tmp_path
     assert best(tmp_path) == (4, 0.5)
 
 
+def test_a_policy_that_was_not_kept_does_not_stand_above_the_one_that_was(inputs, tmp_path):
+    line = command(inputs, tmp_path, "train.export_every=1")
+    run(line, [0.1, 0.5], stop=3)
+    run([*line, "evaluate.keeps_best=false"], [0.9], stop=5)
+    assert best(tmp_path) == (2, 0.5)
+    run(line, [0.7])
+    assert best(tmp_path) == (6, 0.7)
+
+
 def test_rewards_on_other_prompts_are_not_compared(inputs, tmp_path, capsys):
     line = command(inputs, tmp_path, "train.export_every=1")
     run(line, [0.1, 0.9], stop=3)

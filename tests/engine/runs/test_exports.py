@@ -35,7 +35,7 @@ def test_a_run_makes_its_own_exports_again(make, tmp_path):
     assert make().values_of("step_1") == {"run": "a run", "step": 1}
     make(weights="newer").write("step_1", step=1)
     assert content(tmp_path / "hf") == {"step_1": "newer"}
-    make().open(0)
+    make().open(0, 9)
 
 
 @pytest.mark.parametrize("what", ["other run", "no mark", "junk", "deep", "file", "link", "fifo"])
@@ -62,10 +62,12 @@ def test_what_is_not_its_own_is_refused_and_stays(make, tmp_path, what):
     sentence = re.escape(f"{folder} exists and is no export of this run")
     with pytest.raises(ValueError, match=sentence):
         make().write("step_4", step=4)
-    with pytest.raises(ValueError, match=sentence):
-        make().open(3)
+    for first_step, last_step in ((3, 4), (0, 3)):  # it writes that step; it is a new run
+        with pytest.raises(ValueError, match=sentence):
+            make().open(first_step, last_step)
     assert make().values_of("step_4") is None
-    make().open(4)  # it does not write that step
+    make().open(4, 9)  # it does not write that step again
+    make().open(2, 3)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
@@ -78,15 +80,15 @@ def test_what_kills_left_is_repaired(make, tmp_path):
         (hf / name).mkdir()
     (hf / "..best.new.lock").touch()
     (hf / "mine.new").mkdir()
-    make().open(2)
+    make().open(2, 9)
     assert sorted(path.name for path in hf.iterdir()) == ["best", "mine.new", "step_2"]
     assert (hf / "best" / "model").read_text() == "best"
     # A version before this one renamed `best` to `best.old` first.
     (hf / "best").rename(hf / "best.old")
-    make().open(2)
+    make().open(2, 9)
     assert (hf / "best" / "model").read_text() == "best"
     (hf / "best.old").mkdir()
-    make().open(2)
+    make().open(2, 9)
     assert sorted(path.name for path in hf.iterdir()) == ["best", "mine.new", "step_2"]
 
 

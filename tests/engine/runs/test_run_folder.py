@@ -1,6 +1,7 @@
 """A run folder has one writer, keeps what is its own, and tells which run it is of."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -295,3 +296,37 @@ def test_output_files_have_one_writer_and_are_replaced_on_demand_only(inputs, tm
     assert all(file.read_text() != "mine\n" for file in files)
     names = {path.name for path in output.iterdir()}
     assert names == {"config.yaml", *(file.name for file in files if file.parent == output)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["demo"], ["bench"], ["plan", "model.path=glm-4-9b", "cluster.gpus=8", "cluster.gpu=h100"]],
+    ids=lambda line: line[0],
+)
+def test_the_other_commands_have_a_run_folder_alone_too(tmp_path, line):
+    (tmp_path / "config.yaml").write_text("kept")
+    with one_writer(tmp_path, is_inside=True):
+        code, said = run_main([*line, f"run.output={tmp_path}"])
+    assert code == 2
+    assert f"{tmp_path} is being written by process " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "kept"
+
+
+IN_THE_WAY = [
+    *((Path.touch, name) for name in ("", "tokens", "checkpoints", "hf")),
+    *((os.mkfifo, name) for name in ("tokens", "checkpoints/latest", "metrics.jsonl", ".lock")),
+    *((os.mkdir, name) for name in ("checkpoints/latest", "data.json")),
+]
+
+
+@pytest.mark.parametrize("make, name", IN_THE_WAY, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_in_the_way_is_one_sentence_and_nobody_waits(inputs, tmp_path, make, name):
+    output = tmp_path / "run"
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    make(output / name)
+    code, said = run_main(command("sft", inputs, output, "train.steps=1"))
+    assert code == 2
+    assert said.startswith("glm-rlhf sft: ")
+    assert str(output / name) in said
+    assert not list(output.glob("hf/step_1"))

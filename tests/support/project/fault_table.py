@@ -202,7 +202,7 @@ CASES = (
     *(_case(26, "suspended job", phase, 0, CONTINUED, "run.watchdog_s=4") for phase in PHASES),
     _case(7, "disk full", "save", 0, REPORTED),
     _case(7, "slow disk", "save", 1, DONE, "train.save_every=1"),
-    _case(5, "corrupt file", "policy", 0, FELL_BACK, time=3),
+    _case(5, "corrupt file", "policy", 0, FELL_BACK, "train.export_every=1", time=3),
     _case(13, "NaN", "critic", 1, SKIPPED),
     _case(14, "little memory", "values", 1, SPLIT),
     _case(14, "little memory", "policy", 0, SPLIT),

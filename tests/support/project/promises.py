@@ -40,6 +40,8 @@ READER = f"{PARALLEL}/checkpoint/test_restore.py"
 TENSORS = f"{PARALLEL}/storage/test_checkpoint_tensors.py"
 RUNS = f"{ENGINE}/runs/test_checkpoints.py"
 ROLES = f"{ENGINE}/rl/test_roles.py"
+FOLDER = f"{ENGINE}/runs/test_run_folder.py"
+KILLED = f"{ENGINE}/runs/test_killed_runs.py"
 
 ROWS = (
     _row(
@@ -199,10 +201,29 @@ ROWS = (
     ),
     _row(
         20,
-        "one writer per folder; orphans end within 60 s",
-        "the second is refused and names the first; ranks whose torchrun was killed save and end",
+        "one writer per run folder, export, converted folder and output file; orphans end within 60 s",
+        "the second is refused and names the first, in each command; no file of zeros",
+        f"{KILLED}::test_of_two_commands_into_one_place_the_second_is_refused_and_names_the_first",
+        f"{PARALLEL}/storage/test_writer_lock.py",
+        f"{PARALLEL}/storage/test_folder_writer.py::"
+        "test_the_second_writer_of_a_folder_is_refused_and_the_first_one_finishes",
+        f"{WRITER}::test_a_folder_of_checkpoints_has_one_writer",
+        f"{FOLDER}::test_output_files_have_one_writer_and_are_replaced_on_demand_only",
         f"{PARALLEL}/runtime/test_orphans.py",
-        least=3,
+        least=13,
+        missing="on file systems without locks the second is not refused",
+    ),
+    _row(
+        21,
+        "what was exported or best stays best",
+        "kills at changes of names, between two renames too, and damage: 20 of 20 end alike, in one test",
+        f"{KILLED}::test_the_same_command_ends_as_if_it_had_never_been_killed",
+        f"{PARALLEL}/storage/test_replaced_folders.py",
+        f"{ENGINE}/runs/test_exports.py",
+        f"{ENGINE}/rl/test_evaluation.py",
+        f"{FOLDER}::test_the_same_command_continues_past_its_own_exports",
+        f"{FOLDER}::test_a_damaged_last_checkpoint_whose_export_is_there_is_made_again",
+        least=20,
     ),
     _row(
         22,
@@ -212,6 +233,13 @@ ROWS = (
         f"{PARALLEL}/runtime/test_agreement.py",
         f"{ENGINE}/build/test_world.py::test_a_rank_with_another_learning_rate_is_refused_by_all",
         least=10,
+    ),
+    _row(
+        23,
+        "the data of a resumed run are the data of the run",
+        "swapped answers and other texts of equal length: refused by content, 4 of 4",
+        f"{FOLDER}::test_data_of_equal_lengths_and_other_content_are_refused",
+        least=4,
     ),
     _row(
         24,
@@ -254,6 +282,16 @@ ROWS = (
         f"{ENGINE}/data/tokenizer/test_chat_format.py::test_a_template_costs_linear_time",
         f"{ENGINE}/data/tokenizer/test_tiktoken_vocab.py::test_a_bad_line_is_named",
         least=12,
+    ),
+    _row(
+        28,
+        "a run folder tells the truth",
+        "config.yaml is the run's, no step twice in metrics or TensorBoard, a report for every ended run",
+        f"{FOLDER}::test_a_refused_command_leaves_the_runs_config",
+        f"{FOLDER}::test_a_run_that_ends_with_an_error_leaves_a_report",
+        f"{ENGINE}/observe/test_metrics.py",
+        f"{ENGINE}/observe/test_report.py",
+        least=10,
     ),
 )
 
