@@ -11,7 +11,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from glm_rlhf.parallel.storage.text_files import read_regular
+
 _MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 2**24
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +71,9 @@ def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
         DamagedFolder: it is missing, incomplete, altered, or of another identity.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        if not (path / _MANIFEST).exists():
+            raise DamagedFolder(f"{path / _MANIFEST} is missing")
+        manifest = json.loads(read_regular(path / _MANIFEST, max_bytes=_MAX_MANIFEST_BYTES))
         checksum = manifest.pop("checksum")
         if checksum != _digest_of_json(manifest):
             raise DamagedFolder(f"{path / _MANIFEST} is damaged: its checksum differs")
@@ -82,7 +87,7 @@ def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
         return manifest["facts"]
     except FileNotFoundError as error:
         raise DamagedFolder(f"{error.filename} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedFolder):
             raise
         raise DamagedFolder(f"{path} cannot be read: {error!r}") from error

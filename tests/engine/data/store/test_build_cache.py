@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -78,6 +79,15 @@ def list_manifest(path: Path) -> None:
     (path / "manifest.json").write_text("[]")
 
 
+def deep_manifest(path: Path) -> None:
+    (path / "manifest.json").write_bytes(b"[" * 200_000)
+
+
+def piped_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+
+
 def binary_manifest(path: Path) -> None:
     (path / "manifest.json").write_bytes(b"\xff\xfe\x00")
 
@@ -100,6 +110,7 @@ def replace_by_folder(path: Path) -> None:
 
 DAMAGES = [
     *(truncate, flip, lose, lose_manifest, cut_manifest, empty_manifest, list_manifest, binary_manifest),
+    *(deep_manifest, piped_manifest),
     *(alter_facts, empty, replace_by_folder),
 ]
 
