@@ -20,7 +20,11 @@ from glm_rlhf.parallel.storage.checkpoint_tensors import (
     StoredShard,
     open_checkpoint,
 )
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError
+from glm_rlhf.parallel.storage.text_files import read_regular
 from glm_rlhf.parallel.weights.load import part_of
+
+_MAX_TRACKER_BYTES = 4096
 
 
 def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint | None:
@@ -88,8 +92,9 @@ def _report(folder: Path, step: int, refusals: list[str], topology: Topology) ->
     for refusal in refusals:
         log(f"refused: {refusal}")
     try:
-        tracked = (folder / TRACKER).read_bytes()[:100].decode("utf-8", errors="replace").strip()
-    except OSError:
+        content = read_regular(folder / TRACKER, max_bytes=_MAX_TRACKER_BYTES)
+        tracked = content[:100].decode("utf-8", errors="replace").strip()
+    except ModelFolderError:
         tracked = ""
     if refusals or tracked != f"step_{step}":
         log(
@@ -154,7 +159,7 @@ class _Source:
     def read(self, shard: ParamShard, owner: int, start: int, stop: int) -> torch.Tensor:
         """Return elements of a flattened parameter as stored, a new CPU tensor [stop - start]."""
         stored = self._shards.get((shard.name, owner))
-        if stored is not None and stored.shard.pieces == shard.pieces:
+        if stored is not None and (stored.shard.pieces, stored.shard.shape) == (shard.pieces, shard.shape):
             out = torch.empty(stop - start, dtype=stored.dtype)
             stored.read(start, stop, out)
             return out
