@@ -31,7 +31,7 @@ def check_same_tokenizer(
     folder, own = Path(folder), Path(tokenizer_folder)
     if own.is_file():
         own = own.parent
-    if folder.resolve() == own.resolve():
+    if not folder.is_dir() or folder.resolve() == own.resolve():  # a missing one is reported by who reads it
         return None
     if (tokenizer is None) == has_tokenizer(folder):
         without = f"{key}, {folder}," if tokenizer is not None else f"the policy, {own},"

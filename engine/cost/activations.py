@@ -141,7 +141,7 @@ class RankMicroBatch:
             num_targets: rows of this rank that are trained on.
         """
         model, layout, kernels = self.model, self.layout, self.kernels
-        num_columns = model.vocab_size // layout.tp
+        num_columns = model.rows_per_rank(layout.tp)
         logit = kernels.logits_itemsize or self.itemsize
         chunk = max(kernels.min_logit_rows, kernels.logits_bytes // (num_columns * logit))
         num_kept = min(num_targets, chunk)

@@ -237,7 +237,7 @@ def generation_bytes(model: GLMConfig, work: Workload, choice: Choice, *, num_gp
         model=model, layout=Layout(tp=layout.tp, pp=layout.pp), num_tokens=rows, itemsize=work.itemsize
     )
     num_sampled = -(-num_sequences // layout.pp)
-    logits = 2 * num_sampled * (model.vocab_size // layout.tp) * _FP32
+    logits = 2 * num_sampled * (model.rows_per_rank(layout.tp)) * _FP32
     return max(plain.forward_workspace_bytes(), logits)
 
 

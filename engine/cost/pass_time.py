@@ -70,7 +70,7 @@ class PassCosts:
         layers = self._layers_once()
         head_s = 0.0
         if is_last and not self.has_scalar_head:
-            columns = self.batch.model.vocab_size // self.choice.layout.tp
+            columns = self.batch.model.rows_per_rank(self.choice.layout.tp)
             products = 3 if trains else 1
             head_s = (
                 products * 2 * self.num_targets * columns * self.batch.model.hidden_size / rates.flop_per_s
@@ -194,7 +194,7 @@ class DecodeCosts:
         elements = layer_matrix_elements(model, layout) * self._layers
         kv_heads = max(1, model.num_kv_heads // layout.tp)
         cached = 2 * self._layers * kv_heads * model.head_size * context * num_rows
-        head = model.vocab_size // layout.tp * model.hidden_size if is_last else 0
+        head = model.rows_per_rank(layout.tp) * model.hidden_size if is_last else 0
         moved_s = (elements + cached + head) * itemsize / rates.bytes_per_s
         product_s = 2 * num_rows * (elements + head) / rates.flop_per_s
         compute_s = max(moved_s, product_s) + self._layers * rates.decode_layer_s + rates.turn_s

@@ -23,6 +23,8 @@ from glm_rlhf.parallel.storage.checkpoint_tensors import (
 )
 from glm_rlhf.parallel.weights.load import part_of
 
+_MAX_TRACKER_BYTES = 4096
+
 
 def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint | None:
     """Return the newest complete checkpoint in a run's folder; every rank calls this.
@@ -170,7 +172,7 @@ class _Source:
     def read(self, shard: ParamShard, owner: int, start: int, stop: int) -> torch.Tensor:
         """Return elements of a flattened parameter as stored, a new CPU tensor [stop - start]."""
         stored = self._shards.get((shard.name, owner))
-        if stored is not None and stored.shard.pieces == shard.pieces:
+        if stored is not None and (stored.shard.pieces, stored.shard.shape) == (shard.pieces, shard.shape):
             out = torch.empty(stop - start, dtype=stored.dtype)
             stored.read(start, stop, out)
             return out

@@ -76,8 +76,12 @@ class ChunkDecoder:
 
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        """Return this rank's columns of the logits, fp32 [B, V / tp]: never rounded to bf16."""
+        """Return this rank's columns of the logits without padding, fp32 [B, V / tp], not rounded to bf16."""
         weight_VD = self.weights.head_VD
+        assert weight_VD is not None, "only the last chunk has logits"
+        if self.tp_group is not None:
+            first = self.tp_group.rank() * len(weight_VD)
+            weight_VD = weight_VD[: self.weights.glm.vocab_size - first]
         if hidden_BD.dtype == torch.float32:
             return F.linear(hidden_BD, weight_VD)
         if hidden_BD.is_cuda:

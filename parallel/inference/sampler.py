@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from glm_rlhf.kernels.decoding.sampling import sample
 from glm_rlhf.kernels.decoding.sampling_shard import MAX_VOCAB_SIZE, Samples, combine_shards, sample_shard
@@ -44,6 +45,7 @@ def sample_tokens(
     steps_B: torch.Tensor,
     settings: SamplingSettings,
     *,
+    vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Samples:
     """Return one token per row with its logprobs, equal on all ranks of `group`.
@@ -51,10 +53,11 @@ def sample_tokens(
     Ranks all-gather 32 bytes per row. Only top-k and top-p need whole rows: then the logits are gathered too.
 
     Args:
-        logits_BV: this rank's columns, fp32 [B, V / tp], ranks in order.
+        logits_BV: this rank's columns, fp32 [B, V / tp], ranks in order; the last rank may have fewer.
         seeds_B: int64 [B].
         steps_B: int64 [B], number of tokens sampled before for each sequence.
         settings: the distribution.
+        vocab_size: V, of which a rank has its ceil(V / tp) at most; None: all ranks have as many columns.
         group: the tensor-parallel group; None for one rank.
     """
     options = {"seeds_B": seeds_B, "steps_B": steps_B}
@@ -68,14 +71,15 @@ def sample_tokens(
             **options,
         )
     batch, num_columns = logits_BV.shape
-    offset = group.rank() * num_columns
+    vocab_size = group.size() * num_columns if vocab_size is None else vocab_size
+    offset = group.rank() * -(-vocab_size // group.size())
     masked = settings.masked_ids_V
     temperature_B = torch.full((batch,), settings.temperature, device=logits_BV.device)
     statistics_B8 = sample_shard(
         logits_BV,
         temperature_B=temperature_B,
         masked_ids_V=None if masked is None else masked[offset : offset + num_columns],
-        threshold_B=_threshold(logits_BV, temperature_B, settings, group),
+        threshold_B=_threshold(logits_BV, temperature_B, settings, vocab_size, group),
         vocab_offset=offset,
         **options,
     )
@@ -85,15 +89,22 @@ def sample_tokens(
 
 
 def _threshold(
-    logits_BV: torch.Tensor, temperature_B: torch.Tensor, settings: SamplingSettings, group: dist.ProcessGroup
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    settings: SamplingSettings,
+    vocab_size: int,
+    group: dist.ProcessGroup,
 ) -> torch.Tensor | None:
     """Return the smallest logit that top-k and top-p keep, from whole rows; None without top-k and top-p."""
     if settings.top_k == 0 and settings.top_p == 1.0:
         return None
-    batch, num_columns = logits_BV.shape
+    batch, num_columns = len(logits_BV), -(-vocab_size // group.size())
+    if logits_BV.shape[1] < num_columns:
+        logits_BV = F.pad(logits_BV, (0, num_columns - logits_BV.shape[1]))
     gathered = logits_BV.new_empty(group.size() * batch, num_columns)
     dist.all_gather_into_tensor(gathered, logits_BV.contiguous(), group=group)
-    whole_BV = gathered.unflatten(0, (group.size(), batch)).transpose(0, 1).flatten(1).contiguous()
+    whole_BV = gathered.unflatten(0, (group.size(), batch)).transpose(0, 1).flatten(1)
+    whole_BV = whole_BV[:, :vocab_size].contiguous()
     device = logits_BV.device
     return truncation_threshold(
         whole_BV,

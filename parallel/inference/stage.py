@@ -136,7 +136,12 @@ class GenerationStage:
             return output
         group = self.topology.tp_group if self.topology.layout.tp > 1 else None
         samples = sample_tokens(
-            decoder.logits(output), batch.seeds_B, batch.steps_B, self.settings, group=group
+            decoder.logits(output),
+            batch.seeds_B,
+            batch.steps_B,
+            self.settings,
+            vocab_size=decoder.weights.glm.vocab_size,
+            group=group,
         )
         return torch.stack([part.double() for part in samples], dim=1)
 

@@ -101,7 +101,7 @@ class GLMModel(MegatronModule):
         elif self.post_process and not (self.share_embeddings_and_output_weights and self.pre_process):
             self.output_layer = VocabularyHead(
                 glm.hidden_size,
-                glm.vocab_size,
+                glm.rows_per_rank(layout.tp) * layout.tp,
                 config=config,
                 init_method=config.init_method,
                 bias=False,
@@ -115,7 +115,7 @@ class GLMModel(MegatronModule):
 
     @property
     def output_weight_VD(self) -> torch.Tensor:
-        """This rank's rows of the vocabulary head, [V / tp, D]; on the last chunk only."""
+        """This rank's rows of the vocabulary head, [V / tp, D] with padding; on the last chunk only."""
         return self.output_layer() if hasattr(self, "output_layer") else self.embedding.word_embeddings.weight
 
     def head_weights(self) -> list[torch.Tensor]:
@@ -198,8 +198,9 @@ class Embedding(torch.nn.Module):
 
     def __init__(self, glm: GLMConfig, config: TransformerConfig, topology: Topology) -> None:
         super().__init__()
+        tp = topology.layout.tp
         self.word_embeddings = VocabParallelEmbedding(
-            glm.vocab_size,
+            glm.rows_per_rank(tp) * tp,
             glm.hidden_size,
             init_method=config.init_method,
             reduce_scatter_embeddings=config.sequence_parallel,

@@ -42,6 +42,7 @@ def answer_nll(
         mine.take(next_tokens(mine.packed, is_trained_T)),
         group=model.topology.tp_group,
         denominator=denominator,
+        vocab_size=model.glm.vocab_size,
         # With sequence parallelism the backward of the gather that made hidden_TD sums the gradients.
         reduces_hidden_gradient=not model.config.sequence_parallel,
     )

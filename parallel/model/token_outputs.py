@@ -35,6 +35,7 @@ def token_logprobs(
         targets_T,
         group=model.topology.tp_group,
         temperature=temperature,
+        vocab_size=model.glm.vocab_size,
         # With sequence parallelism the backward of the gather that made hidden_TD sums the gradients.
         reduces_hidden_gradient=not model.config.sequence_parallel,
     )

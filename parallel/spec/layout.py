@@ -64,7 +64,6 @@ class Layout:
             ("num_layers", config.num_layers, "pp × vpp" if self.vpp > 1 else "pp", stages),
             ("num_heads", config.num_heads, "tp", self.tp),
             ("ffn_size", config.ffn_size, "tp", self.tp),
-            ("vocab_size", config.vocab_size, "tp", self.tp),
         ]
         for dimension, amount, axis, size in divisions:
             if amount % size:
@@ -72,6 +71,11 @@ class Layout:
                     f"{dimension} {amount} of the model is not a multiple of {axis} {size}: "
                     f"give a divisor of {amount}"
                 )
+        if config.vocab_size <= config.rows_per_rank(self.tp) * (self.tp - 1):
+            raise ValueError(
+                f"vocab_size {config.vocab_size} of the model is too small for tp {self.tp}: a rank would "
+                "have no row"
+            )
         if config.num_kv_heads % self.tp and self.tp % config.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads {config.num_kv_heads} of the model and tp {self.tp}: one must be a multiple "

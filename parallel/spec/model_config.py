@@ -59,6 +59,10 @@ class GLMConfig:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    def rows_per_rank(self, tp: int) -> int:
+        """Return the vocabulary's rows on each of `tp` ranks; the last rank's may end in padding."""
+        return -(-self.vocab_size // tp)
+
     def __post_init__(self) -> None:
         positive = (
             "num_layers",

@@ -35,7 +35,11 @@ class HfSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamShard:
-    """One rank's parameter: its pieces concatenated in order."""
+    """One rank's parameter: its pieces concatenated in order.
+
+    The vocabulary's rows are split into parts of equal size. Where they do not divide, the last rank's piece
+    is followed by rows of padding, which are 0 and belong to no id.
+    """
 
     name: str
     """Megatron-core name of the parameter."""
@@ -43,6 +47,11 @@ class ParamShard:
     """Shape of the parameter on this rank."""
     pieces: tuple[HfSlice, ...]
     """Sources of its rows, or of its columns."""
+
+    @property
+    def num_padding(self) -> int:
+        """Rows after the last piece."""
+        return self.shape[self.pieces[0].dim] - sum(piece.length for piece in self.pieces)
 
 
 def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) -> list[ParamShard]:
@@ -71,7 +80,9 @@ def shards_of(weight: Weight, config: GLMConfig, *, tp_rank: int, tp_size: int) 
     if weight.split == "replicated":
         pieces = [HfSlice(name, 0, 0, shape[0])]
     elif weight.split == "rows":
-        pieces = [_nth_part(name, 0, 0, shape[0], tp_rank, tp_size)]
+        rows = config.rows_per_rank(tp_size)
+        piece = HfSlice(name, 0, tp_rank * rows, min((tp_rank + 1) * rows, shape[0]))
+        return [ParamShard(name=weight.name, shape=(rows, *shape[1:]), pieces=(piece,))]
     elif weight.split == "columns":
         pieces = [_nth_part(name, 1, 0, shape[1], tp_rank, tp_size)]
     else:
@@ -160,10 +171,12 @@ def read_shard_into(
     """
     for piece, part in place_shard(shard, out):
         read(piece, part)
+    if shard.num_padding:
+        out[-shard.num_padding :] = 0
 
 
 def place_shard(shard: ParamShard, tensor: torch.Tensor) -> list[tuple[HfSlice, torch.Tensor]]:
-    """Return each piece of a rank's parameter with the view of the parameter that holds it.
+    """Return each piece of a rank's parameter with the view of the parameter that holds it; not its padding.
 
     Raises:
         ValueError: `tensor` does not have the shape of the shard.
@@ -174,6 +187,7 @@ def place_shard(shard: ParamShard, tensor: torch.Tensor) -> list[tuple[HfSlice, 
 
 
 def _parts(shard: ParamShard, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    lengths = [piece.length for piece in shard.pieces]
-    parts: tuple[torch.Tensor, ...] = tensor.split(lengths, dim=shard.pieces[0].dim)
+    lengths, dim = [piece.length for piece in shard.pieces], shard.pieces[0].dim
+    filled = tensor.narrow(dim, 0, sum(lengths)) if shard.num_padding else tensor
+    parts: tuple[torch.Tensor, ...] = filled.split(lengths, dim=dim)
     return parts

@@ -209,7 +209,8 @@ def _rotary_of(source: Mapping, family: Family, path: Path) -> tuple[float, floa
     for key, upper, default in (("rope_theta", 1e12, _ROPE_BASE), ("partial_rotary_factor", 1.0, 0.5)):
         if key in nested and key in source and nested[key] != source[key]:
             raise ModelFolderError(
-                f"{path}: {key} is {source[key]!r} at the top and {nested[key]!r} under rope_parameters"
+                f"{path}: {key} is {source[key]!r:.80} at the top and {nested[key]!r:.80} under "
+                "rope_parameters"
             )
         values.append(_number(nested if key in nested else source, key, path, upper=upper, default=default))
     return values[0], values[1]
@@ -312,7 +313,8 @@ def names_scalar_class(folder: str | Path) -> bool | None:
 
 
 def _names_scalar_class(architectures: object) -> bool:
-    return any("SequenceClassification" in str(name) for name in architectures or ())
+    names = architectures if isinstance(architectures, list) else [architectures]
+    return any("SequenceClassification" in str(name) for name in names)
 
 
 def _kept(source: str | Path | None, family: Family) -> dict:

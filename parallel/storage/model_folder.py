@@ -62,20 +62,24 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def _leads_into_own_cache(path: Path) -> bool:
-    target = path.resolve().parent
-    folder = path.parent.resolve()
+    target, folder = _real(path).parent, _real(path.parent)
     if folder.parent.name == "snapshots":
-        return target == (folder.parent.parent / "blobs").resolve()
+        return target == _real(folder.parent.parent / "blobs")
     return {_blobs_of(other) for other in folder.iterdir() if other.is_symlink()} - {None} == {target}
 
 
 def _blobs_of(link: Path) -> Path | None:
-    """Return the folder `models--X/blobs` that a link leads into, resolved; None for another link."""
+    """Return the folder `models--X/blobs` that a link leads into, without links; None for another link."""
     for _ in range(_MAX_LINKS):
         if not link.is_symlink():
             break
-        link = Path(os.path.normpath(link.parent.resolve() / link.readlink()))
+        link = Path(os.path.normpath(_real(link.parent) / link.readlink()))
     blobs = link.parent
     if blobs.name != "blobs" or not blobs.parent.name.startswith("models--"):
         return None
-    return blobs.resolve() if link.resolve().parent == blobs.resolve() else None
+    return _real(blobs) if _real(link).parent == _real(blobs) else None
+
+
+def _real(path: Path) -> Path:
+    """Return a path without links; of links that lead in a circle, the circle: `Path.resolve` would raise."""
+    return Path(os.path.realpath(path))

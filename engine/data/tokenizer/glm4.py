@@ -18,6 +18,7 @@ from glm_rlhf.engine.data.tokenizer.tiktoken_vocab import byte_letters, byte_lev
 from glm_rlhf.engine.data.tokenizer.vocabulary import TokenTable
 from glm_rlhf.parallel.storage.text_files import read_json
 
+_MAX_IDS = 2**31
 _MAX_JSON_BYTES = 2**28
 """Largest `tokenizer.json`: GLM-4's has 20 MB."""
 _MARKERS = (
@@ -69,8 +70,12 @@ def load_tokenizer_json(path: Path, *, template: str, reserved: ReservedTokens) 
         ) from error
     if kind != "BPE" or "ByteLevel" not in cutting:
         raise ValueError(
-            f"{path} holds a {kind} model that is not byte-level; GLM-4's is a byte-level BPE, "
+            f"{path} holds a {kind!s:.60} model that is not byte-level; GLM-4's is a byte-level BPE, "
             "so check tokenizer.path"
+        )
+    if not _are_tokens({entry["content"]: token for token, entry in added.items()}, vocabulary):
+        raise ValueError(
+            f"{path} is not a tokenizer.json of the library tokenizers: a token is no text or an id no number"
         )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or "Replace" in normalizer:
         raise ValueError(
@@ -123,6 +128,16 @@ def load_ranks(
         path, encoder.get_vocab(), special, {token: name.encode() for token, name in words.items()}
     )
     return _tokenizer(path, encoder, table, template)
+
+
+def _are_tokens(*vocabularies: object) -> bool:
+    """Return whether each is a mapping of texts to ids."""
+    return all(
+        isinstance(tokens, dict)
+        and all(isinstance(text, str) and text for text in tokens)
+        and all(type(token) is int and 0 <= token < _MAX_IDS for token in tokens.values())
+        for tokens in vocabularies
+    )
 
 
 def _table(

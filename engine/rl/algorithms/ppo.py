@@ -60,6 +60,7 @@ class PolicyLoss:
             entropy_coef=self.ppo.entropy_coef,
             temperature=self.temperature,
             denominator=denominator,
+            vocab_size=model.glm.vocab_size,
             reduces_hidden_gradient=not model.config.sequence_parallel,
         )
 

@@ -77,6 +77,7 @@ def test_a_tokenizer_with_other_special_tokens_is_refused(folders, tmp_path):
 def test_a_folder_without_a_tokenizer_is_reported(folders, tmp_path):
     (tmp_path / "bare").mkdir()
     assert "bare, has no tokenizer" in check(folders, tmp_path / "bare")
+    assert check(folders, tmp_path / "missing") is None
     said = check_same_tokenizer("reward.path", folders / "reward", None, tmp_path / "bare")
     assert said.startswith("the policy, ")
     assert check_same_tokenizer("reward.path", tmp_path / "bare", None, tmp_path / "other") is None

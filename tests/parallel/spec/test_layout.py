@@ -64,7 +64,11 @@ def test_sizes_that_mean_nothing_are_refused(axes, sentence):
         ({"pp": 4, "vpp": 2}, {}, "num_layers 4 of the model is not a multiple of pp × vpp 8"),
         ({"tp": 3}, {"vocab_size": 96, "ffn_size": 96}, "num_heads 8 of the model is not a multiple of tp 3"),
         ({"tp": 4}, {"ffn_size": 98}, "ffn_size 98 of the model is not a multiple of tp 4"),
-        ({"tp": 4}, {"vocab_size": 130}, "vocab_size 130 of the model is not a multiple of tp 4"),
+        (
+            {"tp": 4},
+            {"vocab_size": 6},
+            "vocab_size 6 of the model is too small for tp 4: a rank would have no",
+        ),
         ({"tp": 4}, {"num_heads": 12, "num_kv_heads": 6}, "num_kv_heads 6 of the model and tp 4"),
     ],
 )

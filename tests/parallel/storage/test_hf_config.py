@@ -94,6 +94,14 @@ def test_a_ratio_that_divides_positions_is_refused(config_file, sign):
     assert read_config(config_file.parent).rope_theta == 10000.0
 
 
+@pytest.mark.parametrize("odd", [7, 1e300, {"a": 1}, [3]])
+def test_odd_architectures_are_written_again(config_file, tmp_path, odd):
+    """An export at the end of a run must not fail over a key that nothing reads."""
+    change_json(config_file, architectures=odd)
+    write_config(read_config(tmp_path), tmp_path, tmp_path)
+    assert json.loads(config_file.read_text())["architectures"] == odd
+
+
 def test_other_keys_of_the_source_are_kept(config_file, tmp_path):
     change_json(config_file, my_key=[1, 2], dtype="float16")
     target = tmp_path / "new"

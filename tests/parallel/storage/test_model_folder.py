@@ -90,3 +90,12 @@ def test_a_folder_called_blobs_is_no_cache_of_the_hub(tmp_path):
     (tmp_path / "model" / "config.json").symlink_to(tmp_path / "mine" / "blobs" / "x")
     with pytest.raises(ModelFolderError, match="is a link out of"):
         plain_file(tmp_path / "model", "config.json")
+
+
+def test_links_in_a_circle_and_into_nothing_are_refused(cache, tmp_path):
+    for folder in (snapshot(cache), tmp_path):
+        for target in ("config.json", "nothing", "../../blobs/nothing"):
+            (folder / "config.json").unlink(missing_ok=True)
+            (folder / "config.json").symlink_to(target)
+            with pytest.raises(ModelFolderError, match=r"config\.json is (a link out of|missing)"):
+                plain_file(folder, "config.json")

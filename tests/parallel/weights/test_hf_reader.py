@@ -245,16 +245,24 @@ def test_what_is_no_weight_is_passed_over(folder):
 def test_a_split_that_the_model_does_not_allow_names_the_numbers(folder):
     with pytest.raises(ValueError, match="num_heads 8 of the model is not a multiple of tp 3"):
         stream(folder, tp_size=3)
+
+
+def test_rows_that_do_not_divide_are_padded_with_zeros(folder):
     change_json(folder / "config.json", vocab_size=97)
     config = replace(read_config(folder), vocab_size=97)
     change_tensors(
         folder,
         lambda t: t.update(
-            {name: torch.zeros(97, 48) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+            {name: torch.ones(97, 48) for name in ("model.embed_tokens.weight", "lm_head.weight")}
         ),
     )
-    with pytest.raises(ValueError, match="vocab_size 97 of the model is not a multiple of tp 2"):
-        stream(folder, config, tp_size=2)
+    for tp_size, filled in ((2, [49, 48]), (4, [25, 25, 25, 22])):
+        for tp_rank, num_rows in enumerate(filled):
+            own = dict(stream(folder, config, tp_rank=tp_rank, tp_size=tp_size))
+            for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                assert own[name].shape == (filled[0], 48)
+                assert (own[name][:num_rows] == 1).all()
+                assert (own[name][num_rows:] == 0).all()
 
 
 def test_headers_alone_are_read_by_the_check(folder, monkeypatch):

@@ -190,6 +190,10 @@ def test_stored_truncation_padding_and_post_processing_are_off(glm4, glm4_folder
         (lambda description: description.pop("added_tokens"), "not a tokenizer.json"),
         (lambda description: description.update(model={"type": "BPE"}), "not a tokenizer.json"),
         (lambda description: description.update(pre_tokenizer=None, decoder=None), "not byte-level"),
+        (lambda description: description["model"].update(vocab=7), "no text or an id no number"),
+        (lambda description: description["model"]["vocab"].update({"a": "1"}), "no text or an id no number"),
+        (lambda description: description["added_tokens"][1].update(id="1"), "no text or an id no number"),
+        (lambda description: description["added_tokens"][1].update(content={}), "not a tokenizer.json"),
         (lambda description: description["model"].update(merges=[["zzz", "zzz"]]), "cannot be loaded"),
         (
             lambda description: description["model"].update(continuing_subword_prefix="##é"),
