@@ -24,7 +24,6 @@ from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.token_outputs import next_tokens, shift_to_rows, token_values
 from glm_rlhf.parallel.model.vocab_parallel_loss import linear_ppo_loss
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -175,7 +174,7 @@ def learners(
             loss=loss,
             batches=mini_batch.batches,
             denominator=mini_batch.num_actions,
-            name_items=lambda items: f"answers {abbreviate([rollouts.indices[item] for item in items])}",
+            name_items=rollouts.name_answers,
         )
 
     terms = {"critic": [term(ValueLoss(value_clip=ppo.value_clip))]}
