@@ -26,7 +26,7 @@ from glm_rlhf.parallel.runtime.orphans import watch_launcher
 
 PROGRAM = "glm-rlhf"
 _HELP = ("-h", "--help")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,12 @@ its data-parallel rank, the same on all tensor-, pipeline- and context-parallel 
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,8 @@ class PromptInput:
     """Token ids, at least one."""
     extra: Mapping[str, object]
     """Other fields of the record, by name; passed to the reward function."""
+    record: int | None = None
+    """Index of the record in its file, for messages; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,14 @@ class Rollouts:
             if index not in self.excluded:
                 mask_T[starts[index] + prompt_length : starts[index] + length] = True
         return mask_T
+
+    def name_answers(self, numbers: Sequence[int]) -> str:
+        """Return what a message calls some sequences, by local number: answers, and records where known."""
+        answers = f"answers {abbreviate([self.indices[number] for number in numbers])}"
+        records = [self.prompts[number].record for number in numbers]
+        return (
+            answers if None in records else f"{answers} to records {abbreviate(list(dict.fromkeys(records)))}"
+        )
 
     def answer(self, index: int) -> torch.Tensor:
         """Return the ids of the answer of sequence `index`, a view."""

@@ -52,4 +52,4 @@ def _prompt_input(
             f"the prompt has {len(ids)} tokens, at most {longest} are allowed: data.max_prompt_tokens is "
             f"{max_prompt_tokens}, the model's context {max_positions}"
         )
-    return PromptInput(tokens=tuple(ids), extra=record.extra)
+    return PromptInput(tokens=tuple(ids), extra=record.extra, record=record.location.index)

@@ -209,7 +209,7 @@ class GenerationSection:
     """Longest answer, in tokens; shorter where prompt + answer would exceed the model's context."""
     temperature: Temperature = 1.0
     """Divides the logits before sampling; 0: greedy decoding."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
     """Nucleus sampling: sample from the fewest most likely ids whose probabilities sum to top_p; 1: from
     all."""
     top_k: Annotated[int, Field(ge=0, le=2**24)] = 0

@@ -160,7 +160,16 @@ def _wandb(
     run = wandb.init(project=project, name=run_name or None, config=dict(config or {}), dir=str(folder))
     stack.callback(run.finish)
 
+    is_failing = False
+
     def write(step: int, numbers: dict[str, float]) -> None:
-        run.log(numbers, step=step)
+        nonlocal is_failing
+        if is_failing:
+            return
+        try:
+            run.log(numbers, step=step)
+        except Exception as error:  # wandb's own, which are not imported here
+            is_failing = True
+            log(f"observe.wandb: {type(error).__name__}: {error}; it gets nothing more, the run continues")
 
     return write

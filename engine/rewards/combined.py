@@ -12,7 +12,7 @@ from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
 from glm_rlhf.engine.scoring.rollout_scores import stream_rows
 from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
+from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology
 
 AnswerByReference = Callable[[Sequence[PromptInput]], Rollouts]
@@ -178,6 +178,5 @@ class CombinedReward:
 
 def _nonfinite(name: str, values_B: torch.Tensor, rollouts: Rollouts) -> list[str]:
     """Return what a message says of the answers whose value is NaN or Inf; nothing if there are none."""
-    is_finite = values_B.isfinite().tolist()
-    answers = [index for index, is_ok in zip(rollouts.indices, is_finite, strict=True) if not is_ok]
-    return [f"{name} of answers {abbreviate(answers)}"] if answers else []
+    numbers = [number for number, is_finite in enumerate(values_B.isfinite().tolist()) if not is_finite]
+    return [f"{name} of {rollouts.name_answers(numbers)}"] if numbers else []

@@ -1,5 +1,6 @@
 """A reward function as a weighted sum of reward functions, parsed from text."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +97,7 @@ def parse_reward_function(
             weight = float(match["weight"] or 1.0) if match else None
         except ValueError:
             weight = None
-        if match is None or weight is None:
+        if match is None or weight is None or not math.isfinite(weight):
             raise RewardError(
                 f"{part!r} in the reward {text!r} is not of the form [weight *] module:function or "
                 "[weight *] http://…; separate terms by ' + '"

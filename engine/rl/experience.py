@@ -15,7 +15,7 @@ from glm_rlhf.engine.scoring.rollout_scores import numbers_without, stream_logpr
 from glm_rlhf.engine.types import Experience, Rewards, Rollouts, Signals
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.token_outputs import shift_to_tokens
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
+from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology
 
 Rewarder = Callable[[Rollouts], Rewards]
@@ -126,16 +126,16 @@ def _check_finite(found: dict[str, torch.Tensor | None], rollouts: Rollouts, top
     """Stop all ranks together where one has a number that is none."""
     findings = []
     for name, values_T in found.items():
-        answers = [] if values_T is None else answers_with(rollouts, ~values_T.isfinite())
-        if answers:
-            findings.append(f"{name} of answers {abbreviate(answers)}")
+        numbers = [] if values_T is None else sequences_with(rollouts, ~values_T.isfinite())
+        if numbers:
+            findings.append(f"{name} of {rollouts.name_answers(numbers)}")
     raise_if_nonfinite(findings, "no update is made of them", device=topology.device)
 
 
-def answers_with(rollouts: Rollouts, chosen_T: torch.Tensor) -> list[int]:
-    """Return which answers, by their place among those of all ranks, have a chosen token; bool [T]."""
+def sequences_with(rollouts: Rollouts, chosen_T: torch.Tensor) -> list[int]:
+    """Return which sequences, by local number, have a chosen token; bool [T]."""
     pieces = chosen_T.split(list(rollouts.lengths))
-    return [index for index, piece in zip(rollouts.indices, pieces, strict=True) if bool(piece.any())]
+    return [number for number, piece in enumerate(pieces) if bool(piece.any())]
 
 
 def _metrics(

@@ -11,7 +11,6 @@ from glm_rlhf.engine.scoring.packed_batches import PackedBatch, batches_of_rollo
 from glm_rlhf.engine.training.loss import Learner, LossTerm
 from glm_rlhf.engine.types import Experience
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -96,7 +95,7 @@ def learners(
             loss=losses[role],
             batches=mini_batch.batches,
             denominator=mini_batch.num_actions,
-            name_items=lambda items: f"answers {abbreviate([rollouts.indices[item] for item in items])}",
+            name_items=rollouts.name_answers,
         )
         terms = (term, demonstrations) if role == "policy" and demonstrations is not None else (term,)
         found[role] = Learner(role=role, state=states[role], terms=terms)

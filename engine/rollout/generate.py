@@ -136,7 +136,7 @@ def answer_prompts(
                 if on_ended is not None and done.request in in_share:
                     on_ended(_index(done, settings), prompts[done.request], done)
         except NonFiniteLogits as error:  # on all ranks of this replica; other replicas continue
-            findings = [f"{model}'s logits in the answers to prompts {abbreviate(error.requests)}"]
+            findings = [f"{model}'s logits in the answers to {_named(prompts, error.requests)}"]
         except Preempted:  # likewise
             completions = []
         raise_if_nonfinite(findings, "these prompts are not answered", device=topology.device)
@@ -149,6 +149,14 @@ def answer_prompts(
     completions = [done for done in completions if done.request in in_share]
     completions.sort(key=lambda done: (done.request, done.sample))
     return _as_rollouts(completions, prompts, settings, topology)
+
+
+def _named(prompts: Sequence[PromptInput], indices: Sequence[int]) -> str:
+    """Return what a message calls some of the prompts: their records, or else their indices."""
+    records = [prompts[index].record for index in indices]
+    if None in records:
+        return f"prompts {abbreviate(indices)}"
+    return f"records {abbreviate(list(dict.fromkeys(records)))}"
 
 
 def _fingerprint(prompt: PromptInput) -> int:

@@ -10,7 +10,7 @@ from glm_rlhf.kernels.decoding.sampling import sample
 from glm_rlhf.kernels.decoding.sampling_shard import MAX_VOCAB_SIZE, Samples, combine_shards, sample_shard
 from glm_rlhf.kernels.decoding.top_k_top_p import truncation_threshold
 
-_LOWEST, _HIGHEST = 1e-6, 1e6  # of temperatures at which log-probabilities can be computed too
+_LOWEST, _HIGHEST = 1e-6, 1e6  # beyond, fp32 loses the differences of logits or of probabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,8 @@ class SamplingSettings:
             raise ValueError(
                 f"top_k is {self.top_k}, required is 0 (no limit) or a number of ids up to {MAX_VOCAB_SIZE}"
             )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, required is a number above 0, at most 1")
+        if not _LOWEST <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, required is a number from {_LOWEST} to 1")
 
 
 def sample_tokens(

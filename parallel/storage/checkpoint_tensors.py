@@ -26,7 +26,7 @@ from glm_rlhf.parallel.storage.checkpoint_manifest import (
     rank_file_name,
     read_manifest,
 )
-from glm_rlhf.parallel.storage.durable_io import read_all
+from glm_rlhf.parallel.storage.durable_io import name_in_errors, read_all
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file
 from glm_rlhf.parallel.storage.safetensors_format import (
     FLOAT_DTYPES,
@@ -81,7 +81,8 @@ class StoredShard:
                     file.fileno(),
                     part.offset + (first - part.start) * size,
                     content[(first - start) * size : (last - start) * size],
-                    what=f"{part.path} was truncated while {self.shard.name} was read",
+                    path=part.path,
+                    what=self.shard.name,
                 )
 
 
@@ -212,7 +213,7 @@ class Checkpoint:
             out = torch.empty(entry.shape, dtype=STORED_DTYPES[entry.dtype])
             with path.open("rb", buffering=0) as file:
                 content = memoryview(out.view(-1).view(torch.uint8).numpy())
-                read_all(file.fileno(), entry.offset, content, what=f"{path} was truncated")
+                read_all(file.fileno(), entry.offset, content, path=path, what=name)
             tensors[name.removeprefix(prefix)] = out
         return tensors
 
@@ -324,7 +325,7 @@ def _stored_weights(info: ModelInfo, kind: str) -> list[Weight]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(2**22)
-    with path.open("rb", buffering=0) as file:
+    with name_in_errors(path), path.open("rb", buffering=0) as file:
         while count := os.readv(file.fileno(), [buffer]):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()

@@ -54,17 +54,21 @@ def write_all(
             done += os.pwrite(file, block[done:], position + start + done)
 
 
-def read_all(file: int, position: int, buffer: memoryview, *, what: str) -> None:
-    """Fill `buffer` from an open file.
+def read_all(file: int, position: int, buffer: memoryview, *, path: Path, what: str) -> None:
+    """Fill `buffer` from the open file of `path`.
 
     Raises:
-        ModelFolderError: with the message `what`, if the file ends early.
+        ModelFolderError: the file ends early while `what` was read.
+        OSError: it cannot be read; the error names it.
     """
     done = 0
     while done < len(buffer):  # one call reads 2 GB at most
-        count = os.preadv(file, [buffer[done:]], position + done)
+        try:  # rows of a few bytes are read so: a context manager would take as long as the call
+            count = os.preadv(file, [buffer[done:]], position + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if count == 0:
-            raise ModelFolderError(what)
+            raise ModelFolderError(f"{path} was truncated while {what} was read")
         done += count
 
 

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -53,16 +54,16 @@ class StoredTensor:
         """Fill a contiguous tensor of the stored type with rows (dim 0) or columns (dim 1)."""
         row_bytes = prod(self.shape[1:]) * out.element_size()
         content = memoryview(out.flatten().view(torch.uint8).numpy())
-        what = f"{self.path} was truncated while {self.name} was read"
+        read = partial(read_all, path=self.path, what=self.name)
         with self.path.open("rb", buffering=0) as file:
             if dim == 0:
-                read_all(file.fileno(), self.offset + start * row_bytes, content, what=what)
+                read(file.fileno(), self.offset + start * row_bytes, content)
                 return
             _prefetch(file.fileno(), self.offset, self.shape[0] * row_bytes)
             width = (stop - start) * out.element_size()
             position = self.offset + start * out.element_size()
             for row in range(self.shape[0]):
-                read_all(file.fileno(), position, content[row * width : (row + 1) * width], what=what)
+                read(file.fileno(), position, content[row * width : (row + 1) * width])
                 position += row_bytes
 
 

@@ -79,17 +79,17 @@ def lines_of(inputs: Path, output: Path) -> dict[str, tuple[list[str], str]]:
         "evaluate": (
             ("evaluate", *sampled),
             {"model": bad, "reward": judge, "data": data},
-            f"the policy's logits in the answers to prompts {RECORD};",
+            f"the policy's logits in the answers to records {RECORD};",
         ),
         "evaluate against": (
             ("evaluate", *sampled),
             {"model": "policy", "against": bad, "reward": judge, "data": data},
-            f"the model of against.path's logits in the answers to prompts {RECORD};",
+            f"the model of against.path's logits in the answers to records {RECORD};",
         ),
         "evaluate's judge": (
             ("evaluate", *sampled),
             {"model": "policy", "reward": "bad_judge", "data": data},
-            f"the reward model's scores of {answers}",
+            f"the reward model's scores of {answers} to records {RECORD};",
         ),
         "score": (
             ("score",),

@@ -61,6 +61,21 @@ def test_wandb_gets_the_defined_metrics(tmp_path, monkeypatch):
     assert calls == ["glm", (1, {"a": 1.0}), "finished"]
 
 
+def test_a_service_that_fails_is_left_alone_and_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fail(numbers, step):
+        raise RuntimeError("the service is down")
+
+    module = types.ModuleType("wandb")
+    module.__spec__ = types.SimpleNamespace()
+    module.init = lambda **options: types.SimpleNamespace(log=fail, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with open_metrics(tmp_path, is_owner=True, uses_tensorboard=False, wandb_project="glm") as write:
+        for step in (1, 2):
+            write(step, {"a": 1.0})
+    assert capsys.readouterr().err.count("RuntimeError: the service is down") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_missing_wandb_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb is not installed"):

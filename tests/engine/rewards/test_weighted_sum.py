@@ -37,7 +37,16 @@ def test_a_text_names_a_weighted_sum(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a:b + ", "a:b+c:d", "1.2.3 * reward_rules:low_id_tokens", "reward_rules", "x * y:z"]
+    "text",
+    [
+        "",
+        "a:b + ",
+        "a:b+c:d",
+        "1.2.3 * reward_rules:low_id_tokens",
+        "reward_rules",
+        "x * y:z",
+        "1e400 * reward_rules:low_id_tokens",
+    ],
 )
 def test_another_form_is_an_error(text):
     with pytest.raises(RewardError):

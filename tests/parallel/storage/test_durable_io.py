@@ -9,11 +9,13 @@ from small_files import small_files
 from glm_rlhf.parallel.storage import durable_io
 from glm_rlhf.parallel.storage.durable_io import (
     name_in_errors,
+    read_all,
     replace_file,
     replace_text,
     sync,
     write_synced,
 )
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 
 
 def fail(code: int):
@@ -84,3 +86,16 @@ def test_a_name_that_an_error_has_stays_and_a_text_alone_becomes_a_reason(tmp_pa
         str(tmp_path / "b"),
         "4096 requested and 1024 written",
     )
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"12345678")
+    buffer = memoryview(bytearray(9))
+    with path.open("rb") as file:
+        with pytest.raises(ModelFolderError, match=r"model\.safetensors was truncated while t0 was read"):
+            read_all(file.fileno(), 0, buffer, path=path, what="t0")
+        monkeypatch.setattr(durable_io.os, "preadv", fail(errno.EIO))
+        with pytest.raises(OSError) as caught:
+            read_all(file.fileno(), 0, buffer, path=path, what="t0")
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
