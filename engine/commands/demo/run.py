@@ -6,7 +6,6 @@ demo: each stage is the command of its name, and its config lies in its folder, 
 """
 
 import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from glm_rlhf.engine.commands.demo.toy_task import TaskSet, toy_tasks
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
 from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.observe.timer import Timer
+from glm_rlhf.parallel.runtime.launch import read_launch
 
 _FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")
 _NUM_THREADS = 2  # more only wait for each other: no matrix here has a thousand rows and columns
@@ -45,7 +45,7 @@ def run(config: DemoConfig) -> int:
     Raises:
         ValueError: a launch of several processes, or a run folder that another command has used.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if read_launch().world_size > 1:
         raise ValueError("demo is one process, which launches others itself: start it without torchrun")
     folder = _claim(Path(config.run.output))
     clock = Timer()
