@@ -54,6 +54,9 @@ class ClusterSection:
     """Fraction of the memory reserved for CUDA, NCCL and fragmentation."""
     network: NumBytes = 50 * 10**9
     """Bytes per second and GPU between nodes, in one direction; 50GB is 400 Gb/s."""
+    disk: NumBytes = 10**9
+    """Bytes per second that all ranks together write to the run folder's disk; the batch script asks for its
+    signal early enough for a save."""
     rates: PathText | None = None
     """rates.json that `bench` measured; null: assumed fractions of the public peak rates."""
 

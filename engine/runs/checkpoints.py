@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -156,6 +157,7 @@ class RunCheckpoints:
         self.config, self.models, self.writer = config, dict(models), writer
         self.identity, self.export, self.topology = dict(identity), export, topology
         self._saved_step: int | None = None
+        self._saved_s = time.monotonic()
 
     def keep(self, step: int) -> None:
         """Know that this step is saved already: the run resumes from it."""
@@ -182,7 +184,7 @@ class RunCheckpoints:
         is_last = step >= train.steps
         self.writer.poll()
         exports = is_due(step, train.export_every, is_last)
-        saves = is_due(step, train.save_every, is_last)
+        saves = is_due(step, train.save_every, is_last) or self._is_time_due()
         if saves:
             self._save(step, progress, rank_tensors)
         if saves and is_last:
@@ -227,7 +229,12 @@ class RunCheckpoints:
             state={"identity": self.identity, "progress": dict(progress)},
             rank_tensors=random_state() | dict(rank_tensors or {}),
         )
-        self._saved_step = step
+        self._saved_step, self._saved_s = step, time.monotonic()
+
+    def _is_time_due(self) -> bool:
+        """Return whether the last save, or the start, is long ago by rank 0's clock; all ranks call this."""
+        every_s = self.config.train.save_every_s
+        return every_s > 0 and self.writer.main_rank_says(time.monotonic() - self._saved_s >= every_s)
 
     def close_finished(self, step: int) -> None:
         """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""

@@ -12,6 +12,7 @@ from glm_rlhf.engine.observe.metrics import WriteMetrics, open_metrics
 from glm_rlhf.engine.observe.report import try_write_report
 from glm_rlhf.engine.observe.trace import Trace, tracing
 from glm_rlhf.engine.runs.checkpoints import RunCheckpoints, open_checkpoints, resume
+from glm_rlhf.engine.runs.save_notice import log_long_save
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.preemption import Preempted, handle_preemption_signals
@@ -109,6 +110,7 @@ def open_run(
         if config.observe.trace:
             with raise_on_all_ranks("beginning the traces"):
                 trace = stack.enter_context(tracing(config.run.output, rank=topology.rank))
+        log_long_save(states, topology)
         stack.enter_context(watchdog(config.run.watchdog_s, rank=topology.rank))
         stack.enter_context(handle_preemption_signals())
         try:

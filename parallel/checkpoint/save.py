@@ -24,6 +24,7 @@ from glm_rlhf.parallel.checkpoint.shards import joined_info, model_info, stored_
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.state_shard import SplitMaster
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.preemption import ends_at_once
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_manifest import (
     FILE_NAME,
@@ -143,9 +144,16 @@ class CheckpointWriter:
             self._run(job)
             self.finish()
             return
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint step {step}")
-        self._thread.daemon = True  # a failing process may exit at once, without this checkpoint
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint step {step}")
+        thread.daemon = True  # a failing process may exit at once, without this checkpoint
+        self._thread = thread
+        try:
+            thread.start()
+        except BaseException:  # a Ctrl-C as it starts: nobody would stage a save that has not begun
+            if thread.ident is None:
+                self._thread = None
+                self._staged.set()
+            raise
 
     def poll(self) -> None:
         """Raise the failure of a finished save; every rank calls this, about once per step.
@@ -161,6 +169,15 @@ class CheckpointWriter:
         dist.all_reduce(is_done, op=dist.ReduceOp.MIN, group=self._group)
         if int(is_done):
             self.finish()
+
+    def main_rank_says(self, is_true: bool) -> bool:
+        """Return rank 0's answer to a question on which clocks may differ; every rank calls this.
+
+        One byte is broadcast, over gloo.
+        """
+        answer = torch.tensor([is_true])
+        dist.broadcast(answer, src=0, group=self._group)
+        return bool(answer)
 
     def finish(self) -> None:
         """Wait for a save in progress; every rank calls this.
@@ -184,6 +201,8 @@ class CheckpointWriter:
         if kind is None:
             self.finish()
         elif self._thread is not None:
+            if ends_at_once():  # the thread uses the groups
+                return
             self._thread.join(_JOIN_TIMEOUT_S)  # the exception that ends the run is the one to report
             if self._thread.is_alive():  # other ranks have exited; the group is in use
                 return

@@ -26,6 +26,7 @@ _is_inside = False
 _is_enabled = False
 _is_requested = False
 _has_reported_repeat = False
+_ends_at_once = False
 _first_s: dict[int, float] = {}
 _previous_handlers: dict[int, Any] = {}
 
@@ -43,8 +44,9 @@ def handle_preemption_signals() -> Iterator[None]:
     the repeat of a signal may come when all is saved. A SIGINT that is ignored, as in a background job of a
     shell, stays ignored.
     """
-    global _is_inside, _is_enabled, _is_requested
+    global _is_inside, _is_enabled, _is_requested, _ends_at_once
     restore_handlers()
+    _ends_at_once = False
     for number in SIGNALS:
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             _previous_handlers[number] = signal.signal(number, _request)
@@ -79,13 +81,19 @@ def ignore_repeats() -> None:
         restore_handlers()
 
 
+def ends_at_once() -> bool:
+    """Return whether a later signal has ended the run: what still waits must not."""
+    return _ends_at_once
+
+
 def _request(number: int, _frame: object) -> None:
-    global _is_requested, _has_reported_repeat
+    global _is_requested, _has_reported_repeat, _ends_at_once
     now, is_first = time.monotonic(), not _first_s
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     repeat_s = CTRL_C_REPEAT_S if number == signal.SIGINT else REPEAT_S
     if now - _first_s.setdefault(number, now) > repeat_s:
         _tell(f"{name} again, more than {repeat_s:g} s after the first: the run ends without a save")
+        _ends_at_once = True
         _restore((number, _previous_handlers.pop(number)))
         os.kill(os.getpid(), number)
         return

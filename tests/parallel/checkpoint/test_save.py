@@ -128,6 +128,22 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+def test_an_interrupt_as_the_thread_starts_leaves_a_run_that_works(tmp_path, monkeypatch):
+    def interrupt(_thread):
+        raise KeyboardInterrupt
+
+    with tiny_run(tmp_path) as run:
+        run.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run.save(1)
+        run.step()  # must not wait for a copy that nobody makes
+        run.writer.poll()
+        run.save(2)
+    assert list(step_folders(tmp_path)) == [2]
+
+
 def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
     folder = tiny_disk / "run"
     save_steps(folder, {}, [2])

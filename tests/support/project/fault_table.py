@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from faulty_run import Fault
+from faulty_run import SUSPENSION_S, Fault
 from reward_rules import share_of_low_ids
 from safetensors.torch import load_file
 from tiny_models import make_model, save_folder
@@ -19,6 +19,7 @@ from examples.reward_server import make_server
 
 DEADLINE_S = 30.0
 WATCHDOG_S = 8.0
+ENDED_WELL = ("rank 0 returned 0", "rank 1 returned 0")
 PHASES = ("generate", "reward", "old_logprobs", "critic", "policy")
 
 
@@ -68,6 +69,36 @@ LEFT = Promise(
     said=("as a signal asked",),
     has_same_bits=True,
     resumes=True,
+)
+ALL_LEFT = Promise(
+    promise="a second signal ignored, saved, each rank returns 0 (torchrun itself 1); the same command "
+    "resumes to the unfaulted run's bits",
+    said=(
+        "as a signal asked",
+        "a second signal .*the save continues",
+        *ENDED_WELL,
+    ),
+    has_same_bits=True,
+    resumes=True,
+)
+ORPHANED = Promise(
+    promise="the ranks find that torchrun was killed, save and end; the same command resumes to the same "
+    "bits",
+    deadline_s=60.0,
+    said=(
+        "torchrun has ended without its ranks",
+        "as a signal asked",
+        *ENDED_WELL,
+    ),
+    has_same_bits=True,
+    resumes=True,
+)
+CONTINUED = Promise(
+    promise=f"stopped for {SUSPENSION_S:g} s, longer than the watchdog allows, the job continues to the "
+    "unfaulted run's bits",
+    is_success=True,
+    said=(r"\[rank 0\] did not run for \d+ s", r"\[rank 1\] did not run for \d+ s"),
+    has_same_bits=True,
 )
 DONE = Promise(promise="the run continues to the unfaulted run's bits", is_success=True, has_same_bits=True)
 SPLIT = Promise(
@@ -149,6 +180,11 @@ CASES = (
     *(_case(12, "SIGTERM", phase, rank, LEFT) for phase in PHASES for rank in (0, 1)),
     _case(12, "SIGUSR1", "generate", 0, LEFT),
     _case(12, "SIGUSR1", "save", 1, LEFT),
+    _case(12, "Ctrl-C", "generate", 1, LEFT),
+    _case(12, "Ctrl-C", "policy", 0, LEFT),
+    *(_case(19, "SIGTERM to the job", phase, rank, ALL_LEFT) for phase in PHASES for rank in (0, 1)),
+    *(_case(20, "lost launcher", phase, 0, ORPHANED) for phase in ("generate", "policy")),
+    *(_case(26, "suspended job", phase, 0, CONTINUED, "run.watchdog_s=4") for phase in PHASES),
     _case(7, "disk full", "save", 0, REPORTED),
     _case(7, "slow disk", "save", 1, DONE, "train.save_every=1"),
     _case(5, "corrupt file", "policy", 0, FELL_BACK, time=3),
@@ -185,7 +221,8 @@ def try_all(folder: Path) -> list[Outcome]:
         for number, case in enumerate(CASES):
             address = f"http://127.0.0.1:{server.server_port}"
             settings = [setting.format(server=address) for setting in case.settings]
-            seconds, failure = _try(launch, case, [*line, *settings], folder / str(number), folder / "wanted")
+            arguments = [*line, f"run.watchdog_s={WATCHDOG_S}", *settings]
+            seconds, failure = _try(launch, case, arguments, folder / str(number), folder / "wanted")
             outcomes.append(Outcome(case=case, seconds=seconds, failure=failure))
     server.shutdown()
     server.server_close()
@@ -194,7 +231,7 @@ def try_all(folder: Path) -> list[Outcome]:
 
 def _try(launch: WarmLaunches, case: Case, line: list[str], output: Path, wanted: Path) -> tuple[float, str]:
     fault, promise = case.fault, case.promise
-    arguments = [*line, f"run.output={output}", f"run.watchdog_s={WATCHDOG_S}"]
+    arguments = [*line, f"run.output={output}"]
     if promise.num_restarts:
         arguments += ["train.save_every=1", "train.async_save=false"]
     try:

@@ -121,7 +121,7 @@ ROWS = (
         11,
         "torchrun --max-restarts resumes",
         "final weights equal the unfaulted run's",
-        f"{PARALLEL}/runtime/test_topology.py::test_ranks_that_are_started_again_meet_under_a_name_of_their_own",
+        f"{PARALLEL}/runtime/test_rendezvous.py::test_ranks_that_are_started_again_meet_under_a_name_of_their_own",
     ),
     _row(
         12,
@@ -184,6 +184,20 @@ ROWS = (
         f"{ENGINE}/rollout/test_generation_phase.py::test_bf16_answers_have_the_training_forwards_logprobs",
     ),
     _row(
+        19,
+        "SIGTERM to torchrun and to its ranks at once saves",
+        "each phase: saved, every rank exits with 0, 10 of 10; a repeat within 20 s changes nothing",
+        f"{PARALLEL}/runtime/test_preemption.py",
+        least=10,
+    ),
+    _row(
+        20,
+        "one writer per folder; orphans end within 60 s",
+        "the second is refused and names the first; ranks whose torchrun was killed save and end",
+        f"{PARALLEL}/runtime/test_orphans.py",
+        least=3,
+    ),
+    _row(
         22,
         "ranks agree on what they run",
         "a rank with another key, model, file, version or code is refused by all and named, 24 of 24",
@@ -191,6 +205,13 @@ ROWS = (
         f"{PARALLEL}/runtime/test_agreement.py",
         f"{ENGINE}/build/test_world.py::test_a_rank_with_another_learning_rate_is_refused_by_all",
         least=10,
+    ),
+    _row(
+        26,
+        "a suspended job continues",
+        "all ranks stopped for longer than the watchdog allows, 5 of 5",
+        f"{ENGINE}/health/test_watchdog.py::test_a_suspension_does_not_count_and_a_later_hang_does",
+        least=5,
     ),
 )
 
