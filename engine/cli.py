@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from glm_rlhf.engine.exit_report import TRACEBACK_VARIABLE, USER_ERROR, report_bug, report_user_error
-from glm_rlhf.engine.process import ignore_repeated_interrupts, write_any_character
+from glm_rlhf.engine.process import exit_at_once, ignore_repeated_interrupts, write_any_character
 from glm_rlhf.parallel.runtime.launch import Launch, read_launch
 from glm_rlhf.parallel.runtime.log import ROOT, log
 from glm_rlhf.parallel.runtime.orphans import watch_launcher
 
 PROGRAM = "glm-rlhf"
+INTERRUPTED = 130
 _HELP = ("-h", "--help")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
@@ -194,7 +195,7 @@ def _run(command: Command, title: str, config: object, launch: Launch, *, ends_p
             return command.load()(config) or 0
     except KeyboardInterrupt:
         report_user_error(title, "interrupted", launch)
-        return 130
+        return INTERRUPTED
     except (ValueError, FloatingPointError) as error:  # the second: NaN or Inf in a model, named by `error`
         return report_user_error(title, str(error), launch, error)
     except OSError as error:
@@ -210,6 +211,8 @@ def _run(command: Command, title: str, config: object, launch: Launch, *, ends_p
         if "glm_rlhf.parallel.runtime.preemption" in sys.modules:  # a command ran that handles signals
             preemption = sys.modules["glm_rlhf.parallel.runtime.preemption"]
             (preemption.ignore_repeats if ends_process else preemption.restore_handlers)()
+            if ends_process and preemption.ends_at_once():
+                exit_at_once(INTERRUPTED)  # the interpreter would wait for a save that is still written
 
 
 def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -1,8 +1,11 @@
 """What the command line sets once in its process: escapes in its streams, repeats of a Ctrl-C."""
 
+import contextlib
+import os
 import signal
 import sys
 import time
+from typing import NoReturn
 
 _REPEAT_S = 2.0
 """Seconds from a Ctrl-C in which another one is the same: torchrun sends on what the terminal has sent."""
@@ -35,3 +38,11 @@ def ignore_repeated_interrupts() -> None:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process without what the interpreter does at its end, such as waiting for native threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -134,7 +134,8 @@ class ParallelSection:
     sequence_parallel: bool = False
     """Whether norms and residuals outside tensor-parallel regions are split over tokens; needs tp above 1."""
     timeout_s: Seconds = 600.0
-    """Seconds after which a collective fails that some rank has not entered."""
+    """Seconds after which a collective fails that some rank has not entered, and a start to which some rank
+    has not come."""
 
     def __post_init__(self) -> None:
         if self.vpp > 1 and self.pp == 1:

@@ -14,7 +14,8 @@ done from here on that is no other algorithm, so that equal bits end; it would b
 _WITHOUT_EFFECT_SECTIONS = ("observe", "evaluate")
 _WITHOUT_EFFECT = {
     *("run.name", "run.output", "run.resume", "run.watchdog_s", "parallel.timeout_s"),
-    *("train.save_every", "train.keep_last", "train.keep_every", "train.async_save", "train.export_every"),
+    *("train.save_every", "train.save_every_s", "train.keep_last", "train.keep_every"),
+    *("train.async_save", "train.export_every"),
     *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "train.recompute_layers"),
     *("train.save_every_s", "train.offload", "data.eval_records"),
     *("reward.timeout_s", "reward.retries", "reward.batch_size", "reward.concurrency"),
