@@ -1,34 +1,32 @@
 """The command line: `glm-rlhf <command> [config.yaml] [section.key=value …]`.
 
 Exit codes: 0 done, 1 a failed check or a bug (with its traceback), 2 an error that the user has to fix
-(reported in one sentence), 130 interrupted. Nothing heavy is imported before a command runs.
+(reported in one sentence), 130 interrupted. Nothing heavy is imported before a command runs, and its
+configuration not before it is needed.
 """
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
+import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
-from glm_rlhf.engine.config.bench import BenchConfig
-from glm_rlhf.engine.config.evaluate import EvaluateConfig
-from glm_rlhf.engine.config.keys import help_text, keys_of
-from glm_rlhf.engine.config.load import ConfigError, dump_config, is_override, load_config, save_config
-from glm_rlhf.engine.config.plan import PlanConfig
-from glm_rlhf.engine.config.rl import PPOConfig
-from glm_rlhf.engine.config.sections import GenerateConfig, ScoreConfig
-from glm_rlhf.engine.config.tools import ConvertConfig, DemoConfig, DoctorConfig
-from glm_rlhf.engine.config.training import DPOConfig, LabelConfig, RewardConfig, SFTConfig
-from glm_rlhf.engine.config.yaml_source import read_file
+from glm_rlhf.engine.exit_report import TRACEBACK_VARIABLE, USER_ERROR, report_bug, report_user_error
+from glm_rlhf.engine.process import ignore_repeated_interrupts, write_any_character
+from glm_rlhf.parallel.runtime.launch import Launch, read_launch
 from glm_rlhf.parallel.runtime.log import ROOT, log
+from glm_rlhf.parallel.runtime.orphans import watch_launcher
 
 PROGRAM = "glm-rlhf"
-TRACEBACK_VARIABLE = "GLM_RLHF_TRACEBACK"
 _HELP = ("-h", "--help")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,94 +37,103 @@ class Command:
     """Its name on the command line."""
     summary: str
     """One line of help."""
-    config: type
-    """Root of its config, in `glm_rlhf.engine.config`."""
+    root: str
+    """`module:class` of its config, in `glm_rlhf.engine`; imported when it is asked for."""
     function: str
     """`module:function` that takes the config and returns an exit code or None; imported when it runs."""
 
+    @property
+    def config(self) -> type:
+        """Root of its config."""
+        return _imported(f"glm_rlhf.engine.{self.root}")
+
     def load(self) -> Callable[[object], int | None]:
         """Import the module and return the function."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _imported(self.function)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 COMMANDS = (
     Command(
         name="demo",
         summary="SFT, reward model and PPO on a tiny ChatGLM3 created on this machine; minutes on a CPU",
-        config=DemoConfig,
+        root="config.tools:DemoConfig",
         function="glm_rlhf.engine.commands.demo.run:run",
     ),
     Command(
         name="sft",
         summary="train a policy on demonstrations (supervised fine-tuning)",
-        config=SFTConfig,
+        root="config.training:SFTConfig",
         function="glm_rlhf.engine.commands.sft:run",
     ),
     Command(
         name="reward",
         summary="train a reward model on preference pairs",
-        config=RewardConfig,
+        root="config.training:RewardConfig",
         function="glm_rlhf.engine.commands.reward:run",
     ),
     Command(
         name="ppo",
         summary="train a policy with PPO, generating and training on the same ranks and weights",
-        config=PPOConfig,
+        root="config.rl:PPOConfig",
         function="glm_rlhf.engine.commands.ppo:run",
     ),
     Command(
         name="dpo",
         summary="train a policy on preference pairs with direct preference optimisation",
-        config=DPOConfig,
+        root="config.training:DPOConfig",
         function="glm_rlhf.engine.commands.dpo:run",
     ),
     Command(
         name="label",
         summary="make preference pairs: K answers per prompt, best and worst by a reward model",
-        config=LabelConfig,
+        root="config.training:LabelConfig",
         function="glm_rlhf.engine.commands.label:run",
     ),
     Command(
         name="generate",
         summary="answer the prompts of a file; writes JSON lines",
-        config=GenerateConfig,
+        root="config.sections:GenerateConfig",
         function="glm_rlhf.engine.commands.generate:run",
     ),
     Command(
         name="score",
         summary="per-token logprobs of a policy or scores of a reward model; writes JSON lines",
-        config=ScoreConfig,
+        root="config.sections:ScoreConfig",
         function="glm_rlhf.engine.commands.score:run",
     ),
     Command(
         name="evaluate",
         summary="win rate, reward, pass@k and length on the prompts of a file, with confidence intervals",
-        config=EvaluateConfig,
+        root="config.evaluate:EvaluateConfig",
         function="glm_rlhf.engine.commands.evaluate:run",
     ),
     Command(
         name="convert",
         summary="convert a Hugging Face folder to another family's format, dtype or file size",
-        config=ConvertConfig,
+        root="config.tools:ConvertConfig",
         function="glm_rlhf.engine.commands.convert:run",
     ),
     Command(
         name="plan",
         summary="estimate memory and time of ppo on a cluster; writes config and launch scripts",
-        config=PlanConfig,
+        root="config.plan:PlanConfig",
         function="glm_rlhf.engine.plan.command:run",
     ),
     Command(
         name="doctor",
         summary="report versions, active fast paths and whether ranks reach each other",
-        config=DoctorConfig,
+        root="config.tools:DoctorConfig",
         function="glm_rlhf.engine.health.doctor:run",
     ),
     Command(
         name="bench",
         summary="time kernels, passes, PPO, checkpoints and scaling against peers; measure rates for plan",
-        config=BenchConfig,
+        root="config.bench:BenchConfig",
         function="glm_rlhf.engine.bench.command:run",
     ),
 )
@@ -135,75 +142,80 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code of one command line.
 
-    A user's error ends with one sentence on stderr; under torchrun every rank returns the code. An error in
-    arguments or config, the same on all ranks of a host, is reported by the first of them; one that a
-    command raises later is reported by each rank that raises it, with its number. `GLM_RLHF_TRACEBACK=1`
-    also prints the traceback.
+    A user's error ends with one sentence on stderr, from one rank; under torchrun every rank returns the
+    code, and torchrun's summary shows the sentence. `GLM_RLHF_TRACEBACK=1` also prints the traceback.
 
     Args:
-        argv: arguments after the program's name; None: those of the process.
+        argv: arguments after the program's name; None: those of the process, which ends after the command.
 
     Raises:
         Exception: a bug, unchanged.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    write_any_character()
+    if argv is None:
+        ignore_repeated_interrupts()
+    wrong_launch = None
+    try:
+        launch = read_launch()
+    except ValueError as error:
+        launch, wrong_launch = Launch(), str(error)
     if not arguments or arguments[0] in _HELP or arguments[0] == "--version":
-        return _about_program(arguments)
+        return _about_program(arguments, launch)
     command = next((command for command in COMMANDS if command.name == arguments[0]), None)
     if command is None:
-        return _report_error(PROGRAM, _unknown_command(arguments[0]), is_shared=True)
+        return report_user_error(PROGRAM, _unknown_command(arguments[0]), launch)
     title = f"{PROGRAM} {command.name}"
     if any(argument in _HELP for argument in arguments[1:]):
-        return _print(_command_help(command))
+        return _print(_command_help(command), launch)
+    if wrong_launch is not None:
+        return report_user_error(title, wrong_launch, launch)
+    watch_launcher()
+    from glm_rlhf.engine.config.load import ConfigError, load_config
+
     try:
         path, overrides = _config_arguments(arguments[1:])
         if path is not None:
             _raise_if_config_of_another_command(path, command)
         config: object = load_config(command.config, path, overrides)
     except ConfigError as error:
-        return _report_error(title, str(error), is_shared=True)
+        return report_user_error(title, str(error), launch)
+    code = _run(command, title, config, launch, ends_process=argv is None)
+    if argv is None and code == USER_ERROR:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this process ends with its own code
+    return code
+
+
+def _run(command: Command, title: str, config: object, launch: Launch, *, ends_process: bool) -> int:
+    """Return the exit code of a command; a bug is reported and raised."""
     try:
-        _save_resolved_config(config)
-        with _warnings_from_first_local_rank():
+        _save_resolved_config(config, launch)
+        with _warnings_from_first_local_rank(launch):
             return command.load()(config) or 0
     except KeyboardInterrupt:
-        _report_error(title, "interrupted", is_shared=True)
+        report_user_error(title, "interrupted", launch)
         return 130
-    except ValueError as error:
-        _record_for_torchrun(error)
-        return _report_error(title, str(error))
+    except (ValueError, FloatingPointError) as error:  # the second: NaN or Inf in a model, named by `error`
+        return report_user_error(title, str(error), launch, error)
     except OSError as error:
-        _record_for_torchrun(error)
-        if error.filename is None:  # not a file of the user: a bug, or the machine
-            _report_error(title, _phase_and_kind(error), is_bug=True)
+        if error.filename is None and error.errno not in _DISK_ERRORS:  # not a file of the user: a bug
+            report_bug(title, error, launch)
             raise
-        return _report_error(title, f"{error.filename}: {error.strerror}")
+        file = error.filename or "a file or stream"
+        return report_user_error(title, f"{file}: {error.strerror}", launch, error)
     except Exception as error:
-        _record_for_torchrun(error)
-        _report_error(title, _phase_and_kind(error), is_bug=True)
+        report_bug(title, error, launch)
         raise
     finally:
         if "glm_rlhf.parallel.runtime.preemption" in sys.modules:  # a command ran that handles signals
-            sys.modules["glm_rlhf.parallel.runtime.preemption"].restore_handlers()
-
-
-def _phase_and_kind(error: Exception) -> str:
-    from glm_rlhf.parallel.runtime.spans import phase_of  # torch is loaded: a command ran
-
-    phase = phase_of(error)
-    return f"failed{f' in phase {phase}' if phase else ''}: {type(error).__name__}: {error}"
-
-
-def _record_for_torchrun(error: Exception) -> None:
-    """Write the traceback to the file that torchrun names in its summary; does nothing without torchrun."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+            preemption = sys.modules["glm_rlhf.parallel.runtime.preemption"]
+            (preemption.ignore_repeats if ends_process else preemption.restore_handlers)()
 
 
 def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Return the path of the config file, if there is one, and the overrides."""
+    from glm_rlhf.engine.config.load import ConfigError, is_override
+
     overrides = [argument for argument in arguments if is_override(argument)]
     files = [argument for argument in arguments if not is_override(argument)]
     for option in files:
@@ -216,25 +228,38 @@ def _config_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _raise_if_config_of_another_command(path: str, command: Command) -> None:
     """Raise ConfigError where the command lacks a key of the file, but another command has all of them."""
+    from glm_rlhf.engine.config.keys import keys_of
+    from glm_rlhf.engine.config.yaml_source import ConfigError, read_file
+
     paths = [entry.path for entry in read_file(path)]
     unknown = [key for key in paths if key not in keys_of(command.config)]
+    if not unknown:
+        return
     owners = [other.name for other in COMMANDS if keys_of(other.config).keys() >= set(paths)]
-    if unknown and owners:
+    if owners:
         others = f" and {len(unknown) - 1} others of its keys" if len(unknown) > 1 else ""
         raise ConfigError(
             f"{path} is a config of {' or '.join(owners)}: {command.name} does not know {unknown[0]}{others}"
         )
 
 
-def _save_resolved_config(config: object) -> None:
-    """Print the resolved config and write it to the run folder, on rank 0, if the command has a run folder.
+def _save_resolved_config(config: object, launch: Launch) -> None:
+    """Print the resolved config and write it to a new run folder, on rank 0, if the command has a run folder.
+
+    A folder that has a config keeps it until the command is accepted and writes its own.
 
     Raises:
         ValueError: the folder cannot be written.
     """
-    if _rank("RANK") == 0 and hasattr(config, "run"):
+    if launch.rank == 0 and hasattr(config, "run"):
+        from glm_rlhf.engine.config.load import FILE_NAME, dump_config, save_config
+
+        path = Path(config.run.output) / FILE_NAME
+        if os.path.lexists(path):
+            log(f"{dump_config(config)}# for {path}")
+            return
         try:
-            path = save_config(config, config.run.output)
+            save_config(config, config.run.output)
         except OSError as error:
             raise ValueError(
                 f"run.output is {config.run.output}, which cannot be written: {error.strerror}"
@@ -243,11 +268,11 @@ def _save_resolved_config(config: object) -> None:
 
 
 @contextlib.contextmanager
-def _warnings_from_first_local_rank() -> Iterator[None]:
+def _warnings_from_first_local_rank(launch: Launch) -> Iterator[None]:
     """Hide logged warnings on all ranks of a host but the first: all read the same files."""
     logger = logging.getLogger(ROOT)
     level = logger.level
-    if _rank("LOCAL_RANK") > 0:
+    if launch.local_rank > 0:
         logger.setLevel(logging.ERROR)
     try:
         yield
@@ -255,15 +280,15 @@ def _warnings_from_first_local_rank() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _about_program(arguments: list[str]) -> int:
+def _about_program(arguments: list[str], launch: Launch) -> int:
     if not arguments:
         names = ", ".join(command.name for command in COMMANDS)
-        return _report_error(PROGRAM, f"no command given, there are: {names} (see --help)", is_shared=True)
+        return report_user_error(PROGRAM, f"no command given, there are: {names} (see --help)", launch)
     if arguments[0] == "--version":
         from glm_rlhf.engine import __version__  # read from the package's metadata when asked for
 
-        return _print(f"{PROGRAM} {__version__}")
-    return _print(_program_help())
+        return _print(f"{PROGRAM} {__version__}", launch)
+    return _print(_program_help(), launch)
 
 
 def _program_help() -> str:
@@ -280,6 +305,8 @@ def _program_help() -> str:
 
 
 def _command_help(command: Command) -> str:
+    from glm_rlhf.engine.config.keys import help_text
+
     return (
         f"{PROGRAM} {command.name}: {command.summary}\n\n"
         f"usage: {PROGRAM} {command.name} [config.yaml] [section.key=value …]\n\n"
@@ -297,30 +324,8 @@ def _unknown_command(name: str) -> str:
     )
 
 
-def _print(text: str) -> int:
+def _print(text: str, launch: Launch) -> int:
     """Write text to stdout on rank 0; return exit code 0."""
-    if _rank("RANK") == 0:
+    if launch.rank == 0:
         sys.stdout.write(text + "\n")
     return 0
-
-
-def _report_error(title: str, message: str, *, is_shared: bool = False, is_bug: bool = False) -> int:
-    """Write one line to stderr and return exit code 2.
-
-    Args:
-        title: program and command, at the start of the line.
-        message: the error; line breaks become spaces.
-        is_shared: whether all ranks of this host have the same error, so that only the first one reports it.
-        is_bug: whether the traceback is printed anyway.
-    """
-    if not is_bug and os.environ.get(TRACEBACK_VARIABLE) == "1" and sys.exc_info()[0] is not None:
-        traceback.print_exc()
-    if not is_shared or _rank("LOCAL_RANK") == 0:
-        has_others = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not is_shared
-        rank = f"[rank {_rank('RANK')}] " if has_others else ""
-        log(f"{rank}{title}: {' '.join(message.split())}")
-    return 2
-
-
-def _rank(variable: str) -> int:
-    return int(os.environ.get(variable) or 0)

@@ -106,8 +106,34 @@ class Rewards:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """What scored this rank's answers. None: the algorithm does not need it."""
+
+    rewards: Rewards
+    """Rewards less their baselines."""
+    old_logprobs_T: torch.Tensor
+    """Logprobs of the policy before the update, at the rollouts' temperature, fp32 [T]."""
+    ref_logprobs_T: torch.Tensor | None
+    """Logprobs of the reference, at the same temperature, fp32 [T]."""
+    values_T: torch.Tensor | None
+    """The critic's values before the update, fp32 [T]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    """What an algorithm makes of its signals."""
+
+    advantages_T: torch.Tensor
+    """Advantages, fp32 [T]; 0 at tokens that are not trained on."""
+    returns_T: torch.Tensor | None
+    """Targets of the critic, fp32 [T]; None without one."""
+    kl_T: torch.Tensor | None
+    """Estimated KL to the reference, in nats, fp32 [T]; None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """Rollouts with everything that an update needs."""
+    """Rollouts with everything that an update needs. None: the algorithm has none."""
 
     rollouts: Rollouts
     """The sequences."""
@@ -115,15 +141,15 @@ class Experience:
     """Reward of each sequence with its token rewards, minus its baseline, fp32 [B]; 0 where excluded."""
     old_logprobs_T: torch.Tensor
     """Logprobs of the policy before the update, at the rollouts' temperature, fp32 [T]."""
-    ref_logprobs_T: torch.Tensor
+    ref_logprobs_T: torch.Tensor | None
     """Logprobs of the reference, at the same temperature, fp32 [T]."""
-    values_T: torch.Tensor
+    values_T: torch.Tensor | None
     """The critic's values before the update, fp32 [T]."""
     advantages_T: torch.Tensor
     """Advantages, fp32 [T]; whitened if ppo.whiten is set."""
-    returns_T: torch.Tensor
+    returns_T: torch.Tensor | None
     """Targets of the critic, fp32 [T]."""
-    kl_T: torch.Tensor
+    kl_T: torch.Tensor | None
     """Estimated KL to the reference, in nats, fp32 [T]."""
     metrics: Mapping[str, float]
     """Means over all data-parallel ranks: rewards, KL, lengths, difference of the sampler's logprobs."""

@@ -25,7 +25,7 @@ from glm_rlhf.engine.bench.sizes import SMALL
 from glm_rlhf.engine.cost.activations import CPU
 from glm_rlhf.engine.cost.memory import RankMemory, rank_memory
 from glm_rlhf.engine.cost.workload import Choice, Roles, Workload
-from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
+from glm_rlhf.engine.rl.mini_batches import learners, mini_batches
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.engine.types import Rollouts
@@ -195,9 +195,9 @@ def _count_training(case: MemoryCase, roles: PPORoles, topology: Topology) -> di
         num_global=work.num_sequences,
     )
     (part,) = mini_batches(
-        experience, roles.ppo, micro_batch_tokens=roles.micro_batch_tokens, seed=1, topology=topology
+        experience, roles.algorithm, micro_batch_tokens=roles.micro_batch_tokens, seed=1, topology=topology
     )
-    of_roles = learners(roles.states, experience, part, roles.ppo)
+    of_roles = learners(roles.states, experience, part, roles.algorithm)
     schedules = {f"train {role}": [of_roles[role]] for role in ("policy", "critic")}
     if topology.layout.pp > 1:
         schedules = {"train": list(of_roles.values())}

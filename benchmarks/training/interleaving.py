@@ -3,7 +3,6 @@
 python -m benchmarks.training.interleaving
 """
 
-import dataclasses
 import functools
 import tempfile
 import time
@@ -34,6 +33,7 @@ from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.distributed import RewardDispatcher
 from glm_rlhf.engine.rewards.function import RewardFunction, RewardRequest
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.rollout.generate import AnswerSettings
 from glm_rlhf.engine.types import Experience, PromptInput
@@ -168,14 +168,14 @@ def _distance(experience: Experience, expected: Experience) -> float:
 
 
 def _judged(roles: PPORoles, function: RewardFunction, concurrency: int) -> None:
-    roles.ppo = dataclasses.replace(roles.ppo, overlap_scoring=False)
+    roles.algorithm = PPO(PPOSection(overlap_scoring=False))
     roles.rewards.dispatcher = RewardDispatcher(
         function, topology=roles.topology, tokenizer=None, skip_failures=False, concurrency=concurrency
     )
 
 
 def _scored(roles: PPORoles, overlap_scoring: bool) -> None:
-    roles.ppo = dataclasses.replace(roles.ppo, overlap_scoring=overlap_scoring)
+    roles.algorithm = PPO(PPOSection(overlap_scoring=overlap_scoring))
     roles.rewards.dispatcher = None
 
 
@@ -191,7 +191,7 @@ def _roles(folder: str, topology: Topology) -> PPORoles:
         rewards=CombinedReward(
             topology=topology, micro_batch_tokens=_MICRO_BATCH_TOKENS, model=models["reward"]
         ),
-        ppo=PPOSection(),
+        algorithm=PPO(PPOSection()),
         answers=AnswerSettings(
             sampling=SamplingSettings(temperature=1.0),
             generation=GenerationSection(

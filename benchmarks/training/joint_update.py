@@ -21,7 +21,8 @@ from benchmarks.training.random_experience import random_experience
 from glm_rlhf.engine.bench.harness import Entry, summary
 from glm_rlhf.engine.bench.report import Row
 from glm_rlhf.engine.config.rl import PPOSection
-from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
+from glm_rlhf.engine.rl.mini_batches import learners, mini_batches
 from glm_rlhf.engine.training.loss import Learner
 from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState, training_state
@@ -65,7 +66,7 @@ def _row(
         vocab_size=SHAPE["vocab_size"],
         num_global=count,
     )
-    ppo = PPOSection()
+    ppo = PPO(PPOSection())
     (part,) = mini_batches(experience, ppo, micro_batch_tokens=_LENGTH, seed=1, topology=topology)
     states = {"policy": policy, "critic": critic}
     both = list(learners(states, experience, part, ppo).values())

@@ -31,9 +31,11 @@ from glm_rlhf.engine.bench.rates import Size, rates_on
 from glm_rlhf.engine.bench.report import Row, joined
 from glm_rlhf.engine.bench.sizes import Sizes, ranks_for, sizes_for
 from glm_rlhf.engine.config.bench import PEER_PACKAGES, BenchConfig, BenchSection
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 RATES_FILE = "rates.json"
 """What `plan` takes as `cluster.rates`."""
@@ -56,6 +58,8 @@ def run(config: BenchConfig) -> int:
     if device.type == "cpu":
         torch.set_num_threads(section.threads)
     sizes = sizes_for(section, device)
+    if int(os.environ.get("RANK") or 0) == 0:
+        save_config(config, folder)
     if "WORLD_SIZE" in os.environ:
         _measure_world(section, sizes, folder)
         return 0
@@ -177,7 +181,7 @@ def _measure_world(section: BenchSection, sizes: Sizes, folder: Path) -> None:
         if point is not None:
             write_point(point, folder / FILE)
         if rates is not None:
-            (folder / RATES_FILE).write_text(json.dumps(asdict(rates), indent=1) + "\n", encoding="utf-8")
+            replace_text(folder / RATES_FILE, json.dumps(asdict(rates), indent=1) + "\n")
 
 
 def _peer_note(peer: str, device: torch.device) -> str:

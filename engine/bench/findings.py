@@ -10,6 +10,7 @@ from glm_rlhf.engine.bench.parts.ppo import PHASES
 from glm_rlhf.engine.bench.parts.scaling import ScalingPoint, efficiencies
 from glm_rlhf.engine.bench.report import Report, Row, as_markdown, number, table, write_files
 from glm_rlhf.engine.observe.svg_charts import bar_chart, scaling_chart, stacked_bar
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 STEM = "bench"
 
@@ -54,10 +55,9 @@ def write_findings(findings: Findings, folder: Path, *, earlier: dict | None) ->
         folder: run folder; made where it is missing.
         earlier: what `read_earlier` gave; None compares nothing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plots = _plots(findings)
     for name, text in plots.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        replace_text(folder / name, text)
     agreement = None if earlier is None else agreement_text(findings.rows, earlier)
     report = Report(
         title="Benchmark",

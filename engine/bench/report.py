@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_rlhf.engine.bench.harness import Entry, Ratio, Timing
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +52,8 @@ def write(report: Report, stem: Path) -> None:
 
 def write_files(stem: Path, markdown: str, content: Mapping[str, Any]) -> None:
     """Write `<stem>.md` for people and `<stem>.json` for programs; the folder is made where it is missing."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    replace_text(stem.with_suffix(".md"), markdown)
+    replace_text(stem.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rollout.generate import AnswerSettings
 from glm_rlhf.engine.rollout.stop_strings import stop_check
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
+from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 
@@ -16,6 +17,8 @@ def answer_settings_of(
 ) -> AnswerSettings:
     """Return how a config wants prompts answered."""
     generation = config.generation
+    with raise_on_all_ranks("finding the ids that end an answer"):
+        stop_ids = stop_ids_of(config, tokenizer, glm)
     masked_V = None if tokenizer is None else tokenizer.unsampleable_ids(glm.vocab_size).to(topology.device)
     return AnswerSettings(
         generation=generation,
@@ -25,6 +28,6 @@ def answer_settings_of(
             top_p=generation.top_p,
             masked_ids_V=masked_V,
         ),
-        stop_ids=stop_ids_of(config, tokenizer, glm),
+        stop_ids=stop_ids,
         stop_check=stop_check(generation.stop, tokenizer),
     )

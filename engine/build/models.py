@@ -1,11 +1,11 @@
 """What commands on models share: layouts, tokenizers, ids that end an answer, models loaded from a config."""
 
-import json
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
+from glm_rlhf.engine.build.same_tokenizer import check_same_tokenizer
 from glm_rlhf.engine.config.sections import (
     GenerationSection,
     ModelSection,
@@ -16,11 +16,15 @@ from glm_rlhf.engine.config.sections import (
 from glm_rlhf.engine.config.training import TrainingRunSection
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer.load import has_tokenizer, load_tokenizer
+from glm_rlhf.engine.data.tokenizer.stop_ids import declared_stop_ids
 from glm_rlhf.parallel.model.glm import GLMModel, Role
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.model_folder import open_folder, plain_file
+from glm_rlhf.parallel.storage.text_files import read_json
 from glm_rlhf.parallel.weights.load import load_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -138,15 +142,16 @@ def stop_ids_of(config: DrawsAnswers, tokenizer: Tokenizer | None, glm: GLMConfi
             f"generation.stop_ids holds {beyond[0]}, the model's vocabulary ends at {glm.vocab_size - 1}: no "
             "answer would end so"
         )
-    return frozenset(added) | _own_stop_ids(config.model.path, tokenizer)
+    return frozenset(added) | _own_stop_ids(config.model.path, tokenizer, glm)
 
 
-def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None) -> set[int]:
+def _own_stop_ids(folder: str | Path, tokenizer: Tokenizer | None, glm: GLMConfig) -> set[int]:
     """Return the ids that end a model's answers: the tokenizer's, without one those of config.json."""
     if tokenizer is not None:
         return set(tokenizer.stop_ids)
-    declared = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    return set(declared) if isinstance(declared, list) else set() if declared is None else {declared}
+    path = plain_file(open_folder(folder), "config.json")
+    whose = "the policy in model.path"
+    return set(declared_stop_ids(read_json(path), path, num_ids=glm.vocab_size, whose=whose))
 
 
 def load_other(
@@ -157,6 +162,8 @@ def load_other(
     role: Role,
     dtype: torch.dtype,
     beside: GLMConfig,
+    tokenizer: Tokenizer | None,
+    tokenizer_path: str | Path,
     seed: int = 1234,
     recompute_layers: bool = False,
 ) -> tuple[list[GLMModel], tuple[str, ...]]:
@@ -167,11 +174,16 @@ def load_other(
         path: the folder.
         topology, role, dtype, seed, recompute_layers: as for `load_model`.
         beside: shape of the command's own model.
+        tokenizer, tokenizer_path: of the command's own model, and its folder.
 
     Raises:
-        ValueError: as `load_model`; or its vocabulary has another size, or it is to give rewards and the
-            folder has no scalar head, whose place a new one would take.
+        ValueError: as `load_model`; or its vocabulary has another size, its tokenizer other ids, or it is to
+            give rewards and the folder has no scalar head, whose place a new one would take.
     """
+    with raise_on_all_ranks(f"comparing the tokenizer of {key} with the policy's"):
+        unchecked = check_same_tokenizer(key, path, tokenizer, tokenizer_path)
+    if unchecked is not None:
+        log(unchecked, topology)
     chunks, created = load_model(
         path, topology, role=role, dtype=dtype, seed=seed, recompute_layers=recompute_layers
     )

@@ -11,9 +11,11 @@ from glm_rlhf.engine.data.store.token_store import TokenStore, open_store
 from glm_rlhf.engine.data.store.token_writer import Kind
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.parallel.runtime.consensus import failure_barriers, raise_on_all_ranks
+from glm_rlhf.parallel.runtime.launch import read_launch
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 REPORT_NAME = "data.json"
 
@@ -113,7 +115,7 @@ def _open(
 
 def _is_first_of_host(topology: Topology) -> bool:
     """Whether this rank tokenises: one a host, since hosts may not see the same folder."""
-    return int(os.environ.get("LOCAL_RANK", topology.rank)) == 0
+    return (read_launch().local_rank if "LOCAL_RANK" in os.environ else topology.rank) == 0
 
 
 class _Report:
@@ -132,5 +134,4 @@ class _Report:
         """Write all of it; every rank calls this."""
         with raise_on_all_ranks(f"writing {self.path}"):
             if self.topology.is_main_rank:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(self._files, indent=2) + "\n", encoding="utf-8")
+                replace_text(self.path, json.dumps(self._files, indent=2) + "\n")

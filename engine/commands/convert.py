@@ -4,6 +4,7 @@ import time
 from functools import partial
 
 from glm_rlhf.engine.config.tools import ConvertConfig
+from glm_rlhf.engine.runs.run_folder import record_config
 from glm_rlhf.engine.runs.same_start import check_same_start
 from glm_rlhf.parallel.runtime.consensus import failure_barriers
 from glm_rlhf.parallel.runtime.log import log
@@ -31,4 +32,5 @@ def run(config: ConvertConfig) -> None:
                 world=topology.world_size,
                 barrier=barrier,
             )
+        record_config(config, topology)
         log(f"converted {config.model.path} to {wanted.to} in {time.monotonic() - start:.1f} s", topology)

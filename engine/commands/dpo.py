@@ -8,7 +8,8 @@ from glm_rlhf.engine.build.records import open_pairs
 from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import DPOConfig
 from glm_rlhf.engine.data.store.examples import Pairs
-from glm_rlhf.engine.runs.checkpoints import open_run_folder
+from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.runs.run_folder import open_run_folder
 from glm_rlhf.engine.scoring.pair_logprobs import score_reference
 from glm_rlhf.engine.training.record_losses import DPOLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training, sampler_of
@@ -27,15 +28,14 @@ def run(config: DPOConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
-        checkpoint = open_run_folder(config, topology)
+    with open_world(config) as topology, open_run_folder(config, topology) as checkpoint:
         chunks, _, tokenizer = load_main_model(
             config, topology, recompute_layers=config.train.recompute_layers
         )
         records, held_out = open_pairs(
             config.data, config.run.output, tokenizer, chunks[0].glm, seed=config.run.seed, topology=topology
         )
-        losses = _with_reference(config, chunks, records, held_out, topology)
+        losses = _with_reference(config, chunks, tokenizer, records, held_out, topology)
         held = held_out_of(config, held_out, losses[-1])
         run_training(config, chunks, losses[0], records, held=held, topology=topology, checkpoint=checkpoint)
 
@@ -43,6 +43,7 @@ def run(config: DPOConfig) -> None:
 def _with_reference(
     config: DPOConfig,
     chunks: Sequence[GLMModel],
+    tokenizer: Tokenizer | None,
     records: Pairs,
     held_out: Pairs | None,
     topology: Topology,
@@ -52,7 +53,14 @@ def _with_reference(
     if config.reference.path is not None:
         dtype, glm = DTYPES[config.train.dtype], chunks[0].glm
         reference, _ = load_other(
-            "reference.path", config.reference.path, topology, role="reference", dtype=dtype, beside=glm
+            "reference.path",
+            config.reference.path,
+            topology,
+            role="reference",
+            dtype=dtype,
+            beside=glm,
+            tokenizer=tokenizer,
+            tokenizer_path=config.tokenizer_path,
         )
     sampler, start = sampler_of(config, records), time.monotonic()
     seen = {number for step in range(config.train.steps) for number in sampler.batch(step)}

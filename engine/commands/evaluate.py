@@ -24,11 +24,13 @@ from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.configured import open_reward_function
 from glm_rlhf.engine.rollout.generate import answer_prompts
 from glm_rlhf.engine.rollout.generation_layout import generation_layout
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 FILE_NAME = "evaluate.json"
 
@@ -44,6 +46,7 @@ def run(config: EvaluateConfig) -> None:
     """
     with (
         open_world(config) as topology,
+        claim_outputs(config, topology, Path(config.run.output) / FILE_NAME),
         open_reward_function(config.reward, topology=topology, seed=config.run.seed) as function,
     ):
         policy, _, tokenizer = load_main_model(config, topology)
@@ -57,6 +60,7 @@ def run(config: EvaluateConfig) -> None:
                 on_error=config.data.on_error,
                 report=report,
             )
+        record_config(config, topology)
         rollouts = [_answer(config, policy, prompts, tokenizer, topology)]
         del policy
         if config.against.path is not None:
@@ -69,9 +73,9 @@ def run(config: EvaluateConfig) -> None:
             pass_reward=config.evaluate.pass_reward,
         )
         found = measure(answers[0], settings, against=answers[1] if len(answers) > 1 else None)
-        write_answers(config.out_path, answers[0], topology)
         with raise_on_all_ranks(f"writing {FILE_NAME}"):
             if topology.is_main_rank:
+                write_answers(config.out_path, answers[0])
                 path = _write(config, found, len(prompts), report)
                 sys.stdout.write(table(found))
                 log(f"written to {path} and {config.out_path}")
@@ -95,6 +99,8 @@ def _answer(
     prompts: Sequence[PromptInput],
     tokenizer: Tokenizer | None,
     topology: Topology,
+    *,
+    model: str = "the policy",
 ) -> Rollouts:
     settings = answer_settings_of(config, tokenizer, chunks[0].glm, topology)
     generation, timeout_s = config.generation, config.parallel.timeout_s
@@ -102,7 +108,13 @@ def _answer(
         chunks, topology, tp=generation.tp, pp=generation.pp, timeout_s=timeout_s
     ) as resharded:
         return answer_prompts(
-            chunks, prompts, settings, seed=answer_seed(config), topology=topology, resharded=resharded
+            chunks,
+            prompts,
+            settings,
+            seed=answer_seed(config),
+            topology=topology,
+            resharded=resharded,
+            model=model,
         )
 
 
@@ -115,9 +127,16 @@ def _answer_of_other(
 ) -> Rollouts:
     dtype = DTYPES[config.train.dtype]
     other, _ = load_other(
-        "against.path", config.against.path, topology, role="policy", dtype=dtype, beside=glm
+        "against.path",
+        config.against.path,
+        topology,
+        role="policy",
+        dtype=dtype,
+        beside=glm,
+        tokenizer=tokenizer,
+        tokenizer_path=config.tokenizer_path,
     )
-    return _answer(config, other, prompts, tokenizer, topology)
+    return _answer(config, other, prompts, tokenizer, topology, model="the model of against.path")
 
 
 def _rewarder(
@@ -126,7 +145,16 @@ def _rewarder(
     model, path = None, config.reward.path
     if path is not None:
         dtype = DTYPES[config.train.dtype]
-        model, _ = load_other("reward.path", path, topology, role="reward", dtype=dtype, beside=glm)
+        model, _ = load_other(
+            "reward.path",
+            path,
+            topology,
+            role="reward",
+            dtype=dtype,
+            beside=glm,
+            tokenizer=tokenizer,
+            tokenizer_path=config.tokenizer_path,
+        )
     return CombinedReward(
         topology=topology,
         micro_batch_tokens=config.train.micro_batch_tokens,
@@ -156,6 +184,5 @@ def _write(
         },
     }
     path = Path(config.run.output) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -25,14 +25,19 @@ from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rollout.generation_layout import generation_layout, weights_for_generation
 from glm_rlhf.engine.rollout.generation_phase import GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
+from glm_rlhf.engine.rollout.scheduling.requests import NonFiniteLogits
 from glm_rlhf.engine.rollout.stop_strings import stop_check
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.inference.weight_views import ChunkWeights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
-from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology
+
+LOOK_AT_WEIGHTS = "nothing is written: look at its weights, or use train.dtype=fp32"
+"""What a message says of a model whose outputs are not finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +61,12 @@ def run(config: GenerateConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
+    with open_world(config) as topology, claim_outputs(config, topology):
         chunks, _, tokenizer = load_main_model(config, topology)
         report = ReadReport()
         with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_ids(config, tokenizer, chunks[0], report)
+        record_config(config, topology)
         with contextlib.ExitStack() as stack:
             write = None
             with raise_on_all_ranks(f"writing {config.out_path}"):
@@ -68,9 +74,12 @@ def run(config: GenerateConfig) -> None:
                     write = stack.enter_context(json_lines(config.out_path))
             start = time.monotonic()
             completions = generate_answers(config, prompts, tokenizer, chunks, topology)
-            if write is not None:
-                _write_all(write, prompts, completions, tokenizer)
-                _say(config, report, completions, time.monotonic() - start)
+            with raise_on_all_ranks(f"writing {config.out_path}"):
+                if write is not None:
+                    _write_all(write, prompts, completions, tokenizer)
+                stack.close()
+        if topology.is_main_rank:
+            _say(config, report, completions, time.monotonic() - start)
 
 
 def generate_answers(
@@ -90,9 +99,13 @@ def generate_answers(
         tokenizer: masks ids without a token, and knows what ends an answer; may be None.
         chunks: this rank's chunks of the policy.
         topology: layout and groups.
+
+    Raises:
+        FloatingPointError: logits on some rank are NaN or Inf; on all ranks of the world, with the records.
     """
     settings, glm = config.generation, chunks[0].glm
-    stop_ids = stop_ids_of(config, tokenizer, glm)
+    with raise_on_all_ranks("finding the ids that end an answer"):
+        stop_ids = stop_ids_of(config, tokenizer, glm)
     requests = [
         GenerationRequest(
             index=number,
@@ -111,10 +124,11 @@ def generate_answers(
             )
         )
         weights, topology = stack.enter_context(weights_for_generation(chunks, topology, resharded))
-        return _answers_everywhere(requests, settings, tokenizer, weights, topology)
+        return _answers_everywhere(prompts, requests, settings, tokenizer, weights, topology)
 
 
 def _answers_everywhere(
+    prompts: Sequence[Prompt],
     requests: list[GenerationRequest],
     settings: GenerationSection,
     tokenizer: Tokenizer | None,
@@ -149,9 +163,10 @@ def _answers_everywhere(
             for completion in phase.run(mine, sampling, stop_check=stop_check(settings.stop, tokenizer)):
                 found.append(completion)
                 bar.update()
-        except FloatingPointError as error:  # on every rank of this copy of the model; others continue
-            findings = [str(error)]
-    raise_if_nonfinite(findings, "look at the model's weights", device=topology.device)
+        except NonFiniteLogits as error:  # on every rank of this copy of the model; others continue
+            records = abbreviate([prompts[request].index for request in error.requests])
+            findings = [f"the policy's logits in the answers to records {records}"]
+    raise_if_nonfinite(findings, LOOK_AT_WEIGHTS, device=topology.device)
     if copies.size() > 1 and topology.tp_rank == topology.pp_rank == 0:
         everyone: list[list[Completion]] = [[] for _ in range(copies.size())]
         dist.all_gather_object(everyone, found, group=copies)

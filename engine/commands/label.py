@@ -17,13 +17,16 @@ from glm_rlhf.engine.data.records.files import read_record_file
 from glm_rlhf.engine.data.records.jsonl_writer import json_lines
 from glm_rlhf.engine.data.records.reading import ReadReport, RecordLocation
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.spec.model_config import GLMConfig
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 Answer = tuple[int, ...]
+REPORT_NAME = "label.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +84,17 @@ def run(config: LabelConfig) -> None:
         ValueError: anything that the user has to fix.
     """
     start = time.monotonic()
-    with open_world(config) as topology:
+    report_path = Path(config.run.output) / REPORT_NAME
+    more = [] if config.label.prompts_out is None else [Path(config.label.prompts_out)]
+    with open_world(config) as topology, claim_outputs(config, topology, report_path, *more):
         chunks, _, tokenizer = load_main_model(config, topology)
         glm, read = chunks[0].glm, ReadReport()
         with raise_on_all_ranks("reading the prompts"):
             prompts = read_prompt_ids(config, tokenizer, chunks[0], read)
+        record_config(config, topology)
         answers = _answers(config, prompts, tokenizer, chunks, topology)
         del chunks
-        scores = _scores(config, prompts, answers, glm, topology)
+        scores = _scores(config, prompts, answers, glm, tokenizer, topology)
         with raise_on_all_ranks(f"writing {config.out_path}"):
             if topology.is_main_rank:
                 report = _write_pairs(config, prompts, answers, scores, tokenizer, read)
@@ -135,12 +141,20 @@ def _scores(
     prompts: list[Prompt],
     answers: list[list[Answer]],
     policy: GLMConfig,
+    tokenizer: Tokenizer | None,
     topology: Topology,
 ) -> list[dict[Answer, float]]:
     """Return the score of each different answer to each prompt, on every rank."""
     dtype = DTYPES[config.train.dtype]
     chunks, _ = load_other(
-        "reward.path", config.reward.path, topology, role="reward", dtype=dtype, beside=policy
+        "reward.path",
+        config.reward.path,
+        topology,
+        role="reward",
+        dtype=dtype,
+        beside=policy,
+        tokenizer=tokenizer,
+        tokenizer_path=config.tokenizer_path,
     )
     glm = chunks[0].glm
     different = [list(dict.fromkeys(of_prompt)) for of_prompt in answers]
@@ -155,8 +169,15 @@ def _scores(
             f"prompt and answer have up to {longest} tokens, the context of reward.path is "
             f"{glm.max_positions}: lower generation.max_new_tokens or data.max_prompt_tokens"
         )
+    records = [prompt.index for prompt, of_prompt in zip(prompts, different, strict=True) for _ in of_prompt]
     scores = iter(
-        score_sequences(chunks, sequences, topology=topology, max_tokens=config.train.micro_batch_tokens)
+        score_sequences(
+            chunks,
+            sequences,
+            topology=topology,
+            max_tokens=config.train.micro_batch_tokens,
+            records=records,
+        )
     )
     return [{answer: next(scores) for answer in of_prompt} for of_prompt in different]
 
@@ -236,10 +257,9 @@ def _write_prompts(
 def _tell(
     config: LabelConfig, report: LabelReport, variance: VarianceReport | None, elapsed_s: float
 ) -> None:
-    path = Path(config.run.output) / "label.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(config.run.output) / REPORT_NAME
     values = {"pairs": asdict(report), "prompts": None if variance is None else variance.as_dict()}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(values, indent=2) + "\n")
     lines = [*report.lines(), *([] if variance is None else variance.lines())]
     speed = report.num_answers / elapsed_s
     lines.append(

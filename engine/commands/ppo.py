@@ -10,11 +10,13 @@ from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.rl.checkpoint import identity_of_models, restore_roles
 from glm_rlhf.engine.rl.engine import PPOEngine
+from glm_rlhf.engine.rl.evaluation import prompts_identity
 from glm_rlhf.engine.rl.loop import run_iterations
 from glm_rlhf.engine.rl.partial_update import update_of
-from glm_rlhf.engine.runs.checkpoints import IS_INSIDE, is_same_layout, open_run_folder
+from glm_rlhf.engine.runs.checkpoints import IS_INSIDE, is_same_layout
 from glm_rlhf.engine.runs.context import open_run
-from glm_rlhf.engine.runs.fingerprint import lengths_identity
+from glm_rlhf.engine.runs.fingerprint import data_identity
+from glm_rlhf.engine.runs.run_folder import open_run_folder
 from glm_rlhf.engine.training.run import sampler_of
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
@@ -31,9 +33,8 @@ def run(config: PPOConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with PPOEngine(config) as engine:
+    with PPOEngine(config) as engine, open_run_folder(config, engine.topology) as checkpoint:
         topology = engine.topology
-        checkpoint = open_run_folder(config, topology)
         prompts = _read_prompts(engine)
         with raise_on_all_ranks("reading the prompts"):
             sampler = sampler_of(config, prompts)
@@ -88,8 +89,13 @@ def _resume(engine: PPOEngine, checkpoint: Checkpoint, progress: Mapping[str, An
 
 
 def _identity(engine: PPOEngine, prompts: Sequence[PromptInput]) -> dict[str, str]:
-    """Return fingerprints of the models that a run starts from and of its prompts, on the main rank only."""
+    """Return fingerprints of the models that a run starts from and of its data, on the main rank only."""
     if not engine.topology.is_main_rank:
         return {}
-    lengths = lengths_identity(np.array([len(prompt.tokens) for prompt in prompts]))
-    return identity_of_models(engine.config) | {"data.path": lengths}
+    identity = identity_of_models(engine.config)
+    lengths = np.array([len(prompt.tokens) for prompt in prompts])
+    identity |= data_identity("data.path", lengths=lengths, content=prompts_identity(prompts))
+    if engine.roles.demonstrations is not None:
+        records = engine.roles.demonstrations.records
+        identity |= data_identity("data.sft_path", lengths=records.lengths, content=records.digest)
+    return identity

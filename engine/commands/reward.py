@@ -8,8 +8,9 @@ from glm_rlhf.engine.build.records import open_pairs
 from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import RewardConfig
 from glm_rlhf.engine.objectives.pair_statistics import calibration_table
+from glm_rlhf.engine.observe.best_effort import without_failing
 from glm_rlhf.engine.observe.calibration import write_calibration
-from glm_rlhf.engine.runs.checkpoints import open_run_folder
+from glm_rlhf.engine.runs.run_folder import open_run_folder
 from glm_rlhf.engine.training.record_losses import RewardModelLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training
 from glm_rlhf.parallel.runtime.log import log
@@ -25,8 +26,7 @@ def run(config: RewardConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
-        checkpoint = open_run_folder(config, topology)
+    with open_world(config) as topology, open_run_folder(config, topology) as checkpoint:
         chunks, created, tokenizer = load_main_model(
             config, topology, role="reward", recompute_layers=config.train.recompute_layers
         )
@@ -38,7 +38,9 @@ def run(config: RewardConfig) -> None:
         loss = RewardModelLoss(l2_coef=config.reward.l2_coef)
 
         def write_table(step: int, sums: Mapping[str, float]) -> None:
-            write_calibration(Path(config.run.output) / "calibration", step, calibration_table(sums))
+            folder = Path(config.run.output) / "calibration"
+            with without_failing(folder):  # on the main rank alone
+                write_calibration(folder, step, calibration_table(sums))
 
         held = held_out_of(config, held_out, loss, write_table)
         run_training(config, chunks, loss, records, held=held, topology=topology, checkpoint=checkpoint)

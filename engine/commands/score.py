@@ -22,6 +22,7 @@ from glm_rlhf.engine.data.records.reading import ReadReport
 from glm_rlhf.engine.data.records.schema import DemonstrationRecord, read_demonstrations
 from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.runs.run_folder import claim_outputs, record_config
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import pack
 from glm_rlhf.parallel.pipeline.scoring import score_tokens
@@ -62,13 +63,14 @@ def run(config: ScoreConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
+    with open_world(config) as topology, claim_outputs(config, topology):
         with raise_on_all_ranks(f"reading {config.model.path}"):
             is_reward_model = _is_reward_model(config)
         if is_reward_model:
             score_answers(config, topology)
             return
         chunks, _, tokenizer = load_main_model(config, topology)
+        record_config(config, topology)
         report = ReadReport()
         samples = _samples(config, tokenizer, chunks[0].glm, report)
         with contextlib.ExitStack() as stack:

@@ -20,6 +20,7 @@ from glm_rlhf.engine.data.records.schema import (
 )
 from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.runs.run_folder import record_config
 from glm_rlhf.engine.scoring.sequence_scores import score_sequences
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.log import log
@@ -49,6 +50,7 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
         ValueError: anything that the user has to fix.
     """
     chunks, _, tokenizer = load_main_model(config, topology, role="reward")
+    record_config(config, topology)
     report, budget = ReadReport(), config.train.micro_batch_tokens
     records = _records(config, tokenizer, chunks[0].glm, report)
     start, num_answers, num_right = time.monotonic(), 0, 0.0
@@ -64,14 +66,25 @@ def score_answers(config: ScoreConfig, topology: Topology) -> None:
             if not window:
                 break
             sequences = [sequence for record in window for sequence in record.sequences]
-            scores = iter(score_sequences(chunks, sequences, topology=topology, max_tokens=budget))
-            for record in window:
-                found = [next(scores) for _ in record.sequences]
-                num_answers += len(found)
-                num_right += (found[0] > found[-1]) + 0.5 * (found[0] == found[-1])
-                if write is not None:
-                    write({"index": record.index, **_named(found)})
-                bar.update()
+            scores = iter(
+                score_sequences(
+                    chunks,
+                    sequences,
+                    topology=topology,
+                    max_tokens=budget,
+                    records=[record.index for record in window for _ in record.sequences],
+                )
+            )
+            with raise_on_all_ranks(f"writing {config.out_path}"):
+                for record in window:
+                    found = [next(scores) for _ in record.sequences]
+                    num_answers += len(found)
+                    num_right += (found[0] > found[-1]) + 0.5 * (found[0] == found[-1])
+                    if write is not None:
+                        write({"index": record.index, **_named(found)})
+                    bar.update()
+        with raise_on_all_ranks(f"writing {config.out_path}"):
+            stack.close()
     bar.close()
     if topology.is_main_rank:
         skipped = f", {report.num_skipped} bad ones skipped" if report.num_skipped else ""

@@ -4,7 +4,7 @@ from glm_rlhf.engine.build.models import load_main_model
 from glm_rlhf.engine.build.records import open_demonstrations
 from glm_rlhf.engine.build.world import open_world
 from glm_rlhf.engine.config.training import SFTConfig
-from glm_rlhf.engine.runs.checkpoints import open_run_folder
+from glm_rlhf.engine.runs.run_folder import open_run_folder
 from glm_rlhf.engine.training.record_losses import SFTLoss
 from glm_rlhf.engine.training.run import held_out_of, run_training
 
@@ -17,8 +17,7 @@ def run(config: SFTConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with open_world(config) as topology:
-        checkpoint = open_run_folder(config, topology)
+    with open_world(config) as topology, open_run_folder(config, topology) as checkpoint:
         chunks, _, tokenizer = load_main_model(
             config, topology, recompute_layers=config.train.recompute_layers
         )

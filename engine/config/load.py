@@ -12,12 +12,15 @@ from pydantic import ValidationError
 
 from glm_rlhf.engine.config.keys import RENAMED_KEYS, Key, in_yaml, keys_of, nearest_key, section_factories
 from glm_rlhf.engine.config.yaml_source import ConfigError, YamlValue, read_file, read_value, to_yaml
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
-__all__ = ["ConfigError", "dump_config", "is_override", "load_config", "save_config"]
+__all__ = ["FILE_NAME", "ConfigError", "dump_config", "is_override", "load_config", "save_config"]
 
 Config = TypeVar("Config")
 
 FILE_NAME = "config.yaml"
+_MAX_NAMED = 20
+"""Unknown keys that a message names, each with the nearest valid one, which takes a millisecond."""
 COMMAND_LINE = "command line"
 _OVERRIDE = re.compile(r"-*[A-Za-z_][A-Za-z0-9_.\-]*=")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
@@ -37,16 +40,16 @@ def load_config(
 
     Raises:
         ConfigError: an unreadable file, unknown or missing keys, values of a wrong type or range, invalid
-            combinations. The message names all wrong keys at once.
+            combinations. The message names all wrong keys at once, 20 unknown ones at most.
     """
     keys = keys_of(config_class)
-    values_by_path: dict[str, YamlValue] = {}
     problems: list[str] = []
     entries = [*(read_file(path) if path is not None else ()), *(_override(text, keys) for text in overrides)]
-    for entry in entries:
-        values_by_path[entry.path] = entry
-        if entry.path not in keys:
-            problems.append(_unknown(entry, keys))
+    values_by_path = {entry.path: entry for entry in entries}
+    unknown = [entry for entry in entries if entry.path not in keys]
+    problems += [_unknown(entry, keys) for entry in unknown[:_MAX_NAMED]]
+    if len(unknown) > _MAX_NAMED:
+        problems.append(f"and {len(unknown) - _MAX_NAMED} more keys are unknown")
     if problems:
         raise ConfigError("; ".join(problems))
     sections = {}
@@ -86,8 +89,7 @@ def save_config(config: object, folder: str | os.PathLike[str]) -> Path:
         OSError: the folder cannot be created or written.
     """
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_config(config), encoding="utf-8")
+    replace_text(path, dump_config(config))
     return path
 
 
@@ -127,7 +129,7 @@ def _unknown(entry: YamlValue, keys: dict[str, Key]) -> str:
     if RENAMED_KEYS.get(entry.path) in keys:
         return f"{entry.location}: {entry.path} is now called {RENAMED_KEYS[entry.path]}"
     nearest = nearest_key(entry.path, keys)
-    return f"{entry.location}: unknown key {entry.path}, the nearest valid key is {nearest}"
+    return f"{entry.location}: unknown key {entry.path:.200}, the nearest valid key is {nearest}"
 
 
 def _problems(

@@ -6,8 +6,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from glm_rlhf.engine.config.load import FromYaml
-from glm_rlhf.engine.config.sections import Count, NumBytes, PathText, RunFolderSection, frozen_section
-from glm_rlhf.engine.config.training import Positive
+from glm_rlhf.engine.config.sections import (
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    Count,
+    NumBytes,
+    PathText,
+    RunFolderSection,
+    frozen_section,
+)
 
 
 @frozen_section
@@ -54,6 +61,9 @@ class ClusterSection:
     """Fraction of the memory reserved for CUDA, NCCL and fragmentation."""
     network: NumBytes = 50 * 10**9
     """Bytes per second and GPU between nodes, in one direction; 50GB is 400 Gb/s."""
+    disk: NumBytes = 10**9
+    """Bytes per second that all ranks together write to the run folder's disk; the batch script asks for its
+    signal early enough for a save."""
     rates: PathText | None = None
     """rates.json that `bench` measured; null: assumed fractions of the public peak rates."""
 
@@ -104,7 +114,7 @@ class PlannedGenerationSection:
     """Longest answer, in tokens; memory is planned for it."""
     mean_new_tokens: Count | None = None
     """Mean length of an answer, in tokens; time is estimated for it; null: half of the longest."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)] = 1.0
     """Divides the logits before sampling; if it is not 1, the policy's logprobs are recomputed for every
     answer."""
     num_samples: Count = 1

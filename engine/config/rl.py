@@ -40,7 +40,8 @@ class CriticSection:
     """Hugging Face folder that the critic starts from; null: the reward model, or the policy with a new
     scalar head where there is none."""
     lr: Positive = 5e-6
-    """Learning rate of the critic, constant over the run."""
+    """Learning rate of the critic, constant over the run: optimizer.warmup_steps and optimizer.min_lr are the
+    policy's."""
     warmup_iterations: CountOrZero = 0
     """Number of first iterations that train the critic only."""
 

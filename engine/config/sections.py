@@ -18,6 +18,7 @@ from glm_rlhf.engine.config.keys import Described
 from glm_rlhf.engine.config.load import FromYaml
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.0001, 10000
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -49,6 +50,15 @@ def _num_bytes(size: Any) -> Any:
     return int(float(match[1]) * _BYTES[match[2]])
 
 
+def _temperature(temperature: float) -> float:
+    if temperature != 0 and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"it must be 0 (the most likely token) or from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}: "
+            "beyond, fp32 loses the differences of logits"
+        )
+    return temperature
+
+
 FolderName = Annotated[str, AfterValidator(_folder_name), Described(accepts="a folder name")]
 PathText = Annotated[
     str, Field(min_length=1), AfterValidator(os.path.expanduser), Described(accepts="a path")
@@ -58,6 +68,11 @@ NumBytes = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+Temperature = Annotated[
+    float,
+    AfterValidator(_temperature),
+    Described(accepts=f"0, or a number from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}"),
+]
 
 
 @frozen_section
@@ -142,6 +157,8 @@ class RecordsSection:
     """Input file: JSON lines or parquet."""
     out: PathText | None = None
     """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl."""
+    overwrite: bool = False
+    """Whether output files that exist are replaced; otherwise the command is refused."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -158,6 +175,8 @@ class ScoredRecordsSection:
     """Form of the records; pairs and hh-rlhf (pairs of whole dialogues) need a reward model."""
     out: PathText | None = None
     """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl."""
+    overwrite: bool = False
+    """Whether output files that exist are replaced; otherwise the command is refused."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -188,12 +207,12 @@ class GenerationSection:
 
     max_new_tokens: Count = 512
     """Longest answer, in tokens; shorter where prompt + answer would exceed the model's context."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits before sampling; 0: greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling: sample from the fewest most likely ids whose probabilities sum to top_p; 1: from
     all."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=2**24)] = 0
     """Sample from the k most likely ids; 0: from all."""
     num_samples: Count = 1
     """Answers per prompt; they share the prompt's pages of the key/value cache."""

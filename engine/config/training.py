@@ -102,7 +102,10 @@ class TrainingSection:
     recompute_layers: bool = False
     """Whether backward recomputes each layer's activations: less memory, about a third more time."""
     save_every: CountOrZero = 0
-    """Steps between checkpoints <run.output>/checkpoints/step_N; 0: after the last step only."""
+    """Steps between checkpoints <run.output>/checkpoints/step_N; 0: by save_every_s, and after the last."""
+    save_every_s: NotNegative = 1800.0
+    """Seconds from the last checkpoint, or the start, by the clock of rank 0, after which the next step is
+    followed by one; 0: never."""
     keep_last: Count = 2
     """Number of newest checkpoints to keep; older ones are removed."""
     keep_every: CountOrZero = 0

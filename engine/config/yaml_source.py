@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError
+from glm_rlhf.parallel.storage.text_files import read_text
+
 
 class ConfigError(ValueError):
     """A config that the user has to change; the message says what was given and what is required."""
@@ -31,6 +34,12 @@ class YamlValue:
     def path(self) -> str:
         """The key as written on the command line: `section.name`."""
         return f"{self.section}.{self.name}" if self.name else self.section
+
+
+_MAX_BYTES = 2**17
+"""Largest config file: one with every key has 20 KiB. YAML is read at some 200 KB/s."""
+_MAX_VALUES = 10_000
+"""Most values of a config, those that aliases repeat included."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,19 +75,19 @@ def read_file(path: str | os.PathLike[str]) -> list[YamlValue]:
             key twice; the message names the file and, if known, the line.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a YAML file in it")
+    if not path.exists():
+        raise ConfigError(f"there is no config file {path}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder: name a YAML file in it") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        text = read_text(path, max_bytes=_MAX_BYTES)
+    except ModelFolderError as error:
+        raise ConfigError(str(error)) from None
     try:
         loader = _Loader(text)
-        return list(_entries(loader, loader.get_single_node(), str(path)))
+        root = loader.get_single_node()
+        _check_size(root, str(path))
+        return list(_entries(loader, root, str(path)))
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(error, str(path))) from None
     except RecursionError:
@@ -90,9 +99,31 @@ def read_file(path: str | os.PathLike[str]) -> list[YamlValue]:
 def read_value(text: str) -> object:
     """Return the YAML value of a command-line text; text that is not YAML is returned as it is."""
     try:
-        return _frozen(yaml.load(text, _Loader))  # a SafeLoader
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        _check_size(root, "the command line")
+        return None if root is None else _frozen(loader.construct_document(root))
     except (yaml.YAMLError, RecursionError, ValueError):
         return text
+
+
+def _check_size(root: yaml.Node | None, file: str) -> None:
+    """Raise ConfigError if a YAML document has too many values, each counted wherever an alias repeats it.
+
+    Aliases of lists of aliases grow a short text to billions of values.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # also of an alias to itself, which has no end
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] += sum(map(size, parts))
+        return sizes[id(node)]
+
+    if root is not None and (count := size(root)) > _MAX_VALUES:
+        raise ConfigError(f"{file} holds {count} values, aliases counted; a config has at most {_MAX_VALUES}")
 
 
 def to_yaml(sections: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """The machines of a plan: memory, links and rates."""
 
-import json
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.presets import PRESETS, preset
 from glm_rlhf.parallel.storage.hf_config import read_config
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError
+from glm_rlhf.parallel.storage.text_files import read_json
 
 ASSUMED_SHARE_OF_FLOP = 0.5
 """Share of the peak rate that is assumed for matrix products of training without measured rates."""
@@ -115,16 +116,16 @@ def read_rates(path: str | Path) -> Rates:
     Raises:
         ValueError: the file is missing or not JSON, a name is missing or unknown, or a number is not above 0.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cluster.rates is {path}, which cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; `glm-rlhf bench` writes such a file") from error
     names = [field.name for field in fields(Rates)]
-    if not isinstance(values, dict) or sorted(values) != sorted(names):
-        content = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path} holds {content}, it must hold one object with {', '.join(names)}")
+    try:
+        values = read_json(Path(path), max_bytes=2**20)
+    except ModelFolderError as error:
+        raise ValueError(
+            f"cluster.rates: {error}; `glm-rlhf bench` writes such a file, with {', '.join(names)}"
+        ) from None
+    if sorted(values) != sorted(names):
+        content = str(sorted(values))
+        raise ValueError(f"{path} holds {content:.200}, it must hold one object with {', '.join(names)}")
     for name in names:
         value = values[name]
         is_valid = isinstance(value, str) if name == "source" else _is_positive(value)

@@ -48,9 +48,9 @@ def mean_estimate(values: Sequence[float]) -> ConfidenceInterval:
     """Return the mean of any values, one per unit, ± 1.96 standard errors; for tens of units or more.
 
     Raises:
-        ValueError: fewer than two values.
+        ValueError: fewer than two values, or one that is NaN or Inf.
     """
-    if len(values) < 2:
-        raise ValueError(f"{len(values)} values are given, an interval needs at least 2")
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        raise ValueError(f"{len(values)} values are given, an interval needs at least 2, each of them finite")
     mean, half = fmean(values), _Z * stdev(values) / math.sqrt(len(values))
     return ConfidenceInterval(mean=mean, low=mean - half, high=mean + half, num_units=len(values))

@@ -1,6 +1,5 @@
 """Answers of all data-parallel ranks with their rewards, in one order."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from glm_rlhf.engine.data.records.jsonl_writer import json_lines
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.types import Rollouts
-from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -64,17 +63,15 @@ def gather_answers(
     return [answer for _, answer in by_index]
 
 
-def write_answers(path: Path, answers: Sequence[ScoredAnswer], topology: Topology) -> None:
-    """Write one JSON line per answer, on the main rank; every rank calls this.
+def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
+    """Write one JSON line per answer; one rank calls this. The file appears when it is complete.
 
     Raises:
-        OSError, ValueError: the file cannot be written; on all ranks.
+        OSError: it cannot be written; the error names it.
     """
-    with raise_on_all_ranks(f"writing {path}"):
-        if topology.is_main_rank:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-            path.write_text(text, encoding="utf-8")
+    with json_lines(path) as write:
+        for answer in answers:
+            write(asdict(answer))
 
 
 def _scored_answer(

@@ -4,7 +4,6 @@ Results are exchanged through the launch's key-value store, not through the coll
 that cannot reach the others still reports why.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,25 +13,20 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.health.survey import Collective
+from glm_rlhf.parallel.runtime.launch import Launch, read_launch
+from glm_rlhf.parallel.runtime.rendezvous import open_launch_store
 
 _WARM_UPS = 1
 
 
-def join(timeout_s: float) -> dist.Store:
-    """Return the key-value store of this launch, from torchrun's environment; every rank calls this.
+def join(launch: Launch, timeout_s: float) -> dist.Store:
+    """Return the key-value store of a launch, from the launcher's environment; every rank calls this.
 
     Raises:
         ValueError: the environment does not give the rendezvous address, or nothing answers there within
             `timeout_s` seconds.
     """
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    except dist.DistError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ValueError(
-            f"no rendezvous of the ranks at {address} (MASTER_ADDR, MASTER_PORT) within "
-            f"{timeout_s:g} s: {error}"
-        ) from error
+    store = open_launch_store(launch, timeout_s=timeout_s, limit="doctor.timeout_s")
     return dist.PrefixStore("glm-rlhf/doctor", store)
 
 
@@ -95,7 +89,7 @@ def _all_reduce(backend: str, store: dist.Store, rank: int, world_size: int, tim
     timeout = timedelta(seconds=timeout_s)
     device = torch.device("cpu")
     if backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", read_launch().local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
         backend,

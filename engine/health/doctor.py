@@ -1,7 +1,6 @@
 """The command `doctor`: versions, fast paths, and whether the ranks reach each other."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from glm_rlhf.engine.config.tools import DoctorConfig
 from glm_rlhf.engine.health.connectivity import exchange, join, try_collectives
 from glm_rlhf.engine.health.survey import RankSurvey, survey_rank
+from glm_rlhf.parallel.runtime.launch import Launch, read_launch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,31 +37,29 @@ def run(config: DoctorConfig) -> int:
 
     Every rank of a launch calls this. Without torchrun it reports on this machine only.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    report = diagnose(rank=rank, world_size=world_size, timeout_s=config.doctor.timeout_s)
+    report = diagnose(read_launch(), timeout_s=config.doctor.timeout_s)
     if report is None:
         return 0
     sys.stdout.write(to_json(report) if config.doctor.json else to_text(report))
     return 0 if report.is_healthy else 1
 
 
-def diagnose(*, rank: int, world_size: int, timeout_s: float) -> DoctorReport | None:
+def diagnose(launch: Launch, *, timeout_s: float) -> DoctorReport | None:
     """Return the report on rank 0, None on other ranks; every rank calls this.
 
     Args:
-        rank: of this process.
-        world_size: number of launched ranks.
+        launch: the place of this process.
         timeout_s: longest rendezvous, collective and exchange of results, in seconds each.
 
     Raises:
-        ValueError: the environment does not give the rendezvous address.
+        ValueError: the environment does not give the rendezvous address, or nothing answers there.
     """
+    rank, world_size = launch.rank, launch.world_size
     if world_size == 1:
         survey = survey_rank(rank=0, local_rank=None)
         return DoctorReport(world_size=1, surveys=(survey,), silent_ranks=(), differences=())
-    store = join(timeout_s)
-    survey = survey_rank(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    store = join(launch, timeout_s)
+    survey = survey_rank(rank=rank, local_rank=launch.local_rank)
     outcomes = try_collectives(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
     survey = replace(survey, collectives=outcomes)
     texts = exchange(store, survey.to_json(), rank=rank, world_size=world_size, timeout_s=timeout_s)
@@ -112,7 +110,7 @@ def to_json(report: DoctorReport) -> str:
         "silent_ranks": report.silent_ranks,
         "differences": report.differences,
     }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=2) + "\n"  # ASCII: a terminal without UTF-8 escapes in another way
 
 
 def to_text(report: DoctorReport) -> str:

@@ -16,6 +16,8 @@ from glm_rlhf.parallel.runtime.spans import open_spans, progress_time
 HUNG = 124
 """Exit code of a rank that hung, as of timeout(1)."""
 _GRACE_S = 5.0
+_SUSPENDED_S = 5.0
+"""Seconds by which the watchdog's thread is late where the process was suspended, not the machine busy."""
 
 
 @contextlib.contextmanager
@@ -26,9 +28,13 @@ def watchdog(
 
     Progress is the begin or end of a span, a micro-batch, or a round of generation. Before the end, stderr
     gets one line with the phase and the collective that the main thread waits in, if any, and the stacks of
-    all threads; where Python itself is blocked, only the stacks, some seconds later. Stopped ranks (SIGSTOP)
-    of this machine, for which this rank may have waited, are reported and killed: a launcher's SIGTERM does
-    not end them. Every rank enters; process ids are gathered once.
+    all threads. Stopped ranks (SIGSTOP) of this machine, for which this rank may have waited, are reported
+    and killed: a launcher's SIGTERM does not end them. Every rank enters; process ids are gathered once.
+
+    Time in which the watchdog's own thread did not run does not count: the job was suspended. Where Python
+    itself is blocked by a foreign call that keeps its lock, the thread does not run either; then the stacks
+    are written some seconds after the timeout, and the process is ended by the ranks that wait for it. The
+    same stacks appear once when a job that was suspended for longer continues.
 
     Args:
         timeout_s: longest time without progress, in seconds; None: no watchdog.
@@ -42,9 +48,19 @@ def watchdog(
     has_ended, main, entered = threading.Event(), threading.get_ident(), time.monotonic()
 
     def watch() -> None:
-        while not has_ended.wait(min(1.0, timeout_s / 4)):
-            faulthandler.dump_traceback_later(timeout_s + _GRACE_S, exit=True, file=sys.__stderr__)
-            idle_s = time.monotonic() - max(progress_time(), entered)
+        interval_s = min(1.0, timeout_s / 4)
+        woke = progress = entered
+        suspended_s = 0.0
+        while not has_ended.wait(interval_s):
+            faulthandler.dump_traceback_later(timeout_s + _GRACE_S, file=sys.__stderr__)
+            now, newest = time.monotonic(), max(progress_time(), entered)
+            late_s, woke = now - woke - interval_s, now
+            if newest != progress:
+                progress, suspended_s = newest, 0.0
+            if late_s > min(_SUSPENDED_S, timeout_s):
+                suspended_s += min(late_s, now - progress)
+                log_rank(f"did not run for {late_s:.0f} s (suspended?): this time does not count", rank)
+            idle_s = now - progress - suspended_s
             if idle_s > timeout_s:
                 position = _position(sys._current_frames()[main])
                 phase = "/".join(open_spans()) or "none"

@@ -1,12 +1,14 @@
 """The calibration of a reward model: accuracy by confidence as a table, and as a plot with matplotlib."""
 
 import importlib.util
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from glm_rlhf.engine.objectives.pair_statistics import CalibrationBin
+from glm_rlhf.parallel.storage.durable_io import replace_file, replace_text
 
 
 def write_calibration(folder: str | Path, step: int, table: Sequence[CalibrationBin]) -> None:
@@ -16,9 +18,8 @@ def write_calibration(folder: str | Path, step: int, table: Sequence[Calibration
         OSError: the folder cannot be created or written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(row) for row in table]
-    (folder / f"step_{step}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    replace_text(folder / f"step_{step}.json", json.dumps(rows, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         _draw(folder / f"step_{step}.png", step, table)
 
@@ -41,4 +42,6 @@ def _draw(path: Path, step: int, table: Sequence[CalibrationBin]) -> None:
         axes.annotate(str(row.num_pairs), ((row.start + row.end) / 2, row.accuracy), ha="center", va="bottom")
     axes.set(xlim=(0.5, 1.0), ylim=(0.0, 1.05), xlabel="confidence", ylabel="accuracy", title=f"step {step}")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    replace_file(path, image.getvalue())

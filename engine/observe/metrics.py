@@ -4,14 +4,20 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from glm_rlhf.engine.observe.best_effort import GrowingFile, without_failing
+from glm_rlhf.engine.observe.metrics_file import FILE_NAME, read_metrics
+from glm_rlhf.engine.observe.tensorboard_files import cut_events
+from glm_rlhf.parallel.runtime.log import log
+from glm_rlhf.parallel.storage.durable_io import replace_text
+
 WriteMetrics = Callable[[int, Mapping[str, float | None]], None]
 """Takes a step and its metrics by name; None: undefined at that step."""
-
-FILE_NAME = "metrics.jsonl"
 
 
 @contextlib.contextmanager
@@ -27,8 +33,11 @@ def open_metrics(
 ) -> Iterator[WriteMetrics]:
     """Return, as a context manager, a function that writes the metrics of one step.
 
-    A line of `<folder>/metrics.jsonl` is `{"step": n, name: number, …}`, flushed when the function returns.
-    NaN, Inf and None are null there and omitted elsewhere. A new run replaces the file of an earlier one.
+    A line of `<folder>/metrics.jsonl` is `{"step": n, name: number, …}`, written when the function returns.
+    NaN, Inf and None are null there and omitted elsewhere. A new run replaces the files of an earlier one; a
+    resumed one removes what lies after the step that it resumes from, so that no step is there twice. A disk
+    that is full later is logged, and does not end the run: lines wait until they can be written, TensorBoard
+    ends.
 
     Args:
         folder: of the run; created if missing.
@@ -40,7 +49,7 @@ def open_metrics(
         last_step: of a resumed run: lines up to this step are kept; None: a new run.
 
     Raises:
-        ValueError: `wandb_project` is set but wandb is not installed.
+        ValueError: `wandb_project` is set but wandb is not installed, or `metrics.jsonl` is no file.
         OSError: the folder cannot be created or written.
     """
     if not is_owner:
@@ -56,9 +65,10 @@ def open_metrics(
     with contextlib.ExitStack() as stack:
         if last_step is not None:
             _keep_lines(folder / FILE_NAME, last_step)
-        file = stack.enter_context(
-            (folder / FILE_NAME).open("w" if last_step is None else "a", encoding="utf-8")
-        )
+        elif os.path.lexists(folder / FILE_NAME) and not (folder / FILE_NAME).is_file():
+            raise ValueError(f"{folder / FILE_NAME} is not a regular file: remove it")
+        file = GrowingFile(folder / FILE_NAME, is_new=last_step is None)
+        stack.callback(file.close)
         sinks: list[Callable[[int, dict[str, float]], None]] = []
         if uses_tensorboard:
             sinks.append(_tensorboard(folder / "tensorboard", stack, last_step))
@@ -67,8 +77,7 @@ def open_metrics(
 
         def write(step: int, metrics: Mapping[str, float | None]) -> None:
             numbers = {name: _finite(number) for name, number in metrics.items()}
-            file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-            file.flush()
+            file.append(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             known = {name: number for name, number in numbers.items() if number is not None}
             for sink in sinks:
                 sink(step, known)
@@ -85,15 +94,12 @@ def _write_nothing(_step: int, _metrics: Mapping[str, float | None]) -> None:
 
 
 def _keep_lines(path: Path, last_step: int) -> None:
-    """Remove lines after `last_step`, and incomplete ones, in one atomic replacement of the file."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(f"{line}\n")
-    replacement = path.with_name(f".{path.name}.new")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    replacement.replace(path)
+    """Remove lines after `last_step`, and those that are none of a step, by one replacement of the file."""
+    by_step, num_others = read_metrics(path)
+    kept = [json.dumps(values) + "\n" for step, values in by_step.items() if step <= last_step]
+    replace_text(path, "".join(kept))
+    if num_others:
+        log(f"{path}: {num_others} lines are no metrics of a step and were removed")
 
 
 def _tensorboard(
@@ -101,14 +107,45 @@ def _tensorboard(
 ) -> Callable[[int, dict[str, float]], None]:
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the owner needs it
 
+    stack.enter_context(_quiet_writer_thread())
+    cut_events(folder, last_step)
     writer = SummaryWriter(str(folder), purge_step=None if last_step is None else last_step + 1)
-    stack.callback(writer.close)
+    is_failing = False
 
     def write(step: int, numbers: dict[str, float]) -> None:
-        for name, number in numbers.items():
-            writer.add_scalar(name, number, step)
+        nonlocal is_failing
+        if is_failing:
+            return
+        try:
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+        except OSError as error:  # of its thread, which has ended
+            is_failing = True
+            log(f"{folder}: {error.strerror}; TensorBoard gets nothing more, the run continues")
 
+    def close() -> None:
+        with contextlib.suppress(OSError) if is_failing else without_failing(folder):
+            writer.close()
+
+    stack.callback(close)
     return write
+
+
+@contextlib.contextmanager
+def _quiet_writer_thread() -> Iterator[None]:
+    """Print no traceback where TensorBoard's thread ends with an OSError: its caller gets and logs it."""
+    original = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        is_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(args.exc_value, OSError)):
+            original(args)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = original
 
 
 def _wandb(

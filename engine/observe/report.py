@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML file."""
 
+import contextlib
 import html
 import json
 import math
@@ -8,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_rlhf.engine.observe.metrics import FILE_NAME as METRICS_NAME
+from glm_rlhf.engine.observe.metrics_file import FILE_NAME as METRICS_NAME
+from glm_rlhf.engine.observe.metrics_file import read_metrics
 from glm_rlhf.engine.observe.svg_charts import Point, line_chart, number
 from glm_rlhf.parallel.runtime.log import log
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 FILE_NAME = "report.html"
 SAMPLES_FOLDER = "samples"
@@ -84,14 +87,14 @@ def write_report(
         _phases(curves),
         _samples(folder / SAMPLES_FOLDER),
         _details("Settings", f"<pre>{html.escape(config.read_text('utf-8'))}</pre>")
-        if config.exists()
+        if config.is_file()
         else "",
     ]
     path = folder / FILE_NAME
     page = _PAGE.format(
         title=html.escape(title), style=_STYLE, body="\n".join(part for part in parts if part)
     )
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
     return path
 
 
@@ -99,34 +102,39 @@ def try_write_report(run_folder: str | Path, *, title: str) -> None:
     """Write the report at the end of a run and log its path; log an error instead of raising it."""
     try:
         log(f"report: {write_report(run_folder, title=title)}")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         log(f"no report was written: {error}")
+    except OSError as error:
+        log(f"no report was written: {error.filename}: {error.strerror}")
 
 
 def _curves(path: Path) -> dict[str, list[Point]]:
     """Return the points of each metric, ascending in step."""
-    by_step: dict[int, Mapping[str, float | None]] = {}
-    for line in _lines(path):
-        by_step[line["step"]] = line
+    by_step, num_others = read_metrics(path)
+    if num_others:
+        log(f"{path}: {num_others} lines are no metrics of a step and are not in the report")
     if not by_step:
         raise ValueError(f"{path} has no complete line: there is nothing to report")
     curves: dict[str, list[Point]] = {}
-    for step, line in sorted(by_step.items()):
+    for step, line in by_step.items():
         for name, value in line.items():
             if name != "step":
                 curves.setdefault(name, []).append((step, value))
+    if not curves:
+        raise ValueError(f"{path} has no metric: there is nothing to report")
     return curves
 
 
-def _lines(path: Path) -> Iterator[dict]:
-    if not path.exists():
+def _samples_in(path: Path) -> Iterator[dict]:
+    """Yield the lines of a file of answers, without those that are cut or foreign."""
+    if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut by a kill, or by a full disk
-                continue
+            with contextlib.suppress(ValueError, RecursionError):
+                sample = json.loads(line)
+                if isinstance(sample, dict) and {"prompt_tokens", "tokens"} <= sample.keys():
+                    yield sample
 
 
 def _known(points: Sequence[Point]) -> list[float]:
@@ -199,13 +207,13 @@ def _phases(curves: Mapping[str, list[Point]]) -> str:
 
 def _samples(folder: Path) -> str:
     """Return a table of the first file's answers, with those to the same prompts after the last step."""
-    files = sorted(folder.glob("step_*.jsonl"), key=_step_of)
+    files = sorted((path for path in folder.glob("step_*.jsonl") if path.stem[5:].isdecimal()), key=_step_of)
     if not files:
         return ""
-    before = list(_lines(files[0]))
+    before = list(_samples_in(files[0]))
     last = folder / SAMPLES_AFTER if (folder / SAMPLES_AFTER).exists() else files[-1]
     after: dict[str, list[dict]] = {}
-    for sample in _lines(last):
+    for sample in _samples_in(last):
         after.setdefault(json.dumps(sample["prompt_tokens"]), []).append(sample)
     rows, num_paired = [], 0
     for sample in before[:_MAX_SAMPLES]:

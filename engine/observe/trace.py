@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from glm_rlhf.engine.observe.best_effort import GrowingFile
 from glm_rlhf.parallel.runtime.spans import WAIT, recording
 
 FOLDER = "trace"
@@ -19,7 +20,8 @@ class Trace:
 
     The file is an array of complete events in microseconds of the wall clock, so that the timelines of ranks
     with synchronised clocks align. A rank is a process of the trace; its waits are one thread, and each
-    background thread is another. A killed run leaves the array open, which both viewers accept.
+    background thread is another. A killed run or a full disk leaves the array open, which both viewers
+    accept.
     """
 
     def __init__(self, path: Path, *, rank: int) -> None:
@@ -29,14 +31,14 @@ class Trace:
             OSError: it cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        self._file = GrowingFile(path)
         self._rank = rank
         self._offset_s = time.time() - time.perf_counter()
         self._events: deque[tuple[str, float, float, str]] = deque()  # background threads add to it
         self._threads: dict[str, int] = {threading.main_thread().name: 0}
         self._waited_s = 0.0
         names = [("process_name", 0, f"rank {rank}"), ("thread_name", 0, "work"), ("thread_name", 1, WAIT)]
-        self._file.write("[\n" + ",\n".join(json.dumps(self._name_event(*name)) for name in names))
+        self._file.append("[\n" + ",\n".join(json.dumps(self._name_event(*name)) for name in names))
 
     def take_wait_s(self) -> float:
         """Return the seconds waited since the last call, and write the spans recorded so far."""
@@ -47,7 +49,7 @@ class Trace:
     def close(self) -> None:
         """Write the rest and close the file."""
         self._flush()
-        self._file.write("\n]\n")
+        self._file.append("\n]\n")
         self._file.close()
 
     def record(self, name: str, start: float, end: float) -> None:
@@ -62,12 +64,13 @@ class Trace:
         return {"name": kind, "ph": "M", "pid": self._rank, "tid": thread, "args": {"name": name}}
 
     def _flush(self) -> None:
+        written = []
         while self._events:
             name, start, end, thread = self._events.popleft()
             if thread not in self._threads:
                 self._threads[thread] = len(self._threads) + 1  # 1 is the thread of waits
                 name_event = self._name_event("thread_name", self._threads[thread], thread)
-                self._file.write(",\n" + json.dumps(name_event))
+                written.append(",\n" + json.dumps(name_event))
             event = {
                 "name": name,
                 "ph": "X",
@@ -76,8 +79,9 @@ class Trace:
                 "pid": self._rank,
                 "tid": 1 if name == WAIT else self._threads[thread],
             }
-            self._file.write(",\n" + json.dumps(event))
-        self._file.flush()
+            written.append(",\n" + json.dumps(event))
+        if written:
+            self._file.append("".join(written))
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 import sys
 from dataclasses import replace
 
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.plan import PlanConfig
 from glm_rlhf.engine.cost.hardware import GPUS, Cluster, assumed_rates, read_rates, shape_of
+from glm_rlhf.engine.cost.save_time import checkpoint_bytes
 from glm_rlhf.engine.cost.workload import Roles, Workload
 from glm_rlhf.engine.plan.output_files import write_files
 from glm_rlhf.engine.plan.report import report
@@ -28,7 +30,9 @@ def run(config: PlanConfig) -> None:
         count=config.plan.alternatives,
     )
     sys.stdout.write(report(config, roles, work, cluster, plans))
-    paths = write_files(config, plans[0])
+    save_config(config, config.run.output)
+    trained = ((roles.policy, False), (roles.critic, True))
+    paths = write_files(config, plans[0], checkpoint_bytes(trained, itemsize=work.itemsize))
     sys.stdout.write(f"written: {', '.join(map(str, paths))}\n")
 
 

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from glm_rlhf.engine.config.load import dump_config
@@ -16,9 +17,14 @@ from glm_rlhf.engine.config.rl import (
 )
 from glm_rlhf.engine.config.sections import GenerationSection, ModelSection, ParallelSection
 from glm_rlhf.engine.config.training import OptionalModelSection, TrainingRunSection
+from glm_rlhf.engine.cost.save_time import save_s
 from glm_rlhf.engine.plan.search import LayoutPlan, layout_name
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 REWARD_PLACEHOLDER = "path/to/reward-model"
+_SIGNAL_MARGIN_S = 60
+_LONGEST_SIGNAL_S = 65535
+"""Slurm's limit."""
 CONFIG_NAME, TORCHRUN_NAME, SLURM_NAME = "ppo.yaml", "torchrun.sh", "slurm.sbatch"
 
 
@@ -67,28 +73,68 @@ def ppo_config(config: PlanConfig, plan: LayoutPlan) -> PPOConfig:
     )
 
 
-def write_files(config: PlanConfig, plan: LayoutPlan) -> list[Path]:
+def write_files(config: PlanConfig, plan: LayoutPlan, checkpoint: int) -> list[Path]:
     """Write the config and both launch scripts to the run folder; return their paths.
+
+    Args:
+        config: of the command.
+        plan: the one to run.
+        checkpoint: bytes of one.
 
     Raises:
         OSError: the folder cannot be written.
     """
     folder = Path(config.run.output)
-    folder.mkdir(parents=True, exist_ok=True)
     layout = layout_name(plan.choice.layout, config.cluster.gpus)
     where = f"{config.cluster.gpus} × {config.cluster.gpu}"
     head = f"# {config.model.path} on {where}: {layout}, by `glm-rlhf plan`.\n"
+    warning = warning_before_end(config, plan, checkpoint)
     texts = {
         CONFIG_NAME: head + dump_config(ppo_config(config, plan)),
-        TORCHRUN_NAME: torchrun_script(config, folder / CONFIG_NAME),
-        SLURM_NAME: slurm_script(config, folder / CONFIG_NAME),
+        TORCHRUN_NAME: torchrun_script(config, folder / CONFIG_NAME, warning),
+        SLURM_NAME: slurm_script(config, folder / CONFIG_NAME, warning),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        replace_text(folder / name, text)
     return [folder / name for name in texts]
 
 
-def torchrun_script(config: PlanConfig, path: Path) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndWarning:
+    """The time that a run needs from a signal to its end."""
+
+    seconds: int
+    """The whole, with a margin."""
+    reason: str
+    """Its parts."""
+
+
+def warning_before_end(config: PlanConfig, plan: LayoutPlan, checkpoint: int) -> EndWarning:
+    """Return how long before the end of its time a job is to get a signal, so that it can save.
+
+    A signal interrupts generation, but neither the scoring of an iteration nor an epoch of its update. Slurm
+    sends it up to a minute early or late.
+
+    Args:
+        config: of the command.
+        plan: the one to run.
+        checkpoint: bytes of one.
+    """
+    phases = {name: phase.seconds for name, phase in plan.estimate.phases.items()}
+    epoch_s = sum(seconds for name, seconds in phases.items() if name.startswith("train")) / config.ppo.epochs
+    longest_s = max(phases.get("score", 0.0), epoch_s)
+    write_s = save_s(checkpoint, config.cluster.disk)
+    seconds = min(_up_to(longest_s + write_s + _SIGNAL_MARGIN_S, 10), _LONGEST_SIGNAL_S)
+    return EndWarning(
+        seconds=seconds,
+        reason=(
+            f"{longest_s:.0f} s for the longest phase that it does not interrupt, {write_s:.0f} s to save "
+            f"{checkpoint / 1e9:.0f} GB, and {_SIGNAL_MARGIN_S} s"
+        ),
+    )
+
+
+def torchrun_script(config: PlanConfig, path: Path, warning: EndWarning) -> str:
     """Return a script to run on each node; several nodes rendezvous at HEAD_NODE."""
     nodes, per_node = _nodes(config)
     where = (
@@ -100,13 +146,13 @@ def torchrun_script(config: PlanConfig, path: Path) -> str:
     return (
         "#!/usr/bin/env bash\n"
         f"# Run on each of {nodes} node{'s' if nodes > 1 else ''}.\n"
-        f"set -euo pipefail\n{check}"
+        f"set -euo pipefail\n{check}{_shutdown(warning)}"
         f"exec torchrun {where} --nproc-per-node={per_node} \\\n"
         f'    -m glm_rlhf.engine ppo {shlex.quote(str(path))} "$@"\n'
     )
 
 
-def slurm_script(config: PlanConfig, path: Path) -> str:
+def slurm_script(config: PlanConfig, path: Path, warning: EndWarning) -> str:
     """Return a batch script for Slurm: one torchrun per node, with the rendezvous at the first node."""
     nodes, per_node = _nodes(config)
     return (
@@ -117,12 +163,25 @@ def slurm_script(config: PlanConfig, path: Path) -> str:
         f"#SBATCH --gpus-per-node={per_node}\n"
         "#SBATCH --exclusive\n"
         "#SBATCH --output=%x-%j.log\n"
-        "set -euo pipefail\n"
+        f"# The run saves and exits when it gets the signal: {warning.reason}.\n"
+        f"#SBATCH --signal=TERM@{warning.seconds}\n"
+        f"set -euo pipefail\n{_shutdown(warning)}"
         'read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
         f"srun torchrun --nnodes={nodes} --nproc-per-node={per_node} \\\n"
         '    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:29500" \\\n'
         f"    -m glm_rlhf.engine ppo {shlex.quote(str(path))}\n"
     )
+
+
+def _shutdown(warning: EndWarning) -> str:
+    return (
+        "# Seconds that torchrun leaves the ranks after a signal; where it does not read this, 30.\n"
+        f'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{warning.seconds}}}"\n'
+    )
+
+
+def _up_to(seconds: float, multiple: int) -> int:
+    return math.ceil(seconds / multiple) * multiple
 
 
 def _nodes(config: PlanConfig) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
 from glm_rlhf.engine.scoring.rollout_scores import stream_rows
 from glm_rlhf.engine.types import PromptInput, Rewards, Rollouts
 from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
 from glm_rlhf.parallel.runtime.topology import Topology
 
 AnswerByReference = Callable[[Sequence[PromptInput]], Rollouts]
@@ -139,8 +140,10 @@ class CombinedReward:
 
         Raises:
             RewardError: the function failed on some rank, or for all answers; on all ranks.
+            FloatingPointError: a reward is NaN or Inf; on all ranks, with the model and the answers.
             Preempted: preemption was requested while its rewards were awaited; on all ranks.
         """
+        findings: list[str] = []
         device = rollouts.tokens_T.device
         total_B, token_T, excluded = torch.zeros(rollouts.num_sequences, device=device), None, set()
         if self.model is not None:
@@ -152,6 +155,7 @@ class CombinedReward:
                 overlapped=overlapped,
             )
             total_B += rows_T[rollouts.cu_seqlens[1:].long() - 1]
+            findings += _nonfinite("the reward model's scores", total_B, rollouts)
         if self.dispatcher is not None:
             for index, reward in enumerate(self.dispatcher(rollouts, uses_overlapped=uses_overlapped)):
                 if isinstance(reward, RewardFailure):
@@ -166,4 +170,14 @@ class CombinedReward:
                 else:
                     total_B[index] += self.function_weight * reward
         total_B[sorted(excluded)] = 0.0
-        return Rewards(rewards_B=total_B, token_rewards_T=token_T, excluded=frozenset(excluded))
+        rewards = Rewards(rewards_B=total_B, token_rewards_T=token_T, excluded=frozenset(excluded))
+        findings = findings or _nonfinite("the weighted rewards", rewards.totals_B(rollouts.starts), rollouts)
+        raise_if_nonfinite(findings, "no reward is taken from them", device=self.topology.device)
+        return rewards
+
+
+def _nonfinite(name: str, values_B: torch.Tensor, rollouts: Rollouts) -> list[str]:
+    """Return what a message says of the answers whose value is NaN or Inf; nothing if there are none."""
+    is_finite = values_B.isfinite().tolist()
+    answers = [index for index, is_ok in zip(rollouts.indices, is_finite, strict=True) if not is_ok]
+    return [f"{name} of answers {abbreviate(answers)}"] if answers else []

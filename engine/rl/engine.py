@@ -18,6 +18,7 @@ from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.rewards.combined import CombinedReward
 from glm_rlhf.engine.rewards.configured import open_reward_function
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
 from glm_rlhf.engine.rl.checkpoint import load_run, save_run
 from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
@@ -178,7 +179,7 @@ def _build(
             policy, topology, tp=generation.tp, pp=generation.pp, timeout_s=config.parallel.timeout_s
         )
     )
-    models = {"policy": policy, **_other_models(config, glm, topology)}
+    models = {"policy": policy, **_other_models(config, glm, tokenizer, topology)}
     adam = adam_of(config.optimizer)
     adams = {"policy": adam, "critic": dataclasses.replace(adam, lr=config.critic.lr)}
     states = {
@@ -209,7 +210,7 @@ def _build(
             function_timeout_s=config.reward.function_timeout_s,
             answer_by_reference=baseline,
         ),
-        ppo=config.ppo,
+        algorithm=PPO(config.ppo),
         answers=answers,
         micro_batch_tokens=config.train.micro_batch_tokens,
         critic_warmup_iterations=config.critic.warmup_iterations,
@@ -222,10 +223,18 @@ def _build(
     return roles, tokenizer
 
 
-def _other_models(config: PPOConfig, glm: GLMConfig, topology: Topology) -> dict[str, list[GLMModel]]:
+def _other_models(
+    config: PPOConfig, glm: GLMConfig, tokenizer: Tokenizer | None, topology: Topology
+) -> dict[str, list[GLMModel]]:
     """Return critic, reference and, where there is one, reward model, this rank's chunks of each."""
     load = partial(
-        load_other, topology=topology, beside=glm, dtype=DTYPES[config.train.dtype], seed=config.run.seed
+        load_other,
+        topology=topology,
+        beside=glm,
+        tokenizer=tokenizer,
+        tokenizer_path=config.tokenizer_path,
+        dtype=DTYPES[config.train.dtype],
+        seed=config.run.seed,
     )
     paths = {
         "critic.path": config.critic.path,

@@ -6,14 +6,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.observe.phases import Phases
+from glm_rlhf.engine.rl.algorithm import Algorithm
 from glm_rlhf.engine.scoring.old_logprobs import old_logprobs
 from glm_rlhf.engine.scoring.overlapped_scores import OverlappedScores
 from glm_rlhf.engine.scoring.packed_batches import batches_of_rollouts
 from glm_rlhf.engine.scoring.rollout_scores import numbers_without, stream_logprobs, stream_rows
-from glm_rlhf.engine.types import Experience, Rewards, Rollouts
-from glm_rlhf.kernels import ppo_advantages, whiten
+from glm_rlhf.engine.types import Experience, Rewards, Rollouts, Signals
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.token_outputs import shift_to_tokens
 from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
@@ -28,9 +27,8 @@ def make_experience(
     *,
     models: Mapping[str, Sequence[GLMModel]],
     rewarder: Rewarder,
-    ppo: PPOSection,
+    algorithm: Algorithm,
     micro_batch_tokens: int,
-    kl_coef: float,
     sample_seed: int,
     topology: Topology,
     overlapped: Mapping[str, OverlappedScores] | None = None,
@@ -44,9 +42,8 @@ def make_experience(
         rollouts: this data-parallel rank's.
         models: this rank's chunks by role: policy, reference, critic.
         rewarder: gives the rewards.
-        ppo: the algorithm's settings.
+        algorithm: gives the advantages; what it does not need is not computed.
         micro_batch_tokens: most tokens of a micro-batch.
-        kl_coef: the KL coefficient as it stands.
         sample_seed: of that sample.
         topology: layout and groups.
         overlapped: scores of some answers, by role, computed while others were generated.
@@ -62,18 +59,21 @@ def make_experience(
     rollouts = replace(rollouts, excluded=rewards.excluded)
     mask_T = rollouts.action_mask_T
     rewards_B = rewards.totals_B(rollouts.starts)
-    with phases.phase("reference"):
-        known = overlapped.get("reference")
-        batches = batches_of_rollouts(
-            rollouts,
-            numbers_without(rollouts, known.sequences if known else frozenset()),
-            max_tokens=micro_batch_tokens,
-            topology=topology,
-            streams={"mask": mask_T},
-        )
-        ref_logprobs_T = stream_logprobs(
-            models["reference"], rollouts, batches, mask_T, topology=topology, overlapped=known
-        )
+    needs = algorithm.needs()
+    ref_logprobs_T = values_T = None
+    if needs.reference:
+        with phases.phase("reference"):
+            known = overlapped.get("reference")
+            batches = batches_of_rollouts(
+                rollouts,
+                numbers_without(rollouts, known.sequences if known else frozenset()),
+                max_tokens=micro_batch_tokens,
+                topology=topology,
+                streams={"mask": mask_T},
+            )
+            ref_logprobs_T = stream_logprobs(
+                models["reference"], rollouts, batches, mask_T, topology=topology, overlapped=known
+            )
     with phases.phase("old_logprobs"):
         old_logprobs_T, gap = old_logprobs(
             models["policy"],
@@ -81,18 +81,19 @@ def make_experience(
             mask_T,
             max_tokens=micro_batch_tokens,
             topology=topology,
-            max_gap=ppo.max_logprob_gap,
+            max_gap=algorithm.section.max_logprob_gap,
             seed=sample_seed,
         )
-    with phases.phase("values"):
-        rows_T = stream_rows(
-            models["critic"],
-            rollouts,
-            max_tokens=micro_batch_tokens,
-            topology=topology,
-            overlapped=overlapped.get("critic"),
-        )
-        values_T = shift_to_tokens(rows_T) * mask_T
+    if "critic" in needs.trains:
+        with phases.phase("values"):
+            rows_T = stream_rows(
+                models["critic"],
+                rollouts,
+                max_tokens=micro_batch_tokens,
+                topology=topology,
+                overlapped=overlapped.get("critic"),
+            )
+            values_T = shift_to_tokens(rows_T) * mask_T
     found = {
         "the rewards": rewards_B.repeat_interleave(torch.tensor(rollouts.lengths, device=rewards_B.device)),
         "the reference's logprobs": ref_logprobs_T,
@@ -100,44 +101,32 @@ def make_experience(
         "the critic's values": values_T,
     }
     _check_finite(found, rollouts, topology)
+    signals = Signals(
+        rewards=rewards,
+        old_logprobs_T=old_logprobs_T,
+        ref_logprobs_T=ref_logprobs_T,
+        values_T=values_T,
+    )
     with phases.phase("estimate"):
-        estimate = ppo_advantages(
-            old_logprobs_T,
-            ref_logprobs_T,
-            values_T,
-            rewards.rewards_B,
-            rollouts.cu_seqlens,
-            mask_T,
-            kl_coef=kl_coef,
-            gamma=ppo.gamma,
-            lam=ppo.lam,
-            kl_estimator=ppo.kl_estimator,
-            token_rewards_T=rewards.token_rewards_T,
-        )
-        advantages_T = estimate.advantages_T
-        if ppo.whiten:
-            sums = estimate.whitening_sums()
-            dist.all_reduce(sums, group=topology.dp_group)
-            advantages_T = whiten(advantages_T, mask_T, sums)
+        made = algorithm.advantages(rollouts, signals, topology=topology)
     return Experience(
         rollouts=rollouts,
         rewards_B=rewards_B,
         old_logprobs_T=old_logprobs_T,
         ref_logprobs_T=ref_logprobs_T,
         values_T=values_T,
-        advantages_T=advantages_T,
-        returns_T=estimate.returns_T,
-        kl_T=estimate.kl_T,
-        metrics=_metrics(rollouts, rewards_B, estimate.kl_T, values_T, mask_T, gap, topology)
-        | phases.seconds,
+        advantages_T=made.advantages_T,
+        returns_T=made.returns_T,
+        kl_T=made.kl_T,
+        metrics=_metrics(rollouts, rewards_B, made.kl_T, values_T, mask_T, gap, topology) | phases.seconds,
     )
 
 
-def _check_finite(found: dict[str, torch.Tensor], rollouts: Rollouts, topology: Topology) -> None:
+def _check_finite(found: dict[str, torch.Tensor | None], rollouts: Rollouts, topology: Topology) -> None:
     """Stop all ranks together where one has a number that is none."""
     findings = []
     for name, values_T in found.items():
-        answers = answers_with(rollouts, ~values_T.isfinite())
+        answers = [] if values_T is None else answers_with(rollouts, ~values_T.isfinite())
         if answers:
             findings.append(f"{name} of answers {abbreviate(answers)}")
     raise_if_nonfinite(findings, "no update is made of them", device=topology.device)
@@ -152,8 +141,8 @@ def answers_with(rollouts: Rollouts, chosen_T: torch.Tensor) -> list[int]:
 def _metrics(
     rollouts: Rollouts,
     rewards_B: torch.Tensor,
-    kl_T: torch.Tensor,
-    values_T: torch.Tensor,
+    kl_T: torch.Tensor | None,
+    values_T: torch.Tensor | None,
     mask_T: torch.Tensor,
     gap: float,
     topology: Topology,
@@ -163,6 +152,7 @@ def _metrics(
     lengths = [
         length - prompt for length, prompt in zip(rollouts.lengths, rollouts.prompt_lengths, strict=True)
     ]
+    zero = torch.zeros((), device=mask_T.device)
     num_cut = sum(not is_finished for is_finished in rollouts.is_finished)
     sums = torch.stack(
         [
@@ -172,8 +162,8 @@ def _metrics(
             torch.tensor(float(sum(lengths)), device=mask_T.device),
             torch.tensor(float(num_cut), device=mask_T.device),
             mask_T.sum().float(),
-            (kl_T * mask_T).sum(),
-            values_T.sum(),
+            zero if kl_T is None else (kl_T * mask_T).sum(),
+            zero if values_T is None else values_T.sum(),
             torch.tensor(float(sum(rollouts.prompt_lengths)), device=mask_T.device),
             torch.tensor(float(len(rollouts.excluded)), device=mask_T.device),
         ]
@@ -182,15 +172,17 @@ def _metrics(
     count, rewards, squares, length, cut, tokens, kl, values, prompt, excluded = sums.tolist()
     judged = max(count - excluded, 1)
     mean = rewards / judged
-    return {
+    metrics = {
         "reward/minus_baseline/mean": mean,
         "reward/minus_baseline/std": max(squares / judged - mean * mean, 0.0) ** 0.5,
         "reward/num_excluded": excluded,
-        "critic/values/mean": values / max(tokens, 1),
-        "objective/kl": kl / judged,
-        "objective/kl_per_token": kl / max(tokens, 1),
         "prompt_length/mean": prompt / max(count, 1),
         "response_length/mean": length / max(count, 1),
         "response_length/cut_fraction": cut / max(count, 1),
         "rollout/logprob_gap": gap,
     }
+    if values_T is not None:
+        metrics["critic/values/mean"] = values / max(tokens, 1)
+    if kl_T is not None:
+        metrics |= {"objective/kl": kl / judged, "objective/kl_per_token": kl / max(tokens, 1)}
+    return metrics

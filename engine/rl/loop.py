@@ -13,6 +13,7 @@ import torch.distributed as dist
 from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.evaluation.scored_answers import gather_answers, write_answers
+from glm_rlhf.engine.observe.best_effort import without_failing
 from glm_rlhf.engine.observe.mfu import known_peak_flop_per_s, training_flop
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.observe.progress import ProgressLine
@@ -37,6 +38,8 @@ from glm_rlhf.parallel.runtime.preemption import (
 from glm_rlhf.parallel.runtime.spans import span
 from glm_rlhf.parallel.runtime.topology import Topology
 
+EVALUATION = "evaluation"
+"""Entry of a run's progress with what was evaluated."""
 _NUM_SAMPLES = 16  # answers in a file of them
 
 
@@ -50,12 +53,20 @@ def run_iterations(
         ValueError: too many iterations in a row were not finite.
     """
     config, topology, first = engine.config, engine.topology, run.first_step
-    evaluation = PPOEvaluation(engine) if config.evaluate.every else None
-    if evaluation is not None and first == 0:
-        with defer_preemption():
-            run.write(0, evaluation.run(0))
+    before = (run.progress or {}).get(EVALUATION)
+    evaluation = PPOEvaluation(engine, run.checkpoints.exports, before) if config.evaluate.every else None
+    # A run that was left inside its first iteration has trained already.
+    if evaluation is not None and first == 0 and engine.roles.partial_update is None:
+        if not evaluation.has_evaluated(0):
+            with defer_preemption():
+                run.write(0, evaluation.run(0))
     num_skipped = 0
-    completed: dict[str, Any] = {"step": first} | engine.roles.progress()
+
+    def progress_after(step: int) -> dict[str, Any]:
+        evaluated = before if evaluation is None else evaluation.progress()
+        return {"step": step, EVALUATION: evaluated} | engine.roles.progress()
+
+    completed = progress_after(first)
     with ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first) as progress:
         for step in range(first, config.train.steps):
             batch = [prompts[number] for number in sampler.batch(step)]
@@ -70,10 +81,10 @@ def run_iterations(
                 raise
             else:
                 num_skipped = 0
-            completed = {"step": step + 1} | engine.roles.progress()
             if evaluation is not None and evaluation.is_due(step + 1):
                 with defer_preemption():
                     metrics |= evaluation.run(step + 1)
+            completed = progress_after(step + 1)
             run.write(step + 1, metrics)
             with span("save"):
                 run.checkpoints.after_step(
@@ -85,7 +96,10 @@ def run_iterations(
                 _save_and_exit(engine, run.checkpoints, completed)
                 raise Preempted
     with defer_preemption():
-        _write_last_samples(engine, [prompts[number] for number in sampler.batch(0)])
+        try:
+            _write_last_samples(engine, [prompts[number] for number in sampler.batch(0)])
+        except FloatingPointError as error:  # the same on every rank
+            log(f"no sample answers of the trained policy were written: {error}", topology)
 
 
 def _save_and_exit(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Mapping[str, Any]) -> None:
@@ -95,7 +109,7 @@ def _save_and_exit(engine: PPOEngine, checkpoints: RunCheckpoints, completed: Ma
     if roles.partial_update is None:
         checkpoints.save_and_exit(step, completed, rank_tensors=rank_tensors)
         return
-    progress = {"step": step, IS_INSIDE: True} | roles.progress()
+    progress = {**completed, IS_INSIDE: True} | roles.progress()
     rank_tensors |= tensors_of(roles.partial_update)
     checkpoints.save_and_exit(step + 1, progress, rank_tensors=rank_tensors, is_inside=True)
 
@@ -236,4 +250,6 @@ def _write_last_samples(engine: PPOEngine, first_prompts: Sequence[PromptInput])
 def _write_samples(engine: PPOEngine, path: Path, rollouts: Rollouts, rewards_B: torch.Tensor) -> None:
     topology = engine.topology
     answers = gather_answers(rollouts, rewards_B, engine.tokenizer, topology, first=_NUM_SAMPLES)
-    write_answers(path, answers, topology)
+    if topology.is_main_rank:
+        with without_failing(path):
+            write_answers(path, answers)

@@ -23,10 +23,8 @@ class PartialUpdate:
     """Of this rank's share of the answers."""
     epoch: int = 0
     """The epoch that comes next."""
-    policy_steps: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the policy's optimizer steps so far."""
-    critic_steps: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the critic's."""
+    steps: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """Metrics of the optimizer steps so far, by role."""
 
 
 def tensors_of(update: PartialUpdate) -> dict[str, torch.Tensor]:
@@ -35,8 +33,7 @@ def tensors_of(update: PartialUpdate) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {
         "epoch": update.epoch,
-        "policy_steps": update.policy_steps,
-        "critic_steps": update.critic_steps,
+        "steps": update.steps,
         "experience": _parts(experience, "experience.", tensors),
         "rollouts": _parts(rollouts, "rollouts.", tensors),
     }
@@ -62,8 +59,10 @@ def update_of(tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> P
     fields_of_rollouts: dict[str, Any] = {**others, **_named(moved, "rollouts.")}
     rollouts = Rollouts(**fields_of_rollouts)
     experience = Experience(rollouts=rollouts, **facts["experience"], **_named(moved, "experience."))
-    steps = {name: facts[name] for name in ("epoch", "policy_steps", "critic_steps")}
-    return PartialUpdate(experience=experience, **steps)
+    steps = facts.get("steps")
+    if steps is None:  # of a version before 0.2
+        steps = {"critic": facts["critic_steps"], "policy": facts["policy_steps"]}
+    return PartialUpdate(experience=experience, epoch=facts["epoch"], steps=steps)
 
 
 def _parts(whole: Experience | Rollouts, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

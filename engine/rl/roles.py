@@ -6,18 +6,11 @@ from pathlib import Path
 
 import torch
 
-from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.observe.phases import Phases
 from glm_rlhf.engine.rewards.combined import CombinedReward
-from glm_rlhf.engine.rl.algorithms.ppo import (
-    critic_means,
-    critic_metrics,
-    learners,
-    mini_batches,
-    policy_means,
-    policy_metrics,
-)
+from glm_rlhf.engine.rl.algorithm import Algorithm
 from glm_rlhf.engine.rl.experience import make_experience
+from glm_rlhf.engine.rl.mini_batches import MiniBatch, learners, mini_batches
 from glm_rlhf.engine.rl.offload import RoleOffload
 from glm_rlhf.engine.rl.partial_update import PartialUpdate
 from glm_rlhf.engine.rl.sft_term import DemonstrationStream
@@ -47,11 +40,12 @@ def answer_by_reference(
         seed=seed,
         topology=topology,
         is_share=True,
+        model="the reference",
     )
 
 
 class PPORoles:
-    """Owns the roles on this rank, and the state that PPO carries from one iteration to the next.
+    """Owns the roles on this rank, and the state that RL carries from one iteration to the next.
 
     An iteration is `generate`, `make_experience`, `update`. Every rank of the topology calls each of them
     with the same arguments, its own rollouts and experience apart. Nothing is written or reloaded between
@@ -66,7 +60,7 @@ class PPORoles:
         models: Mapping[str, Sequence[GLMModel]],
         states: Mapping[str, AnyTrainingState],
         rewards: CombinedReward,
-        ppo: PPOSection,
+        algorithm: Algorithm,
         answers: AnswerSettings,
         micro_batch_tokens: int,
         seed: int,
@@ -80,11 +74,11 @@ class PPORoles:
 
         Args:
             topology: layout and groups of all roles.
-            models: this rank's chunks by role: policy, critic, reference, and reward where a model gives
-            rewards.
-            states: policy and critic in training.
+            models: this rank's chunks by role: policy, what the algorithm needs, and reward where a model
+                gives rewards.
+            states: the roles in training.
             rewards: what gives rewards.
-            ppo: the algorithm's settings.
+            algorithm: which learns.
             answers: how prompts are answered.
             micro_batch_tokens: most tokens of a micro-batch.
             seed: of mini-batches.
@@ -97,7 +91,7 @@ class PPORoles:
         Raises:
             ValueError: "optimizers" are to be offloaded with an optimizer in backward.
         """
-        self.topology, self.ppo, self.answers, self.seed = topology, ppo, answers, seed
+        self.topology, self.algorithm, self.answers, self.seed = topology, algorithm, answers, seed
         self.models = {role: list(chunks) for role, chunks in models.items()}
         self.states = dict(states)
         self.offload = RoleOffload(offloads, models=self.models, states=self.states, topology=topology)
@@ -106,7 +100,6 @@ class PPORoles:
         self.demonstrations = demonstrations
         self.resharded = resharded
         self.rewards = rewards
-        self.kl_coef = ppo.kl_coef
         self.iteration = 0
         self._num_answered = 0
         self.partial_update: PartialUpdate | None = None
@@ -159,9 +152,8 @@ class PPORoles:
             rollouts,
             models=self.models,
             rewarder=partial(self.rewards, uses_overlapped=is_newest, overlapped=overlapped.get("reward")),
-            ppo=self.ppo,
+            algorithm=self.algorithm,
             micro_batch_tokens=self.micro_batch_tokens,
-            kl_coef=self.kl_coef,
             sample_seed=(self.seed << 20) + self.iteration,
             topology=self.topology,
             overlapped=overlapped,
@@ -194,62 +186,68 @@ class PPORoles:
 
     def _learn(self, work: PartialUpdate, is_leaving: Callable[[], bool] | None) -> dict[str, float]:
         phases = Phases()
-        experience, policies, critics = work.experience, work.policy_steps, work.critic_steps
-        is_stopped, first = False, work.epoch
-        trains_policy = self.iteration >= self.critic_warmup_iterations
-        for epoch in range(first, self.ppo.epochs):
+        algorithm, experience, first = self.algorithm, work.experience, work.epoch
+        trained = [role for role in algorithm.needs().trains if role != "policy" or self._trains_policy]
+        is_stopped = False
+        for epoch in range(first, algorithm.section.epochs):
             if epoch > first and is_leaving is not None and is_leaving():
                 work.epoch, self.partial_update = epoch, work
                 raise Preempted
             for part in mini_batches(
                 experience,
-                self.ppo,
+                algorithm,
                 micro_batch_tokens=self.micro_batch_tokens,
                 seed=(self.seed << 20) + self.iteration * 1000 + epoch,
                 topology=self.topology,
             ):
-                demonstrations = None
-                if trains_policy and self.demonstrations is not None:
-                    demonstrations = self.demonstrations.take(self.topology)
-                roles = learners(self.states, experience, part, self.ppo, demonstrations=demonstrations)
-                if not trains_policy:
-                    del roles["policy"]
-                result = take_step(
-                    list(roles.values()), topology=self.topology, phases=phases, dtype=torch.float32
-                )
-                if not result.is_applied:
-                    raise FloatingPointError(f"{result.fault}; {_CONSEQUENCE}")
-                steps = dict(zip(roles, result.roles, strict=True))
-                critics.append(critic_metrics(steps["critic"]))
-                if not trains_policy:
-                    continue
-                policies.append(policy_metrics(steps["policy"]))
-                limit = self.ppo.max_kl
-                is_stopped = limit is not None and policies[-1]["actor/ppo_kl"] > limit
+                is_stopped = self._take_step(work, part, trained, phases)
                 if is_stopped:
                     break
             if is_stopped:
                 break
         self.iteration += 1
-        metrics = dict(experience.metrics) | critic_means(critics) | policy_means(policies)
-        metrics["actor/kl_coef"] = self.kl_coef
+        metrics = dict(experience.metrics)
+        for role in algorithm.needs().trains:
+            metrics |= algorithm.means(role, work.steps.get(role, []))
+        metrics |= algorithm.after_iteration(experience)
         metrics["actor/stopped_early"] = float(is_stopped)
-        self._steer_kl(experience)
         return metrics | phases.seconds
+
+    def _take_step(
+        self, work: PartialUpdate, part: MiniBatch, trained: Sequence[str], phases: Phases
+    ) -> bool:
+        """Take one optimizer step; return whether the policy has moved so far that the update ends."""
+        demonstrations = None
+        if "policy" in trained and self.demonstrations is not None:
+            demonstrations = self.demonstrations.take(self.topology)
+        roles = learners(
+            self.states, work.experience, part, self.algorithm, roles=trained, demonstrations=demonstrations
+        )
+        result = take_step(list(roles.values()), topology=self.topology, phases=phases, dtype=torch.float32)
+        if not result.is_applied:
+            raise FloatingPointError(f"{result.fault}; {_CONSEQUENCE}")
+        for role, step in zip(roles, result.roles, strict=True):
+            work.steps.setdefault(role, []).append(self.algorithm.step_metrics(role, step))
+        limit = self.algorithm.section.max_kl
+        return limit is not None and "policy" in roles and work.steps["policy"][-1]["actor/ppo_kl"] > limit
+
+    @property
+    def _trains_policy(self) -> bool:
+        return self.iteration >= self.critic_warmup_iterations
 
     def progress(self) -> dict[str, float | int]:
         """Return what the next iteration depends on, beside models, optimizers and baselines."""
         return {
             "iteration": self.iteration,
             "num_answered": self._num_answered,
-            "kl_coef": self.kl_coef,
             "num_demonstration_steps": self.demonstrations.num_steps if self.demonstrations else 0,
+            **self.algorithm.state(),
         }
 
     def set_progress(self, progress: Mapping[str, float | int]) -> None:
         """Resume from what `progress` returned."""
         self.iteration, self._num_answered = int(progress["iteration"]), int(progress["num_answered"])
-        self.kl_coef = progress["kl_coef"]
+        self.algorithm.set_state(progress)
         if self.demonstrations:
             self.demonstrations.num_steps = int(progress["num_demonstration_steps"])
 
@@ -260,7 +258,8 @@ class PPORoles:
     def _overlapped_scorer(self) -> OverlappedScorer | None:
         """Return what scores answers on idle stages; None where none is idle, or ranks share answers."""
         layout = self.topology.layout
-        if not self.ppo.overlap_scoring or layout.pp == 1 or layout.cp > 1 or self.resharded is not None:
+        has_idle_slots = layout.pp > 1 and layout.cp == 1 and self.resharded is None
+        if not self.algorithm.section.overlap_scoring or not has_idle_slots:
             return None
         scored = [role for role in ("reference", "critic", "reward") if role in self.models]
         return OverlappedScorer(
@@ -268,12 +267,3 @@ class PPORoles:
             temperature=self.answers.sampling.temperature,
             topology=self.topology,
         )
-
-    def _steer_kl(self, experience: Experience) -> None:
-        """Move the KL coefficient towards its target, at most by a fifth of the way of one horizon."""
-        target = self.ppo.kl_target
-        if target is None:
-            return
-        error = experience.metrics["objective/kl_per_token"] / target - 1.0
-        share = experience.rollouts.num_global / self.ppo.kl_horizon
-        self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share

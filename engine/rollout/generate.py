@@ -11,12 +11,13 @@ from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rollout.generation_layout import weights_for_generation
 from glm_rlhf.engine.rollout.generation_phase import GenerationPhase, deal_by_length
 from glm_rlhf.engine.rollout.scheduling.request_queue import Completion, GenerationRequest
+from glm_rlhf.engine.rollout.scheduling.requests import NonFiniteLogits
 from glm_rlhf.engine.rollout.stop_strings import StopCheck
 from glm_rlhf.engine.types import PromptInput, Rollouts
 from glm_rlhf.parallel.inference.resharded_weights import ReshardedWeights
 from glm_rlhf.parallel.inference.sampler import SamplingSettings
 from glm_rlhf.parallel.model.glm import GLMModel
-from glm_rlhf.parallel.runtime.nonfinite import raise_if_nonfinite
+from glm_rlhf.parallel.runtime.nonfinite import abbreviate, raise_if_nonfinite
 from glm_rlhf.parallel.runtime.preemption import Preempted, preemption_requested
 from glm_rlhf.parallel.runtime.topology import Topology
 
@@ -58,6 +59,7 @@ def answer_prompts(
     resharded: ReshardedWeights | None = None,
     on_ended: OnEnded | None = None,
     when_idle: Callable[[], None] | None = None,
+    model: str = "the policy",
 ) -> Rollouts:
     """Return this data-parallel rank's share of the answers; every rank calls this with the same prompts.
 
@@ -76,10 +78,11 @@ def answer_prompts(
         resharded: the policy in a generation layout, which then generates; not with `is_share`.
         on_ended: called with each answer of this rank's share that this rank generates, when it ends.
         when_idle: as for `GenerationPhase.run`.
+        model: what answers, for the message of an error.
 
     Raises:
         ValueError: no prompts, or a prompt that leaves no room for an answer; it names the prompt's index.
-        FloatingPointError: logits on some rank are NaN or Inf; on all ranks of the world.
+        FloatingPointError: logits on some rank are NaN or Inf; on all ranks of the world, with the prompts.
         Preempted: preemption was requested on some rank; on all ranks of the world.
     """
     if len(prompts) < (1 if is_share else topology.dp):
@@ -132,8 +135,8 @@ def answer_prompts(
                 completions.append(done)
                 if on_ended is not None and done.request in in_share:
                     on_ended(_index(done, settings), prompts[done.request], done)
-        except FloatingPointError as error:  # on all ranks of this replica; other replicas continue
-            findings = [str(error)]
+        except NonFiniteLogits as error:  # on all ranks of this replica; other replicas continue
+            findings = [f"{model}'s logits in the answers to prompts {abbreviate(error.requests)}"]
         except Preempted:  # likewise
             completions = []
         raise_if_nonfinite(findings, "these prompts are not answered", device=topology.device)

@@ -16,7 +16,6 @@ from glm_rlhf.parallel.inference.weight_views import ChunkWeights, chunk_weights
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.pipeline.oom import has_failed_on_peers
 from glm_rlhf.parallel.runtime.log import log_rank
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
 
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -88,8 +87,8 @@ class GenerationPhase:
             ValueError: a request that the cache can never hold; the message names it. Or an out-of-memory
                 error that smaller steps cannot avoid: at a single token, on one tensor-parallel rank only, or
                 with pipeline stages, whose messages are in flight.
-            FloatingPointError: logits are NaN or Inf; the message names the prompts of the step. On all ranks
-                of the pipeline and tensor-parallel groups.
+            NonFiniteLogits: logits are NaN or Inf; it has the requests. On all ranks of the pipeline and
+                tensor-parallel groups.
         """
         assert self._cache is not None, "a generation phase is used inside its with block"
         if not requests:
@@ -115,8 +114,6 @@ class GenerationPhase:
                     )
                 except torch.OutOfMemoryError as error:
                     self._shrink(queue, error)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} (prompts {abbreviate(queue.requests_in_flight)})") from error
         finally:
             queue.close()
 

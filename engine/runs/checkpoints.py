@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 
-from glm_rlhf.engine.runs.fingerprint import check_same_run
+from glm_rlhf.engine.runs.exports import RunExports
+from glm_rlhf.engine.runs.fingerprint import check_same_run, contents_not_in, run_fingerprint
 from glm_rlhf.parallel.checkpoint.restore import checkpoint_at, newest_checkpoint, restore
-from glm_rlhf.parallel.checkpoint.save import CheckpointWriter, step_folders
+from glm_rlhf.parallel.checkpoint.save import CheckpointWriter
 from glm_rlhf.parallel.megatron_compat.rng_state import random_state, set_random_state
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
@@ -23,10 +25,6 @@ from glm_rlhf.parallel.weights.hf_writer import read_extra_files
 
 FOLDER = "checkpoints"
 """Folder, in a run folder, of what the run resumes from."""
-EXPORTS = "hf"
-"""Folder of the Hugging Face folders."""
-_OLD_FOLDER = "resume"
-
 IS_INSIDE = "is_inside"
 """Entry of a run's progress that is true where it was left before the end of the checkpoint's step."""
 
@@ -46,73 +44,9 @@ class SavedRun(Protocol):
     def model(self) -> Any:
         """What it started from."""
 
-
-def open_run_folder(config: SavedRun, topology: Topology) -> Checkpoint | None:
-    """Return what the run resumes from, None for a new run; every rank calls this, first.
-
-    `run.resume` decides: `auto` takes the newest whole checkpoint of the run folder, if it has any; `never`
-    wants a folder without any; a path is a checkpoint, or a folder of them.
-
-    Raises:
-        ValueError: the folder holds what this run would have to mix with its own, there is no checkpoint at
-            the path, or none of them is whole.
-    """
-    output, wanted = Path(config.run.output), config.run.resume
-    own = output / FOLDER
-    with raise_on_all_ranks(f"looking into {output}"):
-        if topology.is_main_rank:
-            _refuse_old_names(output)
-    if wanted == "auto":
-        found = newest_checkpoint(own, topology=topology)
-        if found is not None:
-            return _logged(found, topology)
-    elif wanted != "never":
-        path = Path(wanted)
-        found = find_checkpoint(path, topology)
-        if found is None:
-            raise ValueError(_no_checkpoint(path))
-        with raise_on_all_ranks(f"claiming {output}"):
-            later = [step for step in step_folders(own) if step > found.manifest.step] if own.is_dir() else []
-            if topology.is_main_rank and later:
-                raise ValueError(
-                    f"{own} holds step_{later[0]}, later than {found.folder}: remove what is later, or give "
-                    "this run another run.name"
-                )
-        return _logged(found, topology)
-    with raise_on_all_ranks(f"claiming {output}"):
-        if topology.is_main_rank:
-            output.mkdir(parents=True, exist_ok=True)
-            for folder in (own, output / EXPORTS):
-                earlier = sorted(path.name for path in folder.glob("step_*"))
-                if earlier:
-                    raise ValueError(
-                        f"{folder} holds {', '.join(earlier[:3])} of an earlier run: give this one another "
-                        "run.name or run.output, or remove them"
-                    )
-    return None
-
-
-def _refuse_old_names(output: Path) -> None:
-    """Raise ValueError where a run folder has the names of versions before 0.2."""
-    if not any((output / _OLD_FOLDER).glob("step_*")):
-        return
-    moves = [f"mv {output / _OLD_FOLDER} {output / FOLDER}"]
-    if (output / FOLDER).exists():
-        moves.insert(0, f"mv {output / FOLDER} {output / EXPORTS}")
-    raise ValueError(
-        f"{output} is a run folder of a version before 0.2, whose checkpoints lie in {_OLD_FOLDER}/ and "
-        f"exports in {FOLDER}/: rename them with `{' && '.join(moves)}`"
-    )
-
-
-def _no_checkpoint(path: Path) -> str:
-    """Return what a message says of `run.resume` that leads to no checkpoint."""
-    if (path / "config.json").exists():
-        return (
-            f"run.resume is {path}, a Hugging Face folder, which holds weights alone: resume from one like "
-            f"<run.output>/{FOLDER}/step_N, or start a new run with model.path={path}"
-        )
-    return f"run.resume is {path}: there is no checkpoint; give its folder, auto or never"
+    @property
+    def parallel(self) -> Any:
+        """Its layout, and how long ranks wait for each other."""
 
 
 def find_checkpoint(path: Path, topology: Topology) -> Checkpoint | None:
@@ -133,13 +67,6 @@ def is_same_layout(found: Checkpoint, topology: Topology) -> bool:
     return (manifest.layout, manifest.world_size) == (topology.layout, topology.world_size)
 
 
-def _logged(found: Checkpoint, topology: Topology) -> Checkpoint:
-    then = found.manifest.layout
-    layout = "" if then == topology.layout else f", which was written in another layout ({then})"
-    log(f"the run resumes from {found.folder}{layout}", topology)
-    return found
-
-
 class RunCheckpoints:
     """Owns the checkpoints of a run: what is saved when, and the Hugging Face folders."""
 
@@ -154,8 +81,15 @@ class RunCheckpoints:
         topology: Topology,
     ) -> None:
         self.config, self.models, self.writer = config, dict(models), writer
-        self.identity, self.export, self.topology = dict(identity), export, topology
+        self.identity, self.topology = dict(identity), topology
+        self.exports = RunExports(
+            config.run.output,
+            run=run_fingerprint(_as_json(config), identity),
+            export=export,
+            topology=topology,
+        )
         self._saved_step: int | None = None
+        self._saved_s = time.monotonic()
 
     def keep(self, step: int) -> None:
         """Know that this step is saved already: the run resumes from it."""
@@ -182,7 +116,7 @@ class RunCheckpoints:
         is_last = step >= train.steps
         self.writer.poll()
         exports = is_due(step, train.export_every, is_last)
-        saves = is_due(step, train.save_every, is_last)
+        saves = is_due(step, train.save_every, is_last) or self._is_time_due()
         if saves:
             self._save(step, progress, rank_tensors)
         if saves and is_last:
@@ -227,11 +161,16 @@ class RunCheckpoints:
             state={"identity": self.identity, "progress": dict(progress)},
             rank_tensors=random_state() | dict(rank_tensors or {}),
         )
-        self._saved_step = step
+        self._saved_step, self._saved_s = step, time.monotonic()
+
+    def _is_time_due(self) -> bool:
+        """Return whether the last save, or the start, is long ago by rank 0's clock; all ranks call this."""
+        every_s = self.config.train.save_every_s
+        return every_s > 0 and self.writer.main_rank_says(time.monotonic() - self._saved_s >= every_s)
 
     def close_finished(self, step: int) -> None:
         """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
-        if self._is_export_missing(step):
+        if not self.exports.has(_export_name(step)):
             self._export(step)
         log(
             f"step {step} of {self.config.train.steps} is reached already, nothing is left to train: "
@@ -239,22 +178,12 @@ class RunCheckpoints:
             self.topology,
         )
 
-    def _is_export_missing(self, step: int) -> bool:
-        """Return whether a step has no export yet, the same on every rank."""
-        with raise_on_all_ranks("looking for the export"):
-            is_there = [self._export_folder(step).exists()]
-        torch.distributed.broadcast_object_list(is_there, src=0)
-        return not is_there[0]
-
-    def _export_folder(self, step: int) -> Path:
-        return Path(self.config.run.output) / EXPORTS / f"step_{step}"
-
     def _export(self, step: int) -> None:
-        folder = self._export_folder(step)
-        with raise_on_all_ranks(f"making {folder.parent}"):
-            if self.topology.is_main_rank:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-        self.export(folder)
+        self.exports.write(_export_name(step), step=step)
+
+
+def _export_name(step: int) -> str:
+    return f"step_{step}"
 
 
 def _as_json(config: SavedRun) -> dict[str, Any]:
@@ -339,7 +268,13 @@ def resume(checkpoint: Checkpoint, checkpoints: RunCheckpoints) -> dict[str, Any
     Raises:
         ValueError: the checkpoint is of another run, or of other models.
     """
-    is_whole_step = not checkpoint.manifest.state["progress"].get(IS_INSIDE)
+    progress = checkpoint.manifest.state.get("progress")
+    if not isinstance(progress, dict) or type(progress.get("step")) is not int:
+        raise ValueError(
+            f"{checkpoint.folder} is of no command's run: it does not say how far the run was; resume from a "
+            "checkpoint of this command, or load it with PPOEngine.load"
+        )
+    is_whole_step = not progress.get(IS_INSIDE)
     if is_whole_step and checkpoint.folder.parent == Path(checkpoints.config.run.output) / FOLDER:
         checkpoints.keep(checkpoint.manifest.step)
     return restore_run(
@@ -382,6 +317,12 @@ def restore_run(
             manifest.state.get("identity", {}),
             identity if topology.is_main_rank else None,
         )
+        if uncompared := contents_not_in(manifest.state.get("identity", {}), identity):
+            log(
+                f"{checkpoint.folder} was written before contents were compared: whether "
+                f"{' and '.join(uncompared)} holds what it held then is not known",
+                topology,
+            )
     if changed:
         log(f"{'; '.join(changed)}: from here on the run has not the bits it would have had", topology)
     for name, training in models.items():
@@ -389,4 +330,4 @@ def restore_run(
     if is_same_layout(checkpoint, topology):
         with raise_on_all_ranks(f"resuming from {checkpoint.folder}"):
             set_random_state(checkpoint.rank_tensors(topology.rank))
-    return manifest.state["progress"]
+    return manifest.state.get("progress", {})

@@ -16,8 +16,9 @@ _WITHOUT_EFFECT = {
     *("run.name", "run.output", "run.resume", "run.watchdog_s", "parallel.timeout_s"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.async_save", "train.export_every"),
     *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "train.recompute_layers"),
-    *("train.offload", "data.eval_records"),
+    *("train.save_every_s", "train.offload", "data.eval_records"),
     *("reward.timeout_s", "reward.retries", "reward.batch_size", "reward.concurrency"),
+    *("reward.workers", "reward.function_timeout_s"),
     *("reward.workers", "reward.function_timeout_s"),
 }
 _ON_LAST_BITS = {

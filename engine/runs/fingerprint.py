@@ -1,7 +1,8 @@
 """Whether a checkpoint belongs to the run that is to resume from it."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from glm_rlhf.engine.runs.deciding_keys import effect_of, flat_settings
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 64
 _SUFFIXES = (".safetensors", ".bin", ".json")
+_CONTENT = " content"
+"""What the key of a checksum ends with, beside that of the lengths."""
 
 
 def model_identity(folder: str | Path) -> str:
@@ -38,6 +41,45 @@ def lengths_identity(lengths: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest()
 
 
+def content_identity(values: Iterable[Any]) -> str:
+    """Return a fingerprint of JSON values, in order; what JSON cannot hold counts by its `repr`."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def data_identity(key: str, *, lengths: np.ndarray, content: str) -> dict[str, str]:
+    """Return the fingerprints of a run's data, by key.
+
+    Args:
+        key: that names the data, such as `data.path`.
+        lengths: of the records, int64 [n]; checkpoints of 0.1.0 have nothing else to compare.
+        content: checksum of all that the run learns from, in order.
+    """
+    return {key: lengths_identity(lengths), f"{key}{_CONTENT}": content}
+
+
+def contents_not_in(identity_then: Mapping[str, Any], identity_now: Mapping[str, Any]) -> list[str]:
+    """Return the keys of data whose content an earlier run has not recorded."""
+    return [
+        name.removesuffix(_CONTENT)
+        for name in identity_now
+        if name.endswith(_CONTENT) and name not in identity_then
+    ]
+
+
+def run_fingerprint(config: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """Return a fingerprint of all that decides a run's weights at each step, but for `train.steps`.
+
+    Args:
+        config: settings as JSON values.
+        identity: fingerprints of models and data, by key.
+    """
+    deciding = {key: value for key, value in flat_settings(config) if effect_of(key) == "result"}
+    return content_identity([sorted(deciding.items()), sorted(identity.items())])
+
+
 def check_same_run(
     folder: Path,
     config_then: Mapping[str, Any],
@@ -59,11 +101,10 @@ def check_same_run(
     different = {key: effect_of(key) for key in then if key in now and then[key] != now[key]}
     clauses = {key: f"{key} was {then[key]} and is {now[key]}" for key in different}
     changed = [clauses[key] for key, effect in different.items() if effect == "result"]
-    changed += [
-        f"{key} leads to other content than it did"
-        for key, value in identity_then.items()
-        if identity_now is not None and identity_now.get(key) != value
-    ]
+    if identity_now is not None:
+        other = [key for key, value in identity_then.items() if identity_now.get(key) != value]
+        names = dict.fromkeys(key.removesuffix(_CONTENT) for key in other)
+        changed += [f"{name} leads to other content than it did" for name in names]
     if changed:
         raise ValueError(
             f"{folder} is of another run: {'; '.join(changed)}; set them back, or start anew with run.resume "

@@ -19,6 +19,7 @@ def score_sequences(
     *,
     topology: Topology,
     max_tokens: int,
+    records: Sequence[int],
 ) -> list[float]:
     """Return the score of each sequence, read at its last token, the same on every rank.
 
@@ -30,9 +31,10 @@ def score_sequences(
         sequences: ids of prompt and answer, at least one each.
         topology: layout and groups.
         max_tokens: of a micro-batch; a longer sequence is one of its own.
+        records: the record of each sequence by its index in the file, for the message of an error.
 
     Raises:
-        ValueError: a score is not finite; the message says which.
+        ValueError: a score is NaN or Inf; on every rank, the message names its record.
     """
     lengths = [len(sequence) for sequence in sequences]
     mine = deal_by_tokens(lengths, topology.dp)[topology.dp_rank]
@@ -53,7 +55,7 @@ def score_sequences(
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             raise ValueError(
-                f"the reward model's score of sequence {index} of {len(scores)} is {score}: its weights may "
-                "be damaged, or overflow at this precision"
+                f"the reward model's score of an answer to record {records[index]} is {score}: its "
+                "weights may be damaged, or overflow at this precision"
             )
     return scores

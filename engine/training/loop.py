@@ -17,6 +17,7 @@ from glm_rlhf.engine.scoring.packed_batches import batches_of_records
 from glm_rlhf.engine.training.loss import Learner, LossTerm, RecordLoss
 from glm_rlhf.engine.training.step import StepResult, evaluate, take_step
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
+from glm_rlhf.parallel.runtime.log import log
 from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.preemption import Preempted, preemption_requested
 from glm_rlhf.parallel.runtime.spans import span
@@ -196,10 +197,14 @@ def _evaluate(
 ) -> dict[str, float | None]:
     state.gather_weights()
     term = _term(held.loss, held.records, list(held.numbers), settings, topology)
-    sums = evaluate(state.chunks, term, topology=topology, role=_role(state))
+    try:
+        sums = evaluate(state.chunks, term, topology=topology, role=_role(state))
+    except FloatingPointError as error:  # the same on every rank
+        log(f"the evaluation after step {step} was skipped: {error}", topology)
+        return {"eval/is_skipped": 1.0}
     if held.on_result is not None and topology.is_main_rank:
         held.on_result(step, sums)
-    return _prefixed(held.loss.metrics(sums), "eval")
+    return _prefixed(held.loss.metrics(sums), "eval") | {"eval/is_skipped": 0.0}
 
 
 def _role(state: AnyTrainingState) -> str:

@@ -9,9 +9,9 @@ from glm_rlhf.engine.config.rl import PPOConfig
 from glm_rlhf.engine.config.training import DPOConfig, OptimizerSection, RewardConfig, SFTConfig
 from glm_rlhf.engine.data.sampler import BatchSampler
 from glm_rlhf.engine.data.store.examples import Records
-from glm_rlhf.engine.runs.checkpoints import EXPORTS
 from glm_rlhf.engine.runs.context import open_run
-from glm_rlhf.engine.runs.fingerprint import lengths_identity, model_identity
+from glm_rlhf.engine.runs.exports import EXPORTS
+from glm_rlhf.engine.runs.fingerprint import data_identity, model_identity
 from glm_rlhf.engine.training.loop import HeldOut, LoopResult, train
 from glm_rlhf.engine.training.loss import RecordLoss
 from glm_rlhf.engine.training.lr_schedule import cosine_lr
@@ -99,10 +99,8 @@ def _identity(config: TrainingConfig, records: Records, topology: Topology) -> d
     """Return fingerprints of what a run learns from, on the main rank; elsewhere nothing."""
     if not topology.is_main_rank:
         return {}
-    identity = {
-        "model.path": model_identity(config.model.path),
-        "data.path": lengths_identity(records.lengths),
-    }
+    identity = {"model.path": model_identity(config.model.path)}
+    identity |= data_identity("data.path", lengths=records.lengths, content=records.digest)
     if isinstance(config, DPOConfig):
         identity["reference.path"] = model_identity(config.reference.path or config.model.path)
     return identity

@@ -16,7 +16,12 @@ from glm_rlhf.parallel.model.packing import PackedTokens
 from glm_rlhf.parallel.pipeline.oom_retry import run_with_oom_retry
 from glm_rlhf.parallel.pipeline.schedule import run_models
 from glm_rlhf.parallel.pipeline.timing import PassTimes
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate, find_nonfinite, gather_findings
+from glm_rlhf.parallel.runtime.nonfinite import (
+    abbreviate,
+    find_nonfinite,
+    gather_findings,
+    raise_if_nonfinite,
+)
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -123,8 +128,12 @@ def evaluate(
 
     Raises:
         ValueError: there is no memory for a single record.
+        FloatingPointError: the loss of some records is NaN or Inf; on every rank, with the records.
     """
-    outputs, _ = _run([(role, chunks, (term,))], topology, forward_only=True)
+    outputs, assigned = _run([(role, chunks, (term,))], topology, forward_only=True)
+    raise_if_nonfinite(
+        _nonfinite_losses([role], outputs, assigned), "nothing is evaluated", device=topology.device
+    )
     return _reduced([found for _, found in outputs], term.loss, topology, torch.float64).by_name(term.loss)
 
 
@@ -171,15 +180,23 @@ def _backward(learners: Sequence[Learner], topology: Topology, times: PassTimes 
             learner.state.zero_grad()
 
     outputs, assigned = _run(models, topology, forward_only=False, before=zero_grad, times=times)
-    findings = [
-        f"the {learners[one.model].role}'s loss on {one.term.name_items(one.batch.items)}"
-        for one, (_, statistics) in zip(assigned if outputs else (), outputs, strict=True)
-        if not bool(statistics.sums.isfinite().all())
-    ]
-    if found := find_nonfinite(list(dict.fromkeys(findings)), device=topology.device):
+    findings = _nonfinite_losses([learner.role for learner in learners], outputs, assigned)
+    if found := find_nonfinite(findings, device=topology.device):
         return _Backward(outputs=outputs, fault=f"not finite: {found}")
     norms = [learner.state.grad_norm() for learner in learners]
     return _Backward(outputs=outputs, norms=norms, fault=_norm_fault(learners, norms, assigned))
+
+
+def _nonfinite_losses(
+    roles: Sequence[str], outputs: Sequence[tuple[LossTerm, Statistics]], assigned: Sequence[_Assigned]
+) -> list[str]:
+    """Return what a message says of the micro-batches of this rank whose loss is NaN or Inf."""
+    findings = [
+        f"the {roles[one.model]}'s loss on {one.term.name_items(one.batch.items)}"
+        for one, (_, statistics) in zip(assigned if outputs else (), outputs, strict=True)
+        if not bool(statistics.sums.isfinite().all())
+    ]
+    return list(dict.fromkeys(findings))
 
 
 def _run(

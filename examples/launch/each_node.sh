@@ -7,6 +7,8 @@ if (($# == 0)) || [[ -z "${NODES:-}" || -z "${HOST:-}" ]]; then
     echo "usage: NODES=N HOST=NAME [GPUS=8] [PORT=29500] [RUN_ID=glm-rlhf] $0 COMMAND [config.yaml] …" >&2
     exit 2
 fi
+# Seconds that torchrun leaves the ranks to save after a signal; where it does not read this, 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 launch=(
     torchrun --nnodes="$NODES" --nproc-per-node="${GPUS:-8}" --max-restarts="${RESTARTS:-0}"
     --rdzv-backend=c10d --rdzv-endpoint="$HOST:${PORT:-29500}" --rdzv-id="${RUN_ID:-glm-rlhf}"

@@ -5,6 +5,8 @@ import torch
 from glm_rlhf.kernels.decoding.philox import uniforms
 
 NUM_STATISTICS = 8
+# 1 / temperature stays a normal number: at infinity 0 × ∞ would be NaN, at 0 a row would count as greedy.
+INVERSE_LOW, INVERSE_HIGH = 1.1754944e-38, 3e38
 # The statistics of a row in a shard, in this order.
 MAXIMUM, TOTAL, UNTEMPERED_MAXIMUM, UNTEMPERED_TOTAL, BEST, TOKEN, LOGIT, INVERSE_TEMPERATURE = range(
     NUM_STATISTICS
@@ -34,7 +36,7 @@ def shard_statistics(
     # The host counts rows by temperature to skip work: on a CPU, call overhead dominates for short rows.
     temperatures = temperature_B.tolist()
     num_greedy, num_unit = temperatures.count(0.0), temperatures.count(1.0)
-    inverse_B1 = temperature_B[:, None].to(dtype).reciprocal()
+    inverse_B1 = temperature_B[:, None].to(dtype).reciprocal().clamp_(INVERSE_LOW, INVERSE_HIGH)
     if num_greedy:
         is_greedy_B1 = temperature_B[:, None] == 0
         inverse_B1 = inverse_B1.masked_fill_(is_greedy_B1, 1.0)
@@ -89,14 +91,15 @@ def shard_statistics(
 def combine(statistics_SB8: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (tokens_B int64, logprobs_B, untempered_logprobs_B) sampled over all shards.
 
-    token −1 with NaN logprobs if no id is allowed, or a logit is NaN or +∞.
+    token −1 with NaN logprobs if no id is allowed, or a logit is NaN or +∞, or the temperature NaN.
     """
     joined_8B = (_join(statistics_SB8) if len(statistics_SB8) > 1 else statistics_SB8[0]).T
     inverse_B, logit_B = joined_8B[INVERSE_TEMPERATURE], joined_8B[LOGIT]
     logprob_B = (logit_B - joined_8B[MAXIMUM]) * inverse_B - joined_8B[TOTAL].log()
     logprob_B.masked_fill_(inverse_B == 0, 0.0)
     untempered_logprob_B = logit_B - joined_8B[UNTEMPERED_MAXIMUM] - joined_8B[UNTEMPERED_TOTAL].log()
-    is_invalid_B = (joined_8B[MAXIMUM] == -torch.inf) | joined_8B[UNTEMPERED_TOTAL].isnan()
+    totals_B = joined_8B[UNTEMPERED_TOTAL] + joined_8B[TOTAL]
+    is_invalid_B = (joined_8B[MAXIMUM] == -torch.inf) | totals_B.isnan()
     return (
         joined_8B[TOKEN].masked_fill(is_invalid_B, -1.0).long(),
         logprob_B.masked_fill_(is_invalid_B, torch.nan),

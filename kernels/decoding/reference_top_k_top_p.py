@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from glm_rlhf.kernels.decoding.reference_sampling import INVERSE_HIGH, INVERSE_LOW
+
 
 def truncation_threshold(
     logits_BV: torch.Tensor,
@@ -31,7 +33,8 @@ def truncation_threshold(
     if top_p_B is not None:
         descending_BV = ascending_BV.flip(1)
         # Temperature 0 takes the maximum in any case; the factor 1 avoids NaN in its row.
-        inverse_B1 = torch.where(temperature_B > 0, 1.0 / temperature_B, 1.0).to(dtype)[:, None]
+        inverse_B = torch.where(temperature_B > 0, 1.0 / temperature_B, 1.0).to(dtype)
+        inverse_B1 = inverse_B.clamp(INVERSE_LOW, INVERSE_HIGH)[:, None]
         weights_BV = ((descending_BV - descending_BV[:, :1]) * inverse_B1).exp()
         weights_BV.masked_fill_(descending_BV < threshold_B[:, None], 0.0)
         cumulative_BV = weights_BV.cumsum(1, dtype=torch.float64)

@@ -52,7 +52,8 @@ def sample(
     """
     check_sampling(logits_BV, seeds_B, steps_B, masked_ids_V)
     batch, device = logits_BV.shape[0], logits_BV.device
-    temperature_B = _per_row("temperature", temperature, batch, device, torch.float32, 0.0, float("inf"))
+    largest = torch.finfo(torch.float32).max
+    temperature_B = _per_row("temperature", temperature, batch, device, torch.float32, 0.0, largest)
     top_k_B = top_p_B = None
     if isinstance(top_k, torch.Tensor) or top_k != 0:
         top_k_B = _per_row("top_k", top_k, batch, device, torch.int32, 0, MAX_VOCAB_SIZE)

@@ -28,6 +28,8 @@ _TOKEN = tl.constexpr(reference.TOKEN)
 _LOGIT = tl.constexpr(reference.LOGIT)
 _INVERSE_TEMPERATURE = tl.constexpr(reference.INVERSE_TEMPERATURE)
 _NUM_STATISTICS = tl.constexpr(reference.NUM_STATISTICS)
+_INVERSE_LOW = tl.constexpr(reference.INVERSE_LOW)
+_INVERSE_HIGH = tl.constexpr(reference.INVERSE_HIGH)
 
 
 class Samples(NamedTuple):
@@ -257,6 +259,8 @@ def _sample_fwd_kernel(
     temperature = tl.load(temperature_ptr + row)
     is_greedy = temperature <= 0.0
     inverse = 1.0 / tl.where(is_greedy, 1.0, temperature)
+    inverse = tl.where(inverse > _INVERSE_HIGH, _INVERSE_HIGH, inverse)  # a NaN stays one
+    inverse = tl.where(inverse < _INVERSE_LOW, _INVERSE_LOW, inverse)
 
     maximum = tl.max(kept)
     scaled = (kept - tl.where(maximum == float("-inf"), 0.0, maximum)) * inverse
@@ -323,7 +327,7 @@ def _sample_combine_kernel(
     logprob = tl.where(is_greedy, 0.0, (logit - maximum) * inverse - tl.log(total))
     untempered_logprob = logit - untempered_maximum - tl.log(untempered_total)
 
-    is_valid = (maximum != float("-inf")) & (untempered_total == untempered_total)
+    is_valid = (maximum != float("-inf")) & (untempered_total == untempered_total) & (total == total)
     tl.store(tokens_ptr + row, tl.where(is_valid, token, -1.0).to(tl.int64))
     tl.store(logprobs_ptr + row, tl.where(is_valid, logprob, float("nan")))
     tl.store(untempered_logprobs_ptr + row, tl.where(is_valid, untempered_logprob, float("nan")))

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from glm_rlhf.kernels.decoding import reference_top_k_top_p as reference
+from glm_rlhf.kernels.decoding.reference_sampling import INVERSE_HIGH, INVERSE_LOW
 from glm_rlhf.kernels.dispatch import launch
 from glm_rlhf.kernels.dispatch.launch import CompileCase
 
@@ -12,6 +13,8 @@ from glm_rlhf.kernels.dispatch.launch import CompileCase
 # elements are 4 per thread; with 8 per thread on fewer warps the compiler spills on some targets.
 _BLOCK_V = 4096
 _ELEMENTS_PER_WARP = 128
+_INVERSE_LOW = tl.constexpr(INVERSE_LOW)
+_INVERSE_HIGH = tl.constexpr(INVERSE_HIGH)
 
 
 @torch.no_grad()
@@ -134,6 +137,7 @@ def _truncation_fwd_kernel(
     row_ptr = logits_ptr + row * vocab_size
     temperature = tl.load(temperature_ptr + row)
     inverse_temperature = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
+    inverse_temperature = tl.minimum(tl.maximum(inverse_temperature, _INVERSE_LOW), _INVERSE_HIGH)
 
     largest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     smallest = tl.full([BLOCK_V], float("inf"), tl.float32)

@@ -6,7 +6,11 @@ import torch
 
 from glm_rlhf.kernels.lm_head import reference_linear_logprob as reference
 from glm_rlhf.kernels.lm_head import vocab_head
-from glm_rlhf.kernels.lm_head.softmax_statistics import RowDistribution, SoftmaxStatistics
+from glm_rlhf.kernels.lm_head.softmax_statistics import (
+    RowDistribution,
+    SoftmaxStatistics,
+    check_temperature,
+)
 from glm_rlhf.kernels.lm_head.targets import IGNORE_INDEX, rows_with_gradient, rows_with_target
 
 __all__ = ["IGNORE_INDEX", "linear_logprob", "shard_gradients", "shard_statistics", "sharded_linear_logprob"]
@@ -29,14 +33,14 @@ def linear_logprob(
         weight_VD: `[V, D]`, same dtype.
         targets_T: int64 or int32 `[T]`; rows with `IGNORE_INDEX` (-100) are removed before any matrix product
             and give logprob 0, entropy 0 and a gradient of exactly zero.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, 1e-6 to 1e6.
 
     Returns:
         `(logprobs_T, entropy_T)`, float32 `[T]` (float64 for float64 inputs). A row without a finite logit
         is NaN, as in `log_softmax`.
 
     Raises:
-        ValueError: shapes or dtypes disagree, a target is out of range, or temperature is not positive.
+        ValueError: shapes or dtypes disagree, a target is out of range, or temperature is out of range.
     """
     return sharded_linear_logprob(
         hidden_TD, weight_VD, targets_T, temperature=temperature, vocab_size=weight_VD.shape[0]
@@ -160,8 +164,7 @@ def check_head_inputs(
             f"linear_logprob: hidden is {hidden_TD.dtype}, weight is {weight_VD.dtype}; "
             "convert one of them so that both agree"
         )
-    if not temperature > 0:
-        raise ValueError(f"linear_logprob: temperature {temperature} given, a number > 0 required")
+    check_temperature("linear_logprob", temperature)
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -74,7 +74,7 @@ def linear_ppo_loss(
         targets_T: [T] int, token ids; read only where the mask is true. `IGNORE_INDEX` masks the row too.
         old_logprobs_T, advantages_T, mask_T, clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_T,
         kl_coef, kl_estimator, importance_weights_T, denominator: as in `ppo_policy_loss`.
-        temperature: divides the logits, > 0; the temperature of the old logprobs.
+        temperature: divides the logits, 1e-6 to 1e6; the temperature of the old logprobs.
 
     Returns:
         loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable once in hidden and weight.

@@ -8,7 +8,11 @@ import triton
 from glm_rlhf.kernels.dispatch.launch import CompileCase, uses_triton
 from glm_rlhf.kernels.lm_head import reference_logprob as reference
 from glm_rlhf.kernels.lm_head.logprob_kernels import _logprob_bwd_kernel, _logprob_fwd_kernel
-from glm_rlhf.kernels.lm_head.softmax_statistics import RowDistribution, SoftmaxStatistics
+from glm_rlhf.kernels.lm_head.softmax_statistics import (
+    RowDistribution,
+    SoftmaxStatistics,
+    check_temperature,
+)
 from glm_rlhf.kernels.lm_head.targets import IGNORE_INDEX, rows_with_target
 
 __all__ = ["IGNORE_INDEX", "logprobs_from_logits", "sharded_logprobs_from_logits"]
@@ -34,7 +38,7 @@ def logprobs_from_logits(
         logits_TV: `[T, V]` float; rows may be strided, a row must be contiguous.
         targets_T: int64 or int32 `[T]`; rows with `IGNORE_INDEX` (-100) are not read and give logprob 0,
             entropy 0 and a gradient of exactly zero.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, 1e-6 to 1e6.
         inplace_gradient: backward overwrites the logits with the gradient and returns that memory: no second
             `[T, V]` tensor. Nothing else may read the logits after backward starts, and backward runs once.
             The default allocates the gradient.
@@ -44,7 +48,7 @@ def logprobs_from_logits(
         is NaN, as in `log_softmax`.
 
     Raises:
-        ValueError: shapes disagree, rows are not contiguous, temperature is not positive, or a target is
+        ValueError: shapes disagree, rows are not contiguous, temperature is out of range, or a target is
             out of range (on CUDA such a row's logprob is NaN, so that the host need not wait).
     """
     return sharded_logprobs_from_logits(
@@ -83,8 +87,7 @@ def sharded_logprobs_from_logits(
         )
     if logits_TV.shape[1] > 1 and logits_TV.stride(1) != 1:
         raise ValueError("logprobs_from_logits: rows of the logits must be contiguous; call .contiguous()")
-    if not temperature > 0:
-        raise ValueError(f"logprobs_from_logits: temperature {temperature} given, a number > 0 required")
+    check_temperature("logprobs_from_logits", temperature)
     return _LogprobsFromLogits.apply(
         logits_TV, targets_T, temperature, vocab_size, vocab_offset, reduce_statistics, inplace_gradient
     )

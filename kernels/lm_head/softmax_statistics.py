@@ -6,6 +6,16 @@ import torch
 
 LOWEST_EXPONENT = -1.0e4
 """Its exponential is 0 in float32 and float64; 0 times it is 0, whereas 0 times -inf is NaN."""
+_TEMPERATURES = (1e-6, 1e6)
+
+
+def check_temperature(operation: str, temperature: float) -> None:
+    """Raise ValueError unless `logits / temperature` has its differences in fp32, and their gradients."""
+    low, high = _TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(
+            f"{operation}: temperature {temperature} given, a number from {low} to {high} required"
+        )
 
 
 class SoftmaxStatistics(NamedTuple):

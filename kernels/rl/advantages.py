@@ -110,9 +110,11 @@ def whiten(
     shifts_mean: bool = True,
     epsilon: float = 1e-8,
 ) -> torch.Tensor:
-    """Return advantages with variance 1, and mean 0 if `shifts_mean`; masked tokens stay 0.
+    """Return advantages with variance 1, and mean 0 or, without `shifts_mean`, the mean they had.
 
         (A_t - mean) / sqrt(variance + epsilon),   variance = (Σ A² - (Σ A)² / n) / (n - 1)
+
+    Without `shifts_mean` the mean is added to that. Masked tokens stay 0.
 
     No host synchronisation. With one token or none the variance counts as 0.
 
@@ -121,7 +123,7 @@ def whiten(
         action_mask_T: [T] bool.
         sums: [3] fp64, `Advantages.whitening_sums()`; summed over data-parallel ranks before, for statistics
             of the global batch.
-        shifts_mean: False only divides by the standard deviation.
+        shifts_mean: False keeps the mean.
         epsilon: added to the variance, > 0.
 
     Source: as in TRL and verl, with Bessel's correction.
@@ -130,8 +132,9 @@ def whiten(
     mean = total / count.clamp(min=1)
     variance = ((total_of_squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
     scale = torch.rsqrt(variance + epsilon)
-    centered_T = advantages_T.double() - mean
-    whitened_T = centered_T * scale if shifts_mean else advantages_T.double() * scale
+    whitened_T = (advantages_T.double() - mean) * scale
+    if not shifts_mean:
+        whitened_T = whitened_T + mean
     return torch.where(action_mask_T, whitened_T, 0.0).to(advantages_T.dtype)
 
 

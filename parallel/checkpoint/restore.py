@@ -88,15 +88,24 @@ def _report(folder: Path, step: int, refusals: list[str], topology: Topology) ->
         return
     for refusal in refusals:
         log(f"refused: {refusal}")
-    try:
-        tracked = (folder / TRACKER).read_bytes()[:100].decode("utf-8", errors="replace").strip()
-    except OSError:
-        tracked = ""
+    tracked = _tracked(folder / TRACKER)
     if refusals or tracked != f"step_{step}":
         log(
             f"{folder / TRACKER} names {tracked or 'nothing'}; resuming from the newest complete checkpoint, "
             f"step_{step}"
         )
+
+
+def _tracked(path: Path) -> str:
+    """Return what the tracker says, for a message only; nothing decides by it."""
+    if not path.is_file():  # a FIFO would wait for its writer
+        return ""
+    try:
+        with path.open("rb") as file:
+            text = file.read(100).decode("utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+    return text if text.isprintable() else repr(text)
 
 
 @torch.no_grad()

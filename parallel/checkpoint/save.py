@@ -24,6 +24,7 @@ from glm_rlhf.parallel.checkpoint.shards import joined_info, model_info, stored_
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
 from glm_rlhf.parallel.optim.state_shard import SplitMaster
 from glm_rlhf.parallel.runtime.consensus import raise_on_all_ranks
+from glm_rlhf.parallel.runtime.preemption import ends_at_once
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.checkpoint_manifest import (
     FILE_NAME,
@@ -38,8 +39,16 @@ from glm_rlhf.parallel.storage.checkpoint_manifest import (
     rank_file_name,
 )
 from glm_rlhf.parallel.storage.checkpoint_tensors import tensor_name
-from glm_rlhf.parallel.storage.durable_io import replace_file, sync, write_all, write_synced
+from glm_rlhf.parallel.storage.durable_io import (
+    name_in_errors,
+    remove,
+    replace_file,
+    sync,
+    write_all,
+    write_synced,
+)
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 TRACKER = "latest"
 """File next to the checkpoints with the name of the last one written."""
@@ -96,7 +105,7 @@ class CheckpointWriter:
             extra_files: further files by name, such as the tokenizer's; those of rank 0 are written.
 
         Raises:
-            ValueError: the folder cannot be created.
+            ValueError: the folder cannot be created, or another process saves into it.
         """
         self.folder, self.topology = Path(folder), topology
         self.keep_last, self.keep_every, self.is_async = keep_last, keep_every, is_async
@@ -106,14 +115,25 @@ class CheckpointWriter:
         self._staged = threading.Event()
         self._staged.set()
         self._memory: torch.Tensor | None = None
+        self._lock = contextlib.ExitStack()
         # The thread uses a separate group, so that it can communicate while the run does.
         self._thread_group, self._group = (dist.new_group(backend="gloo") for _ in range(2))
         with raise_on_all_ranks(f"creating {self.folder}"):
             if topology.is_main_rank:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for path in self.folder.iterdir():
-                    if _LEFTOVER.fullmatch(path.name):
-                        shutil.rmtree(path)
+                self._claim()
+
+    def _claim(self) -> None:
+        """Take the folder, which this writer holds to its end, without what killed saves left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(one_writer(self.folder, is_inside=True))
+            for path in list(self.folder.iterdir()):
+                if _LEFTOVER.fullmatch(path.name):
+                    remove(path)
+            tracker = self.folder / TRACKER
+            if os.path.lexists(tracker) and not tracker.is_file():
+                raise CheckpointError(f"{tracker} is not a regular file: remove it")
+            self._lock = stack.pop_all()
 
     def save(
         self,
@@ -143,9 +163,16 @@ class CheckpointWriter:
             self._run(job)
             self.finish()
             return
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint step {step}")
-        self._thread.daemon = True  # a failing process may exit at once, without this checkpoint
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint step {step}")
+        thread.daemon = True  # a failing process may exit at once, without this checkpoint
+        self._thread = thread
+        try:
+            thread.start()
+        except BaseException:  # a Ctrl-C as it starts: nobody would stage a save that has not begun
+            if thread.ident is None:
+                self._thread = None
+                self._staged.set()
+            raise
 
     def poll(self) -> None:
         """Raise the failure of a finished save; every rank calls this, about once per step.
@@ -161,6 +188,15 @@ class CheckpointWriter:
         dist.all_reduce(is_done, op=dist.ReduceOp.MIN, group=self._group)
         if int(is_done):
             self.finish()
+
+    def main_rank_says(self, is_true: bool) -> bool:
+        """Return rank 0's answer to a question on which clocks may differ; every rank calls this.
+
+        One byte is broadcast, over gloo.
+        """
+        answer = torch.tensor([is_true])
+        dist.broadcast(answer, src=0, group=self._group)
+        return bool(answer)
 
     def finish(self) -> None:
         """Wait for a save in progress; every rank calls this.
@@ -181,9 +217,15 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._lock:
+            self._finish_or_abandon(kind)
+
+    def _finish_or_abandon(self, kind: type | None) -> None:
         if kind is None:
             self.finish()
         elif self._thread is not None:
+            if ends_at_once():  # the thread uses the groups
+                return
             self._thread.join(_JOIN_TIMEOUT_S)  # the exception that ends the run is the one to report
             if self._thread.is_alive():  # other ranks have exited; the group is in use
                 return
@@ -237,7 +279,7 @@ class CheckpointWriter:
             finally:
                 self._staged.set()
             if self.topology.is_main_rank:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 partial.mkdir()
         with self._all_ranks(job):
             info = _write_file(partial / rank_file_name(self.topology.rank), content)
@@ -311,7 +353,8 @@ class CheckpointWriter:
         os.rename(partial, target)
         sync(self.folder)
         replace_file(self.folder / TRACKER, f"{target.name}\n".encode())
-        shutil.rmtree(replaced, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(replaced)
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -320,7 +363,7 @@ class CheckpointWriter:
             if not is_kept:
                 removed = self.folder / f".step_{step}.removed"
                 os.rename(path, removed)  # a kill during the removal leaves no incomplete checkpoint
-                shutil.rmtree(removed)
+                remove(removed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,7 +382,7 @@ class _Job:
 
 def _write_file(path: Path, content: memoryview) -> FileInfo:
     digest = hashlib.sha256()
-    with path.open("xb", buffering=0) as file:
+    with name_in_errors(path), path.open("xb", buffering=0) as file:
         write_all(file.fileno(), content, 0, on_block=digest.update)
         os.fsync(file.fileno())
     return FileInfo(num_bytes=len(content), sha256=digest.hexdigest())

@@ -9,7 +9,6 @@ group; within a round a stage computes chunk 0 of every group, then chunk 1 of e
 the queue in the same order: for each group g, take(g) with the samples of its last step, then next(g).
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -38,7 +37,11 @@ class Queue(Protocol, Generic[Done]):
         logprobs: Sequence[float],
         untempered_logprobs: Sequence[float],
     ) -> list[Done]:
-        """Take the samples of a group's last step and return the sequences that it completed."""
+        """Take the samples of a group's last step and return the sequences that it completed.
+
+        Raises:
+            FloatingPointError: a token is -1: the logits of its sequence are not finite.
+        """
 
     @property
     def is_finished(self) -> bool:
@@ -84,7 +87,7 @@ def run_queue(
 
     Raises:
         ValueError: fewer groups than stages.
-        FloatingPointError: a row's logits are not finite, so that no token can be sampled.
+        FloatingPointError: of `queue.take`, where no token could be sampled; on all ranks of both groups.
         Preempted: a rank received a preemption signal; on all ranks of both groups.
     """
     num_stages = stage.topology.layout.pp
@@ -144,6 +147,5 @@ def _finish_steps(
     _advance_further(stage, begun)
     for step in (*computed, *begun):
         if step is not None:
-            with contextlib.suppress(FloatingPointError):
-                stage.sampled(step)
+            stage.sampled(step)
     stage.finish()

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.kernels.decoding.sampling import sample
-from glm_rlhf.kernels.decoding.sampling_shard import Samples, combine_shards, sample_shard
+from glm_rlhf.kernels.decoding.sampling_shard import MAX_VOCAB_SIZE, Samples, combine_shards, sample_shard
 from glm_rlhf.kernels.decoding.top_k_top_p import truncation_threshold
+
+_LOWEST, _HIGHEST = 1e-6, 1e6  # of temperatures at which log-probabilities can be computed too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +26,14 @@ class SamplingSettings:
     """bool [V], ids that are never sampled: rows of the embedding without a token. None masks nothing."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, required is a finite number of at least 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}, required is 0 (no limit) or a number of ids")
+        if self.temperature != 0 and not _LOWEST <= self.temperature <= _HIGHEST:
+            raise ValueError(
+                f"temperature is {self.temperature}, required is 0 or a number from {_LOWEST} to {_HIGHEST}"
+            )
+        if not 0 <= self.top_k <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"top_k is {self.top_k}, required is 0 (no limit) or a number of ids up to {MAX_VOCAB_SIZE}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, required is a number above 0, at most 1")
 

@@ -110,8 +110,7 @@ class GenerationStage:
     def sampled(self, step: InFlightStep) -> tuple[list[int], list[float], list[float]]:
         """Return what the last stage sampled in a step: tokens, logprobs, untempered logprobs.
 
-        Raises:
-            FloatingPointError: a row's logits are not finite, so that no token can be sampled.
+        The token is -1 where none can be sampled: a logit of its row is NaN or Inf, or every id is masked.
         """
         if step.num_sampled == 0:  # the step consisted of parts of prompts only
             return [], [], []
@@ -121,11 +120,6 @@ class GenerationStage:
             source = dist.get_global_rank(group, self.topology.layout.pp - 1)
             dist.recv(step.sampled, source, group=group, tag=_TOKENS)
         tokens, logprobs, untempered_logprobs = step.sampled.t().tolist()
-        if -1.0 in tokens:
-            raise FloatingPointError(
-                f"{tokens.count(-1.0)} of {len(tokens)} rows have no token that can be sampled: their logits "
-                "are not finite, or every id is masked"
-            )
         return [int(token) for token in tokens], logprobs, untempered_logprobs
 
     def finish(self) -> None:

@@ -166,10 +166,8 @@ class GLMModel(MegatronModule):
                 name = f"{prefix}{int(index) + self.first_layer}.{rest}"
             yield name, parameter
 
-    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
-        """Set the previous stage's output; called by Megatron-core's pipeline schedules."""
-        if isinstance(input_tensor, list):
-            input_tensor = input_tensor[0]
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """Set the previous chunk's output [T / cp, 1, D], None on the first chunk, for the next `forward`."""
         self.decoder.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
@@ -247,15 +245,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths requires it, also without MoE
         calculate_per_token_loss=True,  # losses are divided by global denominators: Megatron must not average
         use_cpu_initialization=is_cpu(),
         perform_initialization=False,
-        # Batched messages mix up directions when two stages exchange in both directions at once.
-        batch_p2p_comm=layout.vpp == 1 and not is_cpu(),
-        batch_p2p_sync=False,  # would synchronise the host per message, a workaround for old torch versions
-        deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

@@ -153,7 +153,7 @@ class InBackwardState:
         return total
 
     def _hook(self) -> None:
-        """Register hooks on the gradients, and on Megatron-core's schedules for the end of a step."""
+        """Register hooks on the gradients, and on the schedule for the end of a step."""
         # Why hooks: autograd calls one as soon as a gradient is complete, while layers before it still
         # run backward. Updating there, and not after backward, is what frees each bucket's gradients early.
         # All ranks run backward in the same order of layers, so the collectives of `_update` meet in the same
@@ -228,7 +228,7 @@ AnyTrainingState = TrainingState | InBackwardState
 
 
 class _Accumulation:
-    """A context, entered by Megatron-core's schedules, in which gradients are only accumulated."""
+    """A context, entered by `multi_model.backward_of`, in which gradients are only accumulated."""
 
     def __init__(self, state: InBackwardState) -> None:
         self._state = state

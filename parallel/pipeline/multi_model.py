@@ -1,23 +1,16 @@
-"""Several models in one pipeline schedule, which Megatron-core runs as if there were one model.
+"""Several models in one pipeline schedule.
 
 All micro-batches of one model come before those of the next, so that the pipeline fills and drains once and
-not once per model. This module does for each model what Megatron-core does at a model's last micro-batch and
-at the end of a schedule.
-
-Alternating the models' micro-batches would not shorten the schedule, and with an optimizer in backward all
-models would hold gradients at the same time.
+not once per model. Alternating the models' micro-batches would not shorten the schedule, and with an
+optimizer in backward all models would hold gradients at the same time.
 """
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.packing import ContextShard
@@ -71,48 +64,14 @@ def scheduled_micro_batches(
     return scheduled
 
 
-class MultiModelChunk(torch.nn.Module):
-    """The chunks of several models at one stage, with the interface of one Megatron-core model chunk."""
-
-    def __init__(self, chunks: Chunks, config: TransformerConfig) -> None:
-        """Wrap chunks with the result of `shared_config`; their weights are not registered here."""
-        super().__init__()
-        self._chunks = tuple(chunks)
-        self._input: list[torch.Tensor | None] = [None]
-        self.config = config
-        self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = unwrap(chunks[0]).vp_stage
-
-    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
-        """Set the previous stage's output, for the chunk of the next micro-batch."""
-        self._input = input_tensor
-
-    def select(self, micro_batch: ScheduledMicroBatch) -> torch.nn.Module:
-        """Return the chunk of a micro-batch's model, with its input set."""
-        chunk = self._chunks[micro_batch.model]
-        unwrap(chunk).set_input_tensor(self._input)
-        self._input = [None]
-        return chunk
-
-
-def shared_config(models: Sequence[Chunks]) -> TransformerConfig:
-    """Return Megatron-core's configuration for a schedule of several models.
-
-    Raises:
-        ValueError: the models have different dtypes.
-    """
-    configs = [unwrap(chunks[0]).config for chunks in models]
-    dtypes = {config.params_dtype for config in configs}
+def check_one_dtype(models: Sequence[Chunks]) -> None:
+    """Raise ValueError where models of one schedule have different dtypes."""
+    dtypes = {unwrap(chunks[0]).config.params_dtype for chunks in models}
     if len(dtypes) > 1:
         raise ValueError(
             f"models of {' and '.join(sorted(map(str, dtypes)))} cannot share a pipeline schedule: use one "
             "dtype for all"
         )
-    config = copy.copy(configs[0])
-    config.no_sync_func = None
-    if configs[0].finalize_model_grads_func is not None:
-        config.finalize_model_grads_func = partial(_finalize, models)
-    return config
 
 
 def communicates_in_backward(chunks: Chunks) -> bool:
@@ -135,9 +94,3 @@ def backward_of(chunks: Chunks, *, is_last: bool) -> Iterator[None]:
 def unwrap(model: torch.nn.Module) -> GLMModel:
     """Return a chunk without its data-parallel wrapper."""
     return model if isinstance(model, GLMModel) else unwrap(model.module)
-
-
-def _finalize(models: Sequence[Chunks], _joint: object, num_tokens: object, **options: object) -> None:
-    """Finalise each model's gradients, as Megatron-core does at the end of a schedule of one model."""
-    for chunks in models:
-        unwrap(chunks[0]).config.finalize_model_grads_func(list(chunks), num_tokens, **options)

@@ -11,9 +11,8 @@ others are blocked in a collective that it cannot complete: that rank raises, an
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,17 +140,6 @@ def zero_output(model: GLMModel, shard: ContextShard) -> torch.Tensor:
     else:
         shape = (num_rows // (layout.tp if config.sequence_parallel else 1), 1, config.hidden_size)
     return torch.zeros(shape, dtype=config.params_dtype, device=model.topology.device)
-
-
-def backward_or_zeros(oom: OomGuard, backward_step: Callable[..., Any], *args: Any) -> Any:
-    """Return the result of Megatron-core's backward step, gradients of its inputs; zeros after a failure."""
-    if not oom.has_failed:
-        with oom.guard():
-            return backward_step(*args)
-    inputs = args[0]
-    if isinstance(inputs, list):
-        return [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs]
-    return None if inputs is None else torch.zeros_like(inputs)
 
 
 def has_failed_on_peers(rank: int, groups: Sequence[dist.ProcessGroup]) -> bool:

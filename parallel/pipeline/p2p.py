@@ -1,40 +1,62 @@
-"""Point-to-point communication between pipeline stages with shapes that both sides know in advance.
+"""Messages between the stages of a pipeline: activations to the next one, gradients to the previous one.
 
-All stages hold the same micro-batches, so each knows the length of the next one. Megatron-core exchanges
-shapes before every send: one more message and one host synchronisation each, and with two stages of several
-chunks the exchange mixes up the two directions between the same pair of ranks.
+Both sides know the shape of every message, since all stages hold the same micro-batches: nothing is asked.
 """
 
-from collections.abc import Sequence
+from collections import deque
 
-from megatron.core.pipeline_parallel.schedules import get_schedule_table
-from megatron.core.transformer.transformer_config import TransformerConfig
+import torch
+import torch.distributed as dist
 
-from glm_rlhf.parallel.megatron_compat.stage_communicator import KnownShapesCommunicator
 from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.spec.pipeline_order import Transfer
+
+_TAGS = {("activation", True): 0, ("activation", False): 1, ("gradient", True): 2, ("gradient", False): 3}
+"""By tensor, and whether the sender is the lower stage."""
 
 
-def stage_link(
-    config: TransformerConfig, topology: Topology, shapes: Sequence[list[int]], num_chunks: int
-) -> KnownShapesCommunicator:
-    """Return Megatron-core's communicator for one schedule of micro-batches of known lengths.
+class StageMessages:
+    """Owns the messages of one schedule that are on their way.
 
-    Args:
-        config: of the model.
-        topology: this rank's stage.
-        shapes: [rows, 1, hidden size] of a rank's part of the residual stream per micro-batch, in order.
-        num_chunks: model chunks per stage.
+    A send returns at once; the one before it on the same channel has to have been received. Messages of
+    different channels do not wait for each other: gloo tells them apart by tags, and NCCL, which runs those
+    of one group and pair of ranks in the order of the calls, by groups.
     """
-    order = [(index, 0) for index in range(len(shapes))]
-    if num_chunks > 1:
-        group_size = config.microbatch_group_size_per_vp_stage
-        order = get_schedule_table(len(shapes), num_chunks, group_size)
-    is_first, is_last = topology.pp_rank == 0, topology.is_last_stage
-    # Backward visits the chunks last to first. The model's first chunk receives nothing in forward, its
-    # last chunk nothing in backward.
-    return KnownShapesCommunicator(
-        topology.pp_group,
-        config,
-        from_previous=(shapes[index] for index, chunk in order if not (is_first and chunk == 0)),
-        from_next=(shapes[index] for index, chunk in order if not (is_last and chunk == 0)),
-    )
+
+    def __init__(self, topology: Topology) -> None:
+        """Begin without messages."""
+        self._topology = topology
+        self._open_sends: dict[tuple[int, int], deque[tuple[dist.Work, torch.Tensor]]] = {}
+
+    def send(self, action: Transfer, tensor: torch.Tensor) -> None:
+        """Send a tensor, which must not change before the next send of its channel, or `finish`."""
+        peer, group, tag = self._route(action)
+        earlier = self._open_sends.setdefault((peer, tag), deque())
+        while earlier:
+            earlier.popleft()[0].wait()
+        tensor = tensor.detach().contiguous()
+        earlier.append((dist.isend(tensor, peer, group=group, tag=tag), tensor))
+
+    def receive(self, action: Transfer, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of another stage."""
+        peer, group, tag = self._route(action)
+        tensor = torch.empty(shape, dtype=dtype, device=self._topology.device)
+        dist.irecv(tensor, peer, group=group, tag=tag).wait()
+        return tensor
+
+    def finish(self) -> None:
+        """Wait until all that was sent has been received."""
+        for earlier in self._open_sends.values():
+            while earlier:
+                earlier.popleft()[0].wait()
+
+    def _route(self, action: Transfer) -> tuple[int, dist.ProcessGroup, int]:
+        """Return the peer's rank in the world, the group of the channel, and its tag."""
+        topology = self._topology
+        sender, receiver = topology.pp_rank, action.peer
+        if action.kind == "receive":
+            sender, receiver = receiver, sender
+        tag = _TAGS[action.tensor, sender < receiver]
+        group = topology.pp_channels[tag]
+        peer = dist.get_global_rank(topology.pp_group, action.peer)
+        return peer, group, tag if topology.device.type == "cpu" else 0

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
+from glm_rlhf.parallel.runtime.reporter import reported_by, reporting_rank
+
 
 @contextlib.contextmanager
 def raise_on_all_ranks(work: str, *, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run a block whose exception on any rank is raised on all of them.
+    """Run a block whose exception on any rank is raised on all of them, and reported by the lowest of them.
 
     The block itself must not communicate. At its end all ranks of `group` (the world when None) take part in
     one small all-gather.
@@ -32,13 +34,20 @@ def raise_on_all_ranks(work: str, *, group: dist.ProcessGroup | None = None) -> 
             raise error
         return
     failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, None if error is None else _describe(error), group=group)
-    if error is not None:
-        raise error
+    own = None if error is None else _describe(error)
+    dist.all_gather_object(failures, own, group=group)
     for rank, failure in enumerate(failures):
-        if failure is not None:
+        if failure is None:
+            continue
+        reporter = rank if group is None else dist.get_global_rank(group, rank)
+        if error is None:
             is_user_error, message = failure
-            raise (ValueError if is_user_error else RuntimeError)(f"{work} failed on rank {rank}: {message}")
+            error = (ValueError if is_user_error else RuntimeError)(
+                f"{work} failed on rank {reporter}: {message}"
+            )
+        elif own != failure or reporter == dist.get_rank() or reporting_rank(error) is not None:
+            raise error
+        raise reported_by(reporter, error)
 
 
 @contextlib.contextmanager
@@ -77,7 +86,14 @@ def failure_barriers(work: str, *, group: dist.ProcessGroup | None = None) -> It
             raise error
 
 
+def reason_of(error: Exception) -> str:
+    """Return the message of a user's error; an OSError as `file: reason`, without its number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _describe(error: Exception) -> tuple[bool, str]:
     """Return whether an exception is a user's error, and its message."""
     is_user_error = isinstance(error, ValueError | OSError)
-    return is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"
+    return is_user_error, reason_of(error) if is_user_error else f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 
-from glm_rlhf.parallel.runtime.topology import DEFAULT_TIMEOUT_S, Topology
+from glm_rlhf.parallel.runtime.topology import DEFAULT_TIMEOUT_S, NUM_CHANNELS, Topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 _ORDER = "tp-cp-ep-dp-pp"
@@ -59,6 +59,7 @@ def generation_topology(
             tp_group=group_of("tp"),
             pp_group=pp_group,
             pp_host_group=pp_group if training.pp_host_group is training.pp_group else group_of("pp", "gloo"),
+            pp_channels=(pp_group,) * NUM_CHANNELS,
             cp_group=group_of("cp"),
             dp_group=dp_group,
             dp_cp_group=dp_group,

@@ -7,17 +7,22 @@ root logger do not receive the messages.
 
 import logging
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from glm_rlhf.parallel.runtime.topology import Topology
+from typing import Protocol
 
 ROOT = "glm_rlhf"
 _logger = logging.getLogger(__name__)
 _logger.setLevel(logging.INFO)  # whatever level the logger above it has
 
 
-def log(message: str, topology: "Topology | None" = None) -> None:
+class Speaker(Protocol):
+    """What a topology says of the rank that writes to the terminal."""
+
+    @property
+    def is_main_rank(self) -> bool:
+        """Whether this rank writes."""
+
+
+def log(message: str, topology: Speaker | None = None) -> None:
     """Write a message to stderr.
 
     Args:

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import itertools
 import os
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,9 +14,15 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from glm_rlhf.parallel.megatron_compat import cpu_patches, process_groups
+from glm_rlhf.parallel.runtime.launch import Launch, read_launch
+from glm_rlhf.parallel.runtime.orphans import watch_launcher
+from glm_rlhf.parallel.runtime.rendezvous import fresh_name, open_launch_store
 from glm_rlhf.parallel.spec.layout import Layout
 
 DEFAULT_TIMEOUT_S = 600.0
+NUM_CHANNELS = 4
+"""Kinds of messages between two stages: activations and gradients, to the higher and to the lower stage."""
+_LIMIT = "parallel.timeout_s"
 _world_numbers = itertools.count()
 
 
@@ -42,6 +46,9 @@ class Topology:
     """Ranks of this rank's pipeline, first stage first."""
     pp_host_group: dist.ProcessGroup
     """The same ranks over gloo, for small tensors that the host reads; `pp_group` itself on a CPU."""
+    pp_channels: tuple[dist.ProcessGroup, ...]
+    """The same ranks, by the channel of a schedule's messages, see `pipeline.p2p`: `pp_group` where
+    tags tell messages apart."""
     cp_group: dist.ProcessGroup
     """Ranks that split this rank's micro-batches."""
     dp_group: dist.ProcessGroup
@@ -101,14 +108,15 @@ def open_topology(
 
     Args:
         layout: sizes of the model axes.
-        timeout_s: seconds after which a collective that some rank never entered fails.
+        timeout_s: seconds after which a collective that some rank never entered fails, and after which ranks
+            that have not come are no longer waited for.
         seed: seed of Megatron-core's random state, the same on every rank.
         check: called on every rank of a world of several, before any other group is made; it may communicate.
 
     Raises:
         Exception: that of `check`.
-        ValueError: the layout does not divide the world, another topology is active, or a host has more
-            ranks than CUDA devices.
+        ValueError: the layout does not divide the world, another topology is active, a host has more ranks
+            than CUDA devices, a launch variable is wrong, or ranks did not come in time.
     """
     if parallel_state.model_parallel_is_initialized():
         raise ValueError("a topology is already active in this process: close it before opening another")
@@ -117,7 +125,9 @@ def open_topology(
     cpu_patches.install()
     creates_world = not dist.is_initialized()
     if creates_world:
-        _start_world(timeout_s)
+        launch = read_launch()
+        watch_launcher()
+        _start_world(launch, timeout_s)
     topology = None
     try:
         if check is not None and dist.get_world_size() > 1:
@@ -131,61 +141,35 @@ def open_topology(
             dist.destroy_process_group()
 
 
-def _start_world(timeout_s: float) -> None:
+def _start_world(launch: Launch, timeout_s: float) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
-        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local_rank, num_devices = launch.local_rank, torch.cuda.device_count()
         if local_rank >= num_devices:
             raise ValueError(
                 f"LOCAL_RANK is {local_rank} on a host with {num_devices} CUDA devices: start at most that "
                 "many ranks per host (torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(local_rank)
-    store, rank, world_size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = _rendezvous(timeout_s)
+    store: dist.Store = dist.HashStore()
+    if launch.is_launched:
+        store = _rendezvous(timeout_s)
         store.set_timeout(timeout)
     # The store outlives a world and keeps the addresses of its ranks: each world uses its own prefix.
     store = dist.PrefixStore(f"world_{next(_world_numbers)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
 
 
 @functools.cache
-def _rendezvous(timeout_s: float) -> tuple[dist.Store, int, int]:
-    """Return a fresh prefix of the launcher's store, this process's rank, and the world size."""
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    store.set_timeout(timedelta(seconds=timeout_s))
-    return dist.PrefixStore(fresh_name(store, rank, world_size, timeout_s), store), rank, world_size
-
-
-def fresh_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return a name that the store has not seen before; every rank calls this, and gets the same.
-
-    A launcher that restarts ranks keeps its store with all entries of the previous ranks, such as their
-    addresses. Rank 0 draws the name. Each other rank requests it under a random key, because an existing
-    entry may be from a previous start; rank 0 answers until all ranks have the name.
-
-    Raises:
-        TimeoutError: a rank did not request the name in time.
-    """
-    if rank:
-        key = uuid.uuid4().hex
-        store.set(f"key/{rank}", key)
-        name = store.get(f"name/{key}").decode()
-        store.set(f"taken/{name}/{rank}", "")
-        return name
-    name, missing = uuid.uuid4().hex, set(range(1, world_size))
-    deadline = time.monotonic() + timeout_s
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"key/{other}"]):
-                store.set(f"name/{store.get(f'key/{other}').decode()}", name)
-        missing -= {other for other in missing if store.check([f"taken/{name}/{other}"])}
-        if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"rank {min(missing)} of {world_size} did not connect within {timeout_s:g} s")
-        time.sleep(0.01 if missing else 0)
-    return name
+def _rendezvous(timeout_s: float) -> dist.Store:
+    """Return a fresh prefix of the launcher's store."""
+    launch = read_launch()
+    store = open_launch_store(launch, timeout_s=timeout_s, limit=_LIMIT)
+    name = fresh_name(store, launch.rank, launch.world_size, timeout_s, limit=_LIMIT)
+    return dist.PrefixStore(name, store)
 
 
 def _create_groups(layout: Layout, timeout_s: float, seed: int) -> Topology:
@@ -210,6 +194,7 @@ def _create_groups(layout: Layout, timeout_s: float, seed: int) -> Topology:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         pp_host_group=_host_group(parallel_state.get_pipeline_model_parallel_group(), timeout_s),
+        pp_channels=_channels(layout, timeout_s),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -218,14 +203,33 @@ def _create_groups(layout: Layout, timeout_s: float, seed: int) -> Topology:
 
 def _host_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup:
     """Return a gloo group of the same ranks; every rank of the world calls this."""
-    if cpu_patches.is_needed():
-        return group
+    return group if cpu_patches.is_needed() else _group_like(group, timeout_s, backend="gloo")
+
+
+def _channels(layout: Layout, timeout_s: float) -> tuple[dist.ProcessGroup, ...]:
+    """Return the pipeline's groups by channel; every rank of the world calls this.
+
+    NCCL runs the messages of a group between two ranks in the order of the calls, in both directions: a send
+    waits for its receive, before which the other rank may have queued a send of its own. So each kind of
+    message between two ranks has a group.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if cpu_patches.is_needed() or layout.pp == 1:
+        return (group,) * NUM_CHANNELS
+    gradients = _group_like(group, timeout_s)
+    if layout.pp > 2 or layout.vpp == 1:  # from the last stage to the first is another pair of ranks
+        return group, group, gradients, gradients
+    return group, _group_like(group, timeout_s), _group_like(group, timeout_s), gradients
+
+
+def _group_like(group: dist.ProcessGroup, timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
+    """Return another group of the same ranks; every rank of the world calls this."""
     all_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(all_ranks, dist.get_process_group_ranks(group))
     mine, _ = dist.new_subgroups_by_enumeration(
         sorted(map(list, {tuple(ranks) for ranks in all_ranks})),
         timeout=timedelta(seconds=timeout_s),
-        backend="gloo",
+        backend=backend,
     )
     return mine
 
@@ -234,7 +238,10 @@ def _destroy_groups(topology: Topology | None) -> None:
     """Reset Megatron-core's global state, and destroy the groups of this process."""
     groups = process_groups.created_groups()
     parallel_state.destroy_model_parallel()
-    if topology is not None and topology.pp_host_group is not topology.pp_group:
-        dist.destroy_process_group(topology.pp_host_group)
+    if topology is not None:
+        own = {id(group): group for group in (topology.pp_host_group, *topology.pp_channels)}
+        own.pop(id(topology.pp_group), None)
+        for group in own.values():
+            dist.destroy_process_group(group)
     for group in groups:
         dist.destroy_process_group(group)

@@ -34,6 +34,9 @@ class GLMConfig:
     """Fraction of each head that is rotated: interleaved pairs at the start of the head."""
     has_qkv_bias: bool = True
     """Whether query, key and value projections carry a bias."""
+    has_interleaved_qkv: bool = False
+    """Whether the folder's query-key-value tensor holds query, key and value of one head side by side, as
+    `chatglm` without `multi_query_attention` does, and not all queries, then all keys, then all values."""
     has_sandwich_norms: bool = False
     """Whether attention and MLP outputs are normalised before the residual add (GLM-4-0414)."""
     has_tied_head: bool = False
@@ -73,6 +76,12 @@ class GLMConfig:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
                 "every key/value head serves the same number of query heads"
+            )
+        if self.has_interleaved_qkv and (self.family != "chatglm" or self.heads_per_group != 1):
+            raise ValueError(
+                f"has_interleaved_qkv is True for the family {self.family} with num_kv_heads "
+                f"{self.num_kv_heads} of num_heads {self.num_heads}: only chatglm with a key and a value for "
+                "every query head stores them so"
             )
         if self.rotary_size % 2:
             raise ValueError(f"rotary_fraction {self.rotary_fraction} of head_size {self.head_size} is odd")

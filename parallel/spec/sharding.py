@@ -89,8 +89,12 @@ def owner_rank(weight: Weight, shard: ParamShard, config: GLMConfig, *, tp_rank:
 
 
 def _qkv_shards(weight: Weight, config: GLMConfig, tp_rank: int, tp_size: int) -> list[ParamShard]:
-    (query, query_base), (key, key_base), (value, value_base) = _sections(weight, config)
     head, group = config.head_size, config.heads_per_group * config.head_size
+    if config.has_interleaved_qkv:  # the file's own order is that of Megatron-core, head by head
+        (name, shape), *_ = names_within(weight, config).items()
+        rows = _nth_part(name, 0, 0, shape[0], tp_rank, tp_size)
+        return [_shard(weight.name, [rows], shape)]
+    (query, query_base), (key, key_base), (value, value_base) = _sections(weight, config)
     columns = names_within(weight, config)[query][1:]
 
     def group_head(name: str, base: int, index: int) -> HfSlice:

@@ -5,8 +5,9 @@ how tensor parallelism splits it. Import and export read the same rows; conversi
 tables on the Megatron-core names.
 
 Hugging Face conventions that are not obvious:
-  - `chatglm` stores query, key and value in one tensor, all queries, then all keys, then all values;
-    `glm` and `glm4` store three.
+  - `chatglm` stores query, key and value in one tensor: all queries, then all keys, then all values; without
+    `multi_query_attention` query, key and value of the first head, then those of the second, and so on.
+    `glm` and `glm4` store three tensors.
   - The gated MLP's first matrix is [gate rows; up rows] in every family.
   - A critic or reward model ends in a scalar head. In `chatglm` it is `classifier_head`, [1, D] and a bias
     [1], as in the remote code's class. In `glm` and `glm4` it is `score`, [1, D], as in transformers'

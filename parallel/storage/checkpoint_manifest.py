@@ -25,8 +25,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.spec.model_config import GLMConfig
 from glm_rlhf.parallel.spec.weight_map import SCALAR_ROLES, Role
-from glm_rlhf.parallel.storage.model_folder import ModelFolderError, parse_json_object, plain_file
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file
 from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES
+from glm_rlhf.parallel.storage.text_files import read_json
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -154,12 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         path = plain_file(folder, FILE_NAME)
-        if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; a manifest has at most {_MAX_BYTES}"
-            )
-        text = path.read_bytes().decode("utf-8")
-        values = parse_json_object(text, what=str(path))
+        values = read_json(path, max_bytes=_MAX_BYTES, allows_nonfinite=True)
         checksum = values.pop(_CHECKSUM, None)
         if checksum != _checksum(values):
             raise CheckpointError(f"{path} is damaged: its checksum differs from its content")
@@ -175,7 +171,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{folder / FILE_NAME}: {location}: {first['msg']}") from None
-    except (ModelFolderError, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (ModelFolderError, OSError, RecursionError) as error:
         raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from None
     _check(manifest, folder)
     return manifest

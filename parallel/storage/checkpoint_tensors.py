@@ -28,7 +28,12 @@ from glm_rlhf.parallel.storage.checkpoint_manifest import (
 )
 from glm_rlhf.parallel.storage.durable_io import read_all
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file
-from glm_rlhf.parallel.storage.safetensors_format import STORED_DTYPES, HeaderEntry, read_header
+from glm_rlhf.parallel.storage.safetensors_format import (
+    FLOAT_DTYPES,
+    STORED_DTYPES,
+    HeaderEntry,
+    read_header,
+)
 
 _BLOCK_BYTES = 16 * 2**20  # for each of the threads that read
 
@@ -286,10 +291,14 @@ def _check_names(folder: Path, manifest: Manifest, headers: Mapping[int, Mapping
         for model, name in listed:
             if model not in manifest.models or tensor_name(model, WEIGHT, name) not in headers[rank]:
                 raise CheckpointError(f"{path} has no weight {name} of {model}, which the manifest lists")
-        for stored_name in headers[rank]:
+        for stored_name, entry in headers[rank].items():
             owner, kind, name = (*stored_name.split("/", 2), "", "")[:3]
             if owner != "rank" and ((owner, name) not in listed or kind not in (WEIGHT, *ADAM_MOMENTS)):
                 raise CheckpointError(f"{path} holds {stored_name!r}, which the manifest does not list")
+            if owner != "rank" and entry.dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{path} holds {stored_name!r} as {entry.dtype}; a floating-point type is required"
+                )
 
 
 def tensor_name(owner: str, kind: str, name: str) -> str:

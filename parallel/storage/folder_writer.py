@@ -11,16 +11,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 
-from glm_rlhf.parallel.storage.durable_io import sync, write_all
+from glm_rlhf.parallel.storage.durable_io import name_in_errors, remove, sync, write_all, write_synced
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 from glm_rlhf.parallel.storage.safetensors_format import HeaderEntry, plan_file
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 
 def _no_barrier() -> None:
@@ -137,7 +138,8 @@ class TensorFiles:
         self.entries = {name: entry for file in files for name, entry in file.entries.items()}
         self._path_of = {name: folder / file.name for file in files for name in file.entries}
         for file in files:
-            with (folder / file.name).open("xb") as output:
+            path = folder / file.name
+            with name_in_errors(path), path.open("xb") as output:
                 output.write(file.prefix)
                 output.truncate(file.num_bytes)
 
@@ -153,7 +155,7 @@ class TensorFiles:
         content = memoryview(rows.detach().flatten().view(torch.uint8).numpy())
         offset = start * prod(entry.shape[1:]) * rows.element_size()
         assert offset + len(content) <= entry.num_bytes, (name, offset, len(content), entry)
-        with path.open("r+b", buffering=0) as output:
+        with name_in_errors(path), path.open("r+b", buffering=0) as output:
             write_all(output.fileno(), content, entry.offset + offset)
             _start_writeback(output.fileno(), entry.offset + offset, len(content))
 
@@ -176,8 +178,9 @@ def _start_writeback(file: int, position: int, num_bytes: int) -> None:
 def new_folder(target: Path, files: Sequence[PlannedFile], writers: Writers) -> Iterator[Path]:
     """Yield a hidden folder to write into; it becomes `target` when the block ends without an error.
 
-    All writers enter and exit together: each calls `writers.barrier` three times. After a failure a single
-    writer removes the hidden folder; with several writers the next attempt does.
+    All writers enter and exit together: each calls `writers.barrier` three times. The first one holds the
+    target's lock. After a failure a single writer removes the hidden folder; with several writers the next
+    attempt does.
 
     Args:
         target: must not exist, or be an empty folder.
@@ -187,24 +190,38 @@ def new_folder(target: Path, files: Sequence[PlannedFile], writers: Writers) -> 
     Raises:
         ModelFolderError: the target exists, its parent does not, the disk has too little space, or a file
             does not have its planned size at the end.
+        WriterError: another process writes to the target.
     """
     num_bytes = sum(file.num_bytes for file in files)
     _check_target(target, num_bytes)
     folder = target.parent / f".{target.name}.partial"
-    if writers.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    writers.barrier()
-    try:
-        yield folder
-        writers.barrier()
+    with ExitStack() as stack:
         if writers.rank == 0:
-            _finish(folder, target, files)
+            is_locked = stack.enter_context(one_writer(target))
+            _check_target(target, num_bytes)  # the holder before may have just finished it
+            _make_hidden(folder, target, is_locked=is_locked)
         writers.barrier()
-    except BaseException:
-        if writers.count == 1:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        try:
+            yield folder
+            writers.barrier()
+            if writers.rank == 0:
+                _finish(folder, target, files)
+            writers.barrier()
+        except BaseException:
+            if writers.count == 1:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _make_hidden(folder: Path, target: Path, *, is_locked: bool) -> None:
+    if is_locked:  # no other process writes there, so that what is left over is of one that was killed
+        remove(folder)
+    elif os.path.lexists(folder):
+        raise ModelFolderError(
+            f"{folder} exists, and this file system has no locks: another process may be writing {target}; "
+            "remove it if none is"
+        )
+    folder.mkdir()
 
 
 def _check_target(target: Path, num_bytes: int) -> None:
@@ -214,11 +231,21 @@ def _check_target(target: Path, num_bytes: int) -> None:
         )
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ModelFolderError(f"{target} exists already; remove it or give another name")
-    free = shutil.disk_usage(target.parent).free
+    # What an attempt that failed has left is removed before this one writes.
+    reclaimed = _bytes_on_disk(target.parent / f".{target.name}.partial")
+    free = shutil.disk_usage(target.parent).free + reclaimed
     if free < num_bytes:
         raise ModelFolderError(
             f"{target} needs {num_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; make room"
         )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """Return the size of a folder's files; 0 where there is none, also if another writer just removes it."""
+    try:
+        return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
@@ -236,7 +263,7 @@ def _finish(folder: Path, target: Path, files: Sequence[PlannedFile]) -> None:
             "weight_map": dict(sorted(weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_synced(folder / "model.safetensors.index.json", text.encode())
     for path in folder.iterdir():
         sync(path)
     sync(folder)

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from glm_rlhf.parallel.spec.model_config import Family, GLMConfig
-from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder, plain_file, read_json
+from glm_rlhf.parallel.storage.durable_io import replace_text
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, open_folder, plain_file
+from glm_rlhf.parallel.storage.text_files import read_json
 
 _ROPE_BASE = 10000.0
 
@@ -69,6 +71,14 @@ _FIXED: dict[Family, dict[str, object]] = {
 }
 """Switches and their only supported value, which is also the default."""
 
+_SWITCHED_OFF: dict[Family, tuple[str, ...]] = {
+    "chatglm": ("hidden_dropout", "attention_dropout", "classifier_dropout", "fp32_residual_connection"),
+    "glm": ("attention_dropout",),
+    "glm4": ("attention_dropout",),
+}
+"""Switches that change what the family's own code computes, and that nothing here computes: they must be
+absent, null, false or 0."""
+
 _ABSENT = ("quantization_config", "quantization_bit", "pre_seq_len", "vision_config")
 """Keys of model kinds that are not supported; they must be absent, null or 0."""
 
@@ -96,19 +106,34 @@ def read_config(folder: str | Path) -> GLMConfig:
         ModelFolderError: no such folder or file, not JSON, an unsupported model, a missing key or an invalid
             number; one sentence that names it.
     """
-    path = plain_file(open_folder(folder), "config.json")
+    folder = open_folder(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelFolderError(
+            f"{folder} holds an adapter (adapter_config.json), not a whole model: merge it into its base "
+            "model with peft's merge_and_unload(), write that with save_pretrained() and give its folder; "
+            "where the weights are merged already, remove adapter_config.json"
+        )
+    path = plain_file(folder, "config.json")
     source = read_json(path)
     family = _family_of(source, path)
     for key, required in _FIXED[family].items():
         if source.get(key, required) not in (required, None):
-            raise ModelFolderError(f"{path}: {key} is {source[key]!r}; only {required!r} is supported")
+            raise ModelFolderError(f"{path}: {key} is {source[key]!r:.80}; only {required!r} is supported")
+    for key in _SWITCHED_OFF[family]:
+        if source.get(key):
+            what = "dropout" if key.endswith("dropout") else "residuals of another type than the weights"
+            off = "0" if key.endswith("dropout") else "false"
+            raise ModelFolderError(
+                f"{path}: {key} is {source[key]!r:.80}; {what} is not supported: set it to {off}"
+            )
     keys = _KEYS[family]
     counts = {
         field: _count(source, keys[field], path, _LARGEST.get(field, _LARGEST_SIZE))
         for field in keys
         if field not in ("norm_epsilon", "has_qkv_bias", "num_kv_heads")
     }
-    if family == "chatglm" and not _flag(source, "multi_query_attention", False, path):
+    has_interleaved_qkv = family == "chatglm" and not _flag(source, "multi_query_attention", False, path)
+    if has_interleaved_qkv:
         counts["num_kv_heads"] = counts["num_heads"]
     else:
         counts["num_kv_heads"] = _count(source, keys["num_kv_heads"], path, _LARGEST_SIZE)
@@ -121,6 +146,7 @@ def read_config(folder: str | Path) -> GLMConfig:
             rope_theta=rope_theta,
             rotary_fraction=rotary_fraction,
             has_qkv_bias=_flag(source, keys["has_qkv_bias"], family != "chatglm", path),
+            has_interleaved_qkv=has_interleaved_qkv,
             has_sandwich_norms=family == "glm4",
             has_score_bias=False,  # a folder's tensors tell; see `with_stored_score_bias`
             has_tied_head=_flag(source, "tie_word_embeddings", False, path),
@@ -138,11 +164,13 @@ def _family_of(source: Mapping, path: Path) -> Family:
         raise ModelFolderError(f"{path} has no model_type; {', '.join(_KEYS)} are supported")
     if "moe" in str(model_type) or "num_experts" in source:
         raise ModelFolderError(
-            f"{path}: model_type {model_type!r} is a mixture of experts, which is not supported yet; "
+            f"{path}: model_type {model_type!r:.80} is a mixture of experts, which is not supported yet; "
             f"{', '.join(_KEYS)} are"
         )
     if model_type not in list(_KEYS):
-        raise ModelFolderError(f"{path}: model_type {model_type!r} is not supported; {', '.join(_KEYS)} are")
+        raise ModelFolderError(
+            f"{path}: model_type {model_type!r:.80} is not supported; {', '.join(_KEYS)} are"
+        )
     if "position_encoding_2d" in source or "inner_hidden_size" in source:
         raise ModelFolderError(
             f"{path} describes the first ChatGLM-6B, another architecture; ChatGLM2 and later are supported"
@@ -150,7 +178,7 @@ def _family_of(source: Mapping, path: Path) -> Family:
     for key in _ABSENT:
         if source.get(key):
             raise ModelFolderError(
-                f"{path}: {key} is {source[key]!r}; quantised, prefix-tuned and vision models are not "
+                f"{path}: {key} is {source[key]!r:.80}; quantised, prefix-tuned and vision models are not "
                 "supported"
             )
     return model_type
@@ -158,6 +186,17 @@ def _family_of(source: Mapping, path: Path) -> Family:
 
 def _rotary_of(source: Mapping, family: Family, path: Path) -> tuple[float, float]:
     """Return the rotary base and the rotated fraction of each head."""
+    nested = source.get("rope_parameters") or {}
+    scaling = source.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise ModelFolderError(f"{path}: {key} is {value!r:.80}; an object is required")
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind != "default":
+            raise ModelFolderError(
+                f"{path}: {key} asks for {kind!r:.40} positions; only 'default' is supported: remove {key}, "
+                "and the model works within its own context"
+            )
     if family == "chatglm":
         ratio = _number(source, "rope_ratio", path, upper=1e9, default=1.0)
         if ratio != 1 and _divides_positions(source, path.parent):
@@ -166,14 +205,6 @@ def _rotary_of(source: Mapping, family: Family, path: Path) -> tuple[float, floa
                 "not supported; ChatGLM3-6B-32K is"
             )
         return _ROPE_BASE * ratio, 0.5
-    nested = source.get("rope_parameters") or {}
-    scaling = source.get("rope_scaling") or {}
-    for key, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        if not isinstance(value, dict):
-            raise ModelFolderError(f"{path}: {key} is {value!r}; an object is required")
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default":
-            raise ModelFolderError(f"{path}: {key} asks for {kind!r} positions; only 'default' is supported")
     values = []
     for key, upper, default in (("rope_theta", 1e12, _ROPE_BASE), ("partial_rotary_factor", 1.0, 0.5)):
         if key in nested and key in source and nested[key] != source[key]:
@@ -196,7 +227,9 @@ def _divides_positions(source: Mapping, folder: Path) -> bool:
 def _count(source: Mapping, key: str, path: Path, largest: int) -> int:
     value = _required(source, key, path)
     if type(value) is not int or not 1 <= value <= largest:
-        raise ModelFolderError(f"{path}: {key} is {value!r}; a whole number from 1 to {largest} is required")
+        raise ModelFolderError(
+            f"{path}: {key} is {value!r:.80}; a whole number from 1 to {largest} is required"
+        )
     return value
 
 
@@ -204,7 +237,7 @@ def _number(source: Mapping, key: str, path: Path, *, upper: float, default: flo
     value = default if default is not None and source.get(key) is None else _required(source, key, path)
     if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= upper:
         raise ModelFolderError(
-            f"{path}: {key} is {value!r}; a number above 0, at most {upper:g}, is required"
+            f"{path}: {key} is {value!r:.80}; a number above 0, at most {upper:g}, is required"
         )
     return float(value)
 
@@ -212,7 +245,7 @@ def _number(source: Mapping, key: str, path: Path, *, upper: float, default: flo
 def _flag(source: Mapping, key: str, default: bool, path: Path) -> bool:
     value = source.get(key, default)
     if not isinstance(value, bool):
-        raise ModelFolderError(f"{path}: {key} is {value!r}; true or false is required")
+        raise ModelFolderError(f"{path}: {key} is {value!r:.80}; true or false is required")
     return value
 
 
@@ -265,7 +298,7 @@ def write_config(
         values.pop("dtype", None)
         values["torch_dtype"] = str(dtype).removeprefix("torch.")  # transformers 4 and 5 both read this key
     text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(Path(folder) / "config.json", text + "\n")
 
 
 def names_scalar_class(folder: str | Path) -> bool | None:
@@ -304,5 +337,5 @@ def _chatglm_values(config: GLMConfig) -> dict[str, object]:
     return {
         **_FIXED["chatglm"],
         "rope_ratio": int(ratio) if ratio.is_integer() else ratio,
-        "multi_query_attention": True,
+        "multi_query_attention": not config.has_interleaved_qkv,
     }

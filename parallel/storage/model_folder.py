@@ -1,10 +1,12 @@
 """Files of a model folder, checked before they are opened."""
 
-import json
+import os
 import re
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_MAX_LINKS = 40
+"""Links to links that are followed, as in Linux."""
 
 
 class ModelFolderError(ValueError):
@@ -35,17 +37,23 @@ def plain_file(folder: Path, name: str) -> Path:
     """Return the path of `name` in `folder`, which must be a regular file directly in that folder.
 
     Names with a directory, and links out of the folder, are refused: an index is untrusted data and must not
-    choose which files of this machine are read. Only links of the hub cache are followed
-    (`models--X/snapshots/REVISION/file` → `models--X/blobs/HASH`).
+    choose which files of this machine are read. Only links into the model's own cache of the Hub are
+    followed: those of `models--X/snapshots/REVISION` into `models--X/blobs`, through whatever links the two
+    folders are reached, and those of any other folder whose links all lead into one such `blobs`.
 
     Raises:
         ModelFolderError: the name leaves the folder, is a link, is missing or is not a regular file.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ModelFolderError(f"{folder} names the file {name!r}; only files of the folder itself are read")
+        raise ModelFolderError(
+            f"{folder} names the file {name!r:.200}; only files of the folder itself are read"
+        )
     path = folder / name
-    if path.is_symlink() and not _is_hub_cache_link(path):
-        raise ModelFolderError(f"{path} is a link; copy the file it points to into the folder")
+    if path.is_symlink() and not _leads_into_own_cache(path):
+        raise ModelFolderError(
+            f"{path} is a link out of the model's own folder and cache; copy the file it points to into the "
+            "folder"
+        )
     if not path.exists():
         raise ModelFolderError(f"{path} is missing; fetch the folder again, or fix the reference to it")
     if not path.is_file():
@@ -53,47 +61,21 @@ def plain_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _is_hub_cache_link(path: Path) -> bool:
-    folder = path.parent.absolute()
-    return folder.parent.name == "snapshots" and path.resolve().parent == (
-        folder.parent.parent.resolve() / "blobs"
-    )
+def _leads_into_own_cache(path: Path) -> bool:
+    target = path.resolve().parent
+    folder = path.parent.resolve()
+    if folder.parent.name == "snapshots":
+        return target == (folder.parent.parent / "blobs").resolve()
+    return {_blobs_of(other) for other in folder.iterdir() if other.is_symlink()} - {None} == {target}
 
 
-def read_json(path: Path) -> dict:
-    """Return the JSON object in `path`.
-
-    Raises:
-        ModelFolderError: not UTF-8, not JSON, a duplicate key, or not an object; the message gives the line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ModelFolderError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    return parse_json_object(text, what=str(path))
-
-
-def parse_json_object(text: str, *, what: str) -> dict:
-    """Return `text` as a dict; `what` names it in messages.
-
-    Raises:
-        ModelFolderError: not JSON, nested too deeply, a duplicate key, or not an object.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise ModelFolderError(f"{what} is not JSON: line {error.lineno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{what} is not usable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFolderError(f"{what} holds a {type(value).__name__} at the top; a JSON object is required")
-    return value
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
-    return result
+def _blobs_of(link: Path) -> Path | None:
+    """Return the folder `models--X/blobs` that a link leads into, resolved; None for another link."""
+    for _ in range(_MAX_LINKS):
+        if not link.is_symlink():
+            break
+        link = Path(os.path.normpath(link.parent.resolve() / link.readlink()))
+    blobs = link.parent
+    if blobs.name != "blobs" or not blobs.parent.name.startswith("models--"):
+        return None
+    return blobs.resolve() if link.resolve().parent == blobs.resolve() else None

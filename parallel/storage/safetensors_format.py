@@ -13,10 +13,14 @@ from pathlib import Path
 
 import torch
 
-from glm_rlhf.parallel.storage.model_folder import ModelFolderError, parse_json_object
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError
+from glm_rlhf.parallel.storage.text_files import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+
+_MAX_DIMS = 8
+"""Most dimensions of a tensor: a weight has two."""
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a weight may have."""
@@ -98,16 +102,20 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
 
 
 def _entry(path: Path, name: str, value: object, data_start: int) -> HeaderEntry:
-    where = f"the header of {path}, tensor {name!r}"
+    where = f"the header of {path}, tensor {name!r:.200}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ModelFolderError(f"{where}: exactly dtype, shape and data_offsets are required")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ELEMENT_BYTES:
-        raise ModelFolderError(f"{where}: dtype {dtype!r} is unknown; known are {', '.join(_ELEMENT_BYTES)}")
-    if not _is_list_of_counts(shape):
-        raise ModelFolderError(f"{where}: shape {shape!r} is not a list of counts")
-    if not _is_list_of_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelFolderError(f"{where}: data_offsets {offsets!r} are not [begin, end]")
+        raise ModelFolderError(
+            f"{where}: dtype {dtype!r:.40} is unknown; known are {', '.join(_ELEMENT_BYTES)}"
+        )
+    if not _is_list_of_counts(shape, _MAX_DIMS):
+        raise ModelFolderError(
+            f"{where}: shape {shape!r:.80} is not a list of counts, {_MAX_DIMS} dimensions at most"
+        )
+    if not _is_list_of_counts(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ModelFolderError(f"{where}: data_offsets {offsets!r:.80} are not [begin, end]")
     begin, end = offsets
     required = prod(shape) * _ELEMENT_BYTES[dtype]
     if end - begin != required:
@@ -117,8 +125,8 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> HeaderEntry
     return HeaderEntry(dtype, tuple(shape), data_start + begin, required)
 
 
-def _is_list_of_counts(value: object) -> bool:
-    if not isinstance(value, list):
+def _is_list_of_counts(value: object, longest: int) -> bool:
+    if not isinstance(value, list) or len(value) > longest:
         return False
     return all(type(item) is int and 0 <= item < 2**63 for item in value)
 

@@ -19,8 +19,9 @@ from glm_rlhf.parallel.storage.checkpoint_manifest import is_checkpoint
 from glm_rlhf.parallel.storage.checkpoint_tensors import ShardedTensor, list_checkpoint
 from glm_rlhf.parallel.storage.durable_io import read_all
 from glm_rlhf.parallel.storage.mapped_bin import BinFile, BinTensor
-from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file, read_json
+from glm_rlhf.parallel.storage.model_folder import ModelFolderError, plain_file
 from glm_rlhf.parallel.storage.safetensors_format import FLOAT_DTYPES, read_header
+from glm_rlhf.parallel.storage.text_files import read_json
 
 _FORMS = ("model.safetensors", "pytorch_model.bin")
 """Single-file names in order of preference, each of which may be split with an `.index.json`."""

@@ -115,7 +115,9 @@ def _in_family(config: GLMConfig, family: Family) -> GLMConfig:
             f"a {config.family} model cannot become {family}: glm4 norms the output of attention and MLP, "
             "the others do not; convert to the same family"
         )
-    return replace(config, family=family)
+    return replace(
+        config, family=family, has_interleaved_qkv=config.has_interleaved_qkv and family == "chatglm"
+    )
 
 
 def _scalar_bias(whole: ShardStream) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.parallel.model.glm import GLMModel
+from glm_rlhf.parallel.runtime.consensus import reason_of
 from glm_rlhf.parallel.runtime.topology import Topology
 from glm_rlhf.parallel.storage.folder_writer import Writers
 from glm_rlhf.parallel.weights.hf_writer import export_tensors
@@ -43,7 +44,7 @@ def export_model(
     if topology.dp_cp_group.rank() == 0:
         error = _write(chunks, Path(target), topology, source, dtype, max_shard_bytes)
     messages: list[str | None] = [None] * topology.world_size
-    dist.all_gather_object(messages, None if error is None else str(error))
+    dist.all_gather_object(messages, None if error is None else reason_of(error))
     if error is not None:
         raise error
     message = next((text for text in messages if text is not None), None)

@@ -174,6 +174,9 @@ def check_weights(folder: Path, config: GLMConfig, *, role: Role) -> dict[str, F
     """
     tensors = list_tensors(folder)
     weights = weights_of(config, layers=range(config.num_layers), role=role)
+    for name, stored in tensors.items():
+        if origin := _written_by(name):
+            raise ModelFolderError(f"{stored.path} holds the tensor {name!r:.200}, {origin}")
     required = _expected(config, weights)
     optional = _expected(config, [weight for weight in weights if weight.section == "value_head"])
     for name, shape in required.items():
@@ -221,6 +224,31 @@ def _of_other_roles(config: GLMConfig) -> list[Weight]:
     stored = replace(config, has_tied_head=False, has_score_bias=True)
     scalar = weights_of(stored, layers=(), has_embedding=False, role="reward")
     return scalar + weights_of(stored, layers=(), has_embedding=False, role="policy")
+
+
+_LEAVE_PEFT = "merge the adapter into the base model with merge_and_unload(), and save that"
+_FOREIGN_NAMES = (
+    ("base_model.", f"whose prefix is that of peft: {_LEAVE_PEFT}"),
+    (".lora_", f"which is part of a LoRA adapter of peft: {_LEAVE_PEFT}"),
+    ("module.", "whose prefix is that of a parallel wrapper: save the model inside it, model.module"),
+    ("_orig_mod.", "whose prefix is that of torch.compile: save the model inside it, model._orig_mod"),
+    (
+        "v_head.",
+        "which is TRL's value head: save the model inside it, model.pretrained_model; a critic starts with a "
+        "new head",
+    ),
+    ("pretrained_model.", "whose prefix is that of TRL: save the model inside it, model.pretrained_model"),
+    (".qweight", "which is a quantised weight: fetch the model that is not quantised"),
+)
+"""Beginnings of names, and with a dot in front parts of names, that other programs give; and what to do."""
+
+
+def _written_by(name: str) -> str | None:
+    """Return what another program's tensor is and what to do about it; None for any other name."""
+    for part, origin in _FOREIGN_NAMES:
+        if part in name if part.startswith(".") else name.startswith(part):
+            return origin
+    return None
 
 
 def _why_missing(name: str, role: Role) -> str:

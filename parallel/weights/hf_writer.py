@@ -8,7 +8,6 @@ The folder contains:
     it.
 """
 
-import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from glm_rlhf.parallel.spec.weight_map import (
     names_within,
     weights_of,
 )
+from glm_rlhf.parallel.storage.durable_io import name_in_errors, write_synced
 from glm_rlhf.parallel.storage.folder_writer import (
     PlannedTensor,
     TensorFiles,
@@ -174,7 +174,10 @@ def _copy_extra_files(source: str | Path | None, folder: Path, config: GLMConfig
         patterns += _EXTRA_FILES_WITHIN_FAMILY
     for name in sorted({path.name for pattern in patterns for path in origin.glob(pattern)}):
         if not (origin / name).is_dir():
-            shutil.copyfile(plain_file(origin, name), folder / name)
+            file = plain_file(origin, name)
+            with name_in_errors(file):
+                content = file.read_bytes()
+            write_synced(folder / name, content)
 
 
 def read_extra_files(

@@ -1,5 +1,6 @@
 """The command line: quick help, one sentence for a user's error, exit codes, ranks."""
 
+import os
 import subprocess
 import sys
 import types
@@ -13,7 +14,6 @@ from glm_rlhf.engine.cli import COMMANDS, Command, main
 from glm_rlhf.engine.config.keys import keys_of
 from glm_rlhf.engine.config.load import load_config
 from glm_rlhf.engine.config.sections import ScoreConfig
-from glm_rlhf.engine.config.tools import DoctorConfig
 from glm_rlhf.engine.data.records.schema import read_demonstrations
 
 SCORE = ["score", "model.path=m", "data.path=d"]
@@ -22,7 +22,8 @@ SCORE = ["score", "model.path=m", "data.path=d"]
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """One process, a folder of its own."""
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", cli.TRACEBACK_VARIABLE):
+    variables = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for variable in (*variables, "TORCHELASTIC_ERROR_FILE", cli.TRACEBACK_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -33,7 +34,9 @@ def score(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
 
     def register(function: Callable) -> None:
         monkeypatch.setitem(sys.modules, "fake_scoring", types.SimpleNamespace(run=function))
-        command = Command(name="score", summary="scores", config=ScoreConfig, function="fake_scoring:run")
+        command = Command(
+            name="score", summary="scores", root="config.sections:ScoreConfig", function="fake_scoring:run"
+        )
         monkeypatch.setattr(cli, "COMMANDS", (command,))
 
     return register
@@ -75,19 +78,50 @@ def test_help_is_quick_and_imports_nothing_heavy():
     program = (
         "import sys, time\n"
         "from glm_rlhf.engine.cli import main\n"
-        "assert main(sys.argv[1:]) == 0\n"
-        "heavy = {'torch', 'megatron', 'triton', 'numpy', 'transformers'} & set(sys.modules)\n"
-        "print('heavy:', sorted(heavy), 'cpu_s:', time.process_time(), file=sys.stderr)\n"
+        "code = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'megatron', 'triton', 'numpy', 'transformers', 'tqdm'} & set(sys.modules)\n"
+        "heavy |= {'pydantic', 'yaml'} & set(sys.modules) if sys.argv[1] == '--help' else set()\n"
+        "print(code, 'heavy:', sorted(heavy), 'cpu_s:', time.process_time(), file=sys.stderr)\n"
     )
-    for arguments in (["--help"], ["doctor", "--help"]):
+    # Seconds of processor time, Python's own start included.
+    for limit_s, expected, *arguments in (
+        (0.5, 0, "--help"),
+        (1.0, 0, "doctor", "--help"),
+        (1.0, 0, "ppo", "--help"),
+        (1.0, 2, "ppo", "model.path=m", "data.path=d", "train.steps=1", "train.stps=3"),
+        (1.0, 2, "sft", "model.path=m", "data.path=d", "train.steps=0"),
+    ):
         command = [sys.executable, "-c", program, *arguments]
         for _ in range(3):  # the best of three, for other programs share the machine
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            _, heavy, _, cpu_s = answer.stderr.split()
-            assert heavy == "[]"
-            if float(cpu_s) < 0.5:
+            code, _, heavy, _, cpu_s = answer.stderr.splitlines()[-1].split()
+            assert (int(code), heavy) == (expected, "[]")
+            if float(cpu_s) < limit_s:
                 break
-        assert float(cpu_s) < 0.5  # seconds of processor time, Python's own start included
+        assert float(cpu_s) < limit_s
+
+
+ASCII_HELP = """
+from glm_rlhf.engine import cli
+cli.main(["--help"])
+for command in cli.COMMANDS:
+    cli.main([command.name, "--help"])
+cli.log("2 " + chr(0xd7) + " 2")
+cli._print(chr(0x4f60) + chr(0xdcff), cli.Launch())
+"""
+
+
+@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_unicode_gets_escapes(settings: dict[str, str]):
+    environment = {**os.environ, "PYTHONCOERCECLOCALE": "0", **settings}
+    done = subprocess.run(
+        [sys.executable, "-c", ASCII_HELP], capture_output=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert rb"usage: glm-rlhf <command> [config.yaml] [section.key=value \u2026]" in done.stdout
+    assert done.stdout.endswith(b"\\u4f60\\udcff\n")
+    assert rb"2 \xd7 2" in done.stderr
+    assert (done.stdout + done.stderr).isascii()
 
 
 def test_it_runs_as_a_module():
@@ -163,7 +197,9 @@ def test_only_the_first_rank_writes_the_config(score: Callable, monkeypatch: pyt
 
 def test_a_command_without_a_run_folder_writes_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fake_doctor", types.SimpleNamespace(run=lambda config: 0))
-    command = Command(name="doctor", summary="s", config=DoctorConfig, function="fake_doctor:run")
+    command = Command(
+        name="doctor", summary="s", root="config.tools:DoctorConfig", function="fake_doctor:run"
+    )
     monkeypatch.setattr(cli, "COMMANDS", (command,))
     assert main(["doctor"]) == 0
     assert list(Path().iterdir()) == []
@@ -211,7 +247,8 @@ def test_a_bug_ends_the_process_with_1():
     program = (
         "import sys, types; from glm_rlhf.engine import cli\n"
         "sys.modules['fake'] = types.SimpleNamespace(run=lambda config: {}['bug'])\n"
-        "cli.COMMANDS = (cli.Command(name='x', summary='', config=cli.DoctorConfig, function='fake:run'),)\n"
+        "options = dict(name='x', summary='', root='config.tools:DoctorConfig', function='fake:run')\n"
+        "cli.COMMANDS = (cli.Command(**options),)\n"
         "sys.exit(cli.main(['x']))\n"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
@@ -256,6 +293,23 @@ def test_an_error_in_the_arguments_is_reported_once_per_host(
         assert main([*SCORE, "run.seed=x"]) == 2
         counts.append(capsys.readouterr().err.count("run.seed is 'x'"))
     assert counts == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("WORLD_SIZE", "abc"), ("WORLD_SIZE", ""), ("RANK", "4"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "abc")],
+)
+def test_a_wrong_launch_variable_is_named_by_every_command(
+    command: str, variable: str, value: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    _become_rank(monkeypatch, 0)
+    monkeypatch.setenv(variable, value)
+    assert main([command]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"glm-rlhf {command}: {variable} is ")
+    assert captured.err.count("\n") == 1
+    assert main([command, "--help"]) == 0
 
 
 def test_help_is_printed_by_the_first_rank_only(

@@ -13,6 +13,7 @@ from glm_rlhf.engine.bench.sizes import Sizes
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.cost.workload import Choice, Workload
 from glm_rlhf.engine.rewards.combined import CombinedReward
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
 from glm_rlhf.engine.rl.roles import PPORoles
 from glm_rlhf.engine.types import PromptInput
 from glm_rlhf.parallel.model.glm import build_model
@@ -59,7 +60,7 @@ def make_roles(
         models=models,
         states=states,
         rewards=CombinedReward(topology=topology, micro_batch_tokens=tokens, model=models["reward"]),
-        ppo=PPOSection(epochs=work.epochs, minibatches=work.minibatches),
+        algorithm=PPO(PPOSection(epochs=work.epochs, minibatches=work.minibatches)),
         answers=full_length_answers(
             new_tokens=work.max_new_tokens,
             max_batch=work.max_batch,

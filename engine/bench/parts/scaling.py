@@ -23,6 +23,7 @@ from glm_rlhf.parallel.model.packing import PackedTokens, pack
 from glm_rlhf.parallel.optim.training_state import AdamSettings, TrainingState
 from glm_rlhf.parallel.pipeline.schedule import run_micro_batches
 from glm_rlhf.parallel.runtime.topology import Topology
+from glm_rlhf.parallel.storage.durable_io import replace_text
 from glm_rlhf.parallel.weights.load import randomize_weights
 
 FILE = "scaling.json"
@@ -87,8 +88,7 @@ def launch(folder: Path, num_ranks: int, settings: Sequence[str], *, threads: in
 
 def write_point(point: ScalingPoint, path: Path) -> None:
     """Write the file that `read_point` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(point), indent=1) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(asdict(point), indent=1) + "\n")
 
 
 def read_point(path: Path) -> ScalingPoint:

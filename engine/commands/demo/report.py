@@ -10,6 +10,7 @@ from glm_rlhf.engine.commands.demo.measure import HeldOutAnswers, Results
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet
 from glm_rlhf.engine.evaluation.confidence import ConfidenceInterval
 from glm_rlhf.engine.observe.report import ReportTable, write_report
+from glm_rlhf.parallel.storage.durable_io import replace_text
 
 RESULTS_NAME = "demo.json"
 """Of the file in the run folder that holds every figure."""
@@ -47,7 +48,7 @@ def write_results(
         "timing_s": timing_s,
     }
     path = folder / RESULTS_NAME
-    path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

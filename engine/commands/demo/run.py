@@ -6,7 +6,6 @@ demo: each stage is the command of its name, and its config lies in its folder, 
 """
 
 import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -31,8 +30,12 @@ from glm_rlhf.engine.commands.demo.report import (
 )
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, toy_tasks
 from glm_rlhf.engine.commands.demo.training import ask, pairs_of, train_ppo, train_reward, train_sft
+from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.tools import DemoConfig
 from glm_rlhf.engine.observe.timer import Timer
+from glm_rlhf.parallel.runtime.launch import read_launch
+from glm_rlhf.parallel.storage.durable_io import replace_text
+from glm_rlhf.parallel.storage.writer_lock import one_writer
 
 _FOLDERS = ("model", "data", "answers", "sft", "reward", "ppo", "convert", "hf", "layouts")
 _NUM_THREADS = 2  # more only wait for each other: no matrix here has a thousand rows and columns
@@ -45,9 +48,16 @@ def run(config: DemoConfig) -> int:
     Raises:
         ValueError: a launch of several processes, or a run folder that another command has used.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if read_launch().world_size > 1:
         raise ValueError("demo is one process, which launches others itself: start it without torchrun")
-    folder = _claim(Path(config.run.output))
+    folder = Path(config.run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder, is_inside=True):
+        return _run(config, _claim(folder))
+
+
+def _run(config: DemoConfig, folder: Path) -> int:
+    save_config(config, folder)
     clock = Timer()
     with _threads(_NUM_THREADS):
         tasks = toy_tasks(num_held_out=config.demo.num_held_out, seed=config.run.seed)
@@ -111,8 +121,7 @@ def _claim(folder: Path) -> Path:
         raise ValueError(
             f"{folder} holds {', '.join(taken)} which no demo made: give run.output another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    mine.write_text("{}\n", encoding="utf-8")  # so that what a broken run leaves is known as a demo's
+    replace_text(mine, "{}\n")  # so that what a broken run leaves is known as a demo's
     for name in taken:
         shutil.rmtree(folder / name)
     return folder

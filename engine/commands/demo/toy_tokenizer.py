@@ -8,6 +8,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from glm_rlhf.parallel.storage.durable_io import replace_file, replace_text
+
 NUM_IDS = 640
 """Ids of the tiny tokenizer, its nine special tokens included; a multiple of 128."""
 
@@ -89,9 +91,9 @@ def write_tiny_tokenizer(folder: str | Path) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    replace_file(folder / "tokenizer.model", model.getvalue())
     config = {"name_or_path": "glm-rlhf/tiny-chatglm3", "tokenizer_class": "ChatGLMTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
 

@@ -9,7 +9,6 @@ import torch
 from glm_rlhf.engine.commands import generate, ppo, reward, sft
 from glm_rlhf.engine.commands.demo.toy_task import TaskSet, ToyTask
 from glm_rlhf.engine.commands.demo.toy_tokenizer import NUM_IDS, write_tiny_tokenizer
-from glm_rlhf.engine.config.load import save_config
 from glm_rlhf.engine.config.rl import (
     CriticSection,
     PPOConfig,
@@ -89,7 +88,6 @@ def train_sft(config: DemoConfig, tasks: TaskSet) -> Path:
         train=TrainSection(steps=steps, global_batch_size=64, micro_batch_tokens=4096, dtype="fp32"),
         observe=_QUIET,
     )
-    save_config(settings, settings.run.output)
     sft.run(settings)
     return folder / "sft" / "hf" / f"step_{steps}"
 
@@ -150,7 +148,6 @@ def train_reward(
         ),
         observe=_QUIET,
     )
-    save_config(settings, settings.run.output)
     reward.run(settings)
     last = read_lines(folder / "reward" / "metrics.jsonl")[-1]
     return folder / "reward" / "hf" / f"step_{steps}", last["eval/accuracy"]
@@ -178,7 +175,6 @@ def train_ppo(config: DemoConfig, tasks: TaskSet, policy: Path, reward_model: Pa
         ),
         observe=ObserveSection(tensorboard=False),
     )
-    save_config(settings, settings.run.output)
     ppo.run(settings)
     return folder / "ppo" / "hf" / f"step_{steps}"
 
@@ -194,7 +190,7 @@ def ask(
         GenerateConfig(
             run=RunSection(name="generate", output=str(out.parent), seed=config.run.seed),
             model=ModelSection(path=str(model)),
-            data=RecordsSection(path=str(prompts), out=str(out)),
+            data=RecordsSection(path=str(prompts), out=str(out), overwrite=True),
             generation=GenerationSection(
                 max_new_tokens=MAX_NEW_TOKENS,
                 temperature=temperature,

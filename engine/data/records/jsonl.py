@@ -18,6 +18,7 @@ from glm_rlhf.engine.data.records.reading import (
     file_head,
     parse_records,
 )
+from glm_rlhf.parallel.storage.text_files import MAX_DEPTH, first_duplicate, is_deeper_than
 
 DEFAULT_MAX_LINE_BYTES = 16 * 2**20
 """A longer line (16 MiB, uncompressed) is an error, and is never fully read into memory."""
@@ -162,6 +163,8 @@ def _parse_object(content: bytes, location: RecordLocation) -> dict:
     if not isinstance(value, dict):
         hint = "; write the list's items one per line" if isinstance(value, list) else ""
         raise location.error(f"expected a JSON object, found {json_type(value)}{hint}")
+    if text.count("[") + text.count("{") > MAX_DEPTH and is_deeper_than(value, MAX_DEPTH):
+        raise location.error(f"not usable: the JSON is nested too deeply, over {MAX_DEPTH} levels")
     return value
 
 
@@ -179,9 +182,8 @@ def json_type(value: object) -> str:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {duplicate!r} is in one object twice")
+        duplicate = first_duplicate(key for key, _ in pairs)
+        raise ValueError(f"the key {duplicate!r:.100} is in one object twice")
     return value
 
 

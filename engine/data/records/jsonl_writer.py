@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from glm_rlhf.parallel.storage.durable_io import name_in_errors
+
 WriteLine = Callable[[dict], None]
 
 
@@ -19,24 +21,28 @@ def json_lines(path: str | Path) -> Iterator[WriteLine]:
     earlier file at `path` is unchanged, and the partial file is kept for inspection.
 
     Raises:
-        OSError: the folder cannot be created or written, or `path` is a folder.
+        OSError: the folder cannot be created or written, or `path` is a folder; the error names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, lines need a file", str(path))
     partial = path.with_name(f"{path.name}.partial")
+    file = partial.open("w", encoding="utf-8")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield lambda record: _write(file, record)
+        yield lambda record: _write(file, partial, record)
+        with name_in_errors(partial):
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        if error.filename is None:  # the error of a full disk names no file
-            error.filename = str(partial)
+            file.close()
+    except BaseException:
+        with contextlib.suppress(OSError):  # what is buffered does not fit either
+            file.close()
         raise
     partial.replace(path)
 
 
-def _write(file: TextIO, record: dict) -> None:
-    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+def _write(file: TextIO, path: Path, record: dict) -> None:
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    with name_in_errors(path):
+        file.write(line)

@@ -17,6 +17,7 @@ from glm_rlhf.engine.data.records.reading import (
     file_head,
     parse_records,
 )
+from glm_rlhf.parallel.storage.text_files import first_duplicate
 
 if TYPE_CHECKING:
     import pyarrow
@@ -116,7 +117,7 @@ def _columns(schema: "pyarrow.Schema", path: Path) -> tuple[list[str], list[str]
     """Return the names of the readable columns, and `'name' (type)` of the others."""
     readable = {field.name: _is_json(field.type) for field in schema}
     if len(readable) < len(schema):
-        duplicate = next(name for name in schema.names if schema.names.count(name) > 1)
+        duplicate = first_duplicate(schema.names)
         raise RecordError(path, 0, f"has two columns named {duplicate!r}; rename one")
     excluded = [f"{name!r} ({schema.field(name).type})" for name, reads in readable.items() if not reads]
     if len(excluded) == len(readable):

@@ -6,11 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from glm_rlhf.engine.data.messages import Message, RoleError, check_conversation, lone_surrogate
+from glm_rlhf.engine.data.messages import Message, RoleError, check_conversation
 from glm_rlhf.engine.data.records.files import read_record_file
 from glm_rlhf.engine.data.records.hh_rlhf import split_dialogue_pair
 from glm_rlhf.engine.data.records.jsonl import DEFAULT_MAX_LINE_BYTES, json_type
 from glm_rlhf.engine.data.records.reading import OnError, ReadReport, RecordLocation
+from glm_rlhf.engine.data.records.turns import (
+    CONTEXT_FIELDS,
+    check_context,
+    text_of,
+    turns_of,
+    with_context,
+)
 
 PairForm = Literal["pairs", "hh-rlhf"]
 Result = TypeVar("Result")
@@ -24,7 +31,6 @@ def _identity(record: Result) -> Result:
 
 
 _PROMPT_KEYS = ("prompt", "messages", "prompt_tokens")
-_MESSAGE_KEYS = {"role", "content", "metadata"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,9 @@ def read_prompts(
     - `messages`: a list of `{"role", "content"}` and, optionally, `"metadata"`; see `check_conversation`,
     - `prompt_tokens`: a list of ids, used unchanged.
 
-    All other fields are kept in `extra`.
+    Beside a `prompt` or `messages`, `system` and `history` are turns before them, see `with_context`; fields
+    that are part of the prompt elsewhere and have no plain meaning here are errors. All fields but the prompt
+    are kept in `extra`.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.parquet` file.
@@ -199,7 +207,10 @@ def _hh_rlhf_record(fields: dict, location: RecordLocation) -> PairRecord:
         raise location.error(
             f"{prompt_keys[0]!r} is given, but hh-rlhf's dialogues hold their prompt; read it as form=pairs"
         )
-    dialogues = [_text(fields.pop(name, None), location, name) for name in ("chosen", "rejected")]
+    check_context(
+        fields, location, CONTEXT_FIELDS, "belongs to the prompt, and hh-rlhf's dialogues hold theirs"
+    )
+    dialogues = [text_of(fields.pop(name, None), location, name) for name in ("chosen", "rejected")]
     try:
         messages, chosen, rejected = split_dialogue_pair(*dialogues)
         check_conversation(messages, ends_open=True)
@@ -215,41 +226,27 @@ def _take_prompt(fields: dict, location: RecordLocation, vocab_size: int) -> Pro
         return _token_ids(value, location, name, vocab_size)
     if name == "prompt":
         hint = "; give turns as 'messages', ids as 'prompt_tokens'" if isinstance(value, list) else ""
-        text = _text(value, location, name, hint)
+        text = text_of(value, location, name, hint)
         if not text.strip():
             raise location.error("'prompt' is blank; it must hold some text")
-        return (Message(role="user", content=text),)
-    return _messages(value, location)
-
-
-def _messages(value: object, location: RecordLocation) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise location.error(f"'messages' must be a list of turns, not {json_type(value)}")
-    messages = []
-    for position, turn in enumerate(value):
-        where = f"messages[{position}]"
-        if not isinstance(turn, dict):
-            raise location.error(f"{where} must be an object with role and content, not {json_type(turn)}")
-        unknown = sorted(turn.keys() - _MESSAGE_KEYS)
-        if unknown:
-            raise location.error(
-                f"{where} has the unknown field {unknown[0]!r}; a turn has role, content, metadata"
-            )
-        role = _text(turn.get("role"), location, f"{where}.role")
-        content = _text(turn.get("content"), location, f"{where}.content")
-        metadata = _text(turn.get("metadata", ""), location, f"{where}.metadata")
-        messages.append(Message(role=role, content=content, metadata=metadata))
+        turns = [Message(role="user", content=text)]
+    else:
+        turns = turns_of(value, location)
+    messages = with_context(turns, fields, location)
     try:
         check_conversation(messages, ends_open=True)
     except RoleError as error:
-        raise location.error(str(error)) from error
+        is_own = len(messages) == len(turns)
+        raise location.error(
+            str(error) if is_own else f"with 'system' and 'history' before it, {error}"
+        ) from error
     return tuple(messages)
 
 
 def _take_answer(fields: dict, location: RecordLocation, key: str, vocab_size: int) -> Answer:
     name = _one_of(fields, location, (key, f"{key}_tokens"))
     value = fields.pop(name)
-    return _text(value, location, name) if name == key else _token_ids(value, location, name, vocab_size)
+    return text_of(value, location, name) if name == key else _token_ids(value, location, name, vocab_size)
 
 
 def _one_of(fields: dict, location: RecordLocation, names: tuple[str, ...]) -> str:
@@ -262,16 +259,7 @@ def _one_of(fields: dict, location: RecordLocation, names: tuple[str, ...]) -> s
             f"{' and '.join(map(repr, present))} are both given; exactly one of {required} is required"
         )
     others = ", ".join(sorted(map(repr, fields))) or "none"  # without fields that were taken before
-    raise location.error(f"there is no {required}; other fields of the record: {others}")
-
-
-def _text(value: object, location: RecordLocation, name: str, hint: str = "") -> str:
-    if not isinstance(value, str):
-        raise location.error(f"'{name}' must be a text, not {json_type(value)}{hint}")
-    position = lone_surrogate(value)
-    if position >= 0:
-        raise location.error(f"'{name}' holds a lone surrogate at character {position}; fix its \\u escape")
-    return value
+    raise location.error(f"there is no {required}; other fields of the record: {others:.400}")
 
 
 def _token_ids(value: object, location: RecordLocation, name: str, vocab_size: int) -> TokenIds:

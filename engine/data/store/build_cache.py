@@ -5,13 +5,19 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
+import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from glm_rlhf.parallel.storage.durable_io import remove, write_synced
 
 _MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 2**24
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +57,7 @@ def ensure_folder(path: Path, identity: dict, fill: Callable[[Path], dict]) -> d
             # No other process of this host builds here, so its partial folders were left by a kill. Those of
             # other hosts are kept: some shared file systems grant the same lock to every host.
             for leftover in path.parent.glob(_partial_name(path, "*")):
-                shutil.rmtree(leftover)
+                remove(leftover)
         return _build(path, identity, fill)
 
 
@@ -68,24 +74,46 @@ def read_folder(path: Path, identity: dict, *, checks_content: bool) -> dict:
         DamagedFolder: it is missing, incomplete, altered, or of another identity.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
-        checksum = manifest.pop("checksum")
-        if checksum != _digest_of_json(manifest):
-            raise DamagedFolder(f"{path / _MANIFEST} is damaged: its checksum differs")
+        manifest = _read_manifest(path)
         if manifest["identity"] != identity:
             raise DamagedFolder(f"{path} was built from other inputs")
         for name, (num_bytes, digest) in manifest["files"].items():
-            if (path / name).stat().st_size != num_bytes:
+            found = (path / name).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedFolder(f"{path / name} is not a regular file")
+            if found.st_size != num_bytes:
                 raise DamagedFolder(f"{path / name} is damaged: it must have {num_bytes} bytes")
             if checks_content and file_digest(path / name) != digest:
                 raise DamagedFolder(f"{path / name} is damaged: its checksum differs")
         return manifest["facts"]
     except FileNotFoundError as error:
         raise DamagedFolder(f"{error.filename} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedFolder):
             raise
         raise DamagedFolder(f"{path} cannot be read: {error!r}") from error
+
+
+def stored_digests(path: Path, names: Iterable[str]) -> list[str]:
+    """Return the checksums of files of a cached folder, as its manifest has them.
+
+    Raises:
+        DamagedFolder, OSError: the folder changed since `read_folder` accepted it.
+    """
+    files = _read_manifest(path)["files"]
+    return [files[name][1] for name in names]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return a folder's manifest after checking its own checksum."""
+    file = path / _MANIFEST
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_MANIFEST_BYTES:
+        raise DamagedFolder(f"{file} is not a regular file of at most {_MAX_MANIFEST_BYTES} bytes")
+    manifest = json.loads(file.read_bytes())
+    if manifest.pop("checksum") != _digest_of_json(manifest):
+        raise DamagedFolder(f"{file} is damaged: its checksum differs")
+    return manifest
 
 
 def file_digest(path: Path) -> str:
@@ -109,11 +137,13 @@ def _build(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
         files = {file.name: [file.stat().st_size, file_digest(file)] for file in sorted(partial.iterdir())}
         manifest = {"identity": identity, "facts": facts, "files": files}
         manifest["checksum"] = _digest_of_json(manifest)
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_synced(partial / _MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         try:
-            # No fsync: the checksum detects what a power failure loses.
+            # The data are not synced: the checksum detects what a power failure loses.
             partial.rename(path)
         except OSError:
+            if not path.exists():
+                raise
             # Without working locks another process may have been first; its files are the same.
             facts = read_folder(path, identity, checks_content=True)
             shutil.rmtree(partial)
@@ -126,7 +156,10 @@ def _build(path: Path, identity: dict, fill: Callable[[Path], dict]) -> dict:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Hold the lock of `path` and yield true, or yield false where the file system has no locks."""
-    with path.with_name(f"{path.name}.lock").open("ab") as file:
+    name = path.with_name(f"{path.name}.lock")
+    # Not blocking: whoever opens a FIFO to write waits for its reader.
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    with os.fdopen(descriptor, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -143,7 +176,7 @@ def _remove(path: Path) -> None:
     removed = path.with_name(_partial_name(path, uuid.uuid4().hex))
     with contextlib.suppress(FileNotFoundError):  # another host was faster
         path.rename(removed)
-        shutil.rmtree(removed)
+        remove(removed)
 
 
 def _partial_name(path: Path, mark: str) -> str:

@@ -1,5 +1,6 @@
 """The records of a store as sequences to train on."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,10 @@ class Records(Protocol):
     def lengths(self) -> np.ndarray:
         """Tokens of each record over all its sequences, int64 [n]."""
 
+    @property
+    def digest(self) -> str:
+        """Checksum of the ids of all sequences, in order; equal for equal content, wherever it was read."""
+
     def examples(self, number: int) -> tuple[Example, ...]:
         """Return the sequences of one record."""
 
@@ -42,7 +47,7 @@ class Demonstrations:
 
     def __init__(self, store: TokenStore, path: str) -> None:
         self.store, self.path = store, path
-        self.lengths = store.lengths
+        self.lengths, self.digest = store.lengths, store.digest
 
     def __len__(self) -> int:
         return len(self.store)
@@ -70,6 +75,9 @@ class Pairs:
         self.store, self.path = store, path
         self.kept = np.arange(len(store)) if kept is None else np.asarray(kept, dtype=np.int64)
         self.lengths = store.lengths[self.kept]
+        chosen = hashlib.blake2b(store.digest.encode(), digest_size=16)
+        chosen.update(np.ascontiguousarray(self.kept).tobytes())
+        self.digest = chosen.hexdigest()
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -12,7 +12,13 @@ import numpy as np
 from glm_rlhf.engine.data.records.files import check_record_file
 from glm_rlhf.engine.data.records.reading import OnError, RecordError
 from glm_rlhf.engine.data.records.schema import ANY_ID, PairForm
-from glm_rlhf.engine.data.store.build_cache import DamagedFolder, ensure_folder, file_digest, read_folder
+from glm_rlhf.engine.data.store.build_cache import (
+    DamagedFolder,
+    ensure_folder,
+    file_digest,
+    read_folder,
+    stored_digests,
+)
 from glm_rlhf.engine.data.store.token_writer import (
     ANSWERS,
     FORMAT,
@@ -75,6 +81,9 @@ class TokenStore:
     def __init__(self, folder: Path, kind: Kind, report: StoreReport) -> None:
         self.kind = kind
         self.report = report
+        parts = ":".join((kind, *stored_digests(folder, (TOKENS, OFFSETS))))
+        self.digest = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+        """Checksum of the ids of all records, in order."""
         self._answers: tuple[str, ...] = ANSWERS[kind]
         num_parts, num_records = 1 + len(self._answers), report.num_records
         self._tokens = _mapped(folder / TOKENS, np.int32, report.num_tokens)
@@ -234,8 +243,11 @@ def open_store(
             f"{error}: either the rank that tokenises {path} failed, see its error, or the ranks do not see "
             "the same files"
         ) from error
-    errors = tuple(RecordError(path, line, reason) for line, reason in facts.pop("errors"))
-    return TokenStore(store_folder, kind, StoreReport(errors=errors, **facts))
+    try:
+        errors = tuple(RecordError(path, line, reason) for line, reason in facts.pop("errors"))
+        return TokenStore(store_folder, kind, StoreReport(errors=errors, **facts))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{store_folder} holds no store of tokens ({error!r}): remove it") from error
 
 
 def _identity(source: Source, tokenizer: Tokenizer | None) -> dict:

@@ -25,13 +25,14 @@ from glm_rlhf.engine.data.records.schema import (
 )
 from glm_rlhf.engine.data.records.token_ids import answer_ids, prompt_ids
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.parallel.storage.durable_io import name_in_errors, write_synced
 
 Kind = Literal["prompts", "demonstrations", "pairs"]
 
 ANSWERS = {"prompts": (), "demonstrations": ("response",), "pairs": ("chosen", "rejected")}
 """Kind of records → names of their answers, in storage order."""
 
-FORMAT = 1
+FORMAT = 2
 """Format version, raised when the same file would be stored differently: by layout, reading or rendering."""
 
 TOKENS, OFFSETS, RECORDS = "tokens.int32", "offsets.int64", "records.int64"
@@ -107,13 +108,14 @@ def write_records(folder: Path, source: Source, tokenizer: Tokenizer | None) -> 
         The fields of `StoreReport` as JSON values; errors as `[line, reason]`.
 
     Raises:
-        RecordError: a bad file or record, or a file that changed during reading. OSError: the disk is full.
+        RecordError: a bad file or record, or a file that changed during reading. OSError: the disk is full;
+            the error names the file.
     """
     path = source.path
     before = path.stat()
     report = ReadReport()
     offsets, indices, num_truncated = array("q", [0]), array("q"), 0
-    with (folder / TOKENS).open("wb") as file:
+    with name_in_errors(folder / TOKENS), (folder / TOKENS).open("wb") as file:
         bar = tqdm(
             source.open(tokenizer, report), desc=f"tokenise {path.name}", unit=" records", disable=None
         )
@@ -123,8 +125,8 @@ def write_records(folder: Path, source: Source, tokenizer: Tokenizer | None) -> 
                 offsets.append(offsets[-1] + len(ids))
             indices.append(entry.index)
             num_truncated += entry.num_truncated
-    np.frombuffer(offsets, dtype=np.int64).tofile(folder / OFFSETS)
-    np.frombuffer(indices, dtype=np.int64).tofile(folder / RECORDS)
+    write_synced(folder / OFFSETS, offsets.tobytes())
+    write_synced(folder / RECORDS, indices.tobytes())
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise RecordError(path, 0, "changed while it was read; run again when it is complete")

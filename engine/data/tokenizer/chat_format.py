@@ -65,9 +65,8 @@ def with_opening_text(chat_format: ChatFormat, text: str) -> ChatFormat:
     return replace(chat_format, opening=(*chat_format.opening, text), header="")
 
 
-_OPENING_IN_TEMPLATE = re.compile(
-    r"if\s+add_generation_prompt\s*(-?)%\}(\s*)<\|assistant\|>([^{]*?)(\s*)\{%(-?)\s*endif", re.DOTALL
-)
+_OPENING_IN_TEMPLATE = re.compile(r"if\s+add_generation_prompt\s*(-?)%\}(\s*)<\|assistant\|>")
+_END_OF_OPENING = re.compile(r"\{%(-?)\s*endif")
 
 
 def opening_text_of_template(template: str) -> str:
@@ -76,11 +75,17 @@ def opening_text_of_template(template: str) -> str:
     Nothing else is read from a template; the text is empty if the template has none there or computes it.
     A `{%-` after the text strips the white space before it, as in Jinja.
     """
-    match = _OPENING_IN_TEMPLATE.search(template)
-    if match is None:
-        return ""
-    text, space, dash = match.group(3), match.group(4), match.group(5)
-    return text if dash else text + space
+    brace = 0
+    for opening in _OPENING_IN_TEMPLATE.finditer(template):
+        if brace < opening.end():
+            brace = template.find("{", opening.end())
+        if brace < 0:
+            break
+        end = _END_OF_OPENING.match(template, brace)
+        if end is not None:
+            text = template[opening.end() : brace]
+            return text.rstrip() if end.group(1) else text
+    return ""
 
 
 def _chatglm2_turns(messages: Sequence[Message]) -> list[Segment]:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 
 from glm_rlhf.engine.data.tokenizer.chat_format import CHATGLM2, CHATGLM3
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
+from glm_rlhf.engine.data.tokenizer.reserved_tokens import ReservedTokens
 from glm_rlhf.engine.data.tokenizer.vocabulary import TokenTable
 
 SPACE_SIGN = "\u2581"
@@ -23,8 +25,17 @@ _SPECIALS = {
 _FORMATS = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM3}
 
 
+class UnknownChatFormat(ValueError):
+    """A folder whose files do not say which of two chat formats it has."""
+
+
 def load_chatglm(
-    folder: Path, *, chat_format: str, tokenizer_config: Mapping, model_config: Mapping
+    folder: Path,
+    *,
+    chat_format: str,
+    tokenizer_config: Mapping,
+    model_config: Mapping,
+    reserved: ReservedTokens,
 ) -> Tokenizer:
     """Return the tokenizer of a ChatGLM2 or ChatGLM3 folder, without `extra_stop_ids`.
 
@@ -32,13 +43,14 @@ def load_chatglm(
     in the order of `_SPECIALS`. The real ChatGLM3 has 64789 pieces, hence `[MASK]` 64789, `[gMASK]`
     64790, `[sMASK]` 64791, `sop` 64792, `eop` 64793, `<|system|>` 64794, `<|user|>` 64795, `<|assistant|>`
     64796, `<|observation|>` 64797. Padding is `<unk>`, id 0. `added_tokens_decoder` in the tokenizer's config
-    may repeat them, and may add more.
+    may repeat them, and may add more, which are ordinary tokens unless they are reserved.
 
     Args:
         folder: holds `tokenizer.model`.
         chat_format: `chatglm2`, `chatglm3`, or `auto`: detected, see `chatglm_version`.
         tokenizer_config: parsed `tokenizer_config.json`; empty without one.
         model_config: parsed `config.json`; empty without one.
+        reserved: the folder's reserved tokens.
 
     Raises:
         ValueError: not a sentencepiece model, an unknown version, or special tokens that contradict the
@@ -57,9 +69,12 @@ def load_chatglm(
             f"{path} is a sentencepiece model; its chat format is chatglm2 or chatglm3, not {version!r}"
         )
     specials = {pieces.vocab_size() + i: name for i, name in enumerate(_SPECIALS[version])}
-    specials |= _declared_specials(path, pieces.vocab_size(), specials, tokenizer_config)
-    table = table_of_pieces(pieces, specials)
-    return Tokenizer(table=table, chat=_FORMATS[version], encode_text=pieces.encode)
+    declared = _declared_tokens(path, pieces.vocab_size(), specials, tokenizer_config)
+    specials |= {token: name for token, name in declared.items() if reserved.holds(name, token)}
+    added = {name: token for token, name in declared.items() if token not in specials}
+    table = table_of_pieces(pieces, specials, added)
+    encode = pieces.encode if not added else partial(_encode_around, pieces, _any_of(added), added)
+    return Tokenizer(table=table, chat=_FORMATS[version], encode_text=encode)
 
 
 def chatglm_version(folder: Path, tokenizer_config: Mapping, model_config: Mapping) -> str:
@@ -82,14 +97,38 @@ def chatglm_version(folder: Path, tokenizer_config: Mapping, model_config: Mappi
             match = re.search(r"chatglm([23])", str(config.get(key, "")).lower())
             if match is not None:
                 return f"chatglm{match.group(1)}"
-    raise ValueError(
+    raise UnknownChatFormat(
         f"{folder} may be of ChatGLM2 or ChatGLM3 (no chat template, no tokenization_chatglm.py, no name in "
         "its configs); pass chat_format=chatglm2 or chat_format=chatglm3"
     )
 
 
-def table_of_pieces(pieces: sentencepiece.SentencePieceProcessor, specials: Mapping[int, str]) -> TokenTable:
-    """Return the token table of the model's pieces and of the special tokens numbered after them.
+def _any_of(added: Mapping[str, int]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+
+
+def _encode_around(
+    pieces: sentencepiece.SentencePieceProcessor,
+    pattern: re.Pattern[str],
+    added: Mapping[str, int],
+    text: str,
+) -> list[int]:
+    """Return the ids of a text that may hold added tokens; the texts around them are encoded one by one."""
+    ids: list[int] = []
+    start = 0
+    for match in pattern.finditer(text):
+        ids += pieces.encode(text[start : match.start()])
+        ids.append(added[match.group(0)])
+        start = match.end()
+    return ids + pieces.encode(text[start:])
+
+
+def table_of_pieces(
+    pieces: sentencepiece.SentencePieceProcessor,
+    specials: Mapping[int, str],
+    added: Mapping[str, int] | None = None,
+) -> TokenTable:
+    """Return the token table of the model's pieces, and of the special and added tokens numbered after them.
 
     Control pieces (`<s>`, `</s>`) and `<unk>` are special; unused pieces are not tokens.
     """
@@ -110,15 +149,18 @@ def table_of_pieces(pieces: sentencepiece.SentencePieceProcessor, specials: Mapp
             if name.startswith(SPACE_SIGN):
                 spaced.append(i)
     # Whether the model puts a space before a text is a setting inside it, which its decoder shows.
+    added = added or {}
+    bytes_by_id |= {token: name.encode() for name, token in added.items()}
     puts_space = bool(spaced) and not pieces.decode([spaced[0]]).startswith(bytes_by_id[spaced[0]].decode())
     return TokenTable(
         bytes_by_id=bytes_by_id,
         name_by_id=name_by_id | dict(specials),
         spaced_ids=frozenset(spaced if puts_space else ()),
+        added_ids=frozenset(added.values()),
     )
 
 
-def _declared_specials(
+def _declared_tokens(
     path: Path, num_pieces: int, expected: Mapping[int, str], tokenizer_config: Mapping
 ) -> dict[int, str]:
     declared = tokenizer_config.get("added_tokens_decoder", {})
@@ -129,7 +171,7 @@ def _declared_specials(
     further: dict[int, str] = {}
     for key, entry in declared.items():
         name = entry.get("content") if isinstance(entry, Mapping) else None
-        if not key.isdecimal() or not isinstance(name, str):
+        if not key.isdecimal() or not isinstance(name, str) or not name:
             raise ValueError(f"{config_path}: added_tokens_decoder[{key!r}] names no token")
         token = int(key)
         if token < num_pieces:

@@ -1,6 +1,6 @@
 """Loads the tokenizer of a Hugging Face folder, whose files determine its kind."""
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,14 @@ from pathlib import Path
 from glm_rlhf.engine.data.tokenizer.chat_tokenizer import Tokenizer
 from glm_rlhf.engine.data.tokenizer.chatglm import load_chatglm
 from glm_rlhf.engine.data.tokenizer.glm4 import load_ranks, load_tokenizer_json
+from glm_rlhf.engine.data.tokenizer.reserved_tokens import reserved_tokens
+from glm_rlhf.engine.data.tokenizer.stop_ids import declared_stop_ids
 from glm_rlhf.engine.data.tokenizer.tiktoken_vocab import is_ranks_file
+from glm_rlhf.parallel.storage.model_folder import plain_file
+from glm_rlhf.parallel.storage.text_files import read_json, read_text
+
+_MAX_TEMPLATE_BYTES = 2**20
+"""Largest chat template: those of GLM have a few KiB."""
 
 CHAT_FORMATS = ("auto", "chatglm2", "chatglm3", "glm4")
 
@@ -42,37 +49,48 @@ def load_tokenizer(path: str | Path, *, chat_format: str = "auto") -> Tokenizer:
         folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the model's folder, with its tokenizer files")
-    tokenizer_config = _read_object(folder / "tokenizer_config.json")
-    model_config = _read_object(folder / "config.json")
+    tokenizer_config = _read_object(folder, "tokenizer_config.json")
+    model_config = _read_object(folder, "config.json")
+    generation_config = _read_object(folder, "generation_config.json")
+    reserved = reserved_tokens(tokenizer_config, model_config, generation_config)
     model, description = folder / "tokenizer.model", folder / "tokenizer.json"
-    _raise_if_not_content(model)
-    _raise_if_not_content(description)
+    for path in (model, description):
+        if os.path.lexists(path):
+            _raise_if_not_content(plain_file(folder, path.name))
     is_ranks = model.is_file() and is_ranks_file(model)
     if model.is_file() and not is_ranks:
         tokenizer = load_chatglm(
-            folder, chat_format=chat_format, tokenizer_config=tokenizer_config, model_config=model_config
+            folder,
+            chat_format=chat_format,
+            tokenizer_config=tokenizer_config,
+            model_config=model_config,
+            reserved=reserved,
         )
     elif description.is_file() or is_ranks:
         if chat_format not in ("auto", "glm4"):
             raise ValueError(f"{folder} holds GLM-4's vocabulary; its chat format is glm4, not {chat_format}")
         template = _template(folder, tokenizer_config)
         if description.is_file():
-            tokenizer = load_tokenizer_json(description, template=template)
+            tokenizer = load_tokenizer_json(description, template=template, reserved=reserved)
         else:
-            tokenizer = load_ranks(model, tokenizer_config=tokenizer_config, template=template)
+            tokenizer = load_ranks(
+                model, tokenizer_config=tokenizer_config, template=template, reserved=reserved
+            )
     else:
         raise ValueError(
             f"{folder} has neither tokenizer.model nor tokenizer.json; copy the model's tokenizer files "
             "there, or give their folder as tokenizer.path"
         )
     _check_markers_stay_text(folder, tokenizer)
-    stops = _declared_stops(folder, model_config, tokenizer)
-    return replace(tokenizer, extra_stop_ids=stops)
+    stops: list[int] = []
+    for name, config in (("generation_config.json", generation_config), ("config.json", model_config)):
+        stops += declared_stop_ids(config, folder / name, num_ids=tokenizer.vocab_size, whose="the tokenizer")
+    return replace(tokenizer, extra_stop_ids=tuple(dict.fromkeys(stops)))
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Return whether a folder holds a tokenizer file of any kind, valid or not."""
-    return any((Path(path) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    """Return whether a folder holds a tokenizer file of any kind, valid or not, or what has its name."""
+    return any(os.path.lexists(Path(path) / name) for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def _check_markers_stay_text(folder: Path, tokenizer: Tokenizer) -> None:
@@ -85,46 +103,20 @@ def _check_markers_stay_text(folder: Path, tokenizer: Tokenizer) -> None:
             )
 
 
-def _declared_stops(folder: Path, model_config: Mapping, tokenizer: Tokenizer) -> tuple[int, ...]:
-    stops: list[int] = []
-    generation_config = _read_object(folder / "generation_config.json")
-    for name, config in (("generation_config.json", generation_config), ("config.json", model_config)):
-        declared = config.get("eos_token_id")
-        for token in declared if isinstance(declared, list) else [] if declared is None else [declared]:
-            if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-                raise ValueError(
-                    f"{folder / name}: eos_token_id {token!r} is not an id of the tokenizer, which has ids "
-                    f"from 0 to {tokenizer.vocab_size - 1}; the config is of another tokenizer"
-                )
-            stops.append(token)
-    return tuple(dict.fromkeys(stops))
-
-
 def _template(folder: Path, tokenizer_config: Mapping) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if os.path.lexists(folder / "chat_template.jinja"):
+        return read_text(plain_file(folder, "chat_template.jinja"), max_bytes=_MAX_TEMPLATE_BYTES)
     template = tokenizer_config.get("chat_template", "")
     return template if isinstance(template, str) else ""
 
 
-def _read_object(path: Path) -> Mapping:
-    """Return the JSON object in a file, or an empty one without a file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; download the file again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def _read_object(folder: Path, name: str) -> Mapping:
+    """Return the JSON object in a file of the folder, or an empty one without the file."""
+    return read_json(plain_file(folder, name)) if os.path.lexists(folder / name) else {}
 
 
 def _raise_if_not_content(path: Path) -> None:
     """Raise ValueError if a file is a git-lfs pointer or empty."""
-    if not path.is_file():
-        return
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):

@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
+
+_MAX_TOKEN_BYTES = 1024
+"""Longest token: GLM-4's has 128 bytes; each split of a token is considered, in quadratic time."""
 
 GLM4_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -40,7 +43,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             except (binascii.Error, ValueError) as error:
                 raise ValueError(f"{path}:{number}: expected a base64 token and its rank: {error}") from error
             if not token or token in ranks:
-                raise ValueError(f"{path}:{number}: token {token!r} is empty or a duplicate")
+                raise ValueError(f"{path}:{number}: token {token!r:.80} is empty or a duplicate")
+            if len(token) > _MAX_TOKEN_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: a token has {len(token)} bytes; it may have {_MAX_TOKEN_BYTES}"
+                )
             ranks[token] = value
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
@@ -52,7 +59,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Tokenizer:
+def byte_level_bpe(
+    ranks: Mapping[bytes, int], split: str = GLM4_SPLIT, *, words: Mapping[str, int] | None = None
+) -> Tokenizer:
     """Return a `tokenizers` BPE that merges as tiktoken does with these ranks.
 
     Tiktoken repeatedly joins the neighbours whose joined bytes have the lowest rank. As merge rules: each
@@ -60,7 +69,13 @@ def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Token
     token is not split. The order differs only where two overlapping splits of one token compete inside a word
     (both join to the same bytes): tiktoken takes the left one, this the one with the lower ranks. The decoded
     text is the same.
+
+    Args:
+        ranks: token bytes → id.
+        split: regular expression that splits text into words before merging.
+        words: added tokens → id, found in a text before it is split.
     """
+    words = dict(words or {})
     letters = byte_letters()
 
     def spelled(token: bytes) -> str:
@@ -75,7 +90,8 @@ def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Token
             if left in ranks and right in ranks
         )
         merges += [(spelled(left), spelled(right)) for _, _, left, right in pairs]
-    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    # The library numbers added tokens anew, unless the model has them.
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()} | words
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -84,6 +100,8 @@ def byte_level_bpe(ranks: Mapping[bytes, int], split: str = GLM4_SPLIT) -> Token
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    if words:
+        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
 

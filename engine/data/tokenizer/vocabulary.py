@@ -23,6 +23,8 @@ class TokenTable:
     spaced_ids: frozenset[int] = field(default=frozenset(), repr=False)
     """Ids whose leading space is dropped at the beginning of a run of ordinary tokens: sentencepiece puts a
     space before every text that it encodes, and drops it when decoding."""
+    added_ids: frozenset[int] = field(default=frozenset(), repr=False)
+    """Ids of ordinary tokens that were added to a sentencepiece vocabulary: each is a run of its own."""
     id_by_name: Mapping[str, int] = field(init=False, repr=False)
     """Special tokens: name → id."""
     size: int = field(init=False)
@@ -57,12 +59,14 @@ def decode(
     ordinary, special = table.bytes_by_id, table.name_by_id
     for position, token in enumerate(ids):
         written = ordinary.get(token)
-        if written is not None:
+        if written is not None and token not in table.added_ids:
             run.append(written[1:] if not run and token in table.spaced_ids else written)
             continue
         parts.append(b"".join(run).decode("utf-8", "replace"))
         run.clear()
-        if token in special:
+        if written is not None:
+            parts.append(written.decode())
+        elif token in special:
             parts.append("" if skip_special else special[token])
         else:
             parts.append(_text_of_unknown(table, token, position, unknown))
@@ -94,11 +98,13 @@ class StreamDecoder:
         table, position = self._table, self._position
         self._position += 1
         written = table.bytes_by_id.get(token)
-        if written is not None:
+        if written is not None and token not in table.added_ids:
             drops_space = self._opens_run and token in table.spaced_ids
             self._opens_run = False
             return self._utf8.decode(written[1:] if drops_space else written)
-        if token in table.name_by_id:
+        if written is not None:
+            text = written.decode()
+        elif token in table.name_by_id:
             text = "" if self._skip_special else table.name_by_id[token]
         else:
             text = _text_of_unknown(table, token, position, self._unknown)

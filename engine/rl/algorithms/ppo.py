@@ -1,4 +1,4 @@
-"""PPO: the losses of policy and critic on an iteration's experience, cut in mini-batches.
+"""PPO: GAE with the KL to the reference in the rewards, and the clipped losses of policy and critic.
 
 Differs from the textbook in what ChatGLM-RLHF and the field add: dual-sided clipping of values in units of
 reward, a next-token loss on demonstrations in the policy's steps, and one joint step of both roles.
@@ -13,18 +13,17 @@ import torch
 import torch.distributed as dist
 
 from glm_rlhf.engine.config.rl import PPOSection
-from glm_rlhf.engine.scoring.packed_batches import PackedBatch, batches_of_rollouts
-from glm_rlhf.engine.training.loss import Learner, Loss, LossTerm
+from glm_rlhf.engine.rl.algorithm import Needs
+from glm_rlhf.engine.scoring.packed_batches import PackedBatch, Streams
+from glm_rlhf.engine.training.loss import Loss
 from glm_rlhf.engine.training.step import RoleStep
-from glm_rlhf.engine.types import Experience
-from glm_rlhf.kernels import ppo_value_loss
+from glm_rlhf.engine.types import Advantages, Experience, Rollouts, Signals
+from glm_rlhf.kernels import ppo_advantages, ppo_value_loss, whiten
 from glm_rlhf.kernels.rl.reference_policy_loss import POLICY_SUMS, PolicyStatistics
 from glm_rlhf.kernels.rl.reference_value_loss import VALUE_SUMS, ValueStatistics
 from glm_rlhf.parallel.model.glm import GLMModel
 from glm_rlhf.parallel.model.token_outputs import next_tokens, shift_to_rows, token_values
 from glm_rlhf.parallel.model.vocab_parallel_loss import linear_ppo_loss
-from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
-from glm_rlhf.parallel.runtime.nonfinite import abbreviate
 from glm_rlhf.parallel.runtime.topology import Topology
 
 
@@ -92,97 +91,85 @@ class ValueLoss:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MiniBatch:
-    """The sequences of one optimizer step on this rank."""
+class PPO:
+    """Owns the KL coefficient of PPO, which may follow a target."""
 
-    batches: tuple[PackedBatch, ...]
-    """Their micro-batches, with the streams of both losses; none where this rank has no sequence in the
-    step."""
-    num_actions: float
-    """Trained tokens of the step over all data-parallel ranks: the losses' denominator."""
+    def __init__(self, section: PPOSection) -> None:
+        """Begin with the coefficient of the settings."""
+        self.section, self.kl_coef = section, section.kl_coef
 
+    def needs(self) -> Needs:
+        """Return policy, critic and reference."""
+        return Needs(trains=("critic", "policy"), reference=True)
 
-def mini_batches(
-    experience: Experience, ppo: PPOSection, *, micro_batch_tokens: int, seed: int, topology: Topology
-) -> list[MiniBatch]:
-    """Return one epoch's mini-batches: all ranks' sequences in random order, cut in even parts.
-
-    Which sequences form a mini-batch follows from the seed, not from the layout; a rank has those of its
-    share. Every rank of the topology calls this: the data-parallel group sums the denominators.
-
-    Args:
-        experience: of this rank's share.
-        ppo: the algorithm's settings.
-        micro_batch_tokens: most tokens of a micro-batch.
-        seed: of the order.
-        topology: layout and groups.
-    """
-    rollouts = experience.rollouts
-    generator = torch.Generator().manual_seed(seed)
-    position = torch.randperm(rollouts.num_global, generator=generator).tolist()
-    streams = {
-        "mask": rollouts.action_mask_T,
-        "old_logprobs": experience.old_logprobs_T,
-        "advantages": experience.advantages_T,
-        "values": experience.values_T,
-        "returns": experience.returns_T,
-    }
-    parts, sizes = [], []
-    for part in range(ppo.minibatches):
-        batches = batches_of_rollouts(
-            rollouts,
-            [n for n, index in enumerate(rollouts.indices) if position[index] % ppo.minibatches == part],
-            max_tokens=micro_batch_tokens,
-            topology=topology,
-            streams=streams,
+    def advantages(self, rollouts: Rollouts, signals: Signals, *, topology: Topology) -> Advantages:
+        """Return GAE of the critic's values, with the KL to the reference in the rewards; see `Algorithm`."""
+        assert signals.ref_logprobs_T is not None
+        assert signals.values_T is not None
+        ppo, mask_T = self.section, rollouts.action_mask_T
+        estimate = ppo_advantages(
+            signals.old_logprobs_T,
+            signals.ref_logprobs_T,
+            signals.values_T,
+            signals.rewards.rewards_B,
+            rollouts.cu_seqlens,
+            mask_T,
+            kl_coef=self.kl_coef,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            kl_estimator=ppo.kl_estimator,
+            token_rewards_T=signals.rewards.token_rewards_T,
         )
-        parts.append(tuple(batches))
-        sizes.append(sum(int(batch.streams["mask"].sum()) for batch in batches))
-    totals = torch.tensor(sizes, dtype=torch.float64, device=topology.device)
-    dist.all_reduce(totals, group=topology.dp_group)
-    return [
-        MiniBatch(batches=part, num_actions=max(total, 1.0))
-        for part, total in zip(parts, totals.tolist(), strict=True)
-    ]
+        advantages_T = estimate.advantages_T
+        if ppo.whiten:
+            sums = estimate.whitening_sums()
+            dist.all_reduce(sums, group=topology.dp_group)
+            advantages_T = whiten(advantages_T, mask_T, sums)
+        return Advantages(advantages_T=advantages_T, returns_T=estimate.returns_T, kl_T=estimate.kl_T)
 
+    def streams(self, experience: Experience) -> Streams:
+        """Return the streams of `PolicyLoss` and `ValueLoss`."""
+        assert experience.values_T is not None
+        assert experience.returns_T is not None
+        return {
+            "mask": experience.rollouts.action_mask_T,
+            "old_logprobs": experience.old_logprobs_T,
+            "advantages": experience.advantages_T,
+            "values": experience.values_T,
+            "returns": experience.returns_T,
+        }
 
-def learners(
-    states: Mapping[str, AnyTrainingState],
-    experience: Experience,
-    mini_batch: MiniBatch,
-    ppo: PPOSection,
-    *,
-    demonstrations: LossTerm | None = None,
-) -> dict[str, Learner]:
-    """Return each role's part in an optimizer step, by role: the critic's, then the policy's.
+    def losses(self, experience: Experience) -> Mapping[str, Loss]:
+        """Return the losses of critic and policy."""
+        return {
+            "critic": ValueLoss(value_clip=self.section.value_clip),
+            "policy": PolicyLoss(ppo=self.section, temperature=experience.rollouts.temperature),
+        }
 
-    Both losses are divided by the action tokens of the mini-batch over all data-parallel ranks. The policy's
-    has the loss on demonstrations as a second term: micro-batches of both go through one pipeline schedule
-    into one gradient, which is reduced and clipped once.
+    def step_metrics(self, role: str, step: RoleStep) -> dict[str, float]:
+        """Return the metrics of a step of critic or policy."""
+        return critic_metrics(step) if role == "critic" else policy_metrics(step)
 
-    Args:
-        states: `policy` and `critic` in training.
-        experience: of this rank's share.
-        mini_batch: of it.
-        ppo: the algorithm's settings.
-        demonstrations: the step's demonstrations; None for none.
-    """
-    rollouts = experience.rollouts
+    def means(self, role: str, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Return means over the steps of critic or policy."""
+        return critic_means(steps) if role == "critic" else policy_means(steps)
 
-    def term(loss: Loss) -> LossTerm:
-        return LossTerm(
-            loss=loss,
-            batches=mini_batch.batches,
-            denominator=mini_batch.num_actions,
-            name_items=lambda items: f"answers {abbreviate([rollouts.indices[item] for item in items])}",
-        )
+    def after_iteration(self, experience: Experience) -> dict[str, float]:
+        """Move the KL coefficient towards its target, at most by a fifth of the way of one horizon."""
+        metrics, target = {"actor/kl_coef": self.kl_coef}, self.section.kl_target
+        if target is not None:
+            error = experience.metrics["objective/kl_per_token"] / target - 1.0
+            share = experience.rollouts.num_global / self.section.kl_horizon
+            self.kl_coef *= 1.0 + min(max(error, -0.2), 0.2) * share
+        return metrics
 
-    terms = {"critic": [term(ValueLoss(value_clip=ppo.value_clip))]}
-    terms["policy"] = [term(PolicyLoss(ppo=ppo, temperature=rollouts.temperature))]
-    if demonstrations is not None:
-        terms["policy"].append(demonstrations)
-    return {role: Learner(role=role, state=states[role], terms=tuple(own)) for role, own in terms.items()}
+    def state(self) -> dict[str, float]:
+        """Return the KL coefficient."""
+        return {"kl_coef": self.kl_coef}
+
+    def set_state(self, state: Mapping[str, float]) -> None:
+        """Continue with a KL coefficient."""
+        self.kl_coef = state["kl_coef"]
 
 
 def policy_metrics(step: RoleStep) -> dict[str, float]:

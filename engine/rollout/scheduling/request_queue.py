@@ -7,6 +7,7 @@ from glm_rlhf.engine.rollout.scheduling.page_pool import PagePool
 from glm_rlhf.engine.rollout.scheduling.requests import (
     Completion,
     GenerationRequest,
+    NonFiniteLogits,
     QueueStatistics,
     sample_seed,
 )
@@ -83,12 +84,6 @@ class GenerationQueue:
         return self._scheduler.num_unfinished == 0
 
     @property
-    def requests_in_flight(self) -> list[int]:
-        """Indices of the requests for which the steps in flight sample a token."""
-        steps = [step for step in self._in_flight if step]
-        return sorted({sequence.prompt.request.index for step in steps for sequence in step})
-
-    @property
     def num_running(self) -> int:
         """Sequences that own pages now."""
         return self._scheduler.num_running
@@ -135,6 +130,7 @@ class GenerationQueue:
 
         Raises:
             ValueError: another number of tokens than the step samples; nothing is changed.
+            NonFiniteLogits: a token is -1; nothing is changed.
         """
         sequences = self._in_flight[group]
         assert sequences is not None, f"take({group}) without a step in flight"
@@ -144,6 +140,9 @@ class GenerationQueue:
                 f"take({group}) was given {counts} tokens, logprobs and untempered logprobs; the step "
                 f"samples {len(sequences)}: one for each decode, then one for each prefill that samples"
             )
+        without_token = [sequence for sequence, token in zip(sequences, tokens, strict=True) if token < 0]
+        if without_token:
+            raise NonFiniteLogits(sorted({sequence.prompt.request.index for sequence in without_token}))
         self._in_flight[group] = None
         self._scheduler.on_step_done(group)
         completions = []

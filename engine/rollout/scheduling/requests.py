@@ -1,16 +1,27 @@
 """The frozen types of the queue: requests, completions and statistics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
     "Completion",
     "GenerationRequest",
+    "NonFiniteLogits",
     "QueueStatistics",
     "sample_seed",
 ]
 
 _WORD = 2**64
+
+
+class NonFiniteLogits(FloatingPointError):
+    """No token can be sampled for some requests: logits are NaN or Inf, or every id is masked."""
+
+    def __init__(self, requests: Sequence[int]) -> None:
+        """Keep the `GenerationRequest.index` of these requests, in order."""
+        super().__init__(f"the logits of requests {list(requests)} are not finite")
+        self.requests = tuple(requests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Config files and overrides: what is read, what is refused, and how the refusal helps."""
 
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -267,11 +268,46 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
         load_config(_Root, tmp_path)
 
 
+def test_a_pipe_is_refused_at_once(tmp_path: Path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"c\.yaml is not a regular file"):
+        load_config(_Root, tmp_path / "c.yaml")
+
+
+def test_aliases_do_not_multiply(tmp_path: Path):
+    """Nine lists of nine aliases each are ten billion values out of half a kilobyte."""
+    lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, 10):
+        lines.append(f"l{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 9)}]")
+    text = "run: {" + ", ".join(lines) + "}"
+    start = time.process_time()
+    assert "values, aliases counted; a config has at most" in _refusal(tmp_path, text)
+    assert "run.seed is" in _refusal(tmp_path, "", f"run.seed={{{', '.join(lines)}}}")
+    assert time.process_time() - start < 2
+    assert _load(tmp_path, "run: {name: &n x, seed: &s 3}\noptimizer: {lr: *s}").optimizer.lr == 3.0
+
+
+def test_thousands_of_unknown_keys_are_refused_in_a_short_message(tmp_path: Path):
+    text = "run:\n" + "".join(f"  unknown_key_{i}: 1\n" for i in range(4000))
+    start = time.process_time()
+    message = _refusal(tmp_path, text)
+    assert time.process_time() - start < 3
+    assert "unknown key run.unknown_key_19," in message
+    assert message.endswith("and 3980 more keys are unknown")
+    assert len(message) < 4000
+
+
+def test_a_config_of_a_megabyte_is_refused_unread(tmp_path: Path):
+    start = time.process_time()
+    assert "is larger than" in _refusal(tmp_path, "run:\n" + "  seed: 1\n" * 100_000)
+    assert time.process_time() - start < 2
+
+
 def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("glm_rlhf.parallel.storage.text_files.os.open", refuse)
     assert _refusal(tmp_path, "") == "c.yaml cannot be read: Permission denied"
 
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from glm_rlhf.engine.cli import COMMANDS, Command
 from glm_rlhf.engine.config import sections
 from glm_rlhf.engine.config.keys import keys_of
 from glm_rlhf.engine.config.load import ConfigError, load_config
-from glm_rlhf.engine.config.sections import ScoreConfig
+from glm_rlhf.engine.config.sections import GenerateConfig, ScoreConfig
 from glm_rlhf.engine.config.tools import ConvertConfig, DoctorConfig
+from glm_rlhf.engine.config.training import LabelConfig
 
 ROOTS = (ConvertConfig, DoctorConfig, ScoreConfig)
 REQUIRED = {
@@ -134,6 +137,36 @@ def test_an_impossible_value_or_combination_is_refused(root: type, override: str
     with pytest.raises(ConfigError) as caught:
         _load(root, override)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["1e-45", "1e-320", "0.00009", "1e40", "-1", ".inf", ".nan", "1e400"])
+def test_a_temperature_that_fp32_cannot_divide_by_is_refused(number: str):
+    for root, required in ((GenerateConfig, "model.path=m"), (LabelConfig, "reward.path=r")):
+        with pytest.raises(ConfigError) as caught:
+            load_config(
+                root, None, ["model.path=m", "data.path=d", required, f"generation.temperature={number}"]
+            )
+        assert "generation.temperature is " in str(caught.value)
+        assert "from 0.0001 to 10000" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [0, 0.0001, 10000])
+def test_zero_and_both_ends_are_temperatures(number: float):
+    assert sections.GenerationSection(temperature=number).temperature == number
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_no_number_of_any_command_is_nan_or_infinite(command: Command):
+    required = [f"{key}=1" for key in _required(command.config)]
+    numbers = [key for key in keys_of(command.config).values() if key.value_type in (int, float, tuple)]
+    for key in numbers:
+        for value in (".nan", "-.inf", "1e400", "[.nan]", "[0.9, .inf]"):
+            with pytest.raises(ConfigError, match=re.escape(key.path)):
+                load_config(command.config, None, [*required, f"{key.path}={value}"])
+
+
+def _required(root: type) -> list[str]:
+    return [path for path, key in keys_of(root).items() if key.is_required]
 
 
 def test_sections_are_checked_when_built_in_python_too():

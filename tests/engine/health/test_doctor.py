@@ -20,6 +20,7 @@ from glm_rlhf.engine.health.connectivity import exchange, join, try_collectives,
 from glm_rlhf.engine.health.doctor import DoctorReport, differences, to_json, to_text
 from glm_rlhf.engine.health.survey import ABSENT, PACKAGES, Collective, RankSurvey, Version, survey_rank
 from glm_rlhf.parallel.fast_paths import FastPath, probe
+from glm_rlhf.parallel.runtime.launch import read_launch
 
 
 def _survey(rank: int, *, torch_version: str = "2.13.0", has_apex: bool = False) -> RankSurvey:
@@ -142,7 +143,7 @@ def test_a_launch_without_a_meeting_place_is_the_callers_fault(monkeypatch: pyte
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="MASTER_ADDR"):
-        join(0.1)
+        join(read_launch(), 0.1)
 
 
 def test_an_unhealthy_launch_returns_1(
@@ -150,7 +151,7 @@ def test_an_unhealthy_launch_returns_1(
 ):
     failed = replace(_survey(1), collectives=(Collective(backend="gloo", is_ok=False, detail="refused"),))
     for report, code in ((_report(_survey(0), _survey(1)), 0), (_report(_survey(0), failed), 1), (None, 0)):
-        monkeypatch.setattr(doctor, "diagnose", lambda report=report, **kwargs: report)
+        monkeypatch.setattr(doctor, "diagnose", lambda _, report=report, **kwargs: report)
         assert doctor.run(DoctorConfig()) == code
     assert re.search(r"gloo +rank 1 +FAILED +refused", capsys.readouterr().out)
 

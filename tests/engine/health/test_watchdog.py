@@ -71,3 +71,24 @@ def test_progress_of_any_kind_keeps_it_silent(capfd, monkeypatch):
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     assert codes == []
     assert capfd.readouterr().err == ""
+
+
+def test_a_suspension_does_not_count_and_a_later_hang_does(capfd, monkeypatch):
+    codes, clock = [], Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    with watchdog(1.0, rank=1, end=codes.append):
+        for seconds in (0.3, 3600, 0.3, 500):  # two suspensions of a job that waits for a second at most
+            clock.move(seconds)
+            if seconds == 0.3:
+                heartbeat()
+        assert codes == []
+        said = capfd.readouterr().err
+        assert "[rank 1] did not run for 3600 s (suspended?): this time does not count" in said
+        assert said.count("suspended?") == 2
+        heartbeat()
+        clock.move(3600.0)
+        while not codes:  # the hang that follows a suspension is found
+            clock.now += 0.1
+            time.sleep(0.1)
+    assert codes == [HUNG]
+    assert "[rank 1] hung for" in capfd.readouterr().err

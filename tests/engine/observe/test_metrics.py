@@ -1,7 +1,9 @@
 """Metrics: one line per step, null where undefined, nothing written by ranks that own no file."""
 
+import errno
 import json
 import math
+import os
 import sys
 import types
 
@@ -64,3 +66,98 @@ def test_a_missing_wandb_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wandb is not installed"):
         with open_metrics(tmp_path, is_owner=True, wandb_project="glm"):
             pass
+
+
+def test_a_full_disk_ends_tensorboard_with_one_warning_and_not_the_run(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_metrics(tmp_path, is_owner=True) as write:
+        write(1, {"actor/loss": 0.75})
+        monkeypatch.setattr(RecordWriter, "write", full)
+        monkeypatch.setattr(RecordWriter, "flush", full)
+        write(2, {f"metric/{number}": 0.5 for number in range(50)})
+        write(3, {f"metric/{number}": 0.5 for number in range(50)})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    said = capsys.readouterr().err
+    assert said.count(f"{tmp_path / 'tensorboard'}: No space left on device") == 1, said
+    assert "Traceback" not in said
+
+
+FOREIGN = [
+    *(
+        b"\n",
+        b"not JSON\n",
+        b"[1, 2]\n",
+        b"3\n",
+        b"null\n",
+        b"\xff\xfe\x00\n",
+        b"{}\n",
+        b"[" * 20_000 + b"\n",
+    ),
+    *(b'{"step": "2"}\n', b'{"step": true}\n', b'{"step": -1}\n', b'{"step": 1.5}\n', b'{"step": NaN}\n'),
+    *(b'{"step": 2, "a": NaN}\n', b'{"step": 2, "a": "x"}\n', b'{"step": 2, "a": [1]}\n'),
+    *(b'{"step": 2, "a": 1%s}\n' % (b"0" * 400), b'{"step": 2, "a": 1%s}\n' % (b"0" * 5000)),
+    *(b'{"step": 2, "a": "%s"}\n' % (b"x" * 2**22), b'{"step": 3, "a": 0.'),
+]
+"""Lines that no run wrote, the last one cut."""
+
+
+def test_a_resumed_run_keeps_its_lines_and_says_how_many_others_it_removed(tmp_path, capsys):
+    own = [b'{"step": 0, "a": 1.0}\n', b'{"step": 1, "a": null}\n', b'{"step": 2, "a": 0.1}\n']
+    again = [b'{"step": 2, "a": 0.3}\n', b'{"step": 3, "a": 0.25}\n']
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([own[0], *FOREIGN[:10], *own[1:], *again, *FOREIGN[10:]]))
+    with open_metrics(tmp_path, is_owner=True, uses_tensorboard=False, last_step=2) as write:
+        write(3, {"a": 0.5})
+    assert path.read_bytes() == b"".join([own[0], own[1], again[0], b'{"step": 3, "a": 0.5}\n'])
+    assert (
+        f"{path}: {len(FOREIGN)} lines are no metrics of a step and were removed" in capsys.readouterr().err
+    )
+    with open_metrics(tmp_path, is_owner=True, uses_tensorboard=False, last_step=3):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("last_step", [None, 2])
+def test_what_is_no_file_is_refused_and_nobody_waits(tmp_path, last_step):
+    for make in (os.mkfifo, os.mkdir):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        make(folder / "metrics.jsonl")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is not a regular file"):
+            with open_metrics(folder, is_owner=True, uses_tensorboard=False, last_step=last_step):
+                pass
+
+
+def raw_steps(folder) -> list[tuple[str, int]]:
+    """Tag and step of every event, file after file, as a reader that purges nothing sees them."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    events = (event for path in sorted(folder.iterdir()) for event in EventFileLoader(str(path)).Load())
+    return [(value.tag, event.step) for event in events for value in event.summary.value]
+
+
+def test_no_step_is_twice_in_tensorboard(tmp_path):
+    """Resumed from an earlier step, from inside the first one, killed in a write, and begun anew."""
+
+    def write_steps(first: int, last: int, last_step: int | None) -> None:
+        with open_metrics(tmp_path, is_owner=True, last_step=last_step) as write:
+            for step in range(first, last + 1):
+                write(step, {"a": float(step), "b": 1.0})
+
+    folder = tmp_path / "tensorboard"
+    write_steps(0, 300, None)
+    (file,) = folder.iterdir()
+    with file.open("ab") as events:
+        events.write(b"\x18\0\0\0\0\0\0\0half")
+    write_steps(201, 260, 200)
+    write_steps(231, 240, 230)
+    assert raw_steps(folder) == [(tag, step) for step in range(241) for tag in "ab"]
+    write_steps(1, 3, 0)
+    assert raw_steps(folder) == [(tag, step) for step in range(4) for tag in "ab"]
+    write_steps(1, 2, None)
+    assert raw_steps(folder) == [(tag, step) for step in (1, 2) for tag in "ab"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]

@@ -1,6 +1,7 @@
 """The report: one file, everything of the run in it, nothing of it taken for markup."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -90,3 +91,31 @@ def test_a_folder_without_metrics_is_an_error_that_does_not_end_a_finished_run(t
 def test_a_table_whose_rows_do_not_match_its_columns_is_refused():
     with pytest.raises(ValueError, match="3 cells for 2 columns"):
         ReportTable(title="t", columns=("a", "b"), rows=((1, 2, 3),))
+
+
+def test_foreign_lines_and_files_are_skipped_and_counted(tmp_path, capsys):
+    folder = make_run(tmp_path)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n\n[]\nnull\n\xff\n" + b"[" * 20_000 + b'\n{"step": "x"}\n{"step": 5, "a": NaN}\n')
+    write_samples(folder, "step_1.jsonl", [([5, 6], "kept", 0.25)])
+    with (folder / "samples" / "step_1.jsonl").open("ab") as file:
+        file.write(b"[]\n3\n{}\n\xff\n" + b"[" * 20_000 + b'\n{"prompt_tokens": [5')
+    (folder / "samples" / "step_x.jsonl").write_text("mine")
+    os.mkfifo(folder / "samples" / "step_2.jsonl")
+    (folder / "config.yaml").unlink()
+    os.mkfifo(folder / "config.yaml")
+    page = write_report(folder).read_text()
+    assert "Steps 1 to 3" in page
+    assert "<td>kept</td>" in page
+    # The line cut in `make_run` takes the first line end.
+    assert (
+        "metrics.jsonl: 8 lines are no metrics of a step and are not in the report" in capsys.readouterr().err
+    )
+    os.remove(folder / "metrics.jsonl")
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not a regular file"):
+        write_report(folder)
+    os.remove(folder / "metrics.jsonl")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="has no metric"):
+        write_report(folder)

@@ -91,6 +91,24 @@ def test_the_written_config_is_one_that_ppo_accepts(tmp_path):
         subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
 
 
+@pytest.mark.parametrize(("disk", "seconds"), [("1GB", 320), ("10GB", 90), ("1MB", 65535)])
+def test_a_job_is_signalled_early_enough_for_a_save(tmp_path, disk, seconds):
+    config = plan_config(tmp_path, "model.path=glm-4-9b", "cluster.gpus=64", f"cluster.disk={disk}")
+    run(config)
+    estimate = plans_of(config)[0].estimate.phases
+    longest = max(
+        estimate["score"].seconds, estimate["train policy"].seconds + estimate["train critic"].seconds
+    )
+    needed = longest + 60 + 255e9 / config.cluster.disk  # 2 × 9 B parameters of 14 bytes
+    assert min(needed, 65535) <= seconds < needed + 10
+    lines = (tmp_path / "slurm.sbatch").read_text().splitlines()
+    assert f"#SBATCH --signal=TERM@{seconds}" in lines
+    assert lines.index(f"#SBATCH --signal=TERM@{seconds}") < lines.index("set -euo pipefail")
+    for name in ("slurm.sbatch", "torchrun.sh"):
+        export = f'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{seconds}}}"'
+        assert export in (tmp_path / name).read_text().splitlines()
+
+
 def test_one_node_needs_no_rendezvous_address(tmp_path):
     run(plan_config(tmp_path, "model.path=chatglm3-6b", "cluster.gpus=4"))
     assert "--standalone --nproc-per-node=4" in (tmp_path / "torchrun.sh").read_text()

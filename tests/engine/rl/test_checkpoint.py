@@ -61,7 +61,11 @@ def load_elsewhere(model: Path, folder: Path, *layout: str):
     """On each rank: metrics of an iteration in another layout, and what loading of other settings says."""
     with PPOEngine(config_of(model, *layout)) as engine:
         engine.load(folder)
-        iteration, kl_coef, found = engine.roles.iteration, engine.roles.kl_coef, iterate(engine)
+        iteration, kl_coef, found = (
+            engine.roles.iteration,
+            engine.roles.progress()["kl_coef"],
+            iterate(engine),
+        )
     refused = []
     with PPOEngine(config_of(model, *layout, "ppo.clip=0.1")) as engine:
         for path in (folder, folder / "step_2" / "none", folder.parent / "nowhere"):

@@ -14,6 +14,7 @@ from transformers import GlmForCausalLM
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.data.records.hh_rlhf import split_dialogue_pair
 from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
+from glm_rlhf.engine.rl.roles import PPORoles
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,21 @@ def test_a_run_at_tp2_pp2_leaves_metrics_samples_and_a_model(ranks, inputs, tmp_
     before = GlmForCausalLM.from_pretrained(inputs[0])
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), exported.parameters(), strict=True)]
     assert all(changed)
+
+
+def test_the_critics_rate_is_constant_while_the_policys_changes(inputs, tmp_path, monkeypatch):
+    rates = []
+
+    def update(roles, experience, **options):
+        rates.append({name: state.optimizer.param_groups[0]["lr"] for name, state in roles.states.items()})
+        return real_update(roles, experience, **options)
+
+    real_update = PPORoles.update
+    monkeypatch.setattr(PPORoles, "update", update)
+    more = ["optimizer.warmup_steps=2", "critic.lr=5e-4", "ppo.epochs=1"]
+    assert main(command(inputs, tmp_path, *more)) == 0
+    assert [rate["critic"] for rate in rates] == [5e-4] * 3
+    assert len({rate["policy"] for rate in rates}) > 1
 
 
 def test_answers_without_a_reward_are_excluded_in_every_layout(ranks, inputs, tmp_path, capsys):

@@ -88,15 +88,10 @@ def test_everything_of_an_update_goes_through_tensors():
     update = PartialUpdate(
         experience=experience,
         epoch=2,
-        policy_steps=[{"actor/ppo_kl": 1 / 3}],
-        critic_steps=[{"critic/vf_loss": 0.1}],
+        steps={"critic": [{"critic/vf_loss": 0.1}], "policy": [{"actor/ppo_kl": 1 / 3}]},
     )
     found = update_of(tensors_of(update), device=torch.device("cpu"))
-    assert (found.epoch, found.policy_steps, found.critic_steps) == (
-        2,
-        update.policy_steps,
-        update.critic_steps,
-    )
+    assert (found.epoch, found.steps) == (2, update.steps)
     for one, expected in ((found.experience, experience), (found.experience.rollouts, rollouts)):
         for name in type(one).__dataclass_fields__:
             mine, wanted = getattr(one, name), getattr(expected, name)

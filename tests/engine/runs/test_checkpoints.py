@@ -1,17 +1,21 @@
 """A run that stops and resumes is, bit for bit, the run that never stopped; other layouts resume too."""
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from run_lines import run_on_two_ranks
 from tiny_models import make_model, save_folder
 from training_curves import curve, metrics_of, run_main, write_demonstrations, write_lines, write_pairs
 
+from glm_rlhf.engine.runs import checkpoints
 from glm_rlhf.engine.runs.checkpoints import RunCheckpoints
 
 STEPS = 6
@@ -173,6 +177,33 @@ def test_four_ranks_resume_bit_for_bit_and_one_rank_from_their_checkpoint(
     metric = "actor/loss" if name == "sft" else "reward/minus_baseline/mean"
     expected = curve(tmp_path / "whole", metric)[3:]
     assert found[0][metric] == pytest.approx(expected[0], rel=1e-6)  # sums in another order
+
+
+def run_by_the_clock(inputs: Path, output: Path, *options: str) -> int:
+    """Run with a clock that moves by 700 s per look on rank 0, and stands on the others."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    times = itertools.count(0, 700 if rank == 0 else 0)
+    original, checkpoints.time = checkpoints.time, SimpleNamespace(monotonic=lambda: next(times))
+    try:
+        return run_main(command("sft", inputs, output, "train.save_every=0", *options))[0]
+    finally:
+        checkpoints.time = original
+
+
+def test_a_long_run_saves_by_rank_0s_clock(ranks, inputs, tmp_path):
+    assert ranks.run(run_by_the_clock, inputs, tmp_path / "default") == [0] * 4
+    found = {output: {} for output in ("default", "off", "often", "few")}
+    assert run_by_the_clock(inputs, tmp_path / "off", "train.save_every_s=0") == 0
+    assert run_by_the_clock(inputs, tmp_path / "often", "train.save_every_s=600.5") == 0
+    assert run_by_the_clock(inputs, tmp_path / "few", "train.save_every_s=600", "train.keep_last=2") == 0
+    for output in found:
+        found[output] = sorted(path.name for path in (tmp_path / output / "checkpoints").glob("step_*"))
+    assert found == {
+        "default": ["step_3", "step_6"],  # 1,800 s after the start and after the save
+        "off": ["step_6"],
+        "often": [f"step_{step}" for step in range(1, 7)],
+        "few": ["step_5", "step_6"],
+    }
 
 
 def test_what_a_run_does_with_what_it_finds(inputs, tmp_path):

@@ -92,7 +92,7 @@ def scored_with_a_gap(folder: Path) -> dict:
             engine.models["policy"],
             alone,
             alone.action_mask_T,
-            max_gap=engine.ppo.max_logprob_gap,
+            max_gap=engine.algorithm.section.max_logprob_gap,
             max_tokens=engine.micro_batch_tokens,
             seed=1,
             topology=topology,

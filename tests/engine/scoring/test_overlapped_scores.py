@@ -11,6 +11,7 @@ from reward_rules import nan_after_long_prompts
 from tiny_models import make_model, save_folder
 from tiny_ppo import make_roles, prompts
 
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
 from glm_rlhf.engine.types import Experience
 from glm_rlhf.parallel.runtime.spans import recording
 from glm_rlhf.parallel.runtime.topology import open_topology
@@ -39,7 +40,7 @@ def early_and_late(folder: Path, axes: dict) -> tuple[Counter, Counter, list[flo
         progress = engine.progress()
         overlapped, first = _experience(engine)
         engine.set_progress(progress)
-        engine.ppo = replace(engine.ppo, overlap_scoring=False)
+        engine.algorithm = PPO(replace(engine.algorithm.section, overlap_scoring=False))
         late, second = _experience(engine)
         assert torch.equal(first.rollouts.tokens_T, second.rollouts.tokens_T)
         assert first.rollouts.excluded == second.rollouts.excluded

@@ -9,7 +9,7 @@ from tiny_models import make_model, save_folder
 from tiny_ppo import make_roles, prompts
 
 from glm_rlhf.engine.observe.phases import Phases
-from glm_rlhf.engine.rl.algorithms.ppo import learners, mini_batches
+from glm_rlhf.engine.rl.mini_batches import learners, mini_batches
 from glm_rlhf.engine.training.step import take_step
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.runtime.topology import open_topology
@@ -40,12 +40,12 @@ def steps(folder, axes):
             with memory as met:
                 for part in mini_batches(
                     experience,
-                    roles.ppo,
+                    roles.algorithm,
                     micro_batch_tokens=roles.micro_batch_tokens,
                     seed=1,
                     topology=topology,
                 ):
-                    both = list(learners(roles.states, experience, part, roles.ppo).values())
+                    both = list(learners(roles.states, experience, part, roles.algorithm).values())
                     for group in [[one] for one in both] if way == "apart" else [both]:
                         taken += take_step(group, topology=topology, dtype=torch.float32).roles
             reported = [torch.tensor(step.grad_norm) for step in taken]

@@ -87,14 +87,13 @@ def test_no_model_with_a_nan_on_one_rank_makes_experience(ranks, folder):
     said, is_same = json.loads(answer)
     assert is_same
     words = {
-        "policy": "rows have no token that can be sampled",
+        "policy": "the policy's logits in the answers to prompts",
         "reference": "the reference's logprobs of answers 0, 1, 2 and 13 more",
         "critic": "the critic's values of answers 0, 1, 2 and 13 more",
     }
     assert said.keys() == words.keys()
     for name, sentence in words.items():
         assert sentence in said[name], (name, said[name])
-    assert "(prompts 0, 1, 2" in said["policy"]
 
 
 def meet_faults_in_steps(folder, axes, in_backward: bool):

@@ -5,6 +5,7 @@ import torch
 from kernel_device import DEVICE
 
 from glm_rlhf.kernels.decoding.sampling import Samples, sample
+from glm_rlhf.kernels.decoding.sampling_shard import combine_shards, sample_shard
 from glm_rlhf.kernels.dispatch import launch
 
 IMPLEMENTATIONS = ["reference", "triton"]
@@ -227,10 +228,42 @@ def test_rows_that_cannot_be_drawn_say_so_and_leave_their_neighbours_alone(tempe
         assert torch.equal(before[[0, 5]], after[[0, 5]])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("limits", [{}, {"top_k": 20}, {"top_p": 0.5}])
+def test_temperatures_whose_inverse_overflows_are_the_limits_that_they_approach(limits, implementation):
+    logits_BV = torch.randn(8, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    masked_V = torch.zeros(700, dtype=torch.bool, device=DEVICE)
+    masked_V[500:] = True
+    temperature_B = torch.tensor([1e-45, 1e-40, 1.2e-38, 1e-30, 1e37, 3e38, 3.4e38, 1.0], device=DEVICE)
+    with launch.forced(implementation):
+        greedy = sample(logits_BV, **rows(8), temperature=0.0, masked_ids_V=masked_V)
+        one = sample(logits_BV, **rows(8), masked_ids_V=masked_V, **limits)
+        samples = sample(logits_BV, **rows(8), temperature=temperature_B, masked_ids_V=masked_V, **limits)
+    assert torch.equal(samples.tokens_B[:4], greedy.tokens_B[:4])
+    assert samples.logprobs_B[:4].tolist() == [0.0] * 4
+    num_kept = {"top_k": 20, "top_p": 250}.get(next(iter(limits), ""), 500)
+    uniform = torch.full((3,), num_kept).log().neg()
+    torch.testing.assert_close(samples.logprobs_B[4:7].cpu(), uniform, rtol=1e-5, atol=0.0)
+    assert samples.tokens_B[7] == one.tokens_B[7]
+    assert not masked_V[samples.tokens_B].any()
+
+
+def test_a_temperature_that_is_nan_draws_nothing():
+    statistics = sample_shard(
+        torch.zeros(2, 5, device=DEVICE),
+        temperature_B=torch.tensor([torch.nan, 1.0], device=DEVICE),
+        **rows(2),
+    )
+    assert (combine_shards(statistics[None]).tokens_B == -1).tolist() == [True, False]
+
+
 def test_wrong_arguments_are_named():
     logits_BV, row = torch.zeros(2, 5), rows(2, device="cpu")
     with pytest.raises(ValueError, match="temperature is -1"):
         sample(logits_BV, **row, temperature=-1.0)
+    for temperature in (1e40, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature is"):
+            sample(logits_BV, **row, temperature=temperature)
     with pytest.raises(ValueError, match="temperature holds"):
         sample(logits_BV, **row, temperature=torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match="top_p is 0"):

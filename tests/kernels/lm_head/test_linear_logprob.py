@@ -315,8 +315,11 @@ def test_target_out_of_range_is_refused(target):
         ((2, 8), (40, 9), 2, torch.float32, 1.0, r"\[T, D\] and \[V, D\] required"),
         ((2, 8), (40, 8), 3, torch.float32, 1.0, "one target per row"),
         ((2, 8), (40, 8), 2, torch.bfloat16, 1.0, "convert one of them"),
-        ((2, 8), (40, 8), 2, torch.float32, 0.0, "a number > 0 required"),
-        ((2, 8), (40, 8), 2, torch.float32, float("nan"), "a number > 0 required"),
+        ((2, 8), (40, 8), 2, torch.float32, 0.0, "1e-06 to"),
+        ((2, 8), (40, 8), 2, torch.float32, float("inf"), "1e-06 to"),
+        ((2, 8), (40, 8), 2, torch.float32, 1e40, "1e-06 to"),
+        ((2, 8), (40, 8), 2, torch.float32, 1e-45, "1e-06 to"),
+        ((2, 8), (40, 8), 2, torch.float32, float("nan"), "1e-06 to"),
     ],
 )
 def test_what_does_not_fit_is_named(hidden_shape, weight_shape, num_targets, dtype, temperature, message):

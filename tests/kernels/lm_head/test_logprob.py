@@ -274,7 +274,10 @@ def test_shards_add_up(implementation):
         (torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long), 1.0, "flatten batch and sequence"),
         (torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), 1.0, "flatten batch and sequence"),
         (torch.zeros(4, 3).t(), torch.zeros(3, dtype=torch.long), 1.0, "contiguous"),
-        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), -1.0, "a number > 0 required"),
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), -1.0, "1e-06 to"),
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), float("inf"), "1e-06 to"),
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), 1e40, "1e-06 to"),
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), 1e-45, "1e-06 to"),
         (torch.zeros(3, 4), torch.tensor([0, 4, 0]), 1.0, "found 4, required 0 <= target < 4"),
     ],
 )

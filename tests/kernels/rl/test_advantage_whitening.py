@@ -21,9 +21,16 @@ def test_whitening_equals_masked_mean_and_unbiased_deviation():
     torch.testing.assert_close(whitened[mask].double(), expected, rtol=0, atol=5e-7)
     assert (whitened[~mask] == 0).all()
     scaled = whiten(result.advantages_T, mask, result.whitening_sums(), shifts_mean=False)
-    torch.testing.assert_close(
-        scaled[mask].double(), trained / (trained.var(correction=1) + 1e-8).sqrt(), rtol=0, atol=5e-7
-    )
+    torch.testing.assert_close(scaled[mask].double(), expected + trained.mean(), rtol=0, atol=5e-7)
+
+
+def test_the_mean_is_kept_where_it_is_not_shifted():
+    """By hand: mean 3, variance 4, and one masked token."""
+    advantages = torch.tensor([1.0, 9.0, 3.0, 5.0])
+    mask = torch.tensor([True, False, True, True])
+    sums = torch.tensor([3.0, 9.0, 35.0], dtype=torch.float64)
+    kept = whiten(advantages, mask, sums, shifts_mean=False, epsilon=1e-12)
+    torch.testing.assert_close(kept, torch.tensor([2.0, 0.0, 3.0, 4.0]), rtol=0, atol=1e-6)
 
 
 def test_whitening_sums_of_two_ranks_are_those_of_the_whole_batch():

@@ -128,6 +128,22 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+def test_an_interrupt_as_the_thread_starts_leaves_a_run_that_works(tmp_path, monkeypatch):
+    def interrupt(_thread):
+        raise KeyboardInterrupt
+
+    with tiny_run(tmp_path) as run:
+        run.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run.save(1)
+        run.step()  # must not wait for a copy that nobody makes
+        run.writer.poll()
+        run.save(2)
+    assert list(step_folders(tmp_path)) == [2]
+
+
 def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
     folder = tiny_disk / "run"
     save_steps(folder, {}, [2])
@@ -139,7 +155,7 @@ def test_a_full_and_a_read_only_disk_leave_the_old_checkpoint(tiny_disk):
     assert sorted(path.name for path in folder.iterdir()) == [TRACKER, "step_2"]
     blocker.unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
-    with pytest.raises(ValueError, match=r"step 4 was not written: .*Read-only file system"):
+    with pytest.raises(OSError, match="Read-only file system"):  # at the start
         save_steps(folder, {}, [4])
     assert files_of(folder / "step_2") == before
     assert newest(folder).manifest.step == 2
@@ -168,6 +184,34 @@ def test_a_damaged_checkpoint_gives_way_to_a_new_one_of_its_step(tmp_path):
     save_steps(tmp_path, {}, [4])
     assert newest(tmp_path).manifest.step == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [TRACKER, "step_2", "step_4"]
+
+
+def test_foreign_things_among_the_checkpoints_are_no_obstacle(tmp_path):
+    """What has a checkpoint's or a leftover's name goes as a checkpoint would; others stay."""
+    save_steps(tmp_path, {}, [2])
+    (tmp_path / "step_1").write_text("a file")
+    (tmp_path / ".step_3.partial").write_text("a file")
+    os.mkfifo(tmp_path / "step_0")
+    (tmp_path / "mine").mkdir()
+    save_steps(tmp_path, {}, [4])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TRACKER, "mine", "step_2", "step_4"]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_tracker_that_is_no_file_is_refused_at_the_start(tmp_path, make):
+    make(tmp_path / TRACKER)
+    for _ in range(2):  # the first refusal left no lock
+        with pytest.raises(ValueError, match=f"{TRACKER} is not a regular file"):
+            save_steps(tmp_path, {}, [2])
+    assert [path.name for path in tmp_path.iterdir()] == [TRACKER]
+
+
+def test_a_folder_of_checkpoints_has_one_writer(tmp_path):
+    with tiny_run(tmp_path) as run:
+        with pytest.raises(ValueError, match=rf"is being written by process {os.getpid()} on "):
+            save.CheckpointWriter(tmp_path, topology=run.topology, **OPTIONS)
+        run.save(2)
+    assert newest(tmp_path).manifest.step == 2
 
 
 def test_what_gave_way_to_a_save_that_was_killed_gets_its_name_back(tmp_path):

@@ -13,8 +13,6 @@ from upstream import TESTED, Upstream, check
 ROOM = Path(__file__).resolve().parents[3] / "parallel" / "megatron_compat"
 CORE = "megatron.core"
 RANDOM = f"{CORE}.tensor_parallel.random"
-SCHEDULES = f"{CORE}.pipeline_parallel.schedules"
-P2P = f"{CORE}.pipeline_parallel.p2p_communication:P2PCommunicator"
 OPTIMIZER = f"{CORE}.optimizer.distrib_optimizer:DistributedOptimizer"
 WRAPPER = f"{CORE}.distributed.distributed_data_parallel:DistributedDataParallel"
 BUFFER = f"{CORE}.distributed.param_and_grad_buffer:_ParamAndGradBuffer"
@@ -72,38 +70,6 @@ RELIED_ON = [
         symbol="torch.distributed:ProcessGroup._get_sequence_number_for_group",
     ),
     Upstream(patch="timed_waits.around_waits", symbol="torch.distributed:Work.wait"),
-    Upstream(
-        patch="pipeline_schedule.around_backward_steps",
-        symbol=f"{SCHEDULES}:backward_step",
-        parameters=("input_tensor", "output_tensor", "output_tensor_grad", "model_type", "config"),
-    ),
-    *(
-        Upstream(
-            patch="pipeline_schedule.around_backward_steps",
-            symbol=f"{SCHEDULES}:forward_backward_{schedule}",
-            mentions=("backward_step",),
-        )
-        for schedule in (
-            "no_pipelining",
-            "pipelining_with_interleaving",
-            "pipelining_without_interleaving",
-        )
-    ),
-    Upstream(
-        patch="stage_communicator.KnownShapesCommunicator",
-        symbol=f"{P2P}.__init__",
-        parameters=("self", "pp_group", "config"),
-    ),
-    Upstream(
-        patch="stage_communicator.KnownShapesCommunicator",
-        symbol=f"{P2P}._communicate_shapes",
-        parameters=("self", "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next"),
-    ),
-    Upstream(
-        patch="stage_communicator.KnownShapesCommunicator",
-        symbol=f"{P2P}._communicate",
-        mentions=("_communicate_shapes", "variable_seq_lengths"),
-    ),
     Upstream(
         patch="distributed_optimizer.sub_optimizers",
         symbol=f"{CORE}.optimizer.optimizer:ChainedOptimizer",

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from machine_load import slowdown
 from megatron.core import parallel_state
 
-from glm_rlhf.parallel.runtime.topology import fresh_name, open_topology
+from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 
 LAYOUTS = (
@@ -195,21 +194,3 @@ def test_torchrun_ranks_make_a_world_again_and_again(tmp_path):
         ["0 2 0 0 3.0", "0 2 0 0 1.0", f"0 {refused}"],
         ["1 2 1 0 3.0", "1 2 0 1 2.0", f"1 {refused}"],
     ]
-
-
-def names_of(store, count: int) -> list[str]:
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(lambda rank: fresh_name(store, rank, count, 5.0), reversed(range(count))))
-
-
-def test_ranks_that_are_started_again_meet_under_a_name_of_their_own():
-    store = dist.HashStore()
-    store.set("key/2", "of a rank that ended before it had an answer")
-    found = [names_of(store, 3), names_of(store, 3), names_of(store, 1), names_of(store, 2)]
-    assert [len(set(names)) for names in found] == [1] * 4
-    assert len({names[0] for names in found}) == 4
-
-
-def test_a_rank_that_never_comes_is_named():
-    with pytest.raises(TimeoutError, match="rank 1 of 2 did not connect"):
-        fresh_name(dist.HashStore(), 0, 2, 0.05)

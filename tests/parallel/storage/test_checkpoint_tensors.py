@@ -3,11 +3,11 @@
 import copy
 import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from glm_rlhf.parallel.runtime.topology import open_topology
 from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.storage.checkpoint_manifest import CheckpointError
 from glm_rlhf.parallel.storage.checkpoint_tensors import open_checkpoint
+from glm_rlhf.parallel.storage.durable_io import remove
 
 NUM_RANDOM = 150
 RANK = "rank_00001.safetensors"
@@ -150,6 +151,23 @@ def duplicate_key(folder: Path) -> None:
     path.write_text(path.read_text().replace('"step": 4', '"step": 4, "step": 4', 1))
 
 
+def deep(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def in_its_place(place, make):
+    """Put something else where a file or the checkpoint is."""
+
+    def damage(folder: Path) -> None:
+        remove(place(folder))
+        make(place(folder))
+
+    return damage
+
+
 def starts_of(values) -> dict:
     return values["ranks"][1]["starts"]["policy"]
 
@@ -185,6 +203,12 @@ DAMAGES = {
     "header overlaps": header(overlapping),
     "header leaves a hole": header(lambda entries: entries.pop(first_tensor(entries)) and None),
     "header of another type": header(lambda entries: entries[first_tensor(entries)].update(dtype="F16")),
+    "header of whole numbers": header(
+        lambda entries: {
+            name: entry | ({"dtype": "I32"} if name.startswith("policy/") else {})
+            for name, entry in entries.items()
+        }
+    ),
     "header of an unknown type": header(lambda entries: entries[first_tensor(entries)].update(dtype="O")),
     "header misnames a parameter": header(
         lambda entries: {name.replace("layers.1", "layers.7"): entry for name, entry in entries.items()}
@@ -212,6 +236,15 @@ DAMAGES = {
     "manifest with a list for a model": manifest(lambda values: values.update(models=[])),
     "manifest a list": lambda folder: (folder / "manifest.json").write_text("[]"),
     "manifest with a key twice": duplicate_key,
+    "manifest deep": lambda folder: (folder / "manifest.json").write_bytes(b"[" * 200_000),
+    "manifest deep inside": manifest(lambda values: values["state"].update(a=deep(900))),
+    "manifest with a huge number": lambda folder: (folder / "manifest.json").write_text("1" * 10_000),
+    "manifest a FIFO": in_its_place(lambda folder: folder / "manifest.json", os.mkfifo),
+    "manifest a folder": in_its_place(lambda folder: folder / "manifest.json", os.mkdir),
+    "checkpoint a FIFO": in_its_place(lambda folder: folder, os.mkfifo),
+    "checkpoint a file": in_its_place(lambda folder: folder, Path.touch),
+    "checkpoint a link to nothing": in_its_place(lambda folder: folder, lambda path: path.symlink_to("none")),
+    "checkpoint a link to itself": in_its_place(lambda folder: folder, lambda path: path.symlink_to(path)),
     "manifest names ../": outside("../step_2/config.json"),
     "manifest names an absolute path": outside("/etc/passwd"),
     "manifest names a folder": outside("."),
@@ -247,6 +280,21 @@ def test_a_stale_tracker_is_reported_and_ignored(saved, topology, tmp_path, caps
         (tmp_path / "run" / "latest").write_bytes(content)
     assert newest_checkpoint(tmp_path / "run", topology=topology).manifest.step == 4
     assert "resuming from the newest complete checkpoint, step_4" in capsys.readouterr().err
+
+
+def huge(path: Path) -> None:
+    os.truncate(path.open("xb").fileno(), 2**40)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, huge])
+def test_a_tracker_that_is_no_name_is_not_waited_for(saved, topology, tmp_path, capsys, make):
+    damaged_copy(saved, tmp_path / "run")
+    (tmp_path / "run" / "latest").unlink()
+    make(tmp_path / "run" / "latest")
+    assert newest_checkpoint(tmp_path / "run", topology=topology).manifest.step == 4
+    said = capsys.readouterr().err
+    assert "resuming from the newest complete checkpoint, step_4" in said
+    assert all(character.isprintable() for character in said.strip())
 
 
 def test_no_complete_checkpoint_is_an_error_and_none_at_all_is_none(saved, topology, tmp_path):
@@ -348,6 +396,5 @@ def test_random_manifests_and_headers_give_typed_errors_or_load(saved, tmp_path)
             reasons.add(str(error))
         (folder / "manifest.json").write_text(text)
         (folder / RANK).write_bytes(content)
-    sys.stdout.write(f"{num_refused} of {NUM_RANDOM} refused\n")
     assert num_refused > NUM_RANDOM / 2
     assert all("step_4" in reason for reason in reasons)

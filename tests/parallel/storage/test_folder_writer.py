@@ -1,14 +1,18 @@
 """A folder appears complete or not at all."""
 
+import contextlib
 import json
 import os
 import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_files import small_files
 
+from glm_rlhf.parallel.storage import folder_writer
 from glm_rlhf.parallel.storage.folder_writer import (
     PlannedTensor,
     TensorFiles,
@@ -124,6 +128,33 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_failed_attempt_left_counts_as_room(tmp_path, monkeypatch):
+    files = plan_files(planned(1000), 10**9)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"x" * 8192)
+    monkeypatch.setattr(folder_writer.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    with new_folder(tmp_path / "out", files, Writers()) as folder:
+        TensorFiles(folder, files).write("t0", torch.ones(1000))
+    with (
+        pytest.raises(ModelFolderError, match=r"the disk has 0\.0 GB left"),
+        new_folder(tmp_path / "other", files, Writers()),
+    ):
+        pass
+
+
+def test_a_write_that_does_not_fit_names_the_file(tmp_path):
+    files = plan_files(planned(1000), 10**9)
+
+    def fill():
+        with new_folder(tmp_path / "out", files, Writers()) as folder:
+            TensorFiles(folder, files).write("t0", torch.ones(1000))
+
+    with small_files(2000), pytest.raises(OSError) as caught:
+        fill()
+    assert caught.value.filename == str(tmp_path / ".out.partial" / "model.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
 def run_writers(target: Path, files, write):
     """Run `write(rank, folder)` for two writers and return what each of them raised."""
     barrier, errors = threading.Barrier(2, timeout=120), [None, None]
@@ -176,3 +207,31 @@ def test_writers_without_a_barrier_are_refused():
         Writers(count=2)
     with pytest.raises(ValueError, match="rank is 2; with 2 writers"):
         Writers(rank=2, count=2, barrier=lambda: None)
+
+
+def test_the_second_writer_of_a_folder_is_refused_and_the_first_one_finishes(tmp_path):
+    """Without a lock the second took the first one's hidden folder, which ended as a file of zeros."""
+    target, files = tmp_path / "out", plan_files(planned(2), 100)
+    with new_folder(target, files, Writers()) as folder:
+        output = TensorFiles(folder, files)
+        with (
+            pytest.raises(ValueError, match=rf"out is being written by process {os.getpid()} on "),
+            new_folder(target, files, Writers()),
+        ):
+            pytest.fail("the block ran")
+        output.write("t0", torch.ones(2))
+    assert torch.equal(load_file(target / "model.safetensors")["t0"], torch.ones(2))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_without_locks_a_hidden_folder_that_is_there_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_writer, "one_writer", lambda target: contextlib.nullcontext(False))
+    (tmp_path / ".out.partial").mkdir()
+    files = plan_files(planned(2), 100)
+    with pytest.raises(ModelFolderError, match="another process may be writing"):
+        with new_folder(tmp_path / "out", files, Writers()):
+            pytest.fail("the block ran")
+    (tmp_path / ".out.partial").rmdir()
+    with new_folder(tmp_path / "out", files, Writers()) as folder:
+        TensorFiles(folder, files).write("t0", torch.ones(2))
+    assert os.listdir(tmp_path) == ["out"]

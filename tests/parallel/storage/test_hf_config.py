@@ -127,6 +127,12 @@ CASES = {
     "bias": ({"attention_bias": "true"}, "attention_bias is 'true'; true or false"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "asks for 'yarn' positions"),
+    "yarn of transformers 4": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "remove rope_scaling"),
+    "dropout": (
+        {"attention_dropout": 0.1},
+        "attention_dropout is 0.1; dropout is not supported: set it to 0",
+    ),
+    "a surrogate": ({"my_key": "\ud800"}, "holds a lone surrogate"),
     "two bases": ({"rope_theta": 5.0}, "rope_theta is 5.0 at the top and 10000.0 under rope_parameters"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantised"),
     "vision": ({"vision_config": {"depth": 2}}, "vision"),
@@ -150,11 +156,40 @@ def test_a_wrong_config_is_refused_in_one_sentence(config_file, case):
 @pytest.mark.parametrize("config_file", ["chatglm"], indirect=True)
 @pytest.mark.parametrize(
     "key, value",
-    [("add_bias_linear", True), ("rmsnorm", False), ("pre_seq_len", 128), ("tie_word_embeddings", True)],
+    [
+        ("add_bias_linear", True),
+        ("rmsnorm", False),
+        ("pre_seq_len", 128),
+        ("tie_word_embeddings", True),
+        ("fp32_residual_connection", True),
+        ("hidden_dropout", 0.1),
+        ("attention_dropout", 0.1),
+        ("classifier_dropout", 0.1),
+    ],
 )
 def test_a_chatglm_of_another_architecture_is_refused(config_file, key, value):
     change_json(config_file, **{key: value})
     with pytest.raises(ModelFolderError, match=f"{key} is {value}"):
+        read_config(config_file.parent)
+
+
+@pytest.mark.parametrize("config_file", ["chatglm"], indirect=True)
+def test_switches_that_are_off_and_longer_positions_of_chatglm(config_file):
+    off = {"hidden_dropout": 0.0, "attention_dropout": 0, "classifier_dropout": None, "rope_scaling": None}
+    change_json(config_file, fp32_residual_connection=False, **off)
+    read_config(config_file.parent)
+    change_json(config_file, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ModelFolderError, match="rope_scaling asks for 'yarn' positions"):
+        read_config(config_file.parent)
+
+
+def test_an_adapter_is_refused_with_what_to_do(config_file):
+    adapter = config_file.parent / "adapter_config.json"
+    adapter.write_text("{}")
+    with pytest.raises(ModelFolderError, match=r"holds an adapter .* merge_and_unload\(\)"):
+        read_config(config_file.parent)
+    config_file.unlink()  # as peft writes it
+    with pytest.raises(ModelFolderError, match=r"holds an adapter .* merge_and_unload\(\)"):
         read_config(config_file.parent)
 
 

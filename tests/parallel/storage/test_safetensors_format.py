@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ BAD = {
     "dtype list": (lambda p: write(p, {"a": entry(0, 16, [])}), r"'a': dtype \[\] is unknown"),
     "negative": (lambda p: write(p, {"a": entry(0, 16, shape=[-4])}), r"'a': shape \[-4\]"),
     "true": (lambda p: write(p, {"a": entry(0, 4, shape=[True])}), r"'a': shape \[True\]"),
+    "many dimensions": (lambda p: write(p, {"a": entry(0, 16, shape=[1] * 9)}), "8 dimensions at most"),
     "backwards": (lambda p: write(p, {"a": entry(16, 0, shape=[4])}), r"'a': data_offsets \[16, 0\]"),
     "wrong length": (
         lambda p: write(p, {"a": entry(0, 16, shape=[3])}),
@@ -81,6 +83,16 @@ def test_a_damaged_header_is_refused_in_one_sentence(tmp_path, case):
         read_header(path)
     assert "x.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_shape_of_many_numbers_costs_linear_time(tmp_path):
+    """Their product has millions of digits, and its computation took minutes."""
+    path = write(tmp_path / "x.safetensors", {"a": entry(0, 16, shape=[2**62] * 300_000)})
+    start = time.process_time()
+    with pytest.raises(ModelFolderError, match=r"'a': shape .* is not a list of counts") as caught:
+        read_header(path)
+    assert time.process_time() - start < 2 * path.stat().st_size / 1e6 + 1
+    assert len(str(caught.value)) < len(str(path)) + 300
 
 
 _NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.none(), st.text(max_size=3))

@@ -151,6 +151,11 @@ def change_tensors(folder, change):
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
 
 
+def prefix(tensors, text):
+    for name in list(tensors):
+        tensors[text + name] = tensors.pop(name)
+
+
 BAD = {
     "missing": (
         lambda t: t.pop("model.layers.2.mlp.down_proj.weight"),
@@ -180,6 +185,27 @@ BAD = {
     "whole numbers": (
         lambda t: t.update({"lm_head.weight": torch.zeros(96, 48, dtype=torch.int8)}),
         r"lm_head\.weight' as I8; a floating-point type",
+    ),
+    "whole numbers of 32 bits": (
+        lambda t: t.update({"lm_head.weight": torch.zeros(96, 48, dtype=torch.int32)}),
+        r"lm_head\.weight' as I32; a floating-point type",
+    ),
+    "a prefix of peft": (
+        lambda t: prefix(t, "base_model.model."),
+        r"'base_model\.model\..*', whose prefix is that of peft: merge .* with merge_and_unload\(\)",
+    ),
+    "a prefix of a wrapper": (
+        lambda t: prefix(t, "module."),
+        r"'module\..*', .* save the model inside it, model\.module",
+    ),
+    "a compiled model": (lambda t: prefix(t, "_orig_mod."), r"torch\.compile: save the model inside it"),
+    "a value head of TRL": (
+        lambda t: t.update({"v_head.summary.weight": torch.zeros(1, 48)}),
+        r"'v_head\.summary\.weight', which is TRL's value head: save .*model\.pretrained_model",
+    ),
+    "a LoRA": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 48)}),
+        r"lora_A\.weight', which is part of a LoRA adapter",
     ),
     "8 bit floats": (
         lambda t: t.update({"lm_head.weight": torch.zeros(96, 48).to(torch.float8_e4m3fn)}),

@@ -74,6 +74,19 @@ def in_family(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     return renamed
 
 
+def as_multi_head(folder: Path, num_heads: int) -> Path:
+    """Turn a ChatGLM folder whose groups are single heads into one without `multi_query_attention`.
+
+    Only the keys change. The rows stay, and so are those of another model, as random as the first.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("multi_query_group_num") == config["num_attention_heads"] == num_heads
+    del config["multi_query_attention"]
+    path.write_text(json.dumps(config))
+    return folder
+
+
 def _as_chatglm(folder: Path) -> None:
     (path,) = folder.glob("*.safetensors")
     tensors = in_family("chatglm", load_file(path))

@@ -9,6 +9,7 @@ from reward_rules import share_of_low_ids
 from glm_rlhf.engine.config.rl import PPOSection
 from glm_rlhf.engine.config.sections import GenerationSection
 from glm_rlhf.engine.rewards.combined import CombinedReward
+from glm_rlhf.engine.rl.algorithms.ppo import PPO
 from glm_rlhf.engine.rl.roles import PPORoles, answer_by_reference
 from glm_rlhf.engine.rollout.generate import AnswerSettings
 from glm_rlhf.engine.types import PromptInput
@@ -17,7 +18,7 @@ from glm_rlhf.parallel.optim.in_backward import training_state
 from glm_rlhf.parallel.optim.training_state import AdamSettings
 from glm_rlhf.parallel.weights.load import load_model
 
-PPO = {"epochs": 2, "minibatches": 2, "kl_target": 0.1, "kl_horizon": 100, "reference_baseline": False}
+SETTINGS = {"epochs": 2, "minibatches": 2, "kl_target": 0.1, "kl_horizon": 100, "reference_baseline": False}
 OF_REWARDS = {
     "reward_function_weight": "function_weight",
     "skip_reward_failures": "skip_failures",
@@ -43,7 +44,7 @@ def make_roles(
     """Roles that all start from `folder`; `settings` are of the algorithm, other changes of roles and
     rewards."""
     options = {"dtype": torch.float32, "seed": 7}
-    settings = PPO | (settings or {})
+    settings = SETTINGS | (settings or {})
     tokens = settings.pop("micro_batch_tokens", 80)
     changes["critic_warmup_iterations"] = settings.pop("critic_warmup_iterations", 0)
     models = {
@@ -82,7 +83,7 @@ def make_roles(
             answer_by_reference=baseline,
             **{own: changes.pop(name) for name, own in OF_REWARDS.items() if name in changes},
         ),
-        ppo=PPOSection(**settings),
+        algorithm=PPO(PPOSection(**settings)),
         answers=answers,
         micro_batch_tokens=tokens,
         seed=seed,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from faulty_run import Fault
+from faulty_run import SUSPENSION_S, Fault
 from reward_rules import SlowOnce, share_of_low_ids
 from safetensors.torch import load_file
 from tiny_models import make_model, save_folder
@@ -26,6 +26,7 @@ SLOW_S = 25.0
 NUM_ANSWERS = 8
 """Of an iteration of `ppo_line`, with those of the reference."""
 SOON_S = 5.0
+ENDED_WELL = ("rank 0 returned 0", "rank 1 returned 0")
 PHASES = ("generate", "reward", "old_logprobs", "critic", "policy")
 
 
@@ -83,6 +84,36 @@ LEFT_SOON = Promise(
     said=("as a signal asked",),
     has_same_bits=True,
     resumes=True,
+)
+ALL_LEFT = Promise(
+    promise="a second signal ignored, saved, each rank returns 0 (torchrun itself 1); the same command "
+    "resumes to the unfaulted run's bits",
+    said=(
+        "as a signal asked",
+        "a second signal .*the save continues",
+        *ENDED_WELL,
+    ),
+    has_same_bits=True,
+    resumes=True,
+)
+ORPHANED = Promise(
+    promise="the ranks find that torchrun was killed, save and end; the same command resumes to the same "
+    "bits",
+    deadline_s=60.0,
+    said=(
+        "torchrun has ended without its ranks",
+        "as a signal asked",
+        *ENDED_WELL,
+    ),
+    has_same_bits=True,
+    resumes=True,
+)
+CONTINUED = Promise(
+    promise=f"stopped for {SUSPENSION_S:g} s, longer than the watchdog allows, the job continues to the "
+    "unfaulted run's bits",
+    is_success=True,
+    said=(r"\[rank 0\] did not run for \d+ s", r"\[rank 1\] did not run for \d+ s"),
+    has_same_bits=True,
 )
 DONE = Promise(promise="the run continues to the unfaulted run's bits", is_success=True, has_same_bits=True)
 SPLIT = Promise(
@@ -166,6 +197,11 @@ CASES = (
     _case(12, "SIGUSR1", "generate", 0, LEFT),
     _case(12, "SIGUSR1", "save", 1, LEFT),
     *(_case(25, "SIGTERM", "reward", rank, LEFT_SOON, SLOW_SERVER) for rank in (0, 1)),
+    _case(12, "Ctrl-C", "generate", 1, LEFT),
+    _case(12, "Ctrl-C", "policy", 0, LEFT),
+    *(_case(19, "SIGTERM to the job", phase, rank, ALL_LEFT) for phase in PHASES for rank in (0, 1)),
+    *(_case(20, "lost launcher", phase, 0, ORPHANED) for phase in ("generate", "policy")),
+    *(_case(26, "suspended job", phase, 0, CONTINUED, "run.watchdog_s=4") for phase in PHASES),
     _case(7, "disk full", "save", 0, REPORTED),
     _case(7, "slow disk", "save", 1, DONE, "train.save_every=1"),
     _case(5, "corrupt file", "policy", 0, FELL_BACK, time=3),
@@ -204,7 +240,8 @@ def try_all(folder: Path) -> list[Outcome]:
             if SLOW_SERVER in case.settings:
                 addresses["slow_server"] = stack.enter_context(_served(slow))
             settings = [setting.format(**addresses) for setting in case.settings]
-            seconds, failure = _try(launch, case, [*line, *settings], folder / str(number), folder / "wanted")
+            arguments = [*line, f"run.watchdog_s={WATCHDOG_S}", *settings]
+            seconds, failure = _try(launch, case, arguments, folder / str(number), folder / "wanted")
             if SLOW_SERVER in case.settings and not slow.was_slow:
                 failure = failure or "the server was not slow"
             outcomes.append(Outcome(case=case, seconds=seconds, failure=failure))
@@ -225,7 +262,7 @@ def _served(rule: RewardFunction) -> Iterator[str]:
 
 def _try(launch: WarmLaunches, case: Case, line: list[str], output: Path, wanted: Path) -> tuple[float, str]:
     fault, promise = case.fault, case.promise
-    arguments = [*line, f"run.output={output}", f"run.watchdog_s={WATCHDOG_S}"]
+    arguments = [*line, f"run.output={output}"]
     if promise.num_restarts:
         arguments += ["train.save_every=1", "train.async_save=false"]
     try:

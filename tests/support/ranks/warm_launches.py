@@ -106,12 +106,18 @@ def _be_rank(fault: Fault, line: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # the agent's handlers
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     code = run_with_fault(fault, line, int(os.environ["RANK"]))
+    os.write(2, f"rank {os.environ['RANK']} returned {code}\n".encode())
+    if fault.kind == "SIGTERM to the job":  # a forked rank would wait until its agent takes its result
+        os._exit(code)
     if code:
         sys.exit(code)
 
 
 def _wait(child: int, deadline: float) -> tuple[int | None, bool]:
-    """Return a child's exit code, None where it had to be killed, and whether it left others behind."""
+    """Return a child's exit code, None where it had to be killed, and whether it left others behind.
+
+    Those that a child leaves behind that was killed itself have until the deadline.
+    """
     code = None
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -119,7 +125,9 @@ def _wait(child: int, deadline: float) -> tuple[int | None, bool]:
             code = os.waitstatus_to_exitcode(status)
             break
         time.sleep(0.02)
-    is_any_left = True
+    while code == -signal.SIGKILL and _is_any_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    is_any_left = code != -signal.SIGKILL or _is_any_alive(child)
     try:
         os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:
@@ -127,6 +135,16 @@ def _wait(child: int, deadline: float) -> tuple[int | None, bool]:
     if code is None:
         os.waitpid(child, 0)
     return code, is_any_left
+
+
+def _is_any_alive(group: int) -> bool:
+    """Return whether a process group has a process that is no zombie."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = file.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import logging
 import pickle
+import time
 import tracemalloc
 
 import pytest
@@ -32,6 +33,16 @@ def write(tmp_path):
         return path
 
     return write
+
+
+def test_fifty_thousand_keys_in_a_line_cost_linear_time(write):
+    """The duplicate is the last: comparing each key with all others was a minute."""
+    keys = ", ".join(f'"key_{i}": {i}' for i in range(50_000))
+    content = f'{{{keys}, "key_49999": 0}}\n'.encode()
+    start = time.process_time()
+    with pytest.raises(RecordError, match="the key 'key_49999' is in one object twice"):
+        read(write(content))
+    assert time.process_time() - start < 2 * len(content) / 1e6 + 1
 
 
 def test_records_come_in_order_with_line_and_index(write):
@@ -127,6 +138,7 @@ BAD_LINES = {
     "top-level null": (b"null\n", "expected a JSON object, found null"),
     "top-level number": (b"3\n", "expected a JSON object, found a number"),
     "top-level true": (b"true\n", "expected a JSON object, found a boolean"),
+    "nested deeply": (b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}\n", "nested too deeply, over 64 levels"),
     "nested too deeply": (b'{"a": ' + b"[" * 200_000 + b"\n", "nested too deeply"),
     "the parser refuses": (b'{"bad": 1}\n', "it says it is bad"),
     "over the limit": (b'{"a": "' + b"x" * 400_000 + b'"}\n', "longer than 300000 bytes"),

@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,9 +100,38 @@ def replace_by_folder(path: Path) -> None:
     (path / "a").mkdir()
 
 
+def make_manifest_a_fifo(path: Path) -> None:
+    lose_manifest(path)
+    os.mkfifo(path / "manifest.json")
+
+
+def make_an_empty_file_a_fifo(path: Path) -> None:
+    lose(path)
+    os.mkfifo(path / "b")
+
+
+def nest_manifest(path: Path) -> None:
+    (path / "manifest.json").write_bytes(b"[" * 100_000)
+
+
+def swell_manifest(path: Path) -> None:
+    os.truncate(path / "manifest.json", 2**40)
+
+
+def replace_whole_by_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("mine")
+
+
+def replace_whole_by_fifo(path: Path) -> None:
+    shutil.rmtree(path)
+    os.mkfifo(path)
+
+
 DAMAGES = [
     *(truncate, flip, lose, lose_manifest, cut_manifest, empty_manifest, list_manifest, binary_manifest),
-    *(alter_facts, empty, replace_by_folder),
+    *(alter_facts, empty, replace_by_folder, make_manifest_a_fifo, make_an_empty_file_a_fifo),
+    *(nest_manifest, swell_manifest, replace_whole_by_file, replace_whole_by_fifo),
 ]
 
 
@@ -144,6 +175,14 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         ensure_folder(tmp_path / "file" / "numbers", IDENTITY, fill)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_file_is_an_error_and_nobody_waits(path, make):
+    path.parent.mkdir()
+    make(path.with_name("numbers.lock"))
+    with pytest.raises(OSError, match=r"numbers\.lock"):
+        ensure_folder(path, IDENTITY, fill)
 
 
 KILLED = """

@@ -1,5 +1,7 @@
 """Chat formats: the exact ids of ChatGLM2, ChatGLM3 and GLM-4 conversations."""
 
+import time
+
 import pytest
 
 from glm_rlhf.engine.data.messages import Message, RoleError
@@ -80,3 +82,13 @@ def test_text_in_the_prompt_takes_the_header_from_the_answer():
     assert chat.opening == (Marker("<|assistant|>"), "\n<think>")
     assert chat.answer("yes") == ["yes", Marker("<|user|>")]
     assert with_opening_text(GLM4, "") is GLM4
+
+
+@pytest.mark.parametrize(
+    "part", [" ", "if add_generation_prompt %}<|assistant|>", "if add_generation_prompt %}<|assistant|>{"]
+)
+def test_a_template_costs_linear_time(part):
+    template = "{% if add_generation_prompt %}<|assistant|>" + part * (500_000 // len(part))
+    start = time.process_time()
+    assert opening_text_of_template(template) == ""
+    assert time.process_time() - start < 2

@@ -1,6 +1,7 @@
 """The sentencepiece tokenizer of ChatGLM: ids, special tokens, round trips."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -207,12 +208,46 @@ def test_declared_tokens_that_contradict_the_table_are_refused(tmp_path, tiny_mo
         load_tokenizer(tmp_path)
 
 
-def test_declared_tokens_behind_the_table_become_special(tmp_path, tiny_model):
-    shutil.copy(tiny_model, tmp_path)
-    declared = {"2": {"content": "</s>"}, "632": {"content": "[gMASK]"}, "641": {"content": "<|tool|>"}}
-    config = {"name_or_path": "chatglm3", "added_tokens_decoder": declared}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.id_of("<|tool|>"), tokenizer.vocab_size) == (641, 642)
-    assert tokenizer.ids_without_token(643).nonzero().flatten().tolist() == [640, 642]
-    assert 641 not in tokenizer.encode("<|tool|>")
+def with_added_tokens(folder, tiny_model, declared, **config):
+    shutil.copy(tiny_model, folder)
+    config = {"name_or_path": "chatglm3", "added_tokens_decoder": declared} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_behind_the_table_are_ordinary(tmp_path, tiny_model, special):
+    declared = {
+        "2": {"content": "</s>"},
+        "632": {"content": "[gMASK]"},
+        "641": {"content": "<|step|>", "special": special},
+        "642": {"content": "<|step|>>", "special": special},
+    }
+    tokenizer = with_added_tokens(tmp_path, tiny_model, declared)
+    assert tokenizer.vocab_size == 643
+    assert tokenizer.ids_without_token(644).nonzero().flatten().tolist() == [640, 643]
+    masked = tokenizer.unsampleable_ids(644)
+    assert not masked[641]
+    assert masked[632]
+    plain = load_tokenizer(tiny_model.parent)
+    for text in ("a<|step|>b", "<|step|>", " a <|step|> b", "<|step|><|step|>>", "3 plus 4\n<|step|>\n"):
+        ids = tokenizer.encode(text)
+        assert 641 in ids
+        assert tokenizer.decode(ids) == text
+        streamed = tokenizer.stream()
+        assert "".join(map(streamed.push, ids)) + streamed.finish() == text
+        assert tokenizer.decode_response(tokenizer.render_response(text)) == text
+    assert tokenizer.encode("a<|step|>b") == [*plain.encode("a"), 641, *plain.encode("b")]
+    assert tokenizer.encode("<|user|> sop") == plain.encode("<|user|> sop"), "markers stay text"
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("<|step|>") == [641]
+
+
+def test_added_tokens_with_a_part_stay_special(tmp_path, tiny_model):
+    """The end of an answer and the padding must not be typed."""
+    declared = {"641": {"content": "<|im_end|>"}, "642": {"content": "<|pad|>"}, "643": {"content": "<|a|>"}}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 641]}))
+    tokenizer = with_added_tokens(tmp_path, tiny_model, declared, pad_token={"content": "<|pad|>"})
+    assert tokenizer.id_of("<|im_end|>") == 641
+    assert {641, 642}.isdisjoint(tokenizer.encode("<|im_end|><|pad|>"))
+    assert tokenizer.decode([641, 642, 643]) == "<|a|>"
+    assert tokenizer.unsampleable_ids(644)[[641, 642, 643]].tolist() == [False, True, False]

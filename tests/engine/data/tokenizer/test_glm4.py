@@ -1,6 +1,10 @@
 """GLM-4's tokenizer: byte-level words, added tokens, templates."""
 
 import json
+import time
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -9,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from glm_rlhf.engine.data.messages import Message
 from glm_rlhf.engine.data.tokenizer.load import load_tokenizer
 
+REPLACES = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaa"}
 CONVERSATION = [
     Message(role="system", content="You are a calculator."),
     Message(role="user", content="What is 3 plus 4?\n请用中文回答。"),
@@ -90,6 +95,78 @@ def test_markers_not_marked_special_in_the_file_are_special(glm4, glm4_folder, t
     assert tokenizer.decode(thought) == "<think>hm"
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_is_ordinary_and_may_be_sampled(glm4, glm4_folder, tmp_path, special):
+    def edit(description):
+        entry = dict(description["added_tokens"][0], id=600, content="<|step|>", special=special)
+        description["added_tokens"].append(entry)
+
+    edited(glm4_folder, tmp_path, edit)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("a<|step|>b <|user|>")
+    assert ids == [*glm4.encode("a"), 600, *glm4.encode("b <|user|>")]
+    assert tokenizer.decode(ids) == "a<|step|>b <|user|>"
+    masked = tokenizer.unsampleable_ids(602)
+    assert not masked[600]
+    assert masked[601]
+    assert masked[tokenizer.id_of("<|system|>")]
+
+
+def split_by(pattern):
+    def edit(description):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+$", r"(?:a|aa)*$", r"[a-z]*[0-9]", r"\p{L}*(?!\p{L})=", r"(?:a*a*a*)="]
+)
+def test_a_pattern_of_more_than_linear_time_is_refused(glm4_folder, tmp_path, pattern):
+    edited(glm4_folder, tmp_path, split_by(pattern))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*") as caught:
+        load_tokenizer(tmp_path)
+    assert time.process_time() - start < 15
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\p{N}{1,3}|\p{L}+|\s+|[^\s\p{L}\p{N}]+", "abc", r"(?i:'s|'t)| ?\w+|\s+(?!\S)|\s+"]
+)
+def test_another_pattern_of_linear_time_is_read(glm4_folder, tmp_path, pattern):
+    edited(glm4_folder, tmp_path, split_by(pattern))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("abc 1234 it's")) == "abc 1234 it's"
+
+
+class PanicException(BaseException):
+    """What the library raises where its own code fails, by this name."""
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_text(glm4, monkeypatch):
+    def panic(*arguments, **options):
+        raise PanicException("retry-limit-in-match over")
+
+    encoder = SimpleNamespace(encode=panic)
+    broken = replace(glm4, encode_text=partial(glm4.encode_text.func, encoder))
+    with pytest.raises(ValueError, match=r"the text cannot be encoded .* retry-limit-in-match over"):
+        broken.encode("a")
+
+
+def test_dropout_of_the_file_is_off(glm4, glm4_folder, tmp_path):
+    edited(glm4_folder, tmp_path, lambda description: description["model"].update(dropout=0.9))
+    text = "What is 3 plus 4?"
+    assert load_tokenizer(tmp_path).encode(text) == glm4.encode(text)
+
+
 def test_stored_truncation_padding_and_post_processing_are_off(glm4, glm4_folder, tmp_path):
     def edit(description):
         description["truncation"] = {
@@ -114,6 +191,11 @@ def test_stored_truncation_padding_and_post_processing_are_off(glm4, glm4_folder
         (lambda description: description.update(model={"type": "BPE"}), "not a tokenizer.json"),
         (lambda description: description.update(pre_tokenizer=None, decoder=None), "not byte-level"),
         (lambda description: description["model"].update(merges=[["zzz", "zzz"]]), "cannot be loaded"),
+        (
+            lambda description: description["model"].update(continuing_subword_prefix="##é"),
+            "a prefix or suffix",
+        ),
+        (lambda description: description.update(normalizer=REPLACES), "or replaces text"),
         (lambda description: description["added_tokens"].pop(), r"lacks the markers <\|observation\|>"),
         (lambda description: description["model"]["vocab"].update({"中": 499}), "encodes no byte"),
     ],

@@ -1,6 +1,7 @@
 """Loading a tokenizer by what lies in its folder."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -43,7 +44,7 @@ def test_stops_of_the_configs_join_the_forms_own(folder, eos, stops):
     assert not tokenizer.unsampleable_ids(640)[list(stops)].any()
 
 
-@pytest.mark.parametrize("eos", [640, -1, "2", True, [2, 9999]])
+@pytest.mark.parametrize("eos", [640, -1, "2", True, 2.0, {"a": 2}, [2, 9999], [2, None], [[2]], ["2"]])
 def test_a_stop_no_token_has_is_refused(folder, eos):
     (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(ValueError, match=r"config\.json: eos_token_id .* ids from 0 to 639"):
@@ -57,8 +58,8 @@ def test_a_stop_no_token_has_is_refused(folder, eos):
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("tokenizer.model", b"\x00\x01not a model", "not a sentencepiece model"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),
-        ("tokenizer_config.json", b"[]", "must hold a JSON object, not list"),
-        ("config.json", b"\xff\xfe{}", "config.json is not JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json holds a list at the top"),
+        ("config.json", b"\xff\xfe{}", "config.json is not UTF-8 text"),
     ],
 )
 def test_a_damaged_file_is_named(folder, name, content, says):
@@ -66,6 +67,46 @@ def test_a_damaged_file_is_named(folder, name, content, says):
     with pytest.raises(ValueError, match=says) as caught:
         load_tokenizer(folder)
     assert str(folder) in str(caught.value)
+
+
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "glm4"])
+def test_a_byte_order_mark_changes_nothing(folder, glm4_folder, tmp_path, family):
+    if family == "glm4":
+        folder = shutil.copytree(glm4_folder, tmp_path / "glm4")
+    (folder / "config.json").write_text('{"eos_token_id": [2]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    template = "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    before = load_tokenizer(folder)
+    for name in (*CONFIGS, "tokenizer.json"):
+        if (folder / name).exists():
+            (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    after = load_tokenizer(folder)
+    assert after.table == before.table
+    assert after.stop_ids == before.stop_ids
+    assert after.chat.opening == before.chat.opening
+    assert {2, 3} <= set(after.stop_ids)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "tokenizer.model", "tokenizer.json"])
+def test_a_pipe_is_refused_at_once(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    if name == "chat_template.jinja":  # only GLM-4's is read
+        (folder / "tokenizer.model").unlink()
+        (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{name} is not a regular file"):
+        load_tokenizer(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder):
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is a link out of the model's own folder"):
+        load_tokenizer(folder)
 
 
 def test_a_truncated_model_is_refused(folder):

@@ -105,6 +105,14 @@ def test_declared_ids_win_over_counting(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": declared}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.id_of("<sop>") == 312
+    for special in (True, False):
+        added = declared | {"318": {"content": "<|step|>", "special": special}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+        with_word = load_tokenizer(tmp_path)
+        ids = with_word.encode("ab<|step|>c<|user|>")
+        assert ids == [*tokenizer.encode("ab"), 318, *tokenizer.encode("c<|user|>")]
+        assert with_word.decode(ids) == "ab<|step|>c<|user|>"
+        assert with_word.unsampleable_ids(320).tolist()[317:] == [True, False, True]
     assert tokenizer.ids_without_token(320).nonzero().flatten().tolist() == [*range(300, 310), 317, 318, 319]
     declared["299"] = declared.pop("310")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": declared}))
@@ -117,6 +125,7 @@ def test_declared_ids_win_over_counting(tmp_path):
     [
         (b"!!! 256\n", "257: expected a base64 token"),
         (b"YWI= x\n", "257: expected a base64 token"),
+        (b"YWFh" * 400 + b" 256\n", "257: a token has 1200 bytes"),
         (b"YWI=\n", "257: expected a base64 token"),
         (b"YQ== 256\n", r"257: token b'a' is empty or a duplicate"),
         (b"YWI= 97\n", "one rank to two tokens"),
