@@ -80,6 +80,7 @@ def leave_while_rewards_are_awaited(line: list[str], file: str) -> tuple[int, fl
     start = time.monotonic()
     code = run_with_fault(Fault(kind="SIGTERM", phase="reward", rank=2), line, rank)
     seconds = time.monotonic() - start
+    assert not Path(file).exists()
     torch.distributed.barrier()
     Path(file).touch()
     return code, seconds, main(line)
@@ -88,7 +89,7 @@ def leave_while_rewards_are_awaited(line: list[str], file: str) -> tuple[int, fl
 def test_a_signal_while_rewards_are_awaited_saves_at_once_and_the_run_resumes_to_the_same_bits(
     ranks, line, untouched, tmp_path
 ):
-    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "continue"
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "may_answer"
     records = [
         {"prompt_tokens": [3 + n, 4], "wait_for": str(file)} for n in range(8)
     ]  # the prompts of `line`

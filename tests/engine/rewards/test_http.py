@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,16 +66,48 @@ def client(url: str, **changes) -> HttpReward:
     return HttpReward(url=url, **{"timeout_s": TIMEOUT_S, "retries": 2, "pause_s": 0.01, **changes})
 
 
-@pytest.mark.parametrize("rule", [share_of_low_ids, low_id_tokens])
-def test_the_reference_server_gives_what_the_rule_gives(rule):
+def reference_server(rule) -> ThreadingHTTPServer:
     spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example.make_server(rule)
+
+
+@pytest.mark.parametrize("rule", [share_of_low_ids, low_id_tokens])
+def test_the_reference_server_gives_what_the_rule_gives(rule):
     requests = reward_requests(5)
-    with serving(example.make_server(rule)) as url:
+    with serving(reference_server(rule)) as url:
         assert call_reward_function(client(url, batch_size=2), requests) == call_reward_function(
             rule, requests
         )
+
+
+def test_batches_share_a_connection_until_the_server_closes_it():
+    server, connections = reference_server(share_of_low_ids), []
+    get_request = server.get_request
+
+    def counted():
+        connection, address = get_request()
+        connections.append(connection)
+        return connection, address
+
+    server.get_request = counted
+    with serving(server) as url:
+        ask = client(url, batch_size=1, retries=0)
+        assert ask(reward_requests(4)) + ask(reward_requests(2)) == [0.5] * 6
+        assert len(connections) == 1
+        connections[0].shutdown(socket.SHUT_RDWR)
+        assert client(url, batch_size=1, retries=1)(reward_requests(3)) == [0.5] * 3
+        assert len(connections) == 2
+
+
+def test_all_attempts_end_in_the_time_of_each_and_the_pauses():
+    with scripted(SLOW) as (url, _):
+        start = time.monotonic()
+        (fault, *_) = client(url, timeout_s=0.3, retries=2, pause_s=0.1)(reward_requests())
+        elapsed = time.monotonic() - start
+    assert "gave none in 3 attempts" in fault.reason
+    assert 3 * 0.3 + 0.1 + 0.2 <= elapsed < 60.0
 
 
 def test_a_batch_is_sent_as_the_protocol_says():
@@ -141,8 +174,8 @@ def test_a_transient_failure_is_retried_and_a_lasting_one_ends(answer, words):
 def test_a_server_that_is_down_is_retried_with_growing_pauses(monkeypatch):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
-    with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), None).socket) as socket:
-        port = socket.getsockname()[1]  # no server listens there once it is closed
+    with contextlib.closing(ThreadingHTTPServer(("127.0.0.1", 0), None).socket) as listener:
+        port = listener.getsockname()[1]  # no server listens there once it is closed
     found = client(f"http://127.0.0.1:{port}", retries=9, pause_s=0.5, batch_size=1)(reward_requests())
     assert all("ConnectError" in fault.reason for fault in found)
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]  # of the first batch alone

@@ -8,26 +8,29 @@ _num_seen = 0
 
 
 def waits_for_a_file(requests) -> list[float]:
-    """`share_of_low_ids`; after two answers it waits until there is the file that the prompt names."""
+    """`share_of_low_ids`; after four answers it waits until there is the file that the prompt names."""
     global _num_seen
-    while _num_seen >= 2 and not os.path.exists(requests[0].extra["wait_for"]):
+    while _num_seen >= 4 and not os.path.exists(requests[0].extra["wait_for"]):
         time.sleep(0.05)
     _num_seen += len(requests)
     return share_of_low_ids(requests)
 
 
 class SlowOnce:
-    """`share_of_low_ids`, but of the calls after four answers the first takes long."""
+    """`share_of_low_ids`, but of the calls after `num_fast` answers the first takes long."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._num_seen, self._lock = seconds, 0, threading.Lock()
+    def __init__(self, num_fast: int, seconds: float) -> None:
+        self._num_fast, self._seconds = num_fast, seconds
+        self._num_seen, self._lock = 0, threading.Lock()
+        self.was_slow = False
 
     def __call__(self, requests) -> list[float]:
         with self._lock:
-            pause_s, self._num_seen = 0.0, self._num_seen + len(requests)
-            if self._num_seen > 4:
-                pause_s, self._seconds = self._seconds, 0.0
-        time.sleep(pause_s)
+            self._num_seen += len(requests)
+            is_slow = self._num_seen > self._num_fast and not self.was_slow
+            self.was_slow = self.was_slow or is_slow
+        if is_slow:
+            time.sleep(self._seconds)
         return share_of_low_ids(requests)
 
 

@@ -23,6 +23,8 @@ from glm_rlhf.engine.rewards.function import RewardFunction
 DEADLINE_S = 30.0
 WATCHDOG_S = 8.0
 SLOW_S = 25.0
+NUM_ANSWERS = 8
+"""Of an iteration of `ppo_line`, with those of the reference."""
 SOON_S = 5.0
 ENDED_WELL = ("rank 0 returned 0", "rank 1 returned 0")
 PHASES = ("generate", "reward", "old_logprobs", "critic", "policy")
@@ -226,12 +228,14 @@ def try_all(folder: Path) -> list[Outcome]:
         code, said, _ = launch(Fault(), [*line, f"run.output={folder / 'wanted'}"], timeout_s=100)
         assert code == 0, said
         for number, case in enumerate(CASES):
-            addresses = {"server": address}
+            addresses, slow = {"server": address}, SlowOnce(NUM_ANSWERS, SLOW_S)
             if SLOW_SERVER in case.settings:
-                addresses["slow_server"] = stack.enter_context(_served(SlowOnce(SLOW_S)))
+                addresses["slow_server"] = stack.enter_context(_served(slow))
             settings = [setting.format(**addresses) for setting in case.settings]
             arguments = [*line, f"run.watchdog_s={WATCHDOG_S}", *settings]
             seconds, failure = _try(launch, case, arguments, folder / str(number), folder / "wanted")
+            if SLOW_SERVER in case.settings and not slow.was_slow:
+                failure = failure or "the server was not slow"
             outcomes.append(Outcome(case=case, seconds=seconds, failure=failure))
     return outcomes
 
