@@ -17,7 +17,7 @@ _WITHOUT_EFFECT = {
     *("train.save_every", "train.save_every_s", "train.keep_last", "train.keep_every"),
     *("train.async_save", "train.export_every"),
     *("train.eval_every", "train.sample_every", "train.max_nonfinite_steps", "train.recompute_layers"),
-    *("train.save_every_s", "train.offload", "data.eval_records"),
+    *("train.offload", "data.eval_records"),
     *("reward.timeout_s", "reward.retries", "reward.batch_size", "reward.concurrency"),
     *("reward.workers", "reward.function_timeout_s"),
     *("reward.workers", "reward.function_timeout_s"),

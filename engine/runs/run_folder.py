@@ -114,7 +114,8 @@ def claim_outputs(config: Any, topology: Topology, *more: Path) -> Iterator[None
     """Hold the files that a command on records writes; a context manager that every rank enters, first.
 
     Args:
-        config: of the command; `data.overwrite` decides whether files that exist are replaced.
+        config: of the command; `data.overwrite` decides whether files that exist are replaced. Without the key
+            they are: scores follow from their input, while answers that were drawn may be all that is left.
         topology: layout and groups.
         more: further files, beside `config.out_path`.
 
@@ -122,13 +123,14 @@ def claim_outputs(config: Any, topology: Topology, *more: Path) -> Iterator[None
         ValueError: a file exists, or another process writes it; on every rank.
         OSError: a folder cannot be made; on every rank a ValueError.
     """
+    replaces = getattr(config.data, "overwrite", True)
     with contextlib.ExitStack() as stack:
         with raise_on_all_ranks(f"claiming {config.out_path}"):
             for path in (config.out_path, *more) if topology.is_main_rank else ():
-                _check_free(path, replaces=config.data.overwrite)
+                _check_free(path, replaces=replaces)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(one_writer(path))
-                _check_free(path, replaces=config.data.overwrite)  # its holder before has ended meanwhile
+                _check_free(path, replaces=replaces)  # its holder before has ended meanwhile
         yield
 
 

@@ -119,7 +119,7 @@ def test_a_reward_model_of_transformers_gives_its_own_scores(ranks, demonstratio
     model = make_model(family, has_score=True)
     folder = save_folder(tmp_path / "model", family, model)
     for layout in ("", "parallel.tp=2 parallel.pp=2"):
-        line = command(folder, path, tmp_path / "out", "data.overwrite=true", *layout.split())
+        line = command(folder, path, tmp_path / "out", *layout.split())
         assert {code for code, _ in ranks.run(run_main, line)} == {0}
         written = [json.loads(line)["score"] for line in (tmp_path / "out" / "score.jsonl").open()]
         with torch.no_grad():
