@@ -175,8 +175,8 @@ class ScoredRecordsSection:
     form: Literal["demonstrations", "pairs", "hh-rlhf"] = "demonstrations"
     """Form of the records; pairs and hh-rlhf (pairs of whole dialogues) need a reward model."""
     out: PathText | None = None
-    """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl. One that
-    exists is replaced."""
+    """Output file: one JSON line per record, in the input's order; null: <run.output>/<command>.jsonl. A file
+    that exists is replaced."""
     max_prompt_tokens: Count = 4096
     """Longest prompt, in tokens; a record with a longer one is bad."""
     on_error: Literal["raise", "skip"] = "raise"

@@ -114,8 +114,8 @@ def claim_outputs(config: Any, topology: Topology, *more: Path) -> Iterator[None
     """Hold the files that a command on records writes; a context manager that every rank enters, first.
 
     Args:
-        config: of the command; `data.overwrite` decides whether files that exist are replaced. Without the key
-            they are: scores follow from their input, while answers that were drawn may be all that is left.
+        config: of the command; `data.overwrite` decides whether files that exist are replaced. Without that
+            key they are: scores follow from their input, while sampled answers may be all that is left.
         topology: layout and groups.
         more: further files, beside `config.out_path`.
 
@@ -123,7 +123,7 @@ def claim_outputs(config: Any, topology: Topology, *more: Path) -> Iterator[None
         ValueError: a file exists, or another process writes it; on every rank.
         OSError: a folder cannot be made; on every rank a ValueError.
     """
-    replaces = getattr(config.data, "overwrite", True)
+    replaces = not hasattr(config.data, "overwrite") or config.data.overwrite
     with contextlib.ExitStack() as stack:
         with raise_on_all_ranks(f"claiming {config.out_path}"):
             for path in (config.out_path, *more) if topology.is_main_rank else ():

@@ -2,17 +2,23 @@
 
 From a command's function on, every name that stands for a function, class or constant of the engine is
 followed. Reads are attributes of a section: `config.train.steps`, of a local name for one
-(`train = config.train`), of a parameter annotated with a section's class, or of an attribute that holds one.
+(`train = config.train`), of a parameter annotated with a section's class, of an attribute that holds one, or
+of `algorithm.section`, which is that of an algorithm of RL.
 Checks within a config (`__post_init__`) and writing it as a whole do not count as reads.
 """
 
 import ast
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+from glm_rlhf.engine.rl.algorithm import UpdateSection
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "glm_rlhf.engine"
+OF_ALGORITHM = "section"
+"""Attribute of an algorithm with its section."""
 Place = tuple[str, str]
 """A module and a top-level name."""
 
@@ -27,10 +33,18 @@ def reads_of(function: str, sections: dict[str, type]) -> set[tuple[str, str]]:
     names = {section.__name__ for section in sections.values()}
     read: set[tuple[str, str]] = set()
     for _, definition in _reached(tuple(function.split(":"))):
-        read |= _reads_in(definition, set(sections), names)
+        read |= _reads_in(definition, {*sections, OF_ALGORITHM}, names)
+    of_algorithms = {name for name, section in sections.items() if _is_of_algorithm(section)}
+    read |= {(name, key) for owner, key in read if owner == OF_ALGORITHM for name in of_algorithms}
     by_class = {section.__name__: name for name, section in sections.items()}
     shared = {(by_class.get(owner, owner), key) for owner, key in read}
     return read | shared
+
+
+def _is_of_algorithm(section: type) -> bool:
+    """Return whether a section has what `UpdateSection` asks of an algorithm's."""
+    wanted = {name for name in vars(UpdateSection) if not name.startswith("_")}
+    return wanted <= {field.name for field in dataclasses.fields(section)}
 
 
 def _reached(start: Place) -> Iterator[tuple[Place, ast.AST]]:
