@@ -79,7 +79,7 @@ docs: install
 	$(BIN)/python docs/configuration_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The table of what must not break, tried and reported; under ten minutes on two cores.
+# The table of what must not break, tried and reported; under twenty minutes on two cores.
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
 

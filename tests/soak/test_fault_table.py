@@ -7,7 +7,7 @@ from promises import ROOT, ROWS
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_what_is_promised_of_each_fault_holds(tried):
     failures = [f"{outcome.case.fault}: {outcome.failure}" for outcome in tried.faults if outcome.failure]
     assert not failures, "\n".join(failures)

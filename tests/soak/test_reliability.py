@@ -44,13 +44,11 @@ def summary(row: Row, tests: dict[str, str], cases: list[Outcome]) -> dict:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_promise_is_tried_and_reported(tried):
     rows = [summary(row, tried.tests, tried.faults) for row in ROWS]
     write_report(rows, tried.faults, tried.elapsed_s)
-    numbers = [row["row"] for row in rows]
-    assert numbers == sorted(set(numbers))
-    assert set(range(1, 19)) < set(numbers)
+    assert [row["row"] for row in rows] == list(range(1, 29))
     assert all(row["is_held"] for row in rows), [row for row in rows if not row["is_held"]]
 
 
