@@ -1,6 +1,7 @@
 """The command `ppo`: a policy learns from rewards, generating and training on the same ranks and weights."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def run(config: PPOConfig) -> None:
     Raises:
         ValueError: anything that the user has to fix.
     """
-    with PPOEngine(config) as engine, open_run_folder(config, engine.topology) as checkpoint:
+    with PPOEngine(config, before_models=partial(open_run_folder, config)) as engine:
+        checkpoint: Checkpoint | None = engine.entered
         topology = engine.topology
         prompts = _read_prompts(engine)
         with raise_on_all_ranks("reading the prompts"):

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -44,10 +44,20 @@ class PPOEngine:
     already is used and left alone. A context manager; or call `close`.
     """
 
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        before_models: Callable[[Topology], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> None:
         """Enter the layout and load the models.
 
         Demonstrations (`data.sft_path`) are tokenised into the run folder, `<run.output>/tokens`.
+
+        Args:
+            config: of the run.
+            before_models: makes a context manager that the engine enters before it loads the models, and
+                leaves when it is closed; what that returns is `entered`.
 
         Raises:
             ValueError: a folder, a tokenizer, a layout, a reward function or demonstrations that the user has
@@ -56,6 +66,9 @@ class PPOEngine:
         self.config = config
         with contextlib.ExitStack() as stack:
             self.topology: Topology = stack.enter_context(open_world(config))
+            self.entered: Any = None
+            if before_models is not None:
+                self.entered = stack.enter_context(before_models(self.topology))
             self.roles, self.tokenizer = _build(config, self.topology, stack)
             self._stack = stack.pop_all()
 

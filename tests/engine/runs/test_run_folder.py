@@ -318,6 +318,18 @@ def test_the_other_commands_have_a_run_folder_alone_too(tmp_path, line):
     assert (tmp_path / "config.yaml").read_text() == "kept"
 
 
+def test_ppo_is_refused_before_it_loads_a_model(inputs, tmp_path):
+    line = command("ppo", inputs, tmp_path / "run", f"critic.path={tmp_path / 'nowhere'}")
+    (tmp_path / "run").mkdir()
+    with one_writer(tmp_path / "run", is_inside=True):
+        code, said = run_main(line)
+    assert code == 2
+    assert f"{tmp_path / 'run'} is being written by process " in said
+    code, said = run_main(line)
+    assert code == 2
+    assert f"{tmp_path / 'nowhere'} does not exist" in said, "the refusal left no lock"
+
+
 IN_THE_WAY = [
     *((Path.touch, name) for name in ("", "tokens", "checkpoints", "hf")),
     *((os.mkfifo, name) for name in ("tokens", "checkpoints/latest", "metrics.jsonl", ".lock")),

@@ -104,7 +104,16 @@ def test_ranks_that_torchrun_restarted_wait_for_those_before(tmp_path, hold, mon
         pytest.fail("the block ran")
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b'{"pid": "x"}', b"[" * 4000], ids=repr)
+NOBODY = {
+    "empty": b"",
+    "a list": b"[1]",
+    "binary": b"\xff",
+    "no number": b'{"pid": "x"}',
+    "deep": b"[" * 4000,
+}
+
+
+@pytest.mark.parametrize("content", NOBODY.values(), ids=NOBODY)
 def test_a_lock_that_names_nobody_still_locks(tmp_path, content):
     path = tmp_path / ".out.lock"
     path.write_bytes(content)
