@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
 
 def sequences() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    drawn = [torch.randint(0, ROWS, (length,), generator=generator) for length in (7, 12, 3, 9)]
-    drawn[0][3] = ROWS - 1  # the last row, which has padding beside it
-    return drawn
+    found = [torch.randint(0, ROWS, (length,), generator=generator) for length in (7, 12, 3, 9)]
+    found[0][3] = ROWS - 1  # the last row, which has padding beside it
+    return found
 
 
 def score_and_export(folder: Path, target: Path) -> list[float]:
