@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
 
 def sequences() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    sampled = [torch.randint(0, ROWS, (length,), generator=generator) for length in (7, 12, 3, 9)]
-    sampled[0][3] = ROWS - 1  # the last row, which has padding beside it
-    return sampled
+    found = [torch.randint(0, ROWS, (length,), generator=generator) for length in (7, 12, 3, 9)]
+    found[0][3] = ROWS - 1  # the last row, which has padding beside it
+    return found
 
 
 def score_and_export(folder: Path, target: Path) -> list[float]:
