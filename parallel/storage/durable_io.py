@@ -7,7 +7,6 @@ disk leaves nothing incomplete under a final name, and its error names the file.
 import contextlib
 import errno
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -107,7 +106,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the error names it, and the old content is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.new")
     try:
         write_synced(temporary, content)
         os.replace(temporary, path)
