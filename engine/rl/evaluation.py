@@ -85,7 +85,7 @@ class PPOEvaluation:
             ValueError: a reward failed, or the best policy could not be written.
         """
         try:
-            return self._measured(step) | {"eval/is_skipped": 0.0}
+            return self._measured(step)
         except FloatingPointError as error:  # the same on every rank
             self._num_skipped += 1
             self._last_step = step

@@ -204,7 +204,7 @@ def _evaluate(
         return {"eval/is_skipped": 1.0}
     if held.on_result is not None and topology.is_main_rank:
         held.on_result(step, sums)
-    return _prefixed(held.loss.metrics(sums), "eval") | {"eval/is_skipped": 0.0}
+    return _prefixed(held.loss.metrics(sums), "eval")
 
 
 def _role(state: AnyTrainingState) -> str:

@@ -121,7 +121,7 @@ def test_the_checkpoint_scores_as_the_evaluation_said(alone, data, tmp_path):
 
 def test_every_metric_has_its_name_and_the_data_its_report(alone, data):
     first, second = metrics_of(alone)[:2]
-    assert first.keys() == {"step", "eval/loss", "eval/entropy", "eval/num_answer_tokens", "eval/is_skipped"}
+    assert first.keys() == {"step", "eval/loss", "eval/entropy", "eval/num_answer_tokens"}
     assert second.keys() == {
         "step",
         "actor/loss",

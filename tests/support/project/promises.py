@@ -99,7 +99,7 @@ ROWS = (
         f"{WRITER}::test_a_full_and_a_read_only_disk_leave_the_old_checkpoint",
         f"{WRITER}::test_a_folder_that_cannot_be_created_is_reported",
         f"{PARALLEL}/storage/test_folder_writer.py",
-        f"{PARALLEL}/storage/test_durable_io.py",
+        f"{PARALLEL}/storage/test_write_errors.py",
         f"{ENGINE}/commands/test_full_disk.py",
         f"{ENGINE}/observe/test_best_effort.py",
         "tests/test_writes.py",
