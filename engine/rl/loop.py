@@ -24,6 +24,7 @@ from glm_rlhf.engine.rl.evaluation import PPOEvaluation
 from glm_rlhf.engine.rl.partial_update import tensors_of
 from glm_rlhf.engine.runs.checkpoints import (
     IS_INSIDE,
+    UNREPORTED,
     RunCheckpoints,
 )
 from glm_rlhf.engine.runs.context import RunContext
@@ -56,16 +57,28 @@ def run_iterations(
     before = (run.progress or {}).get(EVALUATION)
     evaluation = PPOEvaluation(engine, run.checkpoints.exports, before) if config.evaluate.every else None
     # A run that was left inside its first iteration has trained already.
-    if evaluation is not None and first == 0 and engine.roles.partial_update is None:
-        if not evaluation.has_evaluated(0):
-            with defer_preemption():
-                run.write(0, evaluation.run(0))
+    is_new = first == 0 and engine.roles.partial_update is None
     num_skipped = 0
 
     def progress_after(step: int) -> dict[str, Any]:
         evaluated = before if evaluation is None else evaluation.progress()
         return {"step": step, EVALUATION: evaluated} | engine.roles.progress()
 
+    def evaluate_and_write(step: int, metrics: dict[str, float]) -> None:
+        try:
+            written = metrics if evaluation is None else metrics | evaluation.run(step)
+        except Preempted:  # the resumed run evaluates the same weights, and writes the metrics of both
+            _save_and_exit(engine, run.checkpoints, progress_after(step) | {UNREPORTED: metrics})
+            raise
+        run.write(step, written)
+
+    if run.unreported is not None:
+        evaluate_and_write(first, run.unreported)
+        run.checkpoints.after_step(
+            first, progress_after(first), rank_tensors=engine.roles.rewards.baseline_tensors()
+        )
+    elif evaluation is not None and is_new and not evaluation.has_evaluated(0):
+        evaluate_and_write(0, {})
     completed = progress_after(first)
     with ProgressLine(steps=config.train.steps, is_shown=topology.is_main_rank, first_step=first) as progress:
         for step in range(first, config.train.steps):
@@ -82,10 +95,10 @@ def run_iterations(
             else:
                 num_skipped = 0
             if evaluation is not None and evaluation.is_due(step + 1):
-                with defer_preemption():
-                    metrics |= evaluation.run(step + 1)
+                evaluate_and_write(step + 1, metrics)
+            else:
+                run.write(step + 1, metrics)
             completed = progress_after(step + 1)
-            run.write(step + 1, metrics)
             with span("save"):
                 run.checkpoints.after_step(
                     step + 1, completed, rank_tensors=engine.roles.rewards.baseline_tensors()

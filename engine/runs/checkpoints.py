@@ -27,6 +27,8 @@ FOLDER = "checkpoints"
 """Folder, in a run folder, of what the run resumes from."""
 IS_INSIDE = "is_inside"
 """Entry of a run's progress that is true where it was left before the end of the checkpoint's step."""
+UNREPORTED = "unreported"
+"""Entry of a run's progress with the metrics of the checkpoint's step, where that is not evaluated yet."""
 
 
 class SavedRun(Protocol):

@@ -13,7 +13,7 @@ from glm_rlhf.engine.observe.metrics_file import has_metrics
 from glm_rlhf.engine.observe.report import FILE_NAME as REPORT
 from glm_rlhf.engine.observe.report import try_write_report
 from glm_rlhf.engine.observe.trace import Trace, tracing
-from glm_rlhf.engine.runs.checkpoints import RunCheckpoints, open_checkpoints, resume
+from glm_rlhf.engine.runs.checkpoints import UNREPORTED, RunCheckpoints, open_checkpoints, resume
 from glm_rlhf.engine.runs.run_folder import record_config
 from glm_rlhf.engine.runs.save_notice import log_long_save
 from glm_rlhf.parallel.optim.in_backward import AnyTrainingState
@@ -47,8 +47,14 @@ class RunContext:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no step is left to train."""
-        return self.progress is not None and self.first_step >= self.config.train.steps
+        """Whether no step is left to train, and none to report."""
+        is_trained = self.progress is not None and self.first_step >= self.config.train.steps
+        return is_trained and self.unreported is None
+
+    @property
+    def unreported(self) -> dict[str, float] | None:
+        """Metrics of the first step, where the run was left during its evaluation; None: they are written."""
+        return (self.progress or {}).get(UNREPORTED)
 
 
 @contextlib.contextmanager
@@ -128,7 +134,7 @@ def _open_outputs(run: RunContext, stack: contextlib.ExitStack) -> tuple[WriteMe
                 wandb_project=config.observe.wandb,
                 run_name=config.run.name,
                 config=dataclasses.asdict(config),
-                last_step=None if run.progress is None else run.first_step,
+                last_step=None if run.progress is None else run.first_step - (run.unreported is not None),
             )
         )
     trace = None

@@ -16,7 +16,7 @@ from glm_rlhf.engine.rewards import bounded_post
 from glm_rlhf.engine.rewards.function import RewardError, RewardFailure
 from glm_rlhf.engine.rewards.http import HttpReward
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 2.5  # some cases need an answer in it, on a busy machine too
 BUSY_S = 20.0  # without a deadline the cases below take for ever
 GOOD = OK + b'Content-Length: 28\r\n\r\n{"rewards": [1.0, 2.0, 3.0]}'
 
@@ -57,7 +57,7 @@ def test_every_fault_of_every_part_is_a_failure_in_time():
         "chunk heads stops",
         "trailers drips",
     ):
-        assert "timed out: no complete response within 1.5 s" in reasons[name], name
+        assert f"timed out: no complete response within {TIMEOUT_S:g} s" in reasons[name], name
     for name in ("error 500, body drips", "error 404, body stops"):
         assert f"status {name[6:9]}, 'no " in reasons[name], name
     assert "longer than 67108864 bytes" in reasons["gzip bomb"]

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import reward_rules
 import torch
 from tiny_models import make_model, save_folder
 from transformers import GlmForCausalLM
@@ -145,6 +146,46 @@ def test_a_run_evaluates_on_the_way_and_keeps_its_best_policy(inputs, tmp_path):
     GlmForCausalLM.from_pretrained(tmp_path / "run" / "hf" / "best")
     folders = sorted(path.name for path in (tmp_path / "run" / "hf").iterdir())
     assert folders == ["best", "best.json", "step_4"]
+
+
+@pytest.mark.parametrize(("signals_after", "step"), [(15, None), (25, 1), (35, 2)])
+def test_an_evaluation_that_a_signal_interrupts_is_repeated_by_the_resumed_run(
+    inputs, tmp_path, signals_after, step
+):
+    """Ten answers of the reference and ten of the policy before the first step, then ten after each step."""
+    held_out, file = tmp_path / "held_out.jsonl", tmp_path / "may_answer"
+    records = [
+        {"prompt_tokens": [n, n + 1], "signals_after": signals_after, "wait_for": str(file)}
+        for n in range(10, 30, 2)
+    ]
+    held_out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["train.steps=2", "evaluate.every=1", f"evaluate.path={held_out}", "evaluate.pass_reward=0.6"]
+    options += ["reward.workers=0", "ppo.epochs=1"]
+    rule = "reward.function=reward_rules:signals_while_evaluated"
+    reward_rules.num_evaluated = 0
+    line = command(inputs, tmp_path / "left", *options, rule)
+    assert main(line) == 0
+    assert not file.exists()
+    checkpoints = sorted(path.name for path in (tmp_path / "left").glob("checkpoints/step_*"))
+    assert checkpoints == ([] if step is None else [f"step_{step}"])
+    file.touch()
+    assert main(line) == 0
+    assert main(command(inputs, tmp_path / "whole", *options, rule)) == 0
+    left, whole = (
+        [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("left", "whole")
+    )
+    assert [one["step"] for one in left] == [0, 1, 2]
+    for one, other in zip(left, whole, strict=True):
+        assert one.keys() == other.keys()
+        names = [name for name in one if not name.startswith(("timing_s/", "perf/"))]
+        assert [one[name] for name in names] == [other[name] for name in names]
+    assert main(line) == 0  # nothing is left
+    assert len((tmp_path / "left" / "metrics.jsonl").read_text().splitlines()) == 3
+    best, other_best = (
+        json.loads((tmp_path / n / "hf" / "best.json").read_text()) for n in ("left", "whole")
+    )
+    assert best == other_best
 
 
 def check_traces(folder: Path, metrics: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """Reward functions that configs of the tests name."""
 
 import os
+import signal
 import threading
 import time
 
@@ -13,6 +14,24 @@ def waits_for_a_file(requests) -> list[float]:
     while _num_seen >= 4 and not os.path.exists(requests[0].extra["wait_for"]):
         time.sleep(0.05)
     _num_seen += len(requests)
+    return share_of_low_ids(requests)
+
+
+num_evaluated = 0
+"""Answers that `signals_while_evaluated` has seen of prompts that say when it signals."""
+
+
+def signals_while_evaluated(requests) -> list[float]:
+    """`share_of_low_ids`; after as many answers as the prompt says it signals to the process, and waits."""
+    global num_evaluated
+    for request in requests:
+        if "signals_after" not in request.extra:
+            continue
+        num_evaluated += 1
+        if num_evaluated == request.extra["signals_after"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not os.path.exists(request.extra["wait_for"]):
+                time.sleep(0.05)
     return share_of_low_ids(requests)
 
 
