@@ -102,6 +102,7 @@ def failing_ranks(faults: dict[int, str]) -> tuple[int, str]:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             return main(["doctor"]), stderr.getvalue()
     finally:
+        cli.COMMANDS = commands
         for name in launch:
             del os.environ[name]
 
