@@ -213,6 +213,8 @@ def test_a_command_without_a_run_folder_writes_nothing(monkeypatch: pytest.Monke
         (FileNotFoundError(2, "No such file or directory", "d.jsonl"), "d.jsonl: No such file or directory"),
         (PermissionError(13, "Permission denied", "/d"), "/d: Permission denied"),
         (OSError(28, "No space left on device", "out"), "out: No space left on device"),
+        (OSError(28, "No space left on device"), "a file or stream: No space left on device"),
+        (FloatingPointError("not finite: on rank 0 the policy's logits"), "the policy's logits"),
     ],
 )
 def test_a_users_error_ends_in_one_sentence(
