@@ -93,15 +93,14 @@ def failing_ranks(faults: dict[int, str]) -> tuple[int, str]:
                 raise ValueError(faults[rank])
 
     sys.modules["failing"] = types.SimpleNamespace(run=run)
-    cli.COMMANDS = (
-        Command(name="doctor", summary="s", root="config.tools:DoctorConfig", function="failing:run"),
-    )
+    commands, cli.COMMANDS = cli.COMMANDS, (failing_command(),)
     launch = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
     os.environ |= launch
     try:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             return main(["doctor"]), stderr.getvalue()
     finally:
+        cli.COMMANDS = commands
         for name in launch:
             del os.environ[name]
 
