@@ -20,8 +20,8 @@ from glm_rlhf.engine.runs.fingerprint import model_identity
 from glm_rlhf.kernels.dispatch.launch import ENVIRONMENT_VARIABLE
 from glm_rlhf.parallel.runtime.agreement import Content, check_ranks_agree
 
-_OUTPUTS = ("run.output", "run.resume", "data.out_path")
-"""Places that a run writes to or that may be mounted differently: their names need not be equal."""
+_OUTPUTS = ("run.output", "run.resume", "data.out", "label.prompts_out", "convert.to")
+"""Places that a run writes to or resumes from, which hosts may mount differently: names need not be equal."""
 
 
 def check_same_start(config: Any) -> None:

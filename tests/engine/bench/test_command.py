@@ -89,8 +89,9 @@ def test_only_peers_that_are_asked_for_run():
 
 def on_ranks(folder, parts, found):
     """Run the command on this world's ranks, as under torchrun."""
+    rank = torch.distributed.get_rank()
     with (
-        mock.patch.dict(os.environ, WORLD_SIZE="4"),
+        mock.patch.dict(os.environ, WORLD_SIZE="4", RANK=str(rank), LOCAL_RANK=str(rank)),
         mock.patch.object(command, "sizes_for", return_value=found),
         mock.patch.object(command, "rates_on", lambda topology, _model, _size: MEASURED[topology.world_size]),
     ):

@@ -52,9 +52,8 @@ def test_a_fault_in_one_ranks_layers_ends_every_rank(ranks, tmp_path):
     answers = ranks.run(run_main, command(source, tmp_path / "out", "convert.dtype=fp16"))
     assert [code for code, _ in answers] == [2] * 4
     words = r"1 values of model\.layers\.2\.mlp\.down_proj\.weight do not fit torch\.float16"
-    for rank, (_, said) in enumerate(answers):
-        assert re.search(words, said), said
-        assert ("failed on rank 2" in said) == (rank != 2)
+    for rank, (_, said) in enumerate(answers):  # the rank that found it reports it
+        assert bool(re.search(words, said)) == (rank == 2), said
     assert not (tmp_path / "out").exists()
     answers = ranks.run(run_main, command(source, tmp_path / "out"))
     assert [code for code, _ in answers] == [0] * 4, "the next attempt finds no obstacle"

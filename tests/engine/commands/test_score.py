@@ -187,8 +187,7 @@ def test_a_fault_that_one_rank_finds_ends_all_of_them(ranks, models, demonstrati
     line = command(models["glm"][0], demonstrations[0], tmp_path)
     answers = ranks.run(run_with_a_broken_read_on_rank_2, line)
     assert [code for code, _ in answers] == [2] * 4
-    assert "failed on rank 2: only here" in answers[0][1]
-    assert "only here" in answers[2][1]
+    assert [("only here" in said) for _, said in answers] == [False, False, True, False]
 
 
 def run_with_a_broken_read_on_rank_2(arguments: list[str]) -> tuple[int, str]:

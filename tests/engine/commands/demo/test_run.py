@@ -89,6 +89,7 @@ def test_torchrun_and_a_folder_of_another_command_are_refused(tmp_path, monkeypa
     with pytest.raises(ValueError, match="holds sft which no demo made"):
         run.run(config)
     assert (tmp_path / "sft" / "precious").exists()
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start it without torchrun"):
         run.run(config)
