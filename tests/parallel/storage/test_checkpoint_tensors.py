@@ -282,11 +282,9 @@ def test_a_stale_tracker_is_reported_and_ignored(saved, topology, tmp_path, caps
     assert "resuming from the newest complete checkpoint, step_4" in capsys.readouterr().err
 
 
-def huge(path: Path) -> None:
-    os.truncate(path.open("xb").fileno(), 2**40)
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, huge])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.truncate(os.mknod(path) or path, 2**40)]
+)
 def test_a_tracker_that_is_no_name_is_not_waited_for(saved, topology, tmp_path, capsys, make):
     damaged_copy(saved, tmp_path / "run")
     (tmp_path / "run" / "latest").unlink()
