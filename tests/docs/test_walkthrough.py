@@ -14,7 +14,7 @@ MAX_LINES = 12
 """Lines of one walk: more is no longer a first reading."""
 CLIP = {"clip", "clip_low", "clip_high"}
 """Names of `ppo.clip` in the code."""
-MAX_FILES = 10
+MAX_FILES = 9
 """Files from the command line and the declaration of `ppo.clip` to its kernel."""
 
 
