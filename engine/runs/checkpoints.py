@@ -170,6 +170,16 @@ class RunCheckpoints:
         every_s = self.config.train.save_every_s
         return every_s > 0 and self.writer.main_rank_says(time.monotonic() - self._saved_s >= every_s)
 
+    def export_missed(self, step: int) -> None:
+        """Export the step that a run resumes from, if it was killed between its checkpoint and its export."""
+        is_own = step > 0 and self._saved_step == step
+        if (
+            is_own
+            and is_due(step, self.config.train.export_every, False)
+            and not self.exports.has(_export_name(step))
+        ):
+            self._export(step)
+
     def close_finished(self, step: int) -> None:
         """Export the last step, unless an earlier attempt has; for a run that has nothing left to train."""
         if not self.exports.has(_export_name(step)):

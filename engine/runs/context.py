@@ -107,6 +107,7 @@ def open_run(
                 writes_report = topology.is_main_rank and not (Path(config.run.output) / REPORT).exists()
                 yield run
                 return
+            checkpoints.export_missed(run.first_step)
             record_config(config, topology)
             write, trace = _open_outputs(run, stack)
             log_long_save(states, topology)
