@@ -40,13 +40,13 @@ def main(descriptor: int, parent: int) -> None:
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     inbox = Inbox(connection)
-    setup = unpack(inbox.receive())
-    assert isinstance(setup, Setup)
-    sys.argv = list(setup.argv)
-    _seed(setup.seed)
-    connection.sendall(pack(None))  # started: the time of the preparation begins
-    next_call: Callable[[], object] = lambda: setup.preparation
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        setup = unpack(inbox.receive())
+        assert isinstance(setup, Setup)
+        sys.argv = list(setup.argv)
+        _seed(setup.seed)
+        connection.sendall(pack(None))  # started: the time of the preparation begins
+        next_call: Callable[[], object] = lambda: setup.preparation
         while True:
             if shows_stacks:
                 faulthandler.dump_traceback_later(setup.timeout_s)

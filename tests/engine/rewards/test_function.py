@@ -224,3 +224,10 @@ def test_a_failed_call_is_a_failure_of_each_answer(function, words):
         call_reward_function(function, reward_requests())
     failures = call_reward_function(function, reward_requests(), skip_failures=True)
     assert [words in failure.reason for failure in failures] == [True] * 3
+
+
+@pytest.mark.parametrize("answer", [{0: 5.0, 1: 5.0}, {0.25, 0.5}, {1: 2}.keys(), "ab", b"ab"], ids=repr)
+def test_what_has_no_order_of_rewards_is_no_reward(answer):
+    found = call_reward_function(lambda _: answer, requests(2), skip_failures=True)
+    assert [type(one) for one in found] == [RewardFailure] * 2
+    assert f"returned a {type(answer).__name__}, which is no list of one reward per answer" in found[0].reason
