@@ -14,7 +14,7 @@ _LARGEST = 3.4028234e38  # of fp32
 _TEXTS = (str, bytes, bytearray)  # sequences, but of no numbers
 _OWN_MODULES = (__name__, "glm_rlhf.engine.rewards.in_process")  # above a function in a traceback
 _SHOWN = 200  # characters of a prompt or an answer in a message
-_WITHOUT_ORDER = (Mapping, Set, str, bytes)
+_WITHOUT_ORDER = (Mapping, Set, *_TEXTS)
 """What has a length but not one reward per answer, in their order."""
 
 
@@ -118,14 +118,14 @@ def call_reward_function(
     Raises:
         RewardError: a failure, without `skip_failures`; the message names the answer and what was returned.
     """
+    returned: list[Reward | RewardFailure]
     try:
         answer = function(requests)
-        returned = [] if isinstance(answer, _WITHOUT_ORDER) else list(answer)
         if isinstance(answer, _WITHOUT_ORDER):
             kind = type(answer).__name__
             reason = f"the reward function returned a {kind}, which is no list of one reward per answer"
             returned = [RewardFailure(reason=reason)] * len(requests)
-        elif len(returned) != len(requests):
+        elif len(returned := list(answer)) != len(requests):
             reason = f"the reward function returned {len(returned)} rewards for {len(requests)} answers"
             returned = [RewardFailure(reason=reason)] * len(requests)
     except (Exception, SystemExit) as error:

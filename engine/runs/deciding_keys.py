@@ -20,7 +20,6 @@ _WITHOUT_EFFECT = {
     *("train.offload", "data.eval_records"),
     *("reward.timeout_s", "reward.retries", "reward.batch_size", "reward.concurrency"),
     *("reward.workers", "reward.function_timeout_s"),
-    *("reward.workers", "reward.function_timeout_s"),
 }
 _ON_LAST_BITS = {
     *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.sequence_parallel"),

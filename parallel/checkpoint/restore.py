@@ -23,8 +23,6 @@ from glm_rlhf.parallel.storage.checkpoint_tensors import (
 )
 from glm_rlhf.parallel.weights.load import part_of
 
-_MAX_TRACKER_BYTES = 4096
-
 
 def newest_checkpoint(folder: str | Path, *, topology: Topology) -> Checkpoint | None:
     """Return the newest complete checkpoint in a run's folder; every rank calls this.

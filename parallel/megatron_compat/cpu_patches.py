@@ -22,8 +22,6 @@ _MODULES = (
     "optimizer.distrib_optimizer",
     "optimizer.grad_scaler",
     "optimizer.optimizer",
-    "pipeline_parallel.p2p_communication",
-    "pipeline_parallel.schedules",
     "tensor_parallel.data",
     "tensor_parallel.layers",
     "tensor_parallel.mappings",

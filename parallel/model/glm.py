@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -75,8 +74,6 @@ class GLMModel(MegatronModule):
         super().__init__(config=config)
         layout = topology.layout
         self.glm, self.topology, self.role = glm, topology, role
-        self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = chunk if layout.vpp > 1 else None
         self.pre_process = topology.pp_rank == 0 and chunk == 0
         self.post_process = topology.is_last_stage and chunk == layout.vpp - 1
         has_vocabulary_head = role not in SCALAR_ROLES
@@ -92,7 +89,7 @@ class GLMModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
-            vp_stage=self.vp_stage,
+            vp_stage=chunk if layout.vpp > 1 else None,
         )
         for layer in self.decoder.layers:
             keep_grad_mode(layer)

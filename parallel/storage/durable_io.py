@@ -14,6 +14,7 @@ from pathlib import Path
 from glm_rlhf.parallel.storage.model_folder import ModelFolderError
 
 _BLOCK_BYTES = 16 * 2**20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)
 """Errors of a file system that has no fsync for folders."""
 
@@ -35,9 +36,6 @@ def name_in_errors(path: str | Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
-
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def write_all(

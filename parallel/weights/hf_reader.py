@@ -148,9 +148,8 @@ def with_stored_score_bias(config: GLMConfig, folder: Path) -> GLMConfig:
         return config
     names = {row.name: row.hf_names[0] for row in TABLES[config.family]}
     stored = list_tensors(folder).get(names[SCALAR_BIAS])
-    if (
-        stored is None or stored.shape != (1,) or stored.dtype is None
-    ):  # a wrong one is refused with the others
+    if stored is None or stored.shape != (1,) or stored.dtype is None:
+        # One of another form is refused later, with the other weights.
         return replace(config, has_score_bias=stored is not None)
     value = torch.zeros(1)
     read_slice(stored, 0, 0, 1, value)

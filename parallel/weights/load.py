@@ -73,8 +73,7 @@ def load_weights(chunks: Sequence[GLMModel], folder: str | Path, *, seed: int = 
 
     Returns:
         Names of the weights that were initialised at random because the folder has none, on any stage: only a
-        scalar head can be missing. A `chatglm` head
-        without a bias is not reported: its bias is 0.
+        scalar head can be missing. A `chatglm` head without a bias is not reported: its bias is 0.
 
     Raises:
         ModelFolderError: the folder is damaged or of another model; a ValueError.

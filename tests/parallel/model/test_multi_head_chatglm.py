@@ -4,22 +4,14 @@ That code views the output of `query_key_value` as [tokens, heads, 3 · head siz
 dimension into query, key and value: the rows of one head lie side by side.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from scored_layouts import score_and_export
 from tiny_models import as_multi_head, make_model, save_folder
 from weight_folders import assert_same_bytes, load_all
 
-from glm_rlhf.parallel.model.glm import build_model
-from glm_rlhf.parallel.model.packing import pack
-from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.topology import open_topology
-from glm_rlhf.parallel.spec.layout import Layout
 from glm_rlhf.parallel.storage.hf_config import read_config
 from glm_rlhf.parallel.weights.convert_folder import convert_folder
-from glm_rlhf.parallel.weights.export import export_model
-from glm_rlhf.parallel.weights.load import load_weights
 
 HEADS, HEAD, LAYERS, EPSILON = 8, 8, 4, 1e-5
 LAYOUTS = ({}, {"tp": 2}, {"tp": 4, "sequence_parallel": True}, {"tp": 2, "pp": 2}, {"tp": 2, "cp": 2})
@@ -79,27 +71,13 @@ def rotate(states_NTH: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned, states_NTH[..., half:]), dim=-1)
 
 
-def score_and_export(folder: Path, target: Path, expected: list[torch.Tensor]) -> list[float]:
-    """On each rank: the worst difference of a logprob in each layout; exports the model of each."""
-    worst = []
-    for index, axes in enumerate(LAYOUTS):
-        with open_topology(Layout(**axes)) as topology:
-            chunks = build_model(read_config(folder), topology, dtype=torch.float32)
-            load_weights(chunks, folder)
-            batch = pack(sequences(), multiple=topology.layout.token_multiple)
-            [(logprobs_T, _)] = score_tokens(chunks, [batch], topology=topology)
-            worst.append(float((logprobs_T[: sum(map(len, expected))] - torch.cat(expected)).abs().max()))
-            export_model(chunks, target / str(index), topology=topology, source=folder)
-    return worst
-
-
 def test_every_layout_computes_the_original_and_exports_its_bytes(ranks, folder, tmp_path):
     config = read_config(folder)
     assert config.has_interleaved_qkv
     assert config.num_kv_heads == HEADS
     tensors = load_all(folder)
     expected = [original_logprobs(tensors, sequence) for sequence in sequences()]
-    for worst in ranks.run(score_and_export, folder, tmp_path, expected):
+    for worst in ranks.run(score_and_export, folder, tmp_path, LAYOUTS, sequences(), expected):
         assert max(worst) < 2e-5, "fp32 rounding; rows of another order are off by whole nats"
     for index in range(len(LAYOUTS)):
         assert_same_bytes(load_all(tmp_path / str(index)), tensors)

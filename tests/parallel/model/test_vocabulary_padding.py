@@ -5,19 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from scored_layouts import score_and_export
 from tiny_models import make_model, reference_logprobs, save_folder
 from training_curves import token_ids, write_lines
 from weight_folders import assert_same_bytes, load_all
 
 from glm_rlhf.engine.cli import main
-from glm_rlhf.parallel.model.glm import build_model
-from glm_rlhf.parallel.model.packing import pack
-from glm_rlhf.parallel.pipeline.scoring import score_tokens
-from glm_rlhf.parallel.runtime.topology import open_topology
-from glm_rlhf.parallel.spec.layout import Layout
-from glm_rlhf.parallel.storage.hf_config import read_config
-from glm_rlhf.parallel.weights.export import export_model
-from glm_rlhf.parallel.weights.load import load_weights
 
 ROWS = 97
 LAYOUTS = ({"tp": 2}, {"tp": 4, "sequence_parallel": True}, {"tp": 2, "pp": 2})
@@ -42,26 +35,12 @@ def sequences() -> list[torch.Tensor]:
     return found
 
 
-def score_and_export(folder: Path, target: Path) -> list[float]:
-    """On each rank: the worst difference of a logprob in each layout; exports the model of each."""
-    worst = []
-    expected_T = torch.cat(torch.load(folder / "logprobs.pt"))
-    for index, axes in enumerate(LAYOUTS):
-        with open_topology(Layout(**axes)) as topology:
-            chunks = build_model(read_config(folder), topology, dtype=torch.float32)
-            load_weights(chunks, folder)
-            batch = pack(sequences(), multiple=topology.layout.token_multiple)
-            [(logprobs_T, _)] = score_tokens(chunks, [batch], topology=topology)
-            worst.append(float((logprobs_T[: len(expected_T)] - expected_T).abs().max()))
-            export_model(chunks, target / str(index), topology=topology, source=folder)
-    return worst
-
-
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_logprobs_are_those_of_transformers_and_exports_have_the_true_rows(ranks, folder, tmp_path, is_tied):
     if is_tied:
         folder = make_folder(tmp_path / "tied", tie_word_embeddings=True)
-    for worst in ranks.run(score_and_export, folder, tmp_path):
+    expected = torch.load(folder / "logprobs.pt")
+    for worst in ranks.run(score_and_export, folder, tmp_path, LAYOUTS, sequences(), expected):
         assert max(worst) < 2e-5, "fp32 rounding"
     for index in range(len(LAYOUTS)):
         assert_same_bytes(load_all(tmp_path / str(index)), load_all(folder))

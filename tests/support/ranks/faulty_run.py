@@ -94,23 +94,6 @@ def _suspend_job() -> None:
     time.sleep(2)  # in which the stop comes
 
 
-SUSPENSION_S = 7.0
-_SUSPEND = f"""
-import os, signal, sys, time
-group = int(sys.argv[1])
-os.killpg(group, signal.SIGSTOP)
-time.sleep({SUSPENSION_S})
-os.killpg(group, signal.SIGCONT)
-"""
-
-
-def _suspend_job() -> None:
-    """Stop all ranks and their launcher, as a batch system suspends a job, and let them continue later."""
-    command = [sys.executable, "-c", _SUSPEND, str(os.getpgrp())]
-    subprocess.Popen(command, start_new_session=True)
-    time.sleep(2)  # in which the stop comes
-
-
 FAULTS: dict[str, Callable[[], object]] = {
     "exception": lambda: _raise(RuntimeError("injected: a bug")),
     "bad value": lambda: _raise(ValueError("injected: a value of the user's")),

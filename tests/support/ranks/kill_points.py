@@ -11,12 +11,12 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401, what torch's optimizers load when one is made: a second of each child
 from saved_runs import tiny_run
+from watched_calls import CallLog
 
 WATCHED = ("pwrite", "fsync", "rename", "replace")
 """Calls that change what a kill leaves behind."""
@@ -25,26 +25,9 @@ TIMEOUT_S = 120.0
 
 def watch(log: Path, kill_at: int | None) -> None:
     """Record each watched call; die before call n if `kill_at` is 2 n, just after it if 2 n + 1."""
-    calls, lock = [], threading.Lock()
-    file = log.open("w", buffering=1)
-
-    def watched(name, original):
-        def call(*args, **kwargs):
-            with lock:
-                number = 2 * len(calls)
-                calls.append(name)
-                file.write(f"{name}\n")
-            if number == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*args, **kwargs)
-            if number + 1 == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return call
-
+    calls = CallLog(log, kill_at)
     for name in WATCHED:
-        setattr(os, name, watched(name, getattr(os, name)))
+        setattr(os, name, calls.watch(getattr(os, name), lambda *_, name=name: name))
 
 
 def save_in_child(folder: Path, kill_at: int | None) -> None:

@@ -17,11 +17,11 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401, what torch's optimizers load when one is made
+from watched_calls import CallLog
 
 from glm_rlhf.engine.cli import main
 from glm_rlhf.engine.commands import convert, evaluate, generate, label, ppo, score, sft  # noqa: F401
@@ -32,23 +32,10 @@ TIMEOUT_S = 200.0
 
 def watch(log: Path, kill_at: int, *, can_exchange: bool) -> None:
     """Record each change of a name; die before or after one of them."""
-    calls, lock = [], threading.Lock()
-    file = log.open("w", buffering=1)
+    calls = CallLog(log, kill_at)
 
     def watched(name, original):
-        def call(*args, **options):
-            with lock:
-                number = 2 * len(calls)
-                calls.append(name)
-                file.write(f"{name} {Path(args[-1]).name}\n")
-            if number == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*args, **options)
-            if number + 1 == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return call
+        return calls.watch(original, lambda *args: f"{name} {Path(args[-1]).name}")
 
     exchange = durable_io._exchange if can_exchange else lambda *_: False
     durable_io._exchange = watched("exchange", exchange) if can_exchange else exchange
