@@ -1,4 +1,4 @@
-"""One POST over HTTP that has ended, one way or the other, by a deadline on the wall.
+"""One POST over HTTP that has ended, one way or the other, by a deadline of the clock.
 
 A socket's timeout bounds each wait for bytes: a server that sends one now and then would be waited for
 without end. Here the requests of a process are tasks of one event loop in a background thread. A task is

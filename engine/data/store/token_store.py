@@ -247,7 +247,7 @@ def open_store(
         errors = tuple(RecordError(path, line, reason) for line, reason in facts.pop("errors"))
         return TokenStore(store_folder, kind, StoreReport(errors=errors, **facts))
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{store_folder} holds no store of tokens ({error!r}): remove it") from error
+        raise ValueError(f"{store_folder} holds no token store ({error!r}): remove it") from error
 
 
 def _identity(source: Source, tokenizer: Tokenizer | None) -> dict:
